@@ -1,0 +1,1 @@
+"""Commands that measure: the sweep over lengths, reconstructions, the report."""

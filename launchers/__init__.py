@@ -1,0 +1,1 @@
+"""Commands that start runs on clusters."""

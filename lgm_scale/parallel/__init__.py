@@ -1,0 +1,1 @@
+"""Parallelism as free functions applied to finished modules."""

@@ -1,0 +1,1 @@
+"""Thin Composer models, the length schedule, EMA and callbacks."""
