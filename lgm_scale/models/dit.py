@@ -1,0 +1,170 @@
+"""MergeDiT: the merge-aware diffusion transformer.
+
+What is unusual about it: (a) its input are merged tokens, any K of them; (b) learned positions
+are merged like the tokens; (c) log cluster sizes are added to every attention logit. Nothing else
+depends on K. No rotary embedding.
+
+Source: LGM paper, merge-aware diffusion transformer, on LightningDiT blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lgm_scale.errors import ConfigError
+from lgm_scale.merging import MergeAssignment
+from lgm_scale.models.layers import (
+    NORM_EPS,
+    Attention,
+    LabelEmbedding,
+    SwiGLU,
+    TimestepEmbedding,
+    modulate,
+)
+
+__all__ = ["DIT_SIZES", "DiTSize", "MergeDiT"]
+
+
+@dataclass(frozen=True)
+class DiTSize:
+    """Width, layers and heads; parameters in millions at D = 32, N = 256, 1000 classes."""
+
+    width: int
+    depth: int
+    num_heads: int
+    params_m: float
+
+
+DIT_SIZES = {
+    #            width depth heads params
+    "tiny": DiTSize(128, 4, 4, 1.4),
+    "s": DiTSize(512, 8, 8, 39.4),
+    "b": DiTSize(768, 12, 12, 130.6),
+    "l": DiTSize(1024, 24, 16, 458.2),
+    "xl": DiTSize(1152, 28, 16, 675.3),
+    "h": DiTSize(1280, 32, 16, 951.4),
+}
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each modulated by and gated with adaLN.
+
+    Shapes: x [B, K, C], condition [B, C] -> [B, K, C].
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.mlp = SwiGLU(width)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, condition: Tensor, log_sizes: Tensor | None) -> Tensor:
+        """Apply the block."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(
+            6, dim=-1
+        )
+        attended = self.attn(modulate(self.norm1(x), shift_1, scale_1), log_sizes)
+        x = x + gate_1.unsqueeze(1) * attended
+        mixed = self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+        return x + gate_2.unsqueeze(1) * mixed
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection to latent channels. Shapes: [B, K, C] -> [B, K, D]."""
+
+    def __init__(self, width: int, latent_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.linear = nn.Linear(width, latent_dim)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Project."""
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class MergeDiT(nn.Module):
+    """Velocity of merged tokens at any K.
+
+    Args:
+        width: C. See `DIT_SIZES` for the published sizes.
+        depth: Number of blocks.
+        num_heads: H; C must be divisible by it.
+        latent_dim: D.
+        num_base_tokens: N, the length of the position table.
+        num_classes: Classes without the null label.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        num_heads: int,
+        latent_dim: int,
+        num_base_tokens: int,
+        num_classes: int,
+    ) -> None:
+        super().__init__()
+        if width % num_heads != 0:
+            raise ConfigError(f"width {width} is not divisible by num_heads {num_heads}")
+        self.latent_dim = latent_dim
+        self.num_base_tokens = num_base_tokens
+        self.num_classes = num_classes
+        self.x_embed = nn.Linear(latent_dim, width)
+        self.pos_embed = nn.Parameter(torch.empty(1, num_base_tokens, width))
+        self.t_embed = TimestepEmbedding(width)
+        self.label_embed = LabelEmbedding(num_classes, width)
+        self.blocks = nn.ModuleList(DiTBlock(width, num_heads) for _ in range(depth))
+        self.final = FinalLayer(width, latent_dim)
+        self.initialize()
+
+    @classmethod
+    def from_size(
+        cls, size: str, latent_dim: int, num_base_tokens: int, num_classes: int
+    ) -> MergeDiT:
+        """Build a row of `DIT_SIZES`."""
+        row = DIT_SIZES[size]
+        return cls(row.width, row.depth, row.num_heads, latent_dim, num_base_tokens, num_classes)
+
+    @property
+    def null_label(self) -> int:
+        """The label of the unconditional branch."""
+        return self.label_embed.null_label
+
+    def initialize(self) -> None:
+        """Xavier for matrices, std .02 for tables, zero for every modulation and the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.label_embed.table.weight, std=0.02)
+        for layer in (self.t_embed.mlp[0], self.t_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        zeroed = [block.modulation[1] for block in self.blocks]
+        zeroed += [self.final.modulation[1], self.final.linear]
+        for layer in zeroed:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment
+    ) -> Tensor:
+        """Predict the velocity.
+
+        Shapes: z_t [B, K, D], t [B] in [0, 1], labels [B] int64 (num_classes = null) -> [B, K, D].
+        """
+        x = self.x_embed(z_t) + assignment.merge(self.pos_embed).to(z_t.dtype)  # [B, K, C]
+        condition = self.t_embed(t) + self.label_embed(labels)  # [B, C]
+        log_sizes = None
+        if assignment.num_tokens < assignment.num_base_tokens:
+            log_sizes = assignment.sizes.to(torch.float32).log()
+        for block in self.blocks:
+            x = block(x, condition, log_sizes)
+        return self.final(x, condition)

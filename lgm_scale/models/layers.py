@@ -1,0 +1,143 @@
+"""Layers of the diffusion transformer: normalisation, attention, MLP, embeddings of t and label."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "NORM_EPS",
+    "Attention",
+    "LabelEmbedding",
+    "SwiGLU",
+    "TimestepEmbedding",
+    "modulate",
+    "proportional_attention",
+    "swiglu_hidden",
+]
+
+NORM_EPS = torch.finfo(torch.float32).eps
+"""Of every RMSNorm, as in the release; fixed, because torch's default changes with the dtype."""
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """adaLN: x (1 + scale) + shift. Shapes: x [B, K, C], shift and scale [B, C]."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def proportional_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None) -> Tensor:
+    """Attention in which a key of a cluster of s tokens counts s times: log s on its logit.
+
+    Equal to attention over the s duplicated tokens. On a GPU the bias rides in an extra channel
+    (k holds log s, q the inverse softmax scale, v zero), because a float mask shuts out the flash
+    kernels; on a CPU the mask is the cheaper form.
+
+    Shapes: q, k, v [B, H, K, C/H], log_sizes [K] or None for all sizes 1 -> [B, H, K, C/H].
+    Source: LGM paper, proportional attention; the extra channel is ours.
+    """
+    if log_sizes is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    if q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=log_sizes.to(q.dtype)[None, :])
+    return _extra_channel_attention(q, k, v, log_sizes)
+
+
+def _extra_channel_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> Tensor:
+    """The mask-free form. Head widths are padded to a multiple of 8, as flash kernels ask."""
+    head_dim = q.shape[-1]
+    pad = 8 - head_dim % 8
+    extra_q = q.new_zeros(pad)
+    extra_q[0] = math.sqrt(head_dim)
+    extra_k = F.pad(log_sizes.to(k.dtype)[:, None], (0, pad - 1))  # [K, pad]
+    q = torch.cat((q, extra_q.expand(*q.shape[:-1], pad)), dim=-1)
+    k = torch.cat((k, extra_k.expand(*k.shape[:-1], pad)), dim=-1)
+    out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, pad)), scale=head_dim**-0.5)
+    return out[..., :head_dim]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with QK-norm and cluster sizes.
+
+    Shapes: x [B, K, C] -> [B, K, C].
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // num_heads, eps=NORM_EPS)
+        self.k_norm = nn.RMSNorm(width // num_heads, eps=NORM_EPS)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, log_sizes: Tensor | None) -> Tensor:
+        """Attend; see `proportional_attention`."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # [B, H, K, C/H]
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        out = proportional_attention(q, k, v, log_sizes)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def swiglu_hidden(width: int) -> int:
+    """Hidden width of the gated MLP: two thirds of the usual 4 x width."""
+    return int(2 / 3 * 4 * width)
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP: silu(a) * b with a, b from one projection. Shapes: [B, K, C] -> [B, K, C]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = swiglu_hidden(width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the MLP."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoidal features of t itself (not of 1000 t), then an MLP.
+
+    Shapes: t [B] in [0, 1] -> [B, C].
+    """
+
+    def __init__(self, width: int, num_features: int = 256) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.mlp = nn.Sequential(nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed t."""
+        half = self.num_features // 2
+        index = torch.arange(half, device=t.device, dtype=torch.float32)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * index / half)
+        features = torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)  # [B, 256]
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """Class table; its last row is the null label of classifier-free guidance.
+
+    Shapes: labels [B] int64 in [0, num_classes] -> [B, C].
+    """
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.table = nn.Embedding(num_classes + 1, width)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means 'no class'."""
+        return self.num_classes
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Look up."""
+        return self.table(labels)
