@@ -10,6 +10,7 @@ unconditional half is not computed where guidance is off.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -126,7 +127,7 @@ def sample(
     """
     z_t = noise
     grid = config.grid()
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    for t, t_next in itertools.pairwise(grid):
         times = torch.full((len(z_t),), t, device=z_t.device, dtype=torch.float32)
         if config.guided(t):
             v = guided_velocity(
