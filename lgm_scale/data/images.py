@@ -1,0 +1,250 @@
+"""Images: decoding anything to RGB, the two crops, and the data set of MDS image shards.
+
+Pixels are uint8 here; models turn them into [-1, 1]. Augmentation is keyed on (seed, epoch,
+sample), so it depends neither on workers and ranks nor on global random state, and a resumed epoch
+repeats it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from streaming import StreamingDataset
+
+from lgm_scale.data.manifest import Manifest, check_columns, check_shards, read_manifest
+from lgm_scale.errors import ConfigError, DataError
+
+__all__ = [
+    "EpochDataset",
+    "ImageDataset",
+    "center_crop",
+    "decode_image",
+    "random_flip",
+    "random_resized_crop",
+]
+
+MAX_SCALE = 1 / 0.8
+_AUGMENTATION_STREAM = 0x696D67  # keeps these draws apart from other uses of (seed, epoch, sample)
+
+
+def decode_image(data: bytes | str | os.PathLike[str], name: str | None = None) -> Image.Image:
+    """Decode an image of any mode completely, as RGB.
+
+    Transparency is laid over white; 16-bit gray is scaled (not clipped) to 8 bit. EXIF orientation
+    is not applied, as usual for ImageNet.
+
+    Args:
+        data: the bytes of an image file, or its path.
+        name: what to call it in messages; the path by default.
+
+    Units/range: uint8 RGB.
+    Raises: DataError naming the file if it is unreadable, truncated or of an unknown pixel format.
+    """
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
+    name = name or ("image" if isinstance(data, bytes) else str(data))
+    try:
+        with Image.open(source) as image:
+            image.load()
+            return _to_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise DataError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image of any mode to RGB."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_16_bit(image)
+    if image.mode == "F":
+        raise ValueError("pixels are floating point numbers, whose range is not known")
+    if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit gray to 8-bit RGB. Pillow's own conversion would clip at 255."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"pixels span {values.min()} to {values.max()}, outside of 16 bits")
+    gray = np.rint(values / 257).astype(np.uint8)
+    return Image.fromarray(gray).convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Scale the smaller side to `size` and cut the middle out.
+
+    Halved with a box filter while both sides are at least twice `size`, then bicubic.
+
+    Source: the centre crop of "Diffusion Models Beat GANs on Image Synthesis" (ADM), from its
+    description; FID references are made this way.
+    """
+    image = _resize_smaller_side(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = MAX_SCALE
+) -> Image.Image:
+    """Scale the smaller side to a random length in [size, size * max_scale]; cut at random.
+
+    Source: the training crop of ADM, from its description (box halving, then bicubic).
+    """
+    smaller = int(rng.integers(size, int(size * max_scale) + 1))
+    image = _resize_smaller_side(image, smaller)
+    left = int(rng.integers(image.width - size + 1))
+    top = int(rng.integers(image.height - size + 1))
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Mirror left and right with probability one half."""
+    if rng.random() < 0.5:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image
+
+
+def _resize_smaller_side(image: Image.Image, smaller: int) -> Image.Image:
+    """Scale so that the smaller side is exactly `smaller`: box halving, then bicubic."""
+    while min(image.size) >= 2 * smaller:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = smaller / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if (width, height) == image.size:
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+class EpochDataset(StreamingDataset):
+    """A StreamingDataset that knows its epoch in every worker, and does not end early in silence.
+
+    `epoch` is 0 before the first iteration.
+    """
+
+    epoch: int = 0
+
+    def _resume_incr_epoch(self) -> tuple[int, int]:
+        # The one place where each worker's copy learns the epoch, resumed or not. The public
+        # `next_epoch` is shared by the workers and changes while the others still read it.
+        self.epoch, sample_in_epoch = super()._resume_incr_epoch()
+        return self.epoch, sample_in_epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Iterate over this worker's part of an epoch.
+
+        Raises: DataError if a shard could not be fetched. (The base class ends the epoch then, as
+            if it were complete.)
+        """
+        yield from super().__iter__()
+        event = getattr(self, "_event", None)
+        if event is not None and event.is_set():
+            where = ", ".join(str(stream.remote or stream.local) for stream in self.streams)
+            raise DataError(
+                f"Reading {where} failed in epoch {self.epoch}: a shard could not be fetched (the "
+                "cause is logged above). The epoch is incomplete; resume from the last checkpoint "
+                "once the storage answers."
+            )
+
+
+class ImageDataset(EpochDataset):
+    """Images and labels from MDS shards written by `data_tools.images_to_mds`.
+
+    An item is {"images": uint8 [3, S, S], "labels": int64 [], "sample_ids": int64 []}; the sample
+    id is the index in the data set. `dataset[i]` works too; with `train=False` it is the stored
+    image, centre-cropped only where its size is not S x S.
+
+    Args:
+        local: MDS folder, or the cache folder when `remote` is given.
+        remote: where the shards come from; None if `local` is complete.
+        image_size: S.
+        train: shuffle, crop and flip at random.
+        seed: of the order and the augmentation.
+        batch_size: per device, as `StreamingDataset` needs it for the partition into batches.
+        max_scale: largest scale before the random crop; 1 for no scaling.
+        predownload: samples to fetch ahead; None for streaming's default.
+        cache_limit: of `local`, like "100gb"; None for no limit.
+        download_retry: tries after the first one fails.
+        download_timeout: seconds per try.
+
+    Raises: DataError if `local` (without `remote`) is not a complete MDS folder of images, or a
+        remote has other columns.
+    """
+
+    manifest: Manifest | None
+
+    def __init__(
+        self,
+        local: str | os.PathLike[str],
+        remote: str | None = None,
+        *,
+        image_size: int,
+        train: bool,
+        seed: int,
+        batch_size: int,
+        max_scale: float = MAX_SCALE,
+        predownload: int | None = None,
+        cache_limit: int | str | None = None,
+        download_retry: int = 2,
+        download_timeout: float = 60,
+    ) -> None:
+        if max_scale < 1:
+            raise ConfigError(f"max_scale is {max_scale}: an image must not become smaller than S")
+        self.manifest = None
+        if remote is None:
+            self.manifest = read_manifest(local, "images")
+            check_shards(local)
+        super().__init__(
+            local=str(local),
+            remote=remote,
+            batch_size=batch_size,
+            shuffle=train,
+            shuffle_seed=seed,
+            num_canonical_nodes=1,  # fixed: the order must not depend on the number of nodes
+            predownload=predownload,
+            cache_limit=cache_limit,
+            download_retry=download_retry,
+            download_timeout=download_timeout,
+        )
+        if remote is not None:
+            for shard in self.shards:
+                check_columns(getattr(shard, "column_names", ()), "images", remote)
+            if (Path(local) / "manifest.json").is_file():
+                self.manifest = read_manifest(local, "images")
+        self.image_size = image_size
+        self.train = train
+        self.seed = seed
+        self.max_scale = max_scale
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, torch.Tensor]:
+        """Decode, crop and (in training) augment one sample."""
+        sample = super().get_item(sample_id, retry)
+        image = decode_image(sample["image"], f"sample {sample_id} of {self.streams[0].local}")
+        if self.train:
+            rng = np.random.default_rng(
+                [self.seed, self.epoch, int(sample_id), _AUGMENTATION_STREAM]
+            )
+            image = random_resized_crop(image, self.image_size, rng, self.max_scale)
+            image = random_flip(image, rng)
+        elif image.size != (self.image_size, self.image_size):
+            image = center_crop(image, self.image_size)
+        pixels = np.array(image).transpose(2, 0, 1)  # [3, S, S]
+        return {
+            "images": torch.from_numpy(np.ascontiguousarray(pixels)),
+            "labels": torch.tensor(int(sample["label"]), dtype=torch.int64),
+            "sample_ids": torch.tensor(int(sample_id), dtype=torch.int64),
+        }

@@ -1,0 +1,234 @@
+"""What an MDS folder holds: `manifest.json` beside the shards, and the checks made with it.
+
+The manifest says what the shards cannot: which of our two kinds of data they are, the names of the
+classes and how many samples each has. Here are also the two habits of every command that writes a
+data set: a folder is complete or absent, and what does not fit is refused with a way out. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from lgm_scale.errors import DataError
+
+__all__ = [
+    "COLUMNS",
+    "MANIFEST_NAME",
+    "Manifest",
+    "check_columns",
+    "check_shards",
+    "read_manifest",
+    "write_manifest",
+    "written_aside",
+]
+
+MANIFEST_NAME = "manifest.json"
+COLUMNS = {
+    "images": frozenset({"image", "label"}),
+    "latents": frozenset({"latents", "latents_flipped", "label"}),
+}
+_MAKE = {
+    "images": "python -m data_tools.images_to_mds IMAGE_FOLDER {folder}",
+    "latents": "python -m data_tools.encode_latents (see its --help)",
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Contents of an MDS folder.
+
+    Args:
+        kind: "images" or "latents".
+        num_samples: samples in all shards.
+        classes: names of the classes; label i is `classes[i]`.
+        class_counts: samples of each class, in the same order.
+        image_size: side of every (square) image, None where sizes differ.
+        extra: whatever the command that wrote the folder wants to remember (JSON values).
+    """
+
+    kind: str
+    num_samples: int
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    image_size: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+
+def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
+    """Write `manifest.json` into `folder`, aside first, so that it is whole or absent."""
+    path = Path(folder) / MANIFEST_NAME
+    aside = path.with_name(f"{MANIFEST_NAME}.partial")
+    aside.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
+    aside.replace(path)
+    return path
+
+
+def read_manifest(folder: str | os.PathLike[str], kind: str) -> Manifest:
+    """Read and check the manifest of an MDS folder.
+
+    Args:
+        folder: folder with `index.json`, shards and `manifest.json`.
+        kind: what the caller needs, "images" or "latents".
+
+    Raises: DataError if the folder is missing, empty, damaged, of the other kind, or if its
+        manifest and its shards disagree.
+    """
+    folder = Path(folder)
+    fix = f"Make it with: {_MAKE[kind].format(folder=folder)}"
+    shards = _read_index(folder, kind, fix)
+    for shard in shards:
+        check_columns(shard.get("column_names", ()), kind, str(folder))
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise DataError(
+            f"{path} is missing: the folder holds MDS shards of {kind} but not the names of their "
+            f"classes. {fix}"
+        )
+    manifest = _parse_manifest(path, fix)
+    if manifest.kind != kind:
+        raise DataError(f"{path} says kind {manifest.kind!r}, but {kind!r} is needed here. {fix}")
+    num_indexed = sum(int(shard["samples"]) for shard in shards)
+    if num_indexed != manifest.num_samples or sum(manifest.class_counts) != num_indexed:
+        raise DataError(
+            f"{path} counts {manifest.num_samples} samples ({sum(manifest.class_counts)} over its "
+            f"classes), but {folder / 'index.json'} counts {num_indexed}: they do not belong "
+            f"together. Delete the folder. {fix}"
+        )
+    if num_indexed == 0:
+        raise DataError(f"{folder} holds 0 samples: at least 1 is needed. {fix}")
+    return manifest
+
+
+def check_columns(columns: Any, kind: str, where: str) -> None:
+    """Raise DataError unless MDS shards have the columns of `kind`."""
+    if set(columns) == COLUMNS[kind]:
+        return
+    found = next((name for name, known in COLUMNS.items() if known == set(columns)), None)
+    what = found or f"columns {sorted(columns)}"
+    hint = (
+        " Training images must be encoded first: python -m data_tools.encode_latents (see --help)."
+        if (kind, found) == ("latents", "images")
+        else " Give the folder that data_tools.images_to_mds wrote."
+        if kind == "images"
+        else " Give the folder that data_tools.encode_latents wrote."
+    )
+    raise DataError(
+        f"{where} holds {what}, but {kind} (columns {sorted(COLUMNS[kind])}) are needed here.{hint}"
+    )
+
+
+def check_shards(folder: str | os.PathLike[str]) -> None:
+    """Raise DataError for a shard file that is missing or has the wrong size.
+
+    The streaming library would end an epoch early, and silently, at such a shard. Only for
+    folders that are complete on this machine, not for a cache that fills up as training goes.
+    """
+    folder = Path(folder)
+    for shard in _read_index(folder, "images", ""):
+        files = [info for info in (shard.get("raw_data"), shard.get("zip_data")) if info]
+        sizes = [
+            (folder / info["basename"]).stat().st_size
+            if (folder / info["basename"]).is_file()
+            else None
+            for info in files
+        ]
+        if any(size == info["bytes"] for size, info in zip(sizes, files, strict=True)):
+            continue
+        name, wanted = files[0]["basename"], files[0]["bytes"]
+        found = "is missing" if sizes[0] is None else f"has {sizes[0]} bytes instead of {wanted}"
+        raise DataError(
+            f"{folder / name} {found}, but index.json lists it: the copy is incomplete. "
+            f"Copy {folder.name} again or make it anew."
+        )
+
+
+@contextmanager
+def written_aside(
+    folder: str | os.PathLike[str], own_names: tuple[str, ...], command: str
+) -> Iterator[Path]:
+    """Yield `folder` + ".partial" to write into; rename it to `folder` if nothing goes wrong.
+
+    Args:
+        folder: the final folder; must be absent or empty.
+        own_names: patterns of the names that the command itself writes. What an interrupted run
+            left aside is deleted only if it holds nothing else.
+        command: name of the command, for messages.
+
+    Raises: DataError if either folder holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(
+            f"{folder} exists and is not a finished result of {command} with these arguments: it "
+            "is never overwritten. Choose another folder, or delete this one."
+        )
+    aside = folder.with_name(f"{folder.name}.partial")
+    if aside.exists():
+        names = sorted(os.listdir(aside)) if aside.is_dir() else [aside.name]
+        foreign = [name for name in names if not any(fnmatch(name, own) for own in own_names)]
+        if foreign:
+            raise DataError(
+                f"{aside} is where {command} writes first, but it holds {foreign[0]!r}, which is "
+                "not from there. Move it away."
+            )
+        shutil.rmtree(aside)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    yield aside
+    aside.replace(folder)
+
+
+def _read_index(folder: Path, kind: str, fix: str) -> list[dict[str, Any]]:
+    """List the shards of an MDS folder."""
+    if not folder.exists():
+        raise DataError(f"{folder} does not exist: an MDS folder of {kind} is needed. {fix}")
+    path = folder / "index.json"
+    if not path.is_file():
+        nested = sorted(child.parent.name for child in folder.glob("*/index.json"))
+        hint = f"Did you mean {folder / nested[0]}?" if nested else fix
+        what = "is not a folder" if not folder.is_dir() else "has no index.json"
+        raise DataError(f"{folder} {what}: an MDS folder of {kind} is needed. {hint}")
+    try:
+        shards = json.loads(path.read_text())["shards"]
+        return [{**shard, "samples": int(shard["samples"])} for shard in shards]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not an index of MDS shards ({error}). Delete the folder. {fix}"
+        ) from error
+
+
+def _parse_manifest(path: Path, fix: str) -> Manifest:
+    """Parse `manifest.json`."""
+    try:
+        values = json.loads(path.read_text())
+        size = values["image_size"]
+        manifest = Manifest(
+            kind=str(values["kind"]),
+            num_samples=int(values["num_samples"]),
+            classes=tuple(str(name) for name in values["classes"]),
+            class_counts=tuple(int(count) for count in values["class_counts"]),
+            image_size=None if size is None else int(size),
+            extra=dict(values["extra"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Delete the folder. {fix}"
+        ) from error
+    if len(manifest.classes) != len(manifest.class_counts):
+        raise DataError(
+            f"{path} names {len(manifest.classes)} classes but counts "
+            f"{len(manifest.class_counts)}: one count per class. Delete the folder. {fix}"
+        )
+    return manifest
