@@ -134,7 +134,7 @@ class MergeTree:
         self.merges = merges.to("cpu", torch.int64)
         self.heights = heights.to("cpu", torch.float64)
         self.num_blocks = int(num_blocks)
-        self._cuts: dict[int, MergeAssignment] = {}
+        self._cuts: dict[tuple[int, str], MergeAssignment] = {}
         self._check()
 
     @property
@@ -182,8 +182,8 @@ class MergeTree:
             num_blocks,
         )
 
-    def assignment(self, num_tokens: int) -> MergeAssignment:
-        """Cut the tree at K clusters.
+    def assignment(self, num_tokens: int, device: torch.device | str = "cpu") -> MergeAssignment:
+        """Cut the tree at K clusters. Cuts are kept, so a step costs a dictionary look-up.
 
         Raises: ConfigError unless num_blocks <= K <= N.
         """
@@ -193,11 +193,11 @@ class MergeTree:
                 f"num_tokens: {num_tokens} is outside [{self.num_blocks}, {size}], the range of "
                 f"this merge tree ({self.num_blocks} blocks that never merge, {size} base tokens)"
             )
-        if num_tokens not in self._cuts:
-            self._cuts[num_tokens] = MergeAssignment.from_labels(
-                torch.from_numpy(self._roots(size - num_tokens))
-            )
-        return self._cuts[num_tokens]
+        key = (num_tokens, str(device))
+        if key not in self._cuts:
+            labels = torch.from_numpy(self._roots(size - num_tokens))
+            self._cuts[key] = MergeAssignment.from_labels(labels).to(device)
+        return self._cuts[key]
 
     def _roots(self, num_merges: int) -> np.ndarray:
         """For each leaf, the node that holds it after the first `num_merges` merges: [N]."""
@@ -270,8 +270,8 @@ def straight_through_merge(
 ) -> Tensor:
     """Merge and unmerge with a gradient to the embeddings.
 
-    The value is exactly that of `unmerge(merge(z))`; the gradient is that of a soft assignment
-    to the (detached) cluster centroids.
+    The value is that of `unmerge(merge(z))`, up to rounding; the gradient is that of a soft
+    assignment to the (detached) cluster centroids.
 
     Shapes: z [B, N, D], embeddings [N, E] -> [B, N, D].
     Source: LGM paper, straight-through estimator.

@@ -1,0 +1,239 @@
+"""The image tokenizer: encoder, soft quantizer, merging, decoder.
+
+Source: LGM paper; the SoftVQ backbone on timm vision transformers. Images are in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lgm_scale.errors import ConfigError
+from lgm_scale.merging import MergeTree, cosine_similarity
+from lgm_scale.models.length_control import LearnedMerging
+from lgm_scale.models.quantizer import SoftQuantizer
+
+__all__ = ["TOKENIZER_SIZES", "Tokenizer", "TokenizerOutput", "TokenizerSize"]
+
+
+@dataclass(frozen=True)
+class TokenizerSize:
+    """Width, layers and heads of encoder and decoder; initial layer scale (None: no scale)."""
+
+    width: int
+    depth: int
+    num_heads: int
+    layer_scale: float | None
+
+
+TOKENIZER_SIZES = {
+    #                    width depth heads layer scale
+    "tiny": TokenizerSize(96, 2, 3, None),
+    "s": TokenizerSize(384, 12, 6, 1e-5),
+    "b": TokenizerSize(768, 12, 12, 1e-5),
+    "l": TokenizerSize(1024, 24, 16, 1e-5),
+}
+
+
+class TokenizerOutput(NamedTuple):
+    """What the losses read.
+
+    Shapes: reconstruction [B, 3, S, S]; z [B, N, D], quantized and not merged;
+    code_logits [num_codebooks, M, codebook_size]; similarity [N, N] of the merge embeddings.
+    """
+
+    reconstruction: Tensor
+    z: Tensor
+    code_logits: Tensor
+    similarity: Tensor
+
+
+def sincos_positions(grid: int, width: int, extent: float) -> Tensor:
+    """2-D sine-cosine table of a grid x grid lattice stretched over [0, extent): [grid^2, C].
+
+    Lattices of different density over one extent agree in position.
+    """
+    centres = (torch.arange(grid, dtype=torch.float64) + 0.5) * (extent / grid)
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = centres[:, None] * frequencies  # [grid, C/4]
+    axis = torch.cat((angles.sin(), angles.cos()), dim=-1)  # [grid, C/2]
+    rows = axis[:, None, :].expand(grid, grid, -1)
+    columns = axis[None, :, :].expand(grid, grid, -1)
+    return torch.cat((rows, columns), dim=-1).reshape(grid * grid, -1).float()
+
+
+def _vision_transformer(size: TokenizerSize, image_size: int, patch_size: int) -> VisionTransformer:
+    return VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.num_heads,
+        init_values=size.layer_scale,
+        num_classes=0,
+        global_pool="",
+    )
+
+
+def _run_blocks(vit: VisionTransformer, x: Tensor) -> Tensor:
+    for block in vit.blocks:
+        x = block(x)
+    return vit.norm(x)
+
+
+class Encoder(nn.Module):
+    """Image to N latent tokens. Shapes: images [B, 3, S, S] in [-1, 1] -> [B, N, C]."""
+
+    def __init__(
+        self, size: TokenizerSize, image_size: int, patch_size: int, num_base_tokens: int
+    ) -> None:
+        super().__init__()
+        self.num_base_tokens = num_base_tokens
+        self.vit = _vision_transformer(size, image_size, patch_size)
+        self.latent_tokens = nn.Parameter(torch.empty(1, num_base_tokens, size.width))
+        self.latent_pos_embed = nn.Parameter(torch.empty(1, num_base_tokens, size.width))
+        nn.init.normal_(self.latent_tokens, std=0.02)
+        nn.init.trunc_normal_(self.latent_pos_embed, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run image and latent tokens jointly; keep the latents."""
+        vit = self.vit
+        x = vit.patch_embed(images)  # [B, P, C]
+        x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed
+        latents = (self.latent_tokens + self.latent_pos_embed).expand(len(x), -1, -1)
+        x = torch.cat((x, latents.to(x.dtype)), dim=1)  # [B, 1 + P + N, C]
+        return _run_blocks(vit, x)[:, -self.num_base_tokens :]
+
+
+class Decoder(nn.Module):
+    """N latent tokens to per-patch values. Shapes: [B, N, D] -> [B, P, out_dim]."""
+
+    def __init__(
+        self,
+        size: TokenizerSize,
+        image_size: int,
+        patch_size: int,
+        num_base_tokens: int,
+        latent_dim: int,
+        out_dim: int,
+    ) -> None:
+        super().__init__()
+        self.vit = _vision_transformer(size, image_size, patch_size)
+        self.num_patches = self.vit.patch_embed.num_patches
+        self.vit.patch_embed = nn.Identity()  # it reads no image: no idle weights
+        self.latent_in = nn.Linear(latent_dim, size.width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, size.width))
+        self.latent_pos_embed = nn.Parameter(torch.empty(1, num_base_tokens, size.width))
+        self.out = nn.Linear(size.width, out_dim)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.latent_pos_embed, std=0.02)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Run mask tokens and latents jointly; keep the image positions."""
+        vit = self.vit
+        latents = self.latent_in(z) + self.latent_pos_embed.to(z.dtype)  # [B, N, C]
+        masks = self.mask_token.expand(len(z), self.num_patches, -1)
+        x = torch.cat((vit.cls_token.expand(len(z), -1, -1), masks), dim=1) + vit.pos_embed
+        x = torch.cat((x.to(latents.dtype), latents), dim=1)  # [B, 1 + P + N, C]
+        return self.out(_run_blocks(vit, x)[:, 1 : 1 + self.num_patches])
+
+
+class Tokenizer(nn.Module):
+    """Images to N latents, and back from any K of them.
+
+    Args:
+        size: A key of `TOKENIZER_SIZES`.
+        image_size: Pixels per side, divisible by patch_size.
+        patch_size: Of the vision transformers.
+        num_base_tokens: N.
+        latent_dim: D.
+        num_codebooks: Segments of the quantizer, and blocks within which tokens may merge.
+        codebook_size: Codes per segment.
+        latent_init: 'normal' (published), or 'sincos': latents and patches start from one
+            sine-cosine lattice, in encoder and decoder. A short run from scratch needs it; a
+            pretrained encoder does not (ours).
+    """
+
+    def __init__(
+        self,
+        size: str,
+        image_size: int,
+        patch_size: int,
+        num_base_tokens: int,
+        latent_dim: int,
+        num_codebooks: int = 4,
+        codebook_size: int = 8192,
+        latent_init: str = "normal",
+    ) -> None:
+        super().__init__()
+        row = TOKENIZER_SIZES[size]
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.num_base_tokens = num_base_tokens
+        self.latent_dim = latent_dim
+        self.encoder = Encoder(row, image_size, patch_size, num_base_tokens)
+        self.to_latent = nn.Linear(row.width, latent_dim)
+        self.quantizer = SoftQuantizer(num_codebooks, codebook_size, latent_dim)
+        self.merging = LearnedMerging(num_base_tokens, num_codebooks)
+        self.decoder = Decoder(
+            row, image_size, patch_size, num_base_tokens, latent_dim, 3 * patch_size**2
+        )
+        if latent_init == "sincos":
+            self._start_from_sincos(row.width)
+
+    def _start_from_sincos(self, width: int) -> None:
+        patches = self.image_size // self.patch_size
+        latents = round(self.num_base_tokens**0.5)
+        with torch.no_grad():
+            for part in (self.encoder, self.decoder):
+                part.vit.pos_embed[0, 1:] = sincos_positions(patches, width, patches)
+                part.latent_pos_embed[0] = sincos_positions(latents, width, patches)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Quantized latents at full length. Shapes: [B, 3, S, S] in [-1, 1] -> [B, N, D]."""
+        return self._encode(images)[0]
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            height, width = images.shape[-2:]
+            raise ConfigError(
+                f"images of {height}x{width} given to a tokenizer of {self.image_size} pixels"
+            )
+        return self.quantizer(self.to_latent(self.encoder(images)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixels from (unmerged) latents. Shapes: [B, N, D] -> [B, 3, S, S], about [-1, 1]."""
+        grid = self.image_size // self.patch_size
+        return rearrange(
+            self.decoder(z),
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=grid, p=self.patch_size, q=self.patch_size,
+        )  # fmt: skip
+
+    def merge_tree(self) -> MergeTree:
+        """The learned tree, without exploration noise."""
+        return self.merging.tree()
+
+    def reconstruct(self, images: Tensor, num_tokens: int) -> Tensor:
+        """Encode, merge to K tokens, expand, decode. Shapes: [B, 3, S, S] -> the same."""
+        assignment = self.merge_tree().assignment(num_tokens, images.device)
+        return self.decode(assignment.unmerge(assignment.merge(self.encode(images))))
+
+    def forward(
+        self, images: Tensor, num_tokens: int, exploration: np.ndarray | None = None
+    ) -> TokenizerOutput:
+        """One training pass at K tokens. Shapes: images [B, 3, S, S] in [-1, 1]."""
+        z, code_logits = self._encode(images)
+        merged = self.merging(z, num_tokens, exploration)
+        return TokenizerOutput(
+            reconstruction=self.decode(merged),
+            z=z,
+            code_logits=code_logits,
+            similarity=cosine_similarity(self.merging.embeddings),
+        )
