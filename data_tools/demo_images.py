@@ -68,7 +68,7 @@ PHOTOGRAPHS = (
     Photograph("coffee", "skimage", "data/coffee.png"),
     Photograph("coins", "skimage", "data/coins.png"),
     Photograph("flower", "sklearn", "datasets/images/flower.jpg", "bottom", (0.1, 0.0, 0.85, 1.0)),
-    Photograph("grace_hopper", "matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+    Photograph("grace_hopper", "matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "bottom"),
     Photograph("grass", "skimage", "data/grass.png"),
     Photograph("gravel", "skimage", "data/gravel.png"),
     Photograph("hubble_deep_field", "skimage", "data/hubble_deep_field.jpg"),

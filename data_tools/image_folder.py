@@ -1,0 +1,131 @@
+"""The image folder, SRC/<class>/<image>: what is in it, in an order that does not depend on the disk.
+
+Only names and sizes are looked at here; `data_tools.images_to_mds` opens the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+from lgm_scale.errors import DataError
+
+__all__ = ["ImageFile", "ImageFolder", "list_image_folder"]
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One image of an image folder: its path, its name relative to SRC, its label."""
+
+    path: Path
+    name: str
+    label: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a scan of SRC found, in the order of the shards."""
+
+    classes: tuple[str, ...]
+    files: tuple[ImageFile, ...]
+    num_ignored: int  # files that are not images
+
+    def fingerprint(self) -> str:
+        """Hash of the relative names and sizes."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.name}\0{file.num_bytes}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def list_image_folder(source: Path) -> ImageFolder:
+    """List SRC/<class>/<image> in sorted order.
+
+    Hidden files are passed over; other files that are no images are counted.
+
+    Raises: DataError for anything that is not such a folder.
+    """
+    if not source.is_dir():
+        what = "is not a folder" if source.exists() else "does not exist"
+        raise DataError(f"{source} {what}: give a folder with one sub-folder of images per class")
+    entries = _visible(source)
+    loose = [name for name, entry in entries if entry.is_file()]
+    loose_images = [name for name in loose if _is_image(name)]
+    if loose_images:
+        raise DataError(
+            f"{source} holds {len(loose_images)} images directly (such as {loose_images[0]}): "
+            "every image must lie in the sub-folder of its class, SRC/<class>/<image>"
+        )
+    folders = [(name, entry) for name, entry in entries if entry.is_dir()]
+    if not folders:
+        found = f"only files such as {loose[0]}" if loose else "nothing"
+        raise DataError(f"{source} holds {found}: one sub-folder of images per class is needed")
+    _check_class_names(source, [name for name, _ in folders])
+    files: list[ImageFile] = []
+    num_ignored = len(loose)
+    for label, (class_name, folder) in enumerate(folders):
+        found_files, ignored = _list_class(Path(folder.path), class_name, label)
+        files.extend(found_files)
+        num_ignored += ignored
+    return ImageFolder(tuple(name for name, _ in folders), tuple(files), num_ignored)
+
+
+def _visible(folder: Path) -> list[tuple[str, os.DirEntry[str]]]:
+    """List (NFC name, entry) of what is not hidden, sorted by name."""
+    with os.scandir(folder) as entries:
+        named = [(unicodedata.normalize("NFC", entry.name), entry) for entry in entries]
+    return sorted(
+        (pair for pair in named if not pair[0].startswith(".")),
+        key=lambda pair: (pair[0], pair[1].name),
+    )
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _check_class_names(source: Path, names: list[str]) -> None:
+    """Raise DataError if two class names differ only in case or Unicode form."""
+    seen: dict[str, str] = {}
+    for name in names:
+        key = unicodedata.normalize("NFC", name.casefold())
+        if key in seen:
+            raise DataError(
+                f"{source} holds two class folders of one name, {seen[key]!r} and {name!r} (equal "
+                "up to case or Unicode form): rename one or put their images together"
+            )
+        seen[key] = name
+
+
+def _list_class(folder: Path, class_name: str, label: int) -> tuple[list[ImageFile], int]:
+    """List the images of one class, and count what is not an image."""
+    files = []
+    num_ignored = 0
+    nested = None
+    for name, entry in _visible(folder):
+        if entry.is_dir():
+            nested = nested or name
+        elif _is_image(name):
+            relative = f"{class_name}/{name}"
+            size = os.stat(entry.path).st_size if os.path.exists(entry.path) else 0
+            files.append(ImageFile(Path(entry.path), relative, label, size))
+        else:
+            num_ignored += 1
+    if nested is not None:
+        raise DataError(
+            f"class folder {folder} holds another folder, {nested!r}: images must lie at "
+            "SRC/<class>/<image>. Is SRC the folder above the one with the classes "
+            "(give SRC/train, for instance)?"
+        )
+    if not files:
+        raise DataError(
+            f"class folder {folder} holds no image ({', '.join(SUFFIXES)}): delete it, or put the "
+            "images of its class there"
+        )
+    return files, num_ignored
