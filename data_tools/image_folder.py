@@ -1,4 +1,4 @@
-"""The image folder, SRC/<class>/<image>: what is in it, in an order that does not depend on the disk.
+"""The image folder, SRC/<class>/<image>: its images, in an order independent of the disk.
 
 Only names and sizes are looked at here; `data_tools.images_to_mds` opens the images.
 """

@@ -178,7 +178,7 @@ class ImageDataset(EpochDataset):
         max_scale: largest scale before the random crop; 1 for no scaling.
         predownload: samples to fetch ahead; None for streaming's default.
         cache_limit: of `local`, like "100gb"; None for no limit.
-        download_retry: tries after the first one fails.
+        download_retry: tries to fetch a shard, at least 1.
         download_timeout: seconds per try.
 
     Raises: DataError if `local` (without `remote`) is not a complete MDS folder of images, or a

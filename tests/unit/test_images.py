@@ -1,0 +1,366 @@
+"""Decoding, crops, manifests and the image data set."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from streaming import MDSWriter, StreamingDataLoader
+from torch.utils.data import DataLoader
+
+from lgm_scale.data.images import ImageDataset, center_crop, decode_image, random_resized_crop
+from lgm_scale.data.manifest import (
+    Manifest,
+    check_shards,
+    read_manifest,
+    write_manifest,
+    written_aside,
+)
+from lgm_scale.errors import DataError
+
+SIZE = 16
+
+
+def image_bytes(image: Image.Image, image_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def noise_image(seed: int, width: int = 24, height: int = 20) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def write_images(folder: Path, num_samples: int, kind: str = "images") -> Path:
+    """An MDS folder of noise images, label i % 3."""
+    columns = {"image": "bytes", "label": "int"}
+    with MDSWriter(out=str(folder), columns=columns, size_limit=1 << 14) as writer:
+        for i in range(num_samples):
+            writer.write({"image": image_bytes(noise_image(i), "PNG"), "label": i % 3})
+    counts = tuple(len(range(c, num_samples, 3)) for c in range(3))
+    write_manifest(folder, Manifest(kind, num_samples, ("a", "b", "c"), counts))
+    return folder
+
+
+def dataset_of(folder: Path, **changes) -> ImageDataset:
+    values = {"image_size": SIZE, "train": True, "seed": 7, "batch_size": 4, **changes}
+    return ImageDataset(folder, **values)
+
+
+def by_sample(batches) -> dict[int, torch.Tensor]:
+    return {
+        int(sample_id): image
+        for batch in batches
+        for sample_id, image in zip(batch["sample_ids"], batch["images"], strict=True)
+    }
+
+
+def same(left: dict[int, torch.Tensor], right: dict[int, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[i], right[i]) for i in left)
+
+
+# Decoding
+
+
+def test_gray_becomes_equal_channels():
+    image = decode_image(image_bytes(Image.new("L", (3, 2), 77), "PNG"))
+    assert image.mode == "RGB"
+    assert image.getpixel((0, 0)) == (77, 77, 77)
+
+
+def test_cmyk_becomes_rgb():
+    red = Image.new("RGB", (8, 8), (250, 10, 10)).convert("CMYK")
+    r, g, b = decode_image(image_bytes(red, "JPEG", quality=100)).getpixel((4, 4))
+    assert r > 200
+    assert max(g, b) < 50
+
+
+def test_palette_with_transparency_lies_over_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    decoded = decode_image(image_bytes(image, "PNG", transparency=0))
+    assert decoded.getpixel((0, 0)) == (255, 255, 255)
+    assert decoded.getpixel((1, 0)) == (40, 50, 60)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_half_transparent_black_is_half_white(mode):
+    color = (0, 128) if mode == "LA" else (0, 0, 0, 128)
+    pixel = decode_image(image_bytes(Image.new(mode, (2, 2), color), "PNG")).getpixel((0, 0))
+    assert pixel == (127, 127, 127)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_16_bit_is_scaled_not_clipped(image_format):
+    values = np.array([[0, 255, 257, 32768, 65535]], dtype=np.uint16)
+    decoded = decode_image(image_bytes(Image.fromarray(values), image_format))
+    assert np.asarray(decoded)[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+
+
+def test_palette_one_bit_and_gif_become_rgb():
+    for image, image_format in ((Image.new("1", (4, 4), 1), "PNG"), (noise_image(0), "GIF")):
+        assert decode_image(image_bytes(image, image_format)).mode == "RGB"
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+def test_truncated_image_is_named(image_format, tmp_path):
+    data = image_bytes(noise_image(0, 64, 64), image_format)
+    path = tmp_path / "cut.img"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"cut\.img cannot be read as an image"):
+        decode_image(path)
+
+
+def test_rubbish_and_float_images_are_named():
+    with pytest.raises(DataError, match=r"^x\.png cannot be read"):
+        decode_image(b"not an image", "x.png")
+    floats = image_bytes(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF")
+    with pytest.raises(DataError, match="floating point"):
+        decode_image(floats, "f.tif")
+
+
+# Crops
+
+
+def test_center_crop_keeps_the_middle():
+    pixels = np.zeros((8, 12, 3), np.uint8)
+    pixels[:, 2:10] = 200
+    assert np.asarray(center_crop(Image.fromarray(pixels), 8)).min() == 200
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 40), (100, 33), (5, 9), (64, 64)])
+def test_crops_have_the_size(size):
+    image = noise_image(1, *size)
+    assert center_crop(image, 16).size == (16, 16)
+    for seed in range(20):
+        assert random_resized_crop(image, 16, np.random.default_rng(seed)).size == (16, 16)
+
+
+def test_center_crop_is_box_means_at_a_power_of_two():
+    image = noise_image(2, 32, 32)
+    means = np.asarray(image, np.float64).reshape(8, 4, 8, 4, 3).mean((1, 3))
+    assert (
+        np.abs(np.asarray(center_crop(image, 8), np.float64) - means).max() <= 2.0
+    )  # Pillow rounds up, four times
+
+
+def test_random_crop_covers_the_scales():
+    gradient = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (100, 1))).convert("RGB")
+    spans = set()
+    for seed in range(60):
+        crop = np.asarray(random_resized_crop(gradient, 80, np.random.default_rng(seed)))
+        spans.add(int(crop[0, -1, 0]) - int(crop[0, 0, 0]))
+    assert min(spans) <= 80
+    assert max(spans) >= 98
+
+
+# The data set
+
+
+def test_items_have_the_documented_form(tmp_path):
+    dataset = dataset_of(write_images(tmp_path / "mds", 10), train=False)
+    item = dataset[4]
+    assert item["images"].shape == (3, SIZE, SIZE)
+    assert item["images"].dtype == torch.uint8
+    assert item["labels"].dtype == torch.int64
+    assert (int(item["labels"]), int(item["sample_ids"])) == (1, 4)
+    expected = np.asarray(center_crop(noise_image(4), SIZE)).transpose(2, 0, 1)
+    assert np.array_equal(item["images"].numpy(), expected)
+    assert dataset.manifest is not None
+    assert dataset.manifest.classes == ("a", "b", "c")
+
+
+def test_stored_size_is_not_touched_in_evaluation(tmp_path):
+    folder = tmp_path / "mds"
+    image = noise_image(0, SIZE, SIZE)
+    with MDSWriter(out=str(folder), columns={"image": "bytes", "label": "int"}) as writer:
+        writer.write({"image": image_bytes(image, "PNG"), "label": 0})
+    write_manifest(folder, Manifest("images", 1, ("a",), (1,), SIZE))
+    pixels = dataset_of(folder, train=False, batch_size=1)[0]["images"].numpy()
+    assert np.array_equal(pixels, np.asarray(image).transpose(2, 0, 1))
+
+
+def test_evaluation_is_in_order(tmp_path):
+    dataset = dataset_of(write_images(tmp_path / "mds", 10), train=False)
+    batches = DataLoader(dataset, batch_size=4)
+    assert [int(i) for batch in batches for i in batch["sample_ids"]] == list(range(10))
+
+
+def test_augmentation_does_not_depend_on_workers_or_global_state(tmp_path):
+    folder = write_images(tmp_path / "mds", 24)
+    torch.manual_seed(0)
+    alone = by_sample(DataLoader(dataset_of(folder), batch_size=4))
+    torch.manual_seed(1)
+    np.random.seed(1)
+    loader = DataLoader(dataset_of(folder), batch_size=4, num_workers=2, persistent_workers=True)
+    first, second = by_sample(loader), by_sample(loader)
+    assert len(alone) == 24
+    assert same(alone, first)
+    assert not any(torch.equal(first[i], second[i]) for i in range(24))
+    fresh = DataLoader(dataset_of(folder), batch_size=4)
+    assert same(alone, by_sample(fresh))
+    assert same(second, by_sample(fresh))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_epoch_repeats_the_augmentation(tmp_path, num_workers):
+    folder = write_images(tmp_path / "mds", 24)
+
+    def loader() -> StreamingDataLoader:
+        return StreamingDataLoader(dataset_of(folder), batch_size=4, num_workers=num_workers)
+
+    whole = loader()
+    _, second = by_sample(whole), list(whole)
+    interrupted = loader()
+    by_sample(interrupted)
+    batches = iter(interrupted)
+    for _ in range(2):
+        next(batches)
+    state = interrupted.state_dict()
+    assert state is not None
+    resumed = loader()
+    resumed.load_state_dict(state)
+    rest = list(resumed)
+    assert len(rest) == 4
+    for batch, expected in zip(rest, second[2:], strict=True):
+        assert torch.equal(batch["sample_ids"], expected["sample_ids"])
+        assert torch.equal(batch["images"], expected["images"])
+
+
+_RANK_PROGRAM = """
+import sys
+from torch.utils.data import DataLoader
+from lgm_scale.data.images import ImageDataset
+dataset = ImageDataset(sys.argv[1], image_size=16, train=True, seed=7, batch_size=int(sys.argv[2]))
+for batch in DataLoader(dataset, batch_size=int(sys.argv[2])):
+    print(*batch["sample_ids"].tolist(), flush=True)
+"""
+
+
+def unused_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run_ranks(folder: Path, num_ranks: int, global_batch_size: int, port: int) -> list[set[str]]:
+    """The set of samples of each global batch, from real processes."""
+    ranks = []
+    for rank in range(num_ranks):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-c", _RANK_PROGRAM, str(folder)]
+        command.append(str(global_batch_size // num_ranks))
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=120)[0].splitlines() for process in ranks]
+    assert all(process.returncode == 0 for process in ranks)
+    return [set(" ".join(lines).split()) for lines in zip(*outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_global_batches_do_not_depend_on_the_number_of_ranks(tmp_path):
+    folder = write_images(tmp_path / "mds", 24)
+    one = run_ranks(folder, 1, 8, unused_port())
+    two = run_ranks(folder, 2, 8, unused_port())
+    assert len(one) == 3
+    assert all(len(batch) == 8 for batch in one)
+    assert one == two
+
+
+def test_a_lost_shard_is_an_error_not_a_short_epoch(tmp_path):
+    folder = write_images(tmp_path / "mds", 24)
+    shards = sorted(folder.glob("shard.*.mds"))
+    assert len(shards) > 1
+    shards[-1].unlink()
+    with pytest.raises(DataError, match=r"missing, but index\.json lists it"):
+        dataset_of(folder)
+    remote = {"remote": str(folder), "train": False, "download_retry": 1}
+    for num_workers in (0, 2):
+        dataset = dataset_of(tmp_path / f"cache{num_workers}", **remote)
+        with pytest.raises(DataError, match="a shard could not be fetched"):
+            list(DataLoader(dataset, batch_size=4, num_workers=num_workers))
+
+
+# Manifests
+
+
+def test_manifest_survives_the_disk(tmp_path):
+    folder = write_images(tmp_path / "mds", 10)
+    manifest = read_manifest(folder, "images")
+    assert manifest == Manifest("images", 10, ("a", "b", "c"), (4, 3, 3), None, {})
+    check_shards(folder)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere does not exist.*data_tools\.images_to_mds"):
+        read_manifest(tmp_path / "nowhere", "images")
+    with pytest.raises(DataError, match=r"has no index\.json.*data_tools\.encode_latents"):
+        read_manifest(tmp_path, "latents")
+    write_images(tmp_path / "train", 3)
+    with pytest.raises(DataError, match=r"Did you mean .*train"):
+        read_manifest(tmp_path, "images")
+
+
+def test_the_wrong_kind_is_named(tmp_path):
+    folder = write_images(tmp_path / "mds", 3)
+    with pytest.raises(DataError, match=r"holds images, but latents .* must be encoded first"):
+        read_manifest(folder, "latents")
+    with pytest.raises(DataError, match="says kind 'latents'"):
+        read_manifest(write_images(tmp_path / "other", 3, kind="latents"), "images")
+
+
+def test_a_manifest_must_be_there_and_agree(tmp_path):
+    folder = write_images(tmp_path / "mds", 3)
+    write_manifest(folder, Manifest("images", 4, ("a",), (4,)))
+    with pytest.raises(DataError, match=r"counts 4 samples .* counts 3"):
+        read_manifest(folder, "images")
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="is damaged"):
+        read_manifest(folder, "images")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"manifest\.json is missing"):
+        read_manifest(folder, "images")
+
+
+def test_zero_samples_are_refused(tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps({"shards": [], "version": 2}))
+    write_manifest(tmp_path, Manifest("images", 0, ("a",), (0,)))
+    with pytest.raises(DataError, match="holds 0 samples"):
+        read_manifest(tmp_path, "images")
+
+
+def test_a_folder_is_complete_or_absent(tmp_path):
+    folder = tmp_path / "result"
+
+    def interrupted() -> None:
+        with written_aside(folder, ("part*",), "command") as aside:
+            aside.mkdir()
+            (aside / "part1").touch()
+            raise KeyboardInterrupt
+
+    for _ in range(2):  # the second time over the leftovers of the first
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert not folder.exists()
+    (tmp_path / "result.partial" / "thesis.tex").touch()
+    with pytest.raises(DataError, match=r"holds 'thesis\.tex'"):
+        interrupted()
