@@ -1,0 +1,254 @@
+"""What users share: a folder of safetensors weights, configuration, merge tree and statistics.
+
+    bundle/
+      bundle.json                format, kind, configuration, hash of every file
+      tokenizer.safetensors      EMA weights
+      merge_tree.safetensors
+      generator.safetensors      generator bundles: EMA weights, beside the tokenizer they need
+      latent_stats.safetensors
+
+No pickle: reading a bundle executes nothing. A file that does not match its hash is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig, load_config, to_dict
+from lgm_scale.data.latents import STATS_NAME, TREE_NAME, LatentStats
+from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.merging import MergeTree
+from lgm_scale.models.dit import MergeDiT
+from lgm_scale.models.tokenizer import Tokenizer
+
+__all__ = [
+    "GeneratorBundle",
+    "load_generator",
+    "load_tokenizer",
+    "read_bundle",
+    "save_generator_bundle",
+    "save_tokenizer_bundle",
+    "tokenizer_id",
+]
+
+FORMAT_VERSION = 1
+INFO_NAME = "bundle.json"
+TOKENIZER_NAME = "tokenizer.safetensors"
+GENERATOR_NAME = "generator.safetensors"
+
+
+@dataclass(frozen=True)
+class GeneratorBundle:
+    """A generator with all it needs to make images."""
+
+    net: MergeDiT
+    tokenizer: Tokenizer
+    tree: MergeTree
+    stats: LatentStats
+    classes: tuple[str, ...]
+    info: dict[str, Any]
+    """Contents of bundle.json."""
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file, as hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def build_tokenizer(config: TokenizerModelConfig) -> Tokenizer:
+    """A tokenizer with fresh weights."""
+    return Tokenizer(**to_dict(config))
+
+
+def build_generator(config: GeneratorModelConfig) -> MergeDiT:
+    """A generator with fresh weights."""
+    return MergeDiT.from_size(
+        config.size, config.latent_dim, config.num_base_tokens, config.num_classes
+    )
+
+
+def save_tokenizer_bundle(
+    folder: str | Path,
+    config: TokenizerModelConfig,
+    weights: dict[str, Tensor],
+    tree: MergeTree,
+    training: dict[str, Any],
+) -> None:
+    """Write a tokenizer bundle, aside first, so that it is complete or absent.
+
+    Args:
+        folder: Where to; replaced if it is a bundle already.
+        config: Of the model.
+        weights: State of the tokenizer.
+        tree: Its merge tree.
+        training: Anything about how it came about (steps, the run's configuration).
+    """
+    aside = _start(folder)
+    _save_weights(weights, aside / TOKENIZER_NAME)
+    tree.save(aside / TREE_NAME)
+    _finish(aside, folder, "tokenizer", {"tokenizer": to_dict(config)}, (), training)
+
+
+def save_generator_bundle(
+    folder: str | Path,
+    config: GeneratorModelConfig,
+    weights: dict[str, Tensor],
+    stats: LatentStats,
+    classes: tuple[str, ...],
+    tokenizer_bundle: str | Path,
+    training: dict[str, Any],
+) -> None:
+    """Write a generator bundle; tokenizer and merge tree are copied from the tokenizer's bundle.
+
+    Args:
+        folder: Where to; replaced if it is a bundle already.
+        config: Of the model.
+        weights: State of the generator.
+        stats: Of the latents it was trained on.
+        classes: Names of the classes.
+        tokenizer_bundle: Bundle of the tokenizer that made the latents.
+        training: Anything about how it came about.
+    """
+    source = read_bundle(tokenizer_bundle, "tokenizer")
+    aside = _start(folder)
+    for name in (TOKENIZER_NAME, TREE_NAME):
+        shutil.copyfile(Path(tokenizer_bundle) / name, aside / name)
+    _save_weights(weights, aside / GENERATOR_NAME)
+    stats.save(aside / STATS_NAME)
+    models = {"tokenizer": source["models"]["tokenizer"], "generator": to_dict(config)}
+    _finish(aside, folder, "generator", models, classes, training)
+
+
+def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+
+
+def _start(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if folder.exists() and not (folder / INFO_NAME).is_file() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} exists and is no bundle: choose another folder")
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def _finish(
+    aside: Path,
+    folder: str | Path,
+    kind: str,
+    models: dict[str, Any],
+    classes: tuple[str, ...],
+    training: dict[str, Any],
+) -> None:
+    info = {
+        "format": "lgm_scale.bundle",
+        "version": FORMAT_VERSION,
+        "kind": kind,
+        "models": models,
+        "classes": list(classes),
+        "files": {path.name: file_hash(path) for path in sorted(aside.iterdir())},
+        "training": training,
+    }
+    (aside / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n")
+    if Path(folder).exists():
+        shutil.rmtree(folder)
+    aside.rename(folder)
+
+
+def read_bundle(folder: str | Path, kind: str) -> dict[str, Any]:
+    """Read bundle.json, and check format, kind and every file's hash.
+
+    Raises: CheckpointError naming the folder, what was found and what is needed.
+    """
+    path = Path(folder) / INFO_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no bundle: it has no {INFO_NAME}")
+    try:
+        info = json.loads(path.read_text())
+        version, found = info["version"], info["kind"]
+        files: dict[str, str] = info["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format version {version}; this release reads version {FORMAT_VERSION}"
+        )
+    if found != kind and not (kind == "tokenizer" and found == "generator"):
+        raise CheckpointError(f"{folder} is a {found} bundle; a {kind} bundle is needed here")
+    for name, expected in files.items():
+        file = Path(folder) / name
+        if not file.is_file() or file_hash(file) != expected:
+            raise CheckpointError(
+                f"{file} is missing or does not match its hash in {INFO_NAME}: copy the bundle again"
+            )
+    return info
+
+
+def tokenizer_id(folder: str | Path) -> str:
+    """Hash of the tokenizer's weights: what latents and generators refer to."""
+    return read_bundle(folder, "tokenizer")["files"][TOKENIZER_NAME]
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    try:
+        module.load_state_dict(load_file(str(path)))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit its configuration: {error}") from error
+    module.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> Tokenizer:
+    """The tokenizer of a tokenizer or generator bundle, frozen and in eval mode.
+
+    Raises: CheckpointError.
+    """
+    info = read_bundle(folder, "tokenizer")
+    tokenizer = build_tokenizer(_model_config(info, "tokenizer", TokenizerModelConfig, folder))
+    _load_weights(tokenizer, Path(folder) / TOKENIZER_NAME)
+    return tokenizer.to(device)
+
+
+def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> GeneratorBundle:
+    """A generator and all it needs, frozen and in eval mode.
+
+    Raises: CheckpointError.
+    """
+    info = read_bundle(folder, "generator")
+    net = build_generator(_model_config(info, "generator", GeneratorModelConfig, folder))
+    _load_weights(net, Path(folder) / GENERATOR_NAME)
+    tree = MergeTree.load(Path(folder) / TREE_NAME)
+    if tree.num_base_tokens != net.num_base_tokens:
+        raise CheckpointError(
+            f"{folder}: the merge tree has {tree.num_base_tokens} tokens, the generator "
+            f"{net.num_base_tokens}; they do not belong together"
+        )
+    return GeneratorBundle(
+        net=net.to(device),
+        tokenizer=load_tokenizer(folder, device),
+        tree=tree,
+        stats=LatentStats.load(Path(folder) / STATS_NAME),
+        classes=tuple(info["classes"]),
+        info=info,
+    )
+
+
+def _model_config(info: dict[str, Any], name: str, schema: type, folder: str | Path) -> Any:
+    try:
+        return load_config(info["models"][name], schema)
+    except (ConfigError, KeyError) as error:
+        raise CheckpointError(f"{folder}: its {name} configuration is damaged: {error}") from error

@@ -1,0 +1,331 @@
+"""Typed, frozen run configurations, free of torch.
+
+Precedence: defaults here, then the YAML file, then `key=value` overrides. An unknown key, a wrong
+type and a rule broken between keys are all reported in one error (`load_config`). The rules that
+need the number of ranks or the machine are in `lgm_scale.config_rules`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from yaml import YAMLError
+
+from lgm_scale.errors import ConfigError
+
+__all__ = [
+    "GeneratorRun",
+    "RunConfig",
+    "TokenizerRun",
+    "TrainingRun",
+    "load_config",
+    "read_yaml",
+    "to_dict",
+]
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerModelConfig:
+    """Arguments of `models.tokenizer.Tokenizer`."""
+
+    __pydantic_config__ = _STRICT
+    size: Literal["tiny", "s", "b", "l"] = "b"
+    image_size: int = 256
+    patch_size: int = 16
+    num_base_tokens: int = 256
+    latent_dim: int = 32
+    num_codebooks: int = 4
+    codebook_size: int = 8192
+    latent_init: Literal["normal", "sincos"] = "normal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerObjectiveConfig:
+    """Weights of the tokenizer's losses; 0 switches one off."""
+
+    __pydantic_config__ = _STRICT
+    pixel: float = 1.0
+    entropy: float = 0.01
+    alignment: float = 0.25
+    exploration_noise: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorModelConfig:
+    """Arguments of `models.dit.MergeDiT`."""
+
+    __pydantic_config__ = _STRICT
+    size: Literal["tiny", "s", "b", "l", "xl", "h"] = "b"
+    latent_dim: int = 32
+    num_base_tokens: int = 256
+    num_blocks: int = 4
+    num_classes: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """The generator's objective; see `objectives.flow`."""
+
+    __pydantic_config__ = _STRICT
+    noise_scale: Literal["corrected", "legacy"] = "corrected"
+    timestep_mean: float = 0.0
+    timestep_std: float = 1.0
+    label_dropout: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """An MDS folder of images (tokenizer) or latents (generator)."""
+
+    __pydantic_config__ = _STRICT
+    path: str
+    num_workers: int = 2
+    shuffle_seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthsConfig:
+    """Token lengths of training: a cycle, or with weights a draw per step. Equal on all ranks."""
+
+    __pydantic_config__ = _STRICT
+    choices: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. `warmup` counts steps; `schedule: cosine` decays to `min_lr` at the end."""
+
+    __pydantic_config__ = _STRICT
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    min_lr: float = 0.0
+    warmup: int = 0
+    clip_norm: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """Exponential moving average of the weights, the ones that are used and shared."""
+
+    __pydantic_config__ = _STRICT
+    decay: float = 0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Duration in Composer's time strings (`400ep`, `1500ba`); batches in samples."""
+
+    __pydantic_config__ = _STRICT
+    max_duration: str
+    global_batch_size: int
+    device_microbatch_size: int | None = None
+    precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Resume state: written every `interval` (a time string), the last `keep` are kept."""
+
+    __pydantic_config__ = _STRICT
+    interval: str = "1ep"
+    keep: int = 2
+    folder: str | None = None
+    """Where resume state goes; default `<out>/state`. May be object storage (`s3://...`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where a run reports. The console and `<out>/metrics.jsonl` always get every step."""
+
+    __pydantic_config__ = _STRICT
+    interval: int = 50
+    """Steps between console lines; one host-device synchronisation each."""
+    progress_bar: bool = True
+    tensorboard: bool = False
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How state is spread over ranks."""
+
+    __pydantic_config__ = _STRICT
+    strategy: Literal["ddp"] = "ddp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What every training run has. `out` receives everything the run writes."""
+
+    __pydantic_config__ = _STRICT
+    run_name: str
+    out: str
+    data: DataConfig
+    lengths: LengthsConfig
+    train: TrainConfig
+    seed: int = 0
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRun(_Run):
+    """Train a tokenizer on images."""
+
+    __pydantic_config__ = _STRICT
+    task: Literal["tokenizer"]
+    model: TokenizerModelConfig
+    objective: TokenizerObjectiveConfig = field(default_factory=TokenizerObjectiveConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorRun(_Run):
+    """Train a generator on latents."""
+
+    __pydantic_config__ = _STRICT
+    task: Literal["generator"]
+    tokenizer: str
+    """Bundle of the tokenizer that made the latents; its decoder goes into the final bundle."""
+    model: GeneratorModelConfig
+    objective: FlowConfig = field(default_factory=FlowConfig)
+
+
+TrainingRun = TokenizerRun | GeneratorRun
+RunConfig = TypeVar("RunConfig")
+
+TRAINING_TASKS: dict[str, type] = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
+
+
+def read_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Read a YAML file and apply `key=value` overrides.
+
+    Raises: ConfigError for a missing or malformed file and for overrides that do not parse.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"config: {path} is not a file")
+    malformed = [item for item in overrides or [] if "=" not in item.lstrip("-")]
+    if malformed:
+        raise ConfigError([f"override {item!r}: write it as key=value" for item in malformed])
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold `key: value` lines, holds {type(values).__name__}")
+    return typing.cast(dict[str, Any], values)
+
+
+def load_config(values: dict[str, Any], schema: type[RunConfig], source: str = "") -> RunConfig:
+    """Turn plain values into a typed configuration, or report every problem at once.
+
+    Raises: InvalidValues (a ConfigError) with all of them. It carries the configuration with
+    defaults or placeholders for the wrong entries, so that rules between keys are heard as well.
+    """
+    adapter = TypeAdapter(schema)
+    problems, config = [], None
+    try:
+        config = adapter.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        problems = [_explain(item, schema) for item in error.errors()]
+        rest = json.loads(json.dumps(values))
+        for item in error.errors():
+            _repair(rest, item["loc"], schema)
+        try:
+            config = adapter.validate_json(json.dumps(rest), strict=True)
+        except ValidationError:
+            config = None
+    if problems:
+        raise InvalidValues(problems, source or None, config)
+    assert config is not None
+    return config
+
+
+class InvalidValues(ConfigError):
+    """Wrong keys or types; `rest` is the configuration without them, where it makes sense."""
+
+    def __init__(self, problems: list[str], source: str | None, rest: Any) -> None:
+        self.rest = rest
+        super().__init__(problems, source)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain values, ready for YAML or JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+_PLACEHOLDERS = {str: "1ep", int: 1}
+
+
+def _repair(values: dict[str, Any], loc: tuple[int | str, ...], schema: type) -> None:
+    """Drop the wrong entry at `loc`; a required one becomes a placeholder of its type."""
+    node: Any = values
+    for key in loc[:-1]:
+        if not isinstance(node, dict) or not isinstance(node.get(str(key)), dict):
+            break
+        node, schema = node[str(key)], _field_type(schema, key)
+    else:
+        key = loc[-1]
+    node.pop(str(key), None)
+    required = {
+        entry.name
+        for entry in dataclasses.fields(schema)
+        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    }
+    if key in required and _field_type(schema, key) in _PLACEHOLDERS:
+        node[str(key)] = _PLACEHOLDERS[_field_type(schema, key)]
+
+
+def _explain(item: Any, schema: type) -> str:
+    """One line for one finding of pydantic: the key, the value, the rule and the fix."""
+    path = [part for part in item["loc"] if not _is_union_tag(part)]
+    key = ".".join(str(part) for part in path)
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        names = _fields_at(schema, path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(names)}"
+        return f"{key}: unknown key; {hint}"
+    if item["type"] in ("missing", "missing_keyword_only_argument"):
+        return f"{key}: missing, and it has no default"
+    message = item["msg"][0].lower() + item["msg"][1:]
+    return f"{key}: {json.dumps(item['input'])} is wrong: {message}"
+
+
+def _is_union_tag(part: int | str) -> bool:
+    """Pydantic names the member of a union in its path, as in ('a', 'tuple[float, ...]')."""
+    return isinstance(part, str) and ("[" in part or part in ("int", "float", "str", "none"))
+
+
+def _field_type(schema: type, name: int | str) -> Any:
+    """Type of a field; of an optional one, the type besides None."""
+    hint = typing.get_type_hints(schema).get(str(name))
+    if isinstance(hint, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _fields_at(schema: type, path: list[int | str]) -> list[str]:
+    """Names of the fields of the dataclass at `path`."""
+    for part in path:
+        schema = _field_type(schema, part)
+        if not dataclasses.is_dataclass(schema):
+            return []
+    return [entry.name for entry in dataclasses.fields(schema)]

@@ -1,0 +1,201 @@
+"""Rules between the keys of a training run, and between a run and its machine. Free of torch.
+
+Each rule yields lines `key: value; rule; fix`. `load_training_run` is the door: every problem of
+a file, of its types and of these rules comes in one ConfigError, before a GPU is touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lgm_scale.config import (
+    TRAINING_TASKS,
+    GeneratorRun,
+    InvalidValues,
+    TokenizerRun,
+    TrainingRun,
+    load_config,
+    read_yaml,
+)
+from lgm_scale.errors import ConfigError
+
+__all__ = ["broken_rules", "load_training_run"]
+
+_TIME = re.compile(r"[1-9][0-9]*(ep|ba)")
+
+
+def load_training_run(
+    path: str, overrides: list[str], world_size: int, has_gpu: bool | None
+) -> TrainingRun:
+    """Read, type-check and validate the configuration of a training run.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` strings.
+        world_size: Number of ranks that will run it.
+        has_gpu: Whether ranks have a GPU; None leaves the rules about it out (dry runs).
+
+    Raises: ConfigError with every problem.
+    """
+    values = read_yaml(path, overrides)
+    task = values.get("task")
+    if task not in TRAINING_TASKS:
+        known = " or ".join(TRAINING_TASKS)
+        raise ConfigError(f"task: {task!r} is unknown; write {known}", path)
+    problems: list[str] = []
+    try:
+        config = load_config(values, TRAINING_TASKS[task], path)
+    except InvalidValues as error:
+        problems, config = error.problems, error.rest
+    if config is not None:
+        told = {problem.split(":")[0] for problem in problems}
+        problems += [
+            problem
+            for problem in broken_rules(config, world_size, has_gpu)
+            if problem.split(":")[0] not in told
+        ]
+    if problems:
+        raise ConfigError(problems, path)
+    return config
+
+
+def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> list[str]:
+    """Every rule that the configuration breaks at this world size."""
+    problems = [*_batch(config, world_size), *_lengths(config), *_numbers(config), *_times(config)]
+    if isinstance(config, TokenizerRun):
+        problems += _tokenizer(config)
+    else:
+        problems += _generator(config)
+    if has_gpu is False and config.train.precision == "amp_bf16":
+        problems.append("train.precision: amp_bf16 needs a GPU and none is here; use fp32")
+    return problems
+
+
+def _batch(config: TrainingRun, world_size: int) -> Iterator[str]:
+    train = config.train
+    size, micro = train.global_batch_size, train.device_microbatch_size
+    if size < 1:
+        yield f"train.global_batch_size: {size} must be 1 or more"
+        return
+    if size % world_size != 0:
+        below = size // world_size * world_size
+        near = [str(value) for value in (below, below + world_size) if value > 0]
+        yield (
+            f"train.global_batch_size: {size} is not divisible by {world_size} ranks; "
+            f"nearest valid: {' or '.join(near)}"
+        )
+        return
+    per_rank = size // world_size
+    if micro is not None and (micro < 1 or per_rank % micro != 0):
+        valid = [value for value in range(1, per_rank + 1) if per_rank % value == 0]
+        yield (
+            f"train.device_microbatch_size: {micro} does not divide the {per_rank} samples per "
+            f"rank ({size} over {world_size} ranks); valid: {', '.join(map(str, valid))}"
+        )
+
+
+def _lengths(config: TrainingRun) -> Iterator[str]:
+    choices, weights = config.lengths.choices, config.lengths.weights
+    model = config.model
+    lowest = model.num_codebooks if isinstance(config, TokenizerRun) else model.num_blocks  # type: ignore[union-attr]
+    outside = [value for value in choices if not lowest <= value <= model.num_base_tokens]
+    if not choices:
+        yield "lengths.choices: empty; name at least one token length"
+    if outside:
+        yield (
+            f"lengths.choices: {outside} outside [{lowest}, {model.num_base_tokens}], the range "
+            "from one token per block to no merging"
+        )
+    if weights is None:
+        return
+    if len(weights) != len(choices):
+        yield f"lengths.weights: {len(weights)} weights for {len(choices)} choices; give one each"
+    if min(weights, default=0) < 0 or sum(weights) <= 0:
+        yield f"lengths.weights: {list(weights)} must be 0 or more, with a sum above 0"
+
+
+def _numbers(config: TrainingRun) -> Iterator[str]:
+    optimizer = config.optimizer
+    positive = {
+        "optimizer.lr": optimizer.lr,
+        "logging.interval": config.logging.interval,
+        "checkpoint.keep": config.checkpoint.keep,
+    }
+    for key, value in positive.items():
+        if value <= 0:
+            yield f"{key}: {value} must be above 0"
+    not_negative = {
+        "optimizer.weight_decay": optimizer.weight_decay,
+        "optimizer.warmup": optimizer.warmup,
+        "optimizer.min_lr": optimizer.min_lr,
+        "data.num_workers": config.data.num_workers,
+        "data.shuffle_seed": config.data.shuffle_seed,
+        "seed": config.seed,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            yield f"{key}: {value} must be 0 or more"
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        yield f"optimizer.betas: {list(optimizer.betas)} must be in [0, 1)"
+    if optimizer.clip_norm is not None and optimizer.clip_norm <= 0:
+        yield f"optimizer.clip_norm: {optimizer.clip_norm} must be above 0; null turns it off"
+    if optimizer.schedule == "constant" and optimizer.min_lr > 0:
+        yield "optimizer.min_lr: has no effect with schedule: constant; use cosine or drop it"
+    if optimizer.min_lr > optimizer.lr:
+        yield f"optimizer.min_lr: {optimizer.min_lr} is above lr {optimizer.lr}"
+    if not 0 <= config.ema.decay < 1:
+        yield f"ema.decay: {config.ema.decay} must be in [0, 1)"
+
+
+def _times(config: TrainingRun) -> Iterator[str]:
+    for key, value in (
+        ("train.max_duration", config.train.max_duration),
+        ("checkpoint.interval", config.checkpoint.interval),
+    ):
+        if not _TIME.fullmatch(value):
+            yield f"{key}: {value!r} is no duration; write epochs as 400ep or batches as 1500ba"
+
+
+def _tokenizer(config: TokenizerRun) -> Iterator[str]:
+    model = config.model
+    if model.image_size < 1 or model.patch_size < 1 or model.image_size % model.patch_size != 0:
+        yield (
+            f"model.image_size: {model.image_size} is not divisible by patch_size "
+            f"{model.patch_size}"
+        )
+    if model.num_codebooks < 1 or model.num_base_tokens % max(model.num_codebooks, 1) != 0:
+        yield (
+            f"model.num_base_tokens: {model.num_base_tokens} is not divisible by num_codebooks "
+            f"{model.num_codebooks}; tokens merge within equal segments only"
+        )
+    elif model.num_base_tokens <= model.num_codebooks:
+        yield f"model.num_base_tokens: {model.num_base_tokens} leaves nothing to merge"
+    if model.latent_init == "sincos" and round(model.num_base_tokens**0.5) ** 2 != (
+        model.num_base_tokens
+    ):
+        yield (
+            f"model.latent_init: sincos needs a square num_base_tokens, not "
+            f"{model.num_base_tokens}; use normal"
+        )
+    for name in ("pixel", "entropy", "alignment", "exploration_noise"):
+        value = getattr(config.objective, name)
+        if value < 0:
+            yield f"objective.{name}: {value} must be 0 or more"
+
+
+def _generator(config: GeneratorRun) -> Iterator[str]:
+    model: Any = config.model
+    for name in ("latent_dim", "num_base_tokens", "num_blocks", "num_classes"):
+        if getattr(model, name) < 1:
+            yield f"model.{name}: {getattr(model, name)} must be 1 or more"
+    if model.num_blocks >= 1 and model.num_base_tokens % model.num_blocks != 0:
+        yield (
+            f"model.num_base_tokens: {model.num_base_tokens} is not divisible by num_blocks "
+            f"{model.num_blocks}"
+        )
+    if not 0 <= config.objective.label_dropout < 1:
+        yield f"objective.label_dropout: {config.objective.label_dropout} must be in [0, 1)"
+    if config.objective.timestep_std <= 0:
+        yield f"objective.timestep_std: {config.objective.timestep_std} must be above 0"

@@ -1,0 +1,136 @@
+"""What happens around a step: its token length, and a record that costs no synchronisation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from lgm_scale.training.length_schedule import LengthSchedule
+from lgm_scale.training.record import LossRecord
+
+__all__ = ["MetricsLog", "StepKeys"]
+
+log = logging.getLogger("lgm_scale")
+
+
+class StepKeys(Callback):
+    """Put `step` and `num_tokens` into the batch, as ints: micro-batching leaves ints whole."""
+
+    def __init__(self, schedule: LengthSchedule) -> None:
+        self.schedule = schedule
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Key the step."""
+        step = state.timestamp.batch.value
+        state.batch["step"] = step
+        state.batch["num_tokens"] = self.schedule.num_tokens(step)
+
+
+class MetricsLog(Callback):
+    """One JSON line per step in `metrics.jsonl`, one console line per interval.
+
+    Losses stay on the device until the end of an interval and come over in one transfer. With
+    several ranks they are averaged over the ranks then. A resume state is preceded by a flush,
+    and a resumed run drops the lines of steps that it runs again: the file holds each step once.
+
+    Args:
+        path: The JSONL file; only rank 0 writes.
+        interval: Steps between transfers.
+        record: Where the model notes its losses.
+    """
+
+    def __init__(self, path: Path, interval: int, record: LossRecord) -> None:
+        self.path = path
+        self.interval = interval
+        self.record = record
+        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self._clock = 0.0
+        self._run: tuple[State, Logger] | None = None
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Drop the lines of steps that will run again."""
+        self._clock, self._run = time.monotonic(), (state, logger)
+        if dist.get_global_rank() != 0:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            first = state.timestamp.batch.value
+            self.path.write_text("".join(line for line in lines if _step_of(line) < first))
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Note the step; flush at the end of an interval."""
+        batch: Any = state.batch
+        row = {
+            "step": state.timestamp.batch.value - 1,  # the timestamp has advanced
+            "num_tokens": batch["num_tokens"],
+            "lr": state.optimizers[0].param_groups[0]["lr"],
+        }
+        self._pending.append((row, self.record.take()))
+        if len(self._pending) >= self.interval:
+            self._flush()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Write what is left."""
+        self._flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A resume state is being made, on all ranks: leave nothing in memory alone."""
+        self._flush()
+        return {}
+
+    def _flush(self) -> None:
+        if not self._pending or self._run is None:
+            return
+        state, logger = self._run
+        values = torch.stack([term for _, terms in self._pending for term in terms.values()])
+        if dist.get_world_size() > 1:
+            dist.all_reduce(values)
+            values /= dist.get_world_size()
+        numbers = iter(values.tolist())  # the interval's one synchronisation
+        rows = [row | {name: next(numbers) for name in terms} for row, terms in self._pending]
+        self._pending = []
+        seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
+        for row in rows:
+            logger.log_metrics({f"loss/K={row['num_tokens']}": row["loss"]}, step=row["step"])
+        if dist.get_global_rank() == 0:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            log.info(_line(rows, len(rows) / max(seconds, 1e-9), state))
+
+
+def _step_of(line: str) -> float:
+    """Step of a JSON line; a torn last line counts as to be dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf
+
+
+def _line(rows: list[dict[str, Any]], steps_per_second: float, state: State) -> str:
+    """`step 400 | loss at K=8: 0.11  16: 0.16 | 9.8 steps/s | 1 min left`."""
+    by_length: dict[int, list[float]] = {}
+    for row in rows:
+        by_length.setdefault(row["num_tokens"], []).append(row["loss"])
+    means = "  ".join(f"{k}: {sum(v) / len(v):.4f}" for k, v in sorted(by_length.items()))
+    parts = [
+        f"step {rows[-1]['step'] + 1}",
+        f"loss at K={means}",
+        f"{steps_per_second:.2f} steps/s",
+    ]
+    elapsed = state.get_elapsed_duration()
+    if elapsed is not None and 0 < elapsed.value < 1:
+        done = state.timestamp.batch.value
+        left = done * (1 - elapsed.value) / elapsed.value / steps_per_second
+        parts.append(f"{left / 60:.1f} min left")
+    return " | ".join(parts)

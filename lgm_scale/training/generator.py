@@ -1,0 +1,97 @@
+"""The generator as Composer trains it: merge, noise, velocity, size-weighted error."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor
+
+from lgm_scale.merging import MergeAssignment, MergeTree
+from lgm_scale.models.dit import MergeDiT
+from lgm_scale.objectives.flow import (
+    NoiseScale,
+    flow_loss,
+    interpolate,
+    merged_noise,
+    sample_timesteps,
+    training_keys,
+    velocity_target,
+)
+from lgm_scale.randomness import Purpose, keyed_uniform
+from lgm_scale.training.record import LossRecord
+
+__all__ = ["GeneratorModel", "GeneratorOutput"]
+
+
+class GeneratorOutput(NamedTuple):
+    """Shapes: v_pred, v_target [B, K, D]."""
+
+    v_pred: Tensor
+    v_target: Tensor
+    assignment: MergeAssignment
+
+
+class GeneratorModel(ComposerModel):
+    """Reads batches {latents [B, N, D], labels [B], sample_ids [B], step int, num_tokens int}.
+
+    Args:
+        net: The diffusion transformer; a direct child, which is what Composer's sharding wraps.
+        tree: Merge tree of the tokenizer that made the latents.
+        mean: Per-channel mean of the latents, [D].
+        std: Per-channel standard deviation of the latents, [D].
+        noise_scale: See `NoiseScale`.
+        label_dropout: Share of samples that train the unconditional branch.
+        timestep_mean: Of the logit-normal law of t.
+        timestep_std: Of the same.
+        seed: Of noise, timesteps and label dropout.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(
+        self,
+        net: MergeDiT,
+        tree: MergeTree,
+        mean: Tensor,
+        std: Tensor,
+        noise_scale: NoiseScale,
+        label_dropout: float,
+        timestep_mean: float,
+        timestep_std: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.tree = tree
+        self.noise_scale = noise_scale
+        self.label_dropout = label_dropout
+        self.timestep_mean = timestep_mean
+        self.timestep_std = timestep_std
+        self.seed = seed
+        self.record = LossRecord()
+        self.register_buffer("latent_mean", mean.float())
+        self.register_buffer("latent_std", std.float())
+        # Kept in the resume state, so that a state never meets another tree.
+        self.register_buffer("merge_tree", tree.merges.clone())
+
+    def forward(self, batch: dict[str, Any]) -> GeneratorOutput:
+        """Draw noise and t for this step, and predict the velocity."""
+        z = (batch["latents"].float() - self.latent_mean) / self.latent_std  # [B, N, D]
+        assignment = self.tree.assignment(batch["num_tokens"], z.device)
+        keys = training_keys(self.seed, batch["step"], batch["sample_ids"])
+        t = sample_timesteps(keys[Purpose.TIMESTEP], self.timestep_mean, self.timestep_std)
+        noise = merged_noise(keys[Purpose.NOISE], assignment, z.shape[-1], self.noise_scale)
+        dropped = keyed_uniform(keys[Purpose.LABEL_DROPOUT]) < self.label_dropout
+        labels = torch.where(dropped, self.net.null_label, batch["labels"])
+        z_merged = assignment.merge(z)  # [B, K, D]
+        v_pred = self.net(interpolate(z_merged, noise, t), t, labels, assignment)
+        return GeneratorOutput(v_pred, velocity_target(z_merged, noise), assignment)
+
+    def loss(self, outputs: GeneratorOutput, batch: dict[str, Any]) -> Tensor:
+        """Mean over the batch of the size-weighted squared error."""
+        loss = flow_loss(outputs.v_pred, outputs.v_target, outputs.assignment, self.noise_scale)
+        self.record.add(len(loss), {"loss": loss.mean()})
+        return loss.mean()

@@ -1,0 +1,36 @@
+"""Which token length a training step runs at: a pure function of (seed, step).
+
+Every rank computes the same K, so no rank waits for a longer one, and a resumed run goes on with
+the lengths it would have had. (The authors' release draws K per rank; the distribution is the
+same.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lgm_scale.randomness import Purpose
+
+__all__ = ["LengthSchedule"]
+
+
+class LengthSchedule:
+    """A cycle through `choices`, or with `weights` an independent draw per step."""
+
+    def __init__(
+        self, choices: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0
+    ) -> None:
+        self.choices = tuple(choices)
+        self.seed = seed
+        self.probabilities = None
+        if weights is not None:
+            self.probabilities = np.asarray(weights, dtype=np.float64) / sum(weights)
+
+    def num_tokens(self, step: int) -> int:
+        """K at `step`, counted from 0."""
+        if self.probabilities is None:
+            return self.choices[step % len(self.choices)]
+        rng = np.random.default_rng([self.seed, int(Purpose.LENGTH), step])
+        return self.choices[rng.choice(len(self.choices), p=self.probabilities)]
