@@ -194,7 +194,7 @@ def read_bundle(folder: str | Path, kind: str) -> dict[str, Any]:
         file = Path(folder) / name
         if not file.is_file() or file_hash(file) != expected:
             raise CheckpointError(
-                f"{file} is missing or does not match its hash in {INFO_NAME}: copy the bundle again"
+                f"{file} is missing or differs from its hash in {INFO_NAME}: copy the bundle again"
             )
     return info
 

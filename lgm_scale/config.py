@@ -91,8 +91,9 @@ class DataConfig:
 
     __pydantic_config__ = _STRICT
     path: str
+    num_samples: int | None = None
+    """How many samples there must be; a data set of another size is refused."""
     num_workers: int = 2
-    shuffle_seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

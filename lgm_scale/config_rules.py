@@ -131,7 +131,6 @@ def _numbers(config: TrainingRun) -> Iterator[str]:
         "optimizer.warmup": optimizer.warmup,
         "optimizer.min_lr": optimizer.min_lr,
         "data.num_workers": config.data.num_workers,
-        "data.shuffle_seed": config.data.shuffle_seed,
         "seed": config.seed,
     }
     for key, value in not_negative.items():

@@ -11,6 +11,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 MAX_SCALE = 1 / 0.8
+_FAILED = 255  # a shard state that the streaming library does not use
 _AUGMENTATION_STREAM = 0x696D67  # keeps these draws apart from other uses of (seed, epoch, sample)
 
 
@@ -130,10 +132,23 @@ def _resize_smaller_side(image: Image.Image, smaller: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-class EpochDataset(StreamingDataset):
-    """A StreamingDataset that knows its epoch in every worker, and does not end early in silence.
+class _ShardFailure(Event):
+    """Set once any process of this node has failed to fetch a shard."""
 
-    `epoch` is 0 before the first iteration.
+    def __init__(self, shard_states: Any) -> None:
+        super().__init__()
+        self._shard_states = shard_states  # in shared memory
+
+    def is_set(self) -> bool:
+        """Whether this process or another one of the node has failed."""
+        return super().is_set() or bool((self._shard_states.numpy() == _FAILED).any())
+
+
+class EpochDataset(StreamingDataset):
+    """A StreamingDataset that knows its epoch in every worker, and fails where a shard is lost.
+
+    Left to itself the library ends the epoch as if it were complete, in the worker that could not
+    fetch the shard, and waits for ever in the others. `epoch` is 0 before the first iteration.
     """
 
     epoch: int = 0
@@ -144,21 +159,35 @@ class EpochDataset(StreamingDataset):
         self.epoch, sample_in_epoch = super()._resume_incr_epoch()
         return self.epoch, sample_in_epoch
 
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetch a shard; let the other workers and ranks of the node know if that fails."""
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except BaseException:
+            self._shard_states[shard_id] = _FAILED
+            raise
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Iterate over this worker's part of an epoch.
 
-        Raises: DataError if a shard could not be fetched. (The base class ends the epoch then, as
-            if it were complete.)
+        Raises: DataError if a shard could not be fetched, here or in another process of the node.
         """
-        yield from super().__iter__()
-        event = getattr(self, "_event", None)
-        if event is not None and event.is_set():
+        if not hasattr(self, "_event"):
+            self._event = _ShardFailure(self._shard_states)
+        cause = None
+        try:
+            yield from super().__iter__()
+        except Exception as error:
+            if not self._event.is_set():
+                raise
+            cause = error
+        if self._event.is_set():
             where = ", ".join(str(stream.remote or stream.local) for stream in self.streams)
             raise DataError(
                 f"Reading {where} failed in epoch {self.epoch}: a shard could not be fetched (the "
                 "cause is logged above). The epoch is incomplete; resume from the last checkpoint "
                 "once the storage answers."
-            )
+            ) from cause
 
 
 class ImageDataset(EpochDataset):

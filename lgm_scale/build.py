@@ -1,0 +1,215 @@
+"""From a configuration to objects: one small function per part. The only file that knows both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.algorithms import GradientClipping
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
+from composer.optim import (
+    ComposerScheduler,
+    ConstantScheduler,
+    ConstantWithWarmupScheduler,
+    CosineAnnealingWithWarmupScheduler,
+)
+from composer.utils import dist
+from streaming import StreamingDataLoader
+from torch import nn
+
+from lgm_scale.bundle import (
+    build_generator,
+    build_tokenizer,
+    save_generator_bundle,
+    save_tokenizer_bundle,
+    tokenizer_id,
+)
+from lgm_scale.config import GeneratorRun, OptimizerConfig, TokenizerRun, TrainingRun, to_dict
+from lgm_scale.data.images import ImageDataset
+from lgm_scale.data.latents import LatentDataset
+from lgm_scale.errors import DataError
+from lgm_scale.objectives.flow import NoiseScale
+from lgm_scale.training.callbacks import MetricsLog, StepKeys
+from lgm_scale.training.ema import EMA
+from lgm_scale.training.generator import GeneratorModel
+from lgm_scale.training.length_schedule import LengthSchedule
+from lgm_scale.training.tokenizer import TokenizerModel
+
+__all__ = ["build_dataset", "build_model", "build_trainer", "export_bundle"]
+
+TrainingModel = TokenizerModel | GeneratorModel
+TrainingDataset = ImageDataset | LatentDataset
+
+
+def build_dataset(config: TrainingRun) -> TrainingDataset:
+    """The training set, checked against the model it is for. Raises: DataError."""
+    batch_size = config.train.global_batch_size // dist.get_world_size()
+    if isinstance(config, TokenizerRun):
+        dataset = ImageDataset(
+            config.data.path,
+            image_size=config.model.image_size,
+            train=True,
+            seed=config.seed,
+            batch_size=batch_size,
+        )
+    else:
+        dataset = LatentDataset(
+            config.data.path,
+            shuffle=True,
+            seed=config.seed,
+            batch_size=batch_size,
+            num_base_tokens=config.model.num_base_tokens,
+            latent_dim=config.model.latent_dim,
+            tokenizer_id=tokenizer_id(config.tokenizer),
+        )
+    _check_counts(config, dataset)
+    return dataset
+
+
+def _check_counts(config: TrainingRun, dataset: TrainingDataset) -> None:
+    found, wanted = dataset.num_samples, config.data.num_samples
+    if wanted is not None and found != wanted:
+        raise DataError(
+            f"{config.data.path} holds {found:,} samples, data.num_samples says {wanted:,}: "
+            "the copy is not complete, or the key is wrong"
+        )
+    if found < config.train.global_batch_size:
+        raise DataError(
+            f"{config.data.path} holds {found:,} samples, fewer than one batch of "
+            f"{config.train.global_batch_size:,}: lower train.global_batch_size"
+        )
+    manifest = dataset.manifest
+    if isinstance(config, GeneratorRun) and manifest.num_classes != config.model.num_classes:  # type: ignore[union-attr]
+        raise DataError(
+            f"{config.data.path} has {manifest.num_classes} classes, model.num_classes says "  # type: ignore[union-attr]
+            f"{config.model.num_classes}: make them equal"
+        )
+
+
+def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
+    """The network in its Composer shell."""
+    if isinstance(config, TokenizerRun):
+        objective = config.objective
+        weights = {name: getattr(objective, name) for name in ("pixel", "entropy", "alignment")}
+        return TokenizerModel(
+            build_tokenizer(config.model), weights, objective.exploration_noise, config.seed
+        )
+    assert isinstance(dataset, LatentDataset)
+    return GeneratorModel(
+        build_generator(config.model),
+        dataset.tree,
+        dataset.stats.mean,
+        dataset.stats.std,
+        NoiseScale(config.objective.noise_scale),
+        config.objective.label_dropout,
+        config.objective.timestep_mean,
+        config.objective.timestep_std,
+        config.seed,
+    )
+
+
+def build_optimizer(config: OptimizerConfig, net: nn.Module) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices and tables, not on biases and gains."""
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    groups = [
+        {
+            "params": [p for p in parameters if p.ndim >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, fused=torch.cuda.is_available()
+    )
+
+
+def build_scheduler(config: OptimizerConfig) -> ComposerScheduler:
+    """Constant, or cosine to min_lr; linear warm-up over `warmup` steps."""
+    warmup = f"{config.warmup}ba"
+    if config.schedule == "cosine":
+        return CosineAnnealingWithWarmupScheduler(warmup, alpha_f=config.min_lr / config.lr)
+    return ConstantWithWarmupScheduler(warmup) if config.warmup else ConstantScheduler()
+
+
+def build_loggers(config: TrainingRun) -> list[LoggerDestination]:
+    """Composer's own loggers, as configured."""
+    loggers: list[LoggerDestination] = []
+    if config.logging.tensorboard:
+        loggers.append(TensorboardLogger(log_dir=str(Path(config.out) / "tensorboard")))
+    if config.logging.wandb_project:
+        loggers.append(WandBLogger(project=config.logging.wandb_project, name=config.run_name))
+    return loggers
+
+
+def build_trainer(
+    config: TrainingRun, model: TrainingModel, dataset: TrainingDataset, ema: EMA
+) -> Trainer:
+    """Composer's trainer, resuming by itself from the run's own folder."""
+    algorithms: list[Algorithm] = []
+    if config.optimizer.clip_norm is not None:
+        algorithms.append(
+            GradientClipping(clipping_type="norm", clipping_threshold=config.optimizer.clip_norm)
+        )
+    lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
+    callbacks: list[Callback] = [
+        StepKeys(lengths),
+        ema,
+        MetricsLog(Path(config.out) / "metrics.jsonl", config.logging.interval, model.record),
+    ]
+    batch_size = config.train.global_batch_size // dist.get_world_size()
+    loader = StreamingDataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=config.data.num_workers,
+        persistent_workers=config.data.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+    return Trainer(
+        model=model,
+        train_dataloader=loader,
+        max_duration=config.train.max_duration,
+        optimizers=build_optimizer(config.optimizer, model.net),
+        schedulers=build_scheduler(config.optimizer),
+        algorithms=algorithms,
+        callbacks=callbacks,
+        loggers=build_loggers(config),
+        run_name=config.run_name,
+        progress_bar=config.logging.progress_bar,
+        save_folder=config.checkpoint.folder or str(Path(config.out) / "state"),
+        save_interval=config.checkpoint.interval,
+        save_num_checkpoints_to_keep=config.checkpoint.keep,
+        autoresume=True,
+        device="gpu" if torch.cuda.is_available() else "cpu",
+        precision=config.train.precision,
+        device_train_microbatch_size=config.train.device_microbatch_size or batch_size,
+        seed=config.seed,
+    )
+
+
+def export_bundle(
+    config: TrainingRun, model: TrainingModel, dataset: TrainingDataset, ema: EMA, steps: int
+) -> Path:
+    """Write the run's result: EMA weights as a bundle. Call on rank 0."""
+    folder = Path(config.out) / "bundle"
+    weights = model.net.state_dict() | ema.average
+    training: dict[str, Any] = {"steps": steps, "weights": "ema", "config": to_dict(config)}
+    if isinstance(config, TokenizerRun):
+        assert isinstance(model, TokenizerModel)
+        model.net.load_state_dict(weights)
+        save_tokenizer_bundle(folder, config.model, weights, model.net.merge_tree(), training)
+    else:
+        assert isinstance(dataset, LatentDataset)
+        save_generator_bundle(
+            folder,
+            config.model,
+            weights,
+            dataset.stats,
+            dataset.manifest.classes,
+            config.tokenizer,
+            training,
+        )
+    return folder
