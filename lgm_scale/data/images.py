@@ -167,6 +167,22 @@ class EpochDataset(StreamingDataset):
             self._shard_states[shard_id] = _FAILED
             raise
 
+    # The library waits for both of its threads to report their exit; one that raised never does.
+
+    def _prepare_thread(self, it: Any) -> None:
+        try:
+            super()._prepare_thread(it)
+        except BaseException:
+            it.on_exit()
+            raise
+
+    def _ready_thread(self, it: Any) -> None:
+        try:
+            super()._ready_thread(it)
+        except BaseException:
+            it.on_exit()
+            raise
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Iterate over this worker's part of an epoch.
 

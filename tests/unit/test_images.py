@@ -293,11 +293,18 @@ def test_a_lost_shard_is_an_error_not_a_short_epoch(tmp_path):
     shards[-1].unlink()
     with pytest.raises(DataError, match=r"missing, but index\.json lists it"):
         dataset_of(folder)
+
+
+@pytest.mark.parametrize(("num_workers", "lost"), [(0, 0), (0, -1), (2, -1), (2, 0)])
+def test_an_unreachable_shard_neither_ends_nor_hangs_an_epoch(tmp_path, num_workers, lost):
+    folder = write_images(tmp_path / "mds", 24)
+    sorted(folder.glob("shard.*.mds"))[lost].unlink()
     remote = {"remote": str(folder), "train": False, "download_retry": 1}
-    for num_workers in (0, 2):
-        dataset = dataset_of(tmp_path / f"cache{num_workers}", **remote)
-        with pytest.raises(DataError, match="a shard could not be fetched"):
-            list(DataLoader(dataset, batch_size=4, num_workers=num_workers))
+    dataset = dataset_of(tmp_path / "cache", **remote)
+    timeout = 20 if num_workers else 0
+    loader = DataLoader(dataset, batch_size=4, num_workers=num_workers, timeout=timeout)
+    with pytest.raises(DataError, match="a shard could not be fetched"):
+        list(loader)
 
 
 # Manifests
