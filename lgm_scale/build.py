@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.algorithms import GradientClipping
-from composer.core import Algorithm, Callback
+from composer.core import Algorithm, Callback, DataSpec
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.optim import (
     ComposerScheduler,
@@ -157,7 +157,12 @@ def build_trainer(
     callbacks: list[Callback] = [
         StepKeys(lengths),
         ema,
-        MetricsLog(Path(config.out) / "metrics.jsonl", config.logging.interval, model.record),
+        MetricsLog(
+            Path(config.out) / "metrics.jsonl",
+            config.logging.interval,
+            model.record,
+            config.logging.progress_bar,
+        ),
     ]
     batch_size = config.train.global_batch_size // dist.get_world_size()
     loader = StreamingDataLoader(
@@ -170,7 +175,9 @@ def build_trainer(
     )
     return Trainer(
         model=model,
-        train_dataloader=loader,
+        train_dataloader=DataSpec(
+            loader, get_num_samples_in_batch=lambda batch: len(batch["sample_ids"])
+        ),
         max_duration=config.train.max_duration,
         optimizers=build_optimizer(config.optimizer, model.net),
         schedulers=build_scheduler(config.optimizer),
@@ -178,7 +185,7 @@ def build_trainer(
         callbacks=callbacks,
         loggers=build_loggers(config),
         run_name=config.run_name,
-        progress_bar=config.logging.progress_bar,
+        progress_bar=False,  # Composer's prints a line per step into a log file
         save_folder=config.checkpoint.folder or str(Path(config.out) / "state"),
         save_interval=config.checkpoint.interval,
         save_num_checkpoints_to_keep=config.checkpoint.keep,

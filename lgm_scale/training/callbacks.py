@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import Callback, State
+from composer.core import Callback, State, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.record import LossRecord
@@ -47,12 +50,17 @@ class MetricsLog(Callback):
         path: The JSONL file; only rank 0 writes.
         interval: Steps between transfers.
         record: Where the model notes its losses.
+        progress_bar: Whether rank 0 shows a bar over the whole run.
     """
 
-    def __init__(self, path: Path, interval: int, record: LossRecord) -> None:
+    def __init__(
+        self, path: Path, interval: int, record: LossRecord, progress_bar: bool = False
+    ) -> None:
         self.path = path
         self.interval = interval
         self.record = record
+        self.progress_bar = progress_bar
+        self._bar: tqdm | None = None
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self._clock = 0.0
         self._run: tuple[State, Logger] | None = None
@@ -62,6 +70,8 @@ class MetricsLog(Callback):
         self._clock, self._run = time.monotonic(), (state, logger)
         if dist.get_global_rank() != 0:
             return
+        if self.progress_bar:
+            self._bar = _bar(state)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
@@ -77,12 +87,16 @@ class MetricsLog(Callback):
             "lr": state.optimizers[0].param_groups[0]["lr"],
         }
         self._pending.append((row, self.record.take()))
+        if self._bar is not None:
+            self._bar.update()
         if len(self._pending) >= self.interval:
             self._flush()
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Write what is left."""
         self._flush()
+        if self._bar is not None:
+            self._bar.close()
 
     def state_dict(self) -> dict[str, Any]:
         """A resume state is being made, on all ranks: leave nothing in memory alone."""
@@ -92,7 +106,7 @@ class MetricsLog(Callback):
     def _flush(self) -> None:
         if not self._pending or self._run is None:
             return
-        state, logger = self._run
+        _, logger = self._run
         values = torch.stack([term for _, terms in self._pending for term in terms.values()])
         if dist.get_world_size() > 1:
             dist.all_reduce(values)
@@ -106,7 +120,8 @@ class MetricsLog(Callback):
         if dist.get_global_rank() == 0:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-            log.info(_line(rows, len(rows) / max(seconds, 1e-9), state))
+            with logging_redirect_tqdm([log]):
+                log.info(_line(rows, len(rows) / max(seconds, 1e-9)))
 
 
 def _step_of(line: str) -> float:
@@ -117,20 +132,29 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _line(rows: list[dict[str, Any]], steps_per_second: float, state: State) -> str:
-    """`step 400 | loss at K=8: 0.11  16: 0.16 | 9.8 steps/s | 1 min left`."""
+def _line(rows: list[dict[str, Any]], steps_per_second: float) -> str:
+    """`step 400 | loss at K=8: 0.11  16: 0.16 | 9.8 steps/s`."""
     by_length: dict[int, list[float]] = {}
     for row in rows:
         by_length.setdefault(row["num_tokens"], []).append(row["loss"])
     means = "  ".join(f"{k}: {sum(v) / len(v):.4f}" for k, v in sorted(by_length.items()))
-    parts = [
-        f"step {rows[-1]['step'] + 1}",
-        f"loss at K={means}",
-        f"{steps_per_second:.2f} steps/s",
-    ]
-    elapsed = state.get_elapsed_duration()
-    if elapsed is not None and 0 < elapsed.value < 1:
-        done = state.timestamp.batch.value
-        left = done * (1 - elapsed.value) / elapsed.value / steps_per_second
-        parts.append(f"{left / 60:.1f} min left")
-    return " | ".join(parts)
+    return f"step {rows[-1]['step'] + 1} | loss at K={means} | {steps_per_second:.2f} steps/s"
+
+
+def _bar(state: State) -> tqdm:
+    """A bar in steps (or, with a duration in epochs, the steps of all epochs).
+
+    A file gets a line every half minute instead of one per step.
+    """
+    limit = state.max_duration
+    total = limit.value if limit is not None else None
+    if limit is not None and limit.unit is TimeUnit.EPOCH:
+        per_epoch = state.dataloader_len
+        total = limit.value * per_epoch.value if per_epoch is not None else None
+    return tqdm(
+        total=total,
+        initial=state.timestamp.batch.value,
+        desc="train",
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+    )

@@ -1,0 +1,41 @@
+# Commands for people. Each sets up $(VENV) by itself; `make VENV=path ...` uses another one.
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach version,3.12 3.11 3.10,$(shell command -v python$(version))) python3)
+STAMP := $(VENV)/.lgm_scale-installed
+BIN := $(VENV)/bin
+
+# OpenMP threads that spin while they wait bring a shared CPU to a crawl.
+export OMP_WAIT_POLICY = passive
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help install quickstart test lint clean
+
+help:
+	@echo "make quickstart   install, then the whole pipeline on demo photographs (minutes, no GPU)"
+	@echo "make test         all tests that this machine can run"
+	@echo "make lint         ruff and pyright"
+	@echo "make clean        delete runs/quickstart"
+	@echo "Add VENV=path to use an environment elsewhere, PYTHON=... to choose the interpreter."
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	@sh quickstart.sh
+
+test: $(STAMP)
+	pytest
+
+lint: $(STAMP)
+	ruff check .
+	ruff format --check .
+	pyright
+
+clean:
+	rm -rf runs/quickstart
