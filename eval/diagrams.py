@@ -147,14 +147,21 @@ def _clusters(axes: Axes, tree: MergeTree, num_tokens: int, theme: Theme) -> Non
         colour = colours.get(int(grid[r, c]), theme.rule)
         right = c + 1 < side and grid[r, c + 1] == grid[r, c]
         below = r + 1 < side and grid[r + 1, c] == grid[r, c]
-        for wide, high in ((1.0 if right else 0.9, 0.9), (0.9, 1.0 if below else 0.9)):
+        parts = [(1.0 if right else 0.9, 0.9), (0.9, 1.0 if below else 0.9)]
+        if right and below and grid[r + 1, c + 1] == grid[r, c]:
+            parts = [(1.0, 1.0)]
+        for wide, high in parts:
             axes.add_patch(Rectangle((c, r), wide, high, facecolor=colour, linewidth=0))
     axes.set_xlim(0, side - 0.1)
     axes.set_ylim(side - 0.1, 0)
     axes.set_aspect("equal")
     axes.set_axis_off()
     alone = int((sizes == 1).sum())
-    note = "every token alone" if alone == len(labels) else f"largest {sizes.max()}, alone {alone}"
+    note = (
+        "every token alone"
+        if alone == len(labels)
+        else f"largest {sizes.max()}, {alone or 'none'} alone"
+    )
     axes.set_title(f"K = {num_tokens}", color=theme.ink, size=12, pad=20)
     axes.text(0.5, 1.03, note, transform=axes.transAxes, color=theme.muted, size=9.5, ha="center")
 
@@ -178,6 +185,7 @@ def tradeoff_figure(rows: list[dict[str, Any]], label: str, theme: Theme) -> Fig
         axes.annotate(
             f"K = {row['num_tokens']}", (x, y), xytext=(0, 11), textcoords="offset points",
             ha="center", color=theme.ink, size=11,
+            bbox={"facecolor": theme.paper, "linewidth": 0, "pad": 1.5},
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(0, max(samples + floor) * 1.15)

@@ -25,7 +25,7 @@ body {{ margin: 0; background: var(--page); color: var(--ink);
 main {{ max-width: 1120px; margin: 0 auto; padding: 48px 24px 72px; }}
 h1 {{ font-size: 34px; line-height: 1.2; margin: 0 0 12px; }}
 h2 {{ font-size: 23px; margin: 56px 0 10px; }}
-p {{ max-width: 72ch; margin: 0 0 14px; }}
+p {{ max-width: 46em; margin: 0 0 14px; }}
 .lead {{ font-size: 19px; }}
 .muted, figcaption {{ color: var(--muted); font-size: 15px; }}
 figure {{ margin: 18px 0 0; background: var(--paper); border: 1px solid var(--rule);
@@ -35,7 +35,8 @@ figcaption {{ border-top: 1px solid var(--rule); margin-top: 12px; padding: 10px
 .scroll {{ overflow-x: auto; background: var(--paper); border: 1px solid var(--rule);
   border-radius: 10px; margin-top: 18px; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-th, td {{ text-align: right; padding: 10px 14px; white-space: nowrap; }}
+table {{ font-size: 16px; }}
+th, td {{ text-align: right; padding: 10px 12px; white-space: nowrap; }}
 thead th {{ font-size: 14px; font-weight: 600; line-height: 1.35; color: var(--muted);
   vertical-align: bottom; border-bottom: 2px solid var(--rule); }}
 tbody tr + tr td, tbody tr + tr th {{ border-top: 1px solid var(--rule); }}
@@ -87,7 +88,7 @@ _SAMPLES = (
 )
 _RECONSTRUCTIONS = (
     "Validation images, and what the tokenizer gives back from K tokens; PSNR is the mean over all "
-    "validation images. The generator cannot be better than the row of its K."
+    "validation images. What is lost here, the generator cannot make."
 )
 _TREE = (
     "Above: the learned merge tree, the same for every image. Tokens that join low are nearly "
@@ -120,7 +121,7 @@ def _tradeoff_caption(rows: list[dict[str, Any]]) -> str:
         f"From K = {low['num_tokens']} to K = {high['num_tokens']} an image takes {factor:.1f} "
         "times the work; the distance of the samples to the validation images "
         f"{_change(low['samples']['distance'], high['samples']['distance'])}, that of the "
-        "reconstructions, which the samples cannot beat by much, "
+        "reconstructions, the floor for any generator on this tokenizer, "
         f"{_change(low['reconstructions']['distance'], high['reconstructions']['distance'])}. "
         "Lower is better."
     )
@@ -129,8 +130,8 @@ def _tradeoff_caption(rows: list[dict[str, Any]]) -> str:
 def _table_note(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     note = (
         f"Distance: {escape(results['distance']['label'])}; lower is better, and it compares only "
-        "runs on the same validation images. Its samples and the floor are "
-        f"{rows[0]['samples']['num_images']} and {rows[0]['reconstructions']['num_images']} images."
+        f"runs on the same validation images, with the same number of samples (here "
+        f"{rows[0]['samples']['num_images']} per K)."
     )
     if any(row["training_loss"] for row in rows):
         note += (
@@ -142,9 +143,9 @@ def _table_note(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 def _numbers(rows: list[dict[str, Any]]) -> str:
     heads = [
-        "K", "GFLOPs<br>per image", "forwards<br>per image", "seconds", "images<br>per second",
-        "distance", "distance of<br>reconstructions", "PSNR of recon-<br>structions, dB",
-        "training loss<br>first 20", "training loss<br>last 20", "ratio",
+        "K", "GFLOPs<br>per image", "network runs<br>per image", "seconds", "images<br>per second",
+        "distance", "distance,<br>reconstructed", "PSNR, re-<br>constructed",
+        "training loss,<br>first and last 20", "last /<br>first",
     ]  # fmt: skip
     with_loss = any(row["training_loss"] for row in rows)
     heads = heads if with_loss else heads[:8]
@@ -158,12 +159,14 @@ def _numbers(rows: list[dict[str, Any]]) -> str:
             f"{samples['num_images'] / samples['seconds']:.1f}",
             f"{samples['distance']:.2f}",
             f"{floor['distance']:.2f}",
-            f"{floor['psnr_db']:.2f}",
+            f"{floor['psnr_db']:.2f} dB",
         ]
         if with_loss:
-            names = ("first20", "last20", "ratio")
-            known = [loss and loss[name] for name in names]
-            cells += ["not trained" if value is None else f"{value:.3f}" for value in known]
+            cells += (
+                [f"{loss['first20']:.3f}, {loss['last20']:.3f}", f"{loss['ratio']:.2f}"]
+                if loss
+                else ["not trained", ""]
+            )
         lines.append(
             f"<tr><th>{row['num_tokens']}</th>"
             + "".join(f"<td>{cell}</td>" for cell in cells)

@@ -41,5 +41,5 @@ def loss_per_length(path: str | Path) -> dict[int, dict[str, Any]]:
 def _summary(values: list[float]) -> dict[str, Any]:
     first = math.fsum(values[:WINDOW]) / len(values[:WINDOW])
     last = math.fsum(values[-WINDOW:]) / len(values[-WINDOW:])
-    ratio = last / first if first else None
+    ratio = last / first if first else 1.0
     return {"steps": len(values), "first20": first, "last20": last, "ratio": ratio}
