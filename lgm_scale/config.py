@@ -48,7 +48,7 @@ class TokenizerModelConfig:
     latent_dim: int = 32
     num_codebooks: int = 4
     codebook_size: int = 8192
-    latent_init: Literal["normal", "sincos"] = "normal"
+    latent_init: Literal["normal", "aligned"] = "normal"
 
 
 @dataclass(frozen=True, kw_only=True)
