@@ -135,7 +135,8 @@ class Sweep:
             "reconstructions": self._reconstructions,
             "samples": self._samples,
         }
-        with tqdm(total=total, desc="sweep", unit="img", disable=not self.writes) as bar:
+        quiet = not self.writes or total == 0
+        with tqdm(total=total, desc="sweep", unit="img", disable=quiet) as bar:
             for k, kind, protocol in plan:
                 found = numbers[k, kind]
                 state = "kept"
