@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from lgm_scale.bundle import (
 from lgm_scale.config import GeneratorRun, OptimizerConfig, TokenizerRun, TrainingRun, to_dict
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset
-from lgm_scale.errors import DataError
+from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.ema import EMA
@@ -140,6 +141,11 @@ def build_loggers(config: TrainingRun) -> list[LoggerDestination]:
     if config.logging.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(Path(config.out) / "tensorboard")))
     if config.logging.wandb_project:
+        if importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                "logging.wandb_project: set, but wandb is not installed; "
+                "pip install 'lgm-scale[wandb]', or set it to null"
+            )
         loggers.append(WandBLogger(project=config.logging.wandb_project, name=config.run_name))
     return loggers
 
