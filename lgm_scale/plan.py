@@ -92,7 +92,7 @@ def _work(config: TrainingRun, forward) -> str:
     else:
         shares = dict(zip(lengths.choices, schedule.probabilities, strict=True))
     lines = [
-        "   K   share of steps   tokens per step   TFLOPs per step (the network, forward and backward)"
+        "   K   share of steps   tokens per step   TFLOPs per step (network, forward and backward)"
     ]
     lines += [
         f"{k:4d}   {share:14.1%}   {batch * k:15,}   {3 * batch * forward(k) / 1e12:.4g}"

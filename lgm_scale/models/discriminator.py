@@ -101,7 +101,12 @@ class CriticHeads(nn.Module):
         self, channels: int = 384, num_depths: int = 5, reduce_mean: ReduceMean = one_rank
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.heads = nn.ModuleList(CriticHead(channels, reduce_mean) for _ in range(num_depths))
+
+    def idle_features(self, device: torch.device) -> list[Tensor]:
+        """The smallest input there is, for a pass of which only the zero gradient matters."""
+        return [torch.zeros(1, self.channels, 9, device=device) for _ in self.heads]
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Judge at every depth."""

@@ -140,6 +140,8 @@ class CriticBackbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Look."""
         vit = self.vit
+        assert vit.cls_token is not None
+        assert vit.pos_embed is not None
         x = vit.patch_embed(to_imagenet(images))
         x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed
         features = [_with_class(x)]

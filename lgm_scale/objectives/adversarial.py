@@ -83,7 +83,7 @@ def with_gradient(value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
 
     Shapes: value [], x and gradient of one shape -> [].
     """
-    return _WithGradient.apply(value, x, gradient)  # type: ignore[return-value]  # untyped
+    return _WithGradient.apply(value.detach(), x, gradient)  # type: ignore[return-value]  # untyped
 
 
 class _WithGradient(torch.autograd.Function):
@@ -91,7 +91,7 @@ class _WithGradient(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = x.dtype
-        return value.detach().clone()
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[None, Tensor, None]:

@@ -49,9 +49,8 @@ class FiniteGuard(Callback):
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             host.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._waiting.append((names, host, event))
+            copied = torch.cuda.current_stream().record_event()
+            self._waiting.append((names, host, copied))
         else:
             self._waiting.append((names, values, None))
 

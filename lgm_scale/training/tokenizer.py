@@ -171,8 +171,9 @@ class TokenizerModel(ComposerModel):
         """The critic's side, on the reconstruction as it is; zero before its start step."""
         assert self.critic is not None
         if not self._adversarial(batch):
-            # A zero gradient, not none: the moments' step count runs, as in the release.
-            return 0.0 * sum_all(self.critic), {}
+            # A zero gradient, not none: DDP and FSDP wait for one, and the step count of the
+            # optimizer's moments runs, as in the release.
+            return 0.0 * self.critic(self.critic.idle_features(images.device)).sum(), {}
         weights = self.objective
         fakes = outputs.reconstruction.detach().float()
         real, fake = self._judge(images, batch, 1), self._judge(fakes, batch, 2)
@@ -210,8 +211,3 @@ class TokenizerModel(ComposerModel):
         assert isinstance(backbone, CriticBackbone)
         rng = np.random.default_rng([self.seed, int(Purpose.CRITIC_VIEW), batch["step"], call])
         return self.critic(self.frozen.critic(critic_view(images, backbone.image_size, rng)))
-
-
-def sum_all(module: nn.Module) -> Tensor:
-    """Sum of all parameters, for the sake of their gradient."""
-    return torch.stack([parameter.sum() for parameter in module.parameters()]).sum()
