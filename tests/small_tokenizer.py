@@ -22,7 +22,7 @@ OBJECTIVE = TokenizerObjectiveConfig(
     adversarial=0.4,
     adversarial_start=2,
 )
-OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=1e-2)
+OPTIMIZER = OptimizerConfig(lr=1e-4, weight_decay=1e-2)
 LENGTHS = (8, 4, 16, 12)
 
 

@@ -28,9 +28,9 @@ def train(rank: int, world_size: int, sharding: str, reduce_mean) -> dict[str, t
     if sharding == "fsdp":
         from torch.distributed.fsdp import fully_shard
 
-        for child in model.children():
-            fully_shard(child)
-        fully_shard(model)
+        for module in (*model.children(), model):
+            # gloo ignores that gradients are to be averaged, and sums them
+            fully_shard(module).set_reduce_scatter_divide_factor(world_size)  # type: ignore[attr-defined]
     wrapped = model
     if sharding == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
