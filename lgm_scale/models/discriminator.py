@@ -109,10 +109,11 @@ class CriticHeads(nn.Module):
         return [torch.zeros(1, self.channels, 9, device=device) for _ in self.heads]
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Judge at every depth."""
-        return torch.cat(
-            [head(map_) for head, map_ in zip(self.heads, features, strict=True)], dim=1
-        ).float()
+        """Judge at every depth, in float32: spectral norm does not run under autocast."""
+        with torch.autocast(features[0].device.type, enabled=False):
+            return torch.cat(
+                [head(map_.float()) for head, map_ in zip(self.heads, features, strict=True)], dim=1
+            )
 
 
 def critic_view(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:

@@ -96,7 +96,8 @@ class LPIPS(nn.Module):
             x = self.features[start:end](x)
             unit = x.float() / torch.sqrt(1e-8 + x.float().square().sum(1, keepdim=True))
             a, b = unit.chunk(2)
-            total = total + head((a - b).square()).mean((1, 2, 3))
+            # Not head(...): autocast would make it bfloat16.
+            total = total + ((a - b).square() * head.weight[0]).sum(1).mean((1, 2))
         return total
 
 

@@ -45,6 +45,9 @@ def to_unit_range(images: Tensor) -> Tensor:
 class TokenizerModel(ComposerModel):
     """Reads batches {images uint8 [B, 3, S, S], sample_ids [B], step int, num_tokens int}.
 
+    What is not linear in the batch (adaptive weight, LeCam's means, batch norm, code usage, mean
+    similarity) is that of all ranks' samples; of one micro-batch, where there are several.
+
     Args:
         net: The tokenizer; a direct child, which is what Composer's sharding wraps.
         objective: Weights and start steps of the losses.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -242,9 +243,21 @@ def test_the_game_starts_at_its_step(step, on):
         assert (term in row) == on
 
 
-def test_weights_of_zero_switch_losses_off():
-    from dataclasses import replace
+def test_losses_run_under_autocast_close_to_float32():
+    rows = []
+    for enabled in (False, True):
+        model = small_model()
+        batch = small_batch(4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model.loss(model(batch), batch)
+        loss.backward()
+        rows.append(model.record.take())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    for name, value in rows[0].items():
+        assert torch.isclose(rows[1][name], value, rtol=0.1, atol=0.05), name
 
+
+def test_weights_of_zero_switch_losses_off():
     model = small_model(replace(OBJECTIVE, lecam=0.0, consistency=0.0, entropy=0.0, alignment=0.0))
     batch = small_batch(4)
     model.loss(model(batch), batch).backward()
