@@ -29,13 +29,7 @@ from lgm_scale.bundle import (
     save_tokenizer_bundle,
     tokenizer_id,
 )
-from lgm_scale.config import (
-    GeneratorRun,
-    OptimizerConfig,
-    TokenizerRun,
-    TrainingRun,
-    to_dict,
-)
+from lgm_scale.config import GeneratorRun, OptimizerConfig, TokenizerRun, TrainingRun, to_dict
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import DataError

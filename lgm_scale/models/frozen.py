@@ -92,12 +92,13 @@ class LPIPS(nn.Module):
         """Distance of each pair."""
         x = (torch.cat((first, second)) - self.shift) / self.scale
         total = first.new_zeros(len(first), dtype=torch.float32)
-        for (start, end), head in zip(self.SLICES, self.heads, strict=True):
+        weights = self.heads.parameters()  # [1, C, 1, 1] each
+        for (start, end), weight in zip(self.SLICES, weights, strict=True):
             x = self.features[start:end](x)
             unit = x.float() / torch.sqrt(1e-8 + x.float().square().sum(1, keepdim=True))
             a, b = unit.chunk(2)
-            # Not head(...): autocast would make it bfloat16.
-            total = total + ((a - b).square() * head.weight[0]).sum(1).mean((1, 2))
+            # Not as a convolution: autocast would make it bfloat16.
+            total = total + ((a - b).square() * weight[0]).sum(1).mean((1, 2))
         return total
 
 

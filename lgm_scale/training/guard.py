@@ -38,7 +38,8 @@ class FiniteGuard(Callback):
     def __init__(self, record: LossRecord, advice: str) -> None:
         self.record = record
         self.advice = advice
-        self._waiting: list[tuple[list[str], Tensor, torch.cuda.Event | None]] = []
+        # Names, values on the host or on their way there, and the CUDA event of their arrival.
+        self._waiting: list[tuple[list[str], Tensor, Any]] = []
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Send the micro-batch's losses on their way."""
