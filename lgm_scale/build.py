@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,29 @@ from lgm_scale.config import GeneratorRun, OptimizerConfig, TokenizerRun, Traini
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.models.assets import TEACHER_WIDTHS, build_frozen, load_pretrained
+from lgm_scale.models.discriminator import CriticHeads
+from lgm_scale.models.tokenizer import AUXILIARY_SIZE, Decoder
 from lgm_scale.objectives.flow import NoiseScale
+from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.generator import GeneratorModel
+from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
+from lgm_scale.training.players import PlayerClipping, parameters_of
 from lgm_scale.training.tokenizer import TokenizerModel
 
-__all__ = ["build_dataset", "build_model", "build_trainer", "export_bundle"]
+__all__ = [
+    "build_auxiliary",
+    "build_critic",
+    "build_dataset",
+    "build_model",
+    "build_trainer",
+    "export_bundle",
+]
+
+log = logging.getLogger("lgm_scale")
 
 TrainingModel = TokenizerModel | GeneratorModel
 TrainingDataset = ImageDataset | LatentDataset
@@ -91,13 +108,9 @@ def _check_counts(config: TrainingRun, dataset: TrainingDataset) -> None:
 
 
 def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
-    """The network in its Composer shell."""
+    """The network in its Composer shell. Raises: MissingAssetError, CheckpointError."""
     if isinstance(config, TokenizerRun):
-        objective = config.objective
-        weights = {name: getattr(objective, name) for name in ("pixel", "entropy", "alignment")}
-        return TokenizerModel(
-            build_tokenizer(config.model), weights, objective.exploration_noise, config.seed
-        )
+        return _build_tokenizer_model(config)
     assert isinstance(dataset, LatentDataset)
     return GeneratorModel(
         build_generator(config.model),
@@ -112,16 +125,60 @@ def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
     )
 
 
-def build_optimizer(config: OptimizerConfig, net: nn.Module) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices and tables, not on biases and gains."""
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    groups = [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def _build_tokenizer_model(config: TokenizerRun) -> TokenizerModel:
+    frozen = build_frozen(config)
+    if frozen.random_assets:
+        log.warning(
+            "RANDOM WEIGHTS stand in for %s: a trial, its losses and its result mean nothing",
+            ", ".join(frozen.random_assets),
+        )
+    net = build_tokenizer(config.model)
+    pretrained = config.model.pretrained_encoder
+    if pretrained is not None and "model.pretrained_encoder" not in frozen.random_assets:
+        load_pretrained(net.encoder.vit, pretrained)
+    return TokenizerModel(
+        net,
+        config.objective,
+        config.seed,
+        frozen,
+        build_auxiliary(config),
+        build_critic(config),
+        mean_over_ranks,
+    )
+
+
+def build_auxiliary(config: TokenizerRun) -> Decoder | None:
+    """The decoder that predicts the teacher's features; None without that loss."""
+    if config.objective.representation <= 0:
+        return None
+    model = config.model
+    return Decoder(
+        AUXILIARY_SIZE,
+        model.image_size,
+        model.patch_size,
+        model.num_base_tokens,
+        model.latent_dim,
+        TEACHER_WIDTHS[config.assets.dinov2_size],
+    )
+
+
+def build_critic(config: TokenizerRun) -> CriticHeads | None:
+    """The trained heads of the critic; None without an adversarial loss."""
+    if config.objective.adversarial <= 0:
+        return None
+    return CriticHeads(reduce_mean=mean_over_ranks)
+
+
+def build_optimizer(
+    config: OptimizerConfig, players: dict[str, list[nn.Module]]
+) -> torch.optim.AdamW:
+    """One AdamW for all players; weight decay on matrices and tables, not on biases and gains."""
+    groups = []
+    for modules in players.values():
+        parameters = [p for p in parameters_of(modules) if p.requires_grad]
+        matrices = [p for p in parameters if p.ndim >= 2]
+        groups.append({"params": matrices, "weight_decay": config.weight_decay})
+        groups.append({"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0})
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, fused=torch.cuda.is_available()
     )
@@ -150,24 +207,42 @@ def build_loggers(config: TrainingRun) -> list[LoggerDestination]:
     return loggers
 
 
+def _players(model: TrainingModel) -> dict[str, list[nn.Module]]:
+    return model.players() if isinstance(model, TokenizerModel) else {"generator": [model.net]}
+
+
+def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
+    threshold = config.optimizer.clip_norm
+    if threshold is None:
+        return []
+    if isinstance(model, TokenizerModel):
+        return [PlayerClipping(model.players(), threshold, model.record)]
+    return [GradientClipping(clipping_type="norm", clipping_threshold=threshold)]
+
+
+def _labels(model: TrainingModel) -> dict[str, Any]:
+    """What every row of metrics says about the run."""
+    random = model.frozen.random_assets if isinstance(model, TokenizerModel) else ()
+    return {"random_assets": list(random)} if random else {}
+
+
 def build_trainer(
     config: TrainingRun, model: TrainingModel, dataset: TrainingDataset, ema: EMA
 ) -> Trainer:
     """Composer's trainer, resuming by itself from the run's own folder."""
-    algorithms: list[Algorithm] = []
-    if config.optimizer.clip_norm is not None:
-        algorithms.append(
-            GradientClipping(clipping_type="norm", clipping_threshold=config.optimizer.clip_norm)
-        )
+    state_folder = config.checkpoint.folder or str(Path(config.out) / "state")
+    advice = f"Run it again from {state_folder} with a lower optimizer.lr, or look at the data."
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
     callbacks: list[Callback] = [
         StepKeys(lengths),
+        FiniteGuard(model.record, advice),  # before the EMA moves
         ema,
         MetricsLog(
             Path(config.out) / "metrics.jsonl",
             config.logging.interval,
             model.record,
             config.logging.progress_bar,
+            _labels(model),
         ),
     ]
     batch_size = config.train.global_batch_size // dist.get_world_size()
@@ -185,14 +260,14 @@ def build_trainer(
             loader, get_num_samples_in_batch=lambda batch: len(batch["sample_ids"])
         ),
         max_duration=config.train.max_duration,
-        optimizers=build_optimizer(config.optimizer, model.net),
+        optimizers=build_optimizer(config.optimizer, _players(model)),
         schedulers=build_scheduler(config.optimizer),
-        algorithms=algorithms,
+        algorithms=_clipping(config, model),
         callbacks=callbacks,
         loggers=build_loggers(config),
         run_name=config.run_name,
         progress_bar=False,  # Composer's prints a line per step into a log file
-        save_folder=config.checkpoint.folder or str(Path(config.out) / "state"),
+        save_folder=state_folder,
         save_interval=config.checkpoint.interval,
         save_num_checkpoints_to_keep=config.checkpoint.keep,
         autoresume=True,
@@ -212,8 +287,10 @@ def export_bundle(
     training: dict[str, Any] = {"steps": steps, "weights": "ema", "config": to_dict(config)}
     if isinstance(config, TokenizerRun):
         assert isinstance(model, TokenizerModel)
+        training["random_assets"] = list(model.frozen.random_assets)
         model.net.load_state_dict(weights)
-        save_tokenizer_bundle(folder, config.model, weights, model.net.merge_tree(), training)
+        network = dataclasses.replace(config.model, pretrained_encoder=None)
+        save_tokenizer_bundle(folder, network, weights, model.net.merge_tree(), training)
     else:
         assert isinstance(dataset, LatentDataset)
         save_generator_bundle(

@@ -179,10 +179,11 @@ def _tokenizer(config: TokenizerRun) -> Iterator[str]:
             f"model.latent_init: aligned needs a square num_base_tokens, not "
             f"{model.num_base_tokens}; use normal"
         )
-    for name in ("pixel", "entropy", "alignment", "exploration_noise"):
-        value = getattr(config.objective, name)
+    for name, value in vars(config.objective).items():
         if value < 0:
             yield f"objective.{name}: {value} must be 0 or more"
+    if model.pretrained_encoder is not None and model.size == "tiny":
+        yield "model.pretrained_encoder: there is none of size tiny; use null, or size s, b or l"
 
 
 def _generator(config: GeneratorRun) -> Iterator[str]:
