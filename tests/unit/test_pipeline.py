@@ -31,10 +31,10 @@ from lgm_scale.sampling import CFGRescale, SamplerConfig, Solver
 CLASSES = ("goldfish", "gold finch", "tabby cat")
 
 
-def randomise(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def randomise(module: torch.nn.Module, scale: float) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
-        name: 0.1 * torch.randn(value.shape, generator=generator)
+        name: scale * torch.randn(value.shape, generator=generator)
         if value.is_floating_point()
         else value
         for name, value in module.state_dict().items()
@@ -51,7 +51,7 @@ def bundle(tmp_path_factory) -> Path:
     )  # fmt: skip
     tokenizer = build_tokenizer(model)
     save_tokenizer_bundle(
-        folder / "tokenizer", model, randomise(tokenizer), tokenizer.merge_tree(), {}
+        folder / "tokenizer", model, randomise(tokenizer, 0.4), tokenizer.merge_tree(), {}
     )
     net_config = GeneratorModelConfig(
         size="tiny", latent_dim=4, num_base_tokens=16, num_blocks=4, num_classes=3
@@ -59,7 +59,7 @@ def bundle(tmp_path_factory) -> Path:
     stats = LatentStats(torch.full((4,), 0.1), torch.full((4,), 5.0))
     stats = stats.with_contrasts(torch.zeros(12, 4), torch.ones(12, 4))
     save_generator_bundle(
-        folder / "dit", net_config, randomise(build_generator(net_config)), stats, CLASSES,
+        folder / "dit", net_config, randomise(build_generator(net_config), 0.1), stats, CLASSES,
         folder / "tokenizer", {"config": {"objective": {"noise_scale": "corrected"}}},
     )  # fmt: skip
     return folder / "dit"
