@@ -23,7 +23,7 @@ class _CudaClock:
 
     def mark(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream())
         return event
 
     def seconds(self, start: Any, end: Any) -> float:
