@@ -45,6 +45,7 @@ def load_training_run(
         known = " or ".join(TRAINING_TASKS)
         raise ConfigError(f"task: {task!r} is unknown; write {known}", path)
     problems: list[str] = []
+    config: TrainingRun | None
     try:
         config = load_config(values, TRAINING_TASKS[task], path)
     except InvalidValues as error:
@@ -56,7 +57,7 @@ def load_training_run(
             for problem in broken_rules(config, world_size, has_gpu)
             if problem.split(":")[0] not in told
         ]
-    if problems:
+    if problems or config is None:
         raise ConfigError(problems, path)
     return config
 
@@ -171,11 +172,11 @@ def _tokenizer(config: TokenizerRun) -> Iterator[str]:
         )
     elif model.num_base_tokens <= model.num_codebooks:
         yield f"model.num_base_tokens: {model.num_base_tokens} leaves nothing to merge"
-    if model.latent_init == "sincos" and round(model.num_base_tokens**0.5) ** 2 != (
+    if model.latent_init == "aligned" and round(model.num_base_tokens**0.5) ** 2 != (
         model.num_base_tokens
     ):
         yield (
-            f"model.latent_init: sincos needs a square num_base_tokens, not "
+            f"model.latent_init: aligned needs a square num_base_tokens, not "
             f"{model.num_base_tokens}; use normal"
         )
     for name in ("pixel", "entropy", "alignment", "exploration_noise"):

@@ -6,7 +6,7 @@ Source: LGM paper; the SoftVQ backbone on timm vision transformers. Images are i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,18 +54,40 @@ class TokenizerOutput(NamedTuple):
     similarity: Tensor
 
 
-def sincos_positions(grid: int, width: int, extent: float) -> Tensor:
+def lattice_positions(grid: int, width: int, extent: float) -> Tensor:
     """2-D sine-cosine table of a grid x grid lattice stretched over [0, extent): [grid^2, C].
 
+    Frequencies fall geometrically from 3 to 0.1 radians per patch, so that neighbours differ.
     Lattices of different density over one extent agree in position.
     """
+    count = width // 4
     centres = (torch.arange(grid, dtype=torch.float64) + 0.5) * (extent / grid)
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    frequencies = 3.0 * 30.0 ** (-torch.arange(count, dtype=torch.float64) / count)
     angles = centres[:, None] * frequencies  # [grid, C/4]
     axis = torch.cat((angles.sin(), angles.cos()), dim=-1)  # [grid, C/2]
     rows = axis[:, None, :].expand(grid, grid, -1)
     columns = axis[None, :, :].expand(grid, grid, -1)
     return torch.cat((rows, columns), dim=-1).reshape(grid * grid, -1).float()
+
+
+@torch.no_grad()
+def start_aligned(vit: VisionTransformer) -> None:
+    """Let attention start as a soft copy of what stands at the same position.
+
+    Keys equal queries (times 2, so that the softmax is peaked where positions agree), and the
+    output projection is twice the transpose of the value projection.
+    Source: ours, after mimetic initialization (Trockman and Kolter, 2023).
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+            nn.init.zeros_(module.bias)
+    for block in vit.blocks:
+        attention: Any = block.attn
+        query, key, value = attention.qkv.weight.chunk(3)
+        query *= 2.0
+        key.copy_(query)
+        attention.proj.weight.copy_(2.0 * value.T)
 
 
 def _vision_transformer(size: TokenizerSize, image_size: int, patch_size: int) -> VisionTransformer:
@@ -79,6 +101,14 @@ def _vision_transformer(size: TokenizerSize, image_size: int, patch_size: int) -
         num_classes=0,
         global_pool="",
     )
+
+
+def _with_positions(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """Class token in front, positions added. Shapes: [B, P, C] -> [B, 1 + P, C]."""
+    cls_token, pos_embed = vit.cls_token, vit.pos_embed
+    assert cls_token is not None  # timm's default
+    assert pos_embed is not None
+    return torch.cat((cls_token.expand(len(x), -1, -1), x), dim=1) + pos_embed
 
 
 def _run_blocks(vit: VisionTransformer, x: Tensor) -> Tensor:
@@ -103,12 +133,10 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Run image and latent tokens jointly; keep the latents."""
-        vit = self.vit
-        x = vit.patch_embed(images)  # [B, P, C]
-        x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed
+        x = _with_positions(self.vit, self.vit.patch_embed(images))  # [B, 1 + P, C]
         latents = (self.latent_tokens + self.latent_pos_embed).expand(len(x), -1, -1)
         x = torch.cat((x, latents.to(x.dtype)), dim=1)  # [B, 1 + P + N, C]
-        return _run_blocks(vit, x)[:, -self.num_base_tokens :]
+        return _run_blocks(self.vit, x)[:, -self.num_base_tokens :]
 
 
 class Decoder(nn.Module):
@@ -136,12 +164,11 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Run mask tokens and latents jointly; keep the image positions."""
-        vit = self.vit
         latents = self.latent_in(z) + self.latent_pos_embed.to(z.dtype)  # [B, N, C]
         masks = self.mask_token.expand(len(z), self.num_patches, -1)
-        x = torch.cat((vit.cls_token.expand(len(z), -1, -1), masks), dim=1) + vit.pos_embed
+        x = _with_positions(self.vit, masks)  # [B, 1 + P, C]
         x = torch.cat((x.to(latents.dtype), latents), dim=1)  # [B, 1 + P + N, C]
-        return self.out(_run_blocks(vit, x)[:, 1 : 1 + self.num_patches])
+        return self.out(_run_blocks(self.vit, x)[:, 1 : 1 + self.num_patches])
 
 
 class Tokenizer(nn.Module):
@@ -155,9 +182,9 @@ class Tokenizer(nn.Module):
         latent_dim: D.
         num_codebooks: Segments of the quantizer, and blocks within which tokens may merge.
         codebook_size: Codes per segment.
-        latent_init: 'normal' (published), or 'sincos': latents and patches start from one
-            sine-cosine lattice, in encoder and decoder. A short run from scratch needs it; a
-            pretrained encoder does not (ours).
+        latent_init: 'normal' (published), or 'aligned': latents and patches start from one
+            lattice of positions, and attention from copying along it, in encoder and decoder. A
+            short run from scratch needs it; a pretrained encoder does not (ours).
     """
 
     def __init__(
@@ -184,16 +211,18 @@ class Tokenizer(nn.Module):
         self.decoder = Decoder(
             row, image_size, patch_size, num_base_tokens, latent_dim, 3 * patch_size**2
         )
-        if latent_init == "sincos":
-            self._start_from_sincos(row.width)
+        if latent_init == "aligned":
+            self._start_aligned(row.width)
 
-    def _start_from_sincos(self, width: int) -> None:
+    def _start_aligned(self, width: int) -> None:
         patches = self.image_size // self.patch_size
         latents = round(self.num_base_tokens**0.5)
         with torch.no_grad():
             for part in (self.encoder, self.decoder):
-                part.vit.pos_embed[0, 1:] = sincos_positions(patches, width, patches)
-                part.latent_pos_embed[0] = sincos_positions(latents, width, patches)
+                start_aligned(part.vit)
+                assert part.vit.pos_embed is not None
+                part.vit.pos_embed[0, 1:] = lattice_positions(patches, width, patches)
+                part.latent_pos_embed[0] = lattice_positions(latents, width, patches)
 
     def encode(self, images: Tensor) -> Tensor:
         """Quantized latents at full length. Shapes: [B, 3, S, S] in [-1, 1] -> [B, N, D]."""
