@@ -1,0 +1,1 @@
+"""Timings. Each file is a command that prints one table."""
