@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from lgm_scale.config import GeneratorRun, OptimizerConfig, TokenizerRun, Traini
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.flops import dit_flops, tokenizer_flops
 from lgm_scale.models.assets import TEACHER_WIDTHS, build_frozen, load_pretrained
 from lgm_scale.models.discriminator import CriticHeads
 from lgm_scale.models.tokenizer import AUXILIARY_SIZE, Decoder
@@ -45,6 +47,7 @@ from lgm_scale.training.generator import GeneratorModel
 from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.players import PlayerClipping, parameters_of
+from lgm_scale.training.throughput import Throughput
 from lgm_scale.training.tokenizer import TokenizerModel
 
 __all__ = [
@@ -226,6 +229,18 @@ def _labels(model: TrainingModel) -> dict[str, Any]:
     return {"random_assets": list(random)} if random else {}
 
 
+def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
+    """Images, tokens and operations per second, for the loggers."""
+    if isinstance(model, GeneratorModel):
+        forward = partial(dit_flops, model.net)
+    else:
+        assert isinstance(config, TokenizerRun)
+        cost = tokenizer_flops(model.net, config.model.size)
+        forward = lambda num_tokens: cost  # noqa: E731  a tokenizer's cost is the same at every K
+    peak = config.logging.peak_tflops
+    return Throughput(config.logging.interval, forward, None if peak is None else peak * 1e12)
+
+
 def build_trainer(
     config: TrainingRun, model: TrainingModel, dataset: TrainingDataset, ema: EMA
 ) -> Trainer:
@@ -244,6 +259,7 @@ def build_trainer(
             config.logging.progress_bar,
             _labels(model),
         ),
+        _throughput(config, model),
     ]
     batch_size = config.train.global_batch_size // dist.get_world_size()
     loader = StreamingDataLoader(

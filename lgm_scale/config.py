@@ -191,6 +191,8 @@ class LoggingConfig:
     progress_bar: bool = True
     tensorboard: bool = False
     wandb_project: str | None = None
+    peak_tflops: float | None = None
+    """Of one device at the run's precision; then loggers get model FLOPs utilisation, too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ class LGMPipeline:
 
     def default_config(self, num_tokens: int) -> SamplerConfig:
         """Settings of a call at K tokens that names none."""
-        if self.noise_scale is NoiseScale.LEGACY:  # per-position guidance needs merged noise
+        if self.noise_scale == NoiseScale.LEGACY:  # per-position guidance needs merged noise
             return SamplerConfig(cfg_scale=1.5, cfg_rescale=CFGRescale.NONE)
         return SamplerConfig(cfg_scale=default_cfg_scale(self.num_base_tokens, num_tokens))
 

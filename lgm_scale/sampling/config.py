@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
@@ -69,15 +70,18 @@ class SamplerConfig:
         schedule = tuple((float(t), int(num_tokens)) for t, num_tokens in self.length_schedule)
         object.__setattr__(self, "length_schedule", schedule)
         lo, hi = self.cfg_interval
-        problems = []
+        problems = [*self._enum_problems("cfg_rescale", CFGRescale)]
+        problems += self._enum_problems("solver", Solver)
         if self.num_steps < 2:
             problems.append(f"num_steps: {self.num_steps} grid points; needs 2 or more")
-        if self.cfg_scale < 1:
+        if not math.isfinite(self.cfg_scale):
+            problems.append(f"cfg_scale: {self.cfg_scale} is not finite")
+        elif self.cfg_scale < 1:
             problems.append(f"cfg_scale: {self.cfg_scale} is below 1; 1 turns guidance off")
         if not 0 <= lo <= hi <= 1:
             problems.append(f"cfg_interval: ({lo}, {hi}) must be ordered and inside [0, 1]")
-        if self.timestep_shift <= 0:
-            problems.append(f"timestep_shift: {self.timestep_shift} must be above 0")
+        if not 0 < self.timestep_shift < math.inf:
+            problems.append(f"timestep_shift: {self.timestep_shift} must be above 0, and finite")
         if self.uncond_num_tokens is not None and self.uncond_num_tokens < 1:
             problems.append(f"uncond_num_tokens: {self.uncond_num_tokens} must be 1 or more")
         if problems:
@@ -86,6 +90,15 @@ class SamplerConfig:
             problems = self._schedule_problems()
         if problems:
             raise ConfigError(problems, "sampler")
+
+    def _enum_problems(self, name: str, values: type[Enum]) -> list[str]:
+        """Take a plain string for a member; say so if there is none of that name."""
+        given = getattr(self, name)
+        try:
+            object.__setattr__(self, name, values(given))
+        except ValueError:
+            return [f"{name}: {given!r} is unknown; use {' or '.join(m.value for m in values)}"]
+        return []
 
     def _schedule_problems(self) -> list[str]:
         text = f"length_schedule: {[list(entry) for entry in self.length_schedule]}"

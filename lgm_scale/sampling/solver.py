@@ -180,7 +180,7 @@ def check_nested(
     """Refuse what a generator cannot do, before anything is computed."""
     for length in config.rows(num_tokens):
         tree.assignment(length)
-    if config.nested and scale is NoiseScale.LEGACY:
+    if config.nested and scale == NoiseScale.LEGACY:
         raise ConfigError(
             "sampler: uncond_num_tokens and length_schedule need a generator trained with "
             "noise_scale 'corrected'; with 'legacy' noise a merged state is not a state at the "
