@@ -128,7 +128,7 @@ class MetricsLog(Callback):
         if dist.get_global_rank() == 0:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-            with logging_redirect_tqdm([log]):
+            with logging_redirect_tqdm():
                 log.info(_line(rows, len(rows) / max(seconds, 1e-9)))
 
 

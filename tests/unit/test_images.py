@@ -318,9 +318,9 @@ def test_manifest_survives_the_disk(tmp_path):
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere does not exist.*data_tools\.images_to_mds"):
+    with pytest.raises(DataError, match=r"nowhere does not exist.*data_tools/images_to_mds\.py"):
         read_manifest(tmp_path / "nowhere", "images")
-    with pytest.raises(DataError, match=r"has no index\.json.*data_tools\.encode_latents"):
+    with pytest.raises(DataError, match=r"has no index\.json.*data_tools/encode_latents\.py"):
         read_manifest(tmp_path, "latents")
     write_images(tmp_path / "train", 3)
     with pytest.raises(DataError, match=r"Did you mean .*train"):
