@@ -329,7 +329,9 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 
 def test_the_wrong_kind_is_named(tmp_path):
     folder = write_images(tmp_path / "mds", 3)
-    with pytest.raises(DataError, match=r"holds images, but latents .* must be encoded first"):
+    with pytest.raises(
+        DataError, match=r"holds images, but latents .*Encode training images first"
+    ):
         read_manifest(folder, "latents")
     with pytest.raises(DataError, match="says kind 'latents'"):
         read_manifest(write_images(tmp_path / "other", 3, kind="latents"), "images")
