@@ -155,7 +155,7 @@ def build_trainer(
         )
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
     callbacks: list[Callback] = [
-        StepKeys(lengths),
+        StepKeys(lengths, config.lengths.per_sample),
         ema,
         MetricsLog(
             Path(config.out) / "metrics.jsonl",
@@ -207,7 +207,8 @@ def export_bundle(
     if isinstance(config, TokenizerRun):
         assert isinstance(model, TokenizerModel)
         model.net.load_state_dict(weights)
-        save_tokenizer_bundle(folder, config.model, weights, model.net.merge_tree(), training)
+        tree = model.net.merge_tree() if model.net.merging.has_tree else None
+        save_tokenizer_bundle(folder, config.model, weights, tree, training)
     else:
         assert isinstance(dataset, LatentDataset)
         save_generator_bundle(

@@ -49,6 +49,9 @@ class TokenizerModelConfig:
     num_codebooks: int = 4
     codebook_size: int = 8192
     latent_init: Literal["normal", "sincos"] = "normal"
+    length_control: Literal["lgm", "fixed", "tome", "truncate", "none"] = "lgm"
+    dropped_tokens: Literal["zero", "learned"] = "zero"
+    """What the decoder reads in place of a token that `length_control: truncate` dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,8 @@ class LengthsConfig:
     __pydantic_config__ = _STRICT
     choices: tuple[int, ...]
     weights: tuple[float, ...] | None = None
+    per_sample: bool = False
+    """One draw per image instead of one per step; for `length_control: truncate` alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.merging import MergeTree, cosine_similarity
-from lgm_scale.models.length_control import LearnedMerging
+from lgm_scale.merging import MergeTree
+from lgm_scale.models.length_control import build_length_control
 from lgm_scale.models.quantizer import SoftQuantizer
 
 __all__ = ["TOKENIZER_SIZES", "Tokenizer", "TokenizerOutput", "TokenizerSize"]
@@ -45,13 +45,14 @@ class TokenizerOutput(NamedTuple):
     """What the losses read.
 
     Shapes: reconstruction [B, 3, S, S]; z [B, N, D], quantized and not merged;
-    code_logits [num_codebooks, M, codebook_size]; similarity [N, N] of the merge embeddings.
+    code_logits [num_codebooks, M, codebook_size]; similarity [N, N] of the merge embeddings,
+    None where none are learned.
     """
 
     reconstruction: Tensor
     z: Tensor
     code_logits: Tensor
-    similarity: Tensor
+    similarity: Tensor | None
 
 
 def sincos_positions(grid: int, width: int, extent: float) -> Tensor:
@@ -158,6 +159,9 @@ class Tokenizer(nn.Module):
         latent_init: 'normal' (published), or 'sincos': latents and patches start from one
             sine-cosine lattice, in encoder and decoder. A short run from scratch needs it; a
             pretrained encoder does not (ours).
+        length_control: How it reaches K tokens; a key of `LENGTH_CONTROLS`.
+        dropped_tokens: What the decoder reads in place of a token that 'truncate' dropped: 'zero',
+            or a 'learned' vector.
     """
 
     def __init__(
@@ -170,6 +174,8 @@ class Tokenizer(nn.Module):
         num_codebooks: int = 4,
         codebook_size: int = 8192,
         latent_init: str = "normal",
+        length_control: str = "lgm",
+        dropped_tokens: str = "zero",
     ) -> None:
         super().__init__()
         row = TOKENIZER_SIZES[size]
@@ -180,7 +186,9 @@ class Tokenizer(nn.Module):
         self.encoder = Encoder(row, image_size, patch_size, num_base_tokens)
         self.to_latent = nn.Linear(row.width, latent_dim)
         self.quantizer = SoftQuantizer(num_codebooks, codebook_size, latent_dim)
-        self.merging = LearnedMerging(num_base_tokens, num_codebooks)
+        self.merging = build_length_control(
+            length_control, num_base_tokens, num_codebooks, latent_dim, dropped_tokens
+        )
         self.decoder = Decoder(
             row, image_size, patch_size, num_base_tokens, latent_dim, 3 * patch_size**2
         )
@@ -217,23 +225,31 @@ class Tokenizer(nn.Module):
         )  # fmt: skip
 
     def merge_tree(self) -> MergeTree:
-        """The learned tree, without exploration noise."""
+        """The tree of all images, without exploration noise.
+
+        Raises: ConfigError from a length control that has none.
+        """
         return self.merging.tree()
 
     def reconstruct(self, images: Tensor, num_tokens: int) -> Tensor:
-        """Encode, merge to K tokens, expand, decode. Shapes: [B, 3, S, S] -> the same."""
-        assignment = self.merge_tree().assignment(num_tokens, images.device)
-        return self.decode(assignment.unmerge(assignment.merge(self.encode(images))))
+        """Encode, go to K tokens and back, decode. Shapes: [B, 3, S, S] -> the same."""
+        return self.decode(self.merging.full_length(self.encode(images), num_tokens))
 
     def forward(
-        self, images: Tensor, num_tokens: int, exploration: np.ndarray | None = None
+        self,
+        images: Tensor,
+        num_tokens: int | Tensor,
+        exploration: np.ndarray | None = None,
     ) -> TokenizerOutput:
-        """One training pass at K tokens. Shapes: images [B, 3, S, S] in [-1, 1]."""
+        """One training pass at K tokens, or at one K per image: [B] int64.
+
+        Shapes: images [B, 3, S, S] in [-1, 1].
+        """
         z, code_logits = self._encode(images)
         merged = self.merging(z, num_tokens, exploration)
         return TokenizerOutput(
             reconstruction=self.decode(merged),
             z=z,
             code_logits=code_logits,
-            similarity=cosine_similarity(self.merging.embeddings),
+            similarity=self.merging.similarity(),
         )
