@@ -1,5 +1,4 @@
-"""How a tokenizer reaches K tokens. The method is learnable global merging; the others are what it
-is compared with, behind one interface and with the same tokenizer around them.
+"""How a tokenizer reaches K tokens: learnable global merging, and what it is compared with.
 
     lgm        one learned tree for all images                           (the method)
     fixed      one random tree for all images, not learned               (ablation)
@@ -10,12 +9,13 @@ is compared with, behind one interface and with the same tokenizer around them.
 The decoder always reads N latents. After merging these are the cluster means, spread over the
 members; after truncation, zeros (or a learned token) from position K on.
 
-Source: LGM paper. Constants of the release: 768-dimensional embeddings, exploration noise
-0.1 * clip(normal, -1, 1), straight-through temperature 0.1.
+Source: LGM paper. Constants of the release: 768-dimensional embeddings, exploration noise 0.1,
+straight-through temperature 0.1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lgm_scale.errors import ConfigError
+from lgm_scale.linkage import in_block_triangle, start_host_copy
 from lgm_scale.merging import MergeTree, cosine_similarity, straight_through_merge
 from lgm_scale.models.bipartite_merging import bipartite_labels, spread_means
 from lgm_scale.randomness import Purpose
@@ -39,6 +40,9 @@ __all__ = [
     "build_length_control",
     "exploration_noise",
 ]
+
+
+GrowTree = Callable[[], MergeTree]
 
 
 def exploration_noise(seed: int, step: int, num_tokens: int, scale: float = 0.1) -> np.ndarray:
@@ -73,12 +77,14 @@ class LengthControl(nn.Module):
         """The least K: one token per block."""
         return self.num_blocks
 
-    def forward(
-        self, z: Tensor, num_tokens: int | Tensor, exploration: np.ndarray | None = None
-    ) -> Tensor:
+    def start_tree(self, exploration: np.ndarray | None = None) -> GrowTree | None:
+        """Begin what a step's tree needs, before the encoder: see `start_host_copy`."""
+        return None
+
+    def forward(self, z: Tensor, num_tokens: int | Tensor, tree: GrowTree | None = None) -> Tensor:
         """What the decoder reads in training at K tokens; as in evaluation, unless said otherwise.
 
-        Shapes: z [B, N, D] -> [B, N, D].
+        Shapes: z [B, N, D] -> [B, N, D]. `tree` is what `start_tree` returned.
         """
         return self.full_length(z, num_tokens)
 
@@ -91,17 +97,14 @@ class LengthControl(nn.Module):
         raise NotImplementedError
 
     def cluster_labels(self, z: Tensor, num_tokens: int) -> Tensor | None:
-        """Cluster of each token in each image: z [B, N, D] -> [B, N] int64. None: nothing merges.
-
-        Equal labels of an image mean one cluster; the numbers themselves mean nothing.
-        """
+        """Cluster of each token of each image: z [B, N, D] -> [B, N] int64; None: no clusters."""
         return None
 
     def similarity(self) -> Tensor | None:
         """Similarities [N, N] that the alignment loss trains, with gradient; None: none learned."""
         return None
 
-    def tree(self, exploration: np.ndarray | None = None) -> MergeTree:
+    def tree(self) -> MergeTree:
         """The merge tree of all images.
 
         Raises: ConfigError from a control that has none.
@@ -129,10 +132,8 @@ class LearnedMerging(LengthControl):
 
     Args:
         num_base_tokens: N.
-        num_blocks: Blocks within which tokens may merge (the codebook segments).
+        num_blocks: Of the tree.
         embedding_dim: Width of the embeddings.
-
-    Source: LGM paper.
     """
 
     name = "lgm"
@@ -149,18 +150,21 @@ class LearnedMerging(LengthControl):
             self.embeddings.normal_()
             self.embeddings.copy_(F.normalize(self.embeddings, dim=-1))
 
-    def tree(self, exploration: np.ndarray | None = None) -> MergeTree:
-        """The merge tree of the embeddings as they are now."""
+    def start_tree(self, exploration: np.ndarray | None = None) -> GrowTree:
+        """Similarities of the embeddings as they are now, on their way to the host."""
         similarity = cosine_similarity(self.embeddings.detach())
-        return MergeTree.from_similarity(similarity, self.num_blocks, exploration)
+        triangle = start_host_copy(in_block_triangle(similarity, self.num_blocks))
+        return lambda: MergeTree.from_triangle(triangle(), self.num_base_tokens, exploration)
+
+    def tree(self) -> MergeTree:
+        """The merge tree of the embeddings as they are now, without exploration noise."""
+        return self.start_tree()()
 
     def similarity(self) -> Tensor | None:
         """Of the embeddings."""
         return cosine_similarity(self.embeddings)
 
-    def forward(
-        self, z: Tensor, num_tokens: int | Tensor, exploration: np.ndarray | None = None
-    ) -> Tensor:
+    def forward(self, z: Tensor, num_tokens: int | Tensor, tree: GrowTree | None = None) -> Tensor:
         """Merge to K tokens and expand again, with a gradient to the embeddings.
 
         Shapes: z [B, N, D] -> [B, N, D]. K = N means no merging at all: z itself.
@@ -168,7 +172,8 @@ class LearnedMerging(LengthControl):
         self.check(num_tokens)
         if num_tokens == z.shape[1]:
             return z
-        assignment = self.tree(exploration).assignment(int(num_tokens)).to(z.device)
+        grow = tree or self.start_tree()
+        assignment = grow().assignment(int(num_tokens)).to(z.device)
         return straight_through_merge(z, self.embeddings, assignment)
 
     def full_length(self, z: Tensor, num_tokens: int | Tensor) -> Tensor:
@@ -203,9 +208,7 @@ class FixedMerging(LearnedMerging):
         """Nothing to train."""
         return None
 
-    def forward(
-        self, z: Tensor, num_tokens: int | Tensor, exploration: np.ndarray | None = None
-    ) -> Tensor:
+    def forward(self, z: Tensor, num_tokens: int | Tensor, tree: GrowTree | None = None) -> Tensor:
         """The plain cluster means, without exploration: z [B, N, D] -> [B, N, D]."""
         return self.full_length(z, num_tokens)
 

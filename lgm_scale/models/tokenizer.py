@@ -245,8 +245,9 @@ class Tokenizer(nn.Module):
 
         Shapes: images [B, 3, S, S] in [-1, 1].
         """
+        tree = self.merging.start_tree(exploration)  # travels to the host while the GPU encodes
         z, code_logits = self._encode(images)
-        merged = self.merging(z, num_tokens, exploration)
+        merged = self.merging(z, num_tokens, tree)
         return TokenizerOutput(
             reconstruction=self.decode(merged),
             z=z,

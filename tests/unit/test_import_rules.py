@@ -32,6 +32,7 @@ ORDER = [
     "models",
     "data",
     "merging",
+    "linkage",
     "randomness",
     "errors",
 ]
@@ -39,7 +40,12 @@ FROM_ANYWHERE = {"config", "errors"}
 
 OUTER_ROOMS = {"eval", "data_tools", "launchers", "benchmarks", "tests"}
 # These know neither the trainer nor the data stream nor other processes ...
-PURE = ("lgm_scale/models/", "lgm_scale/objectives/", "lgm_scale/merging.py")
+PURE = (
+    "lgm_scale/models/",
+    "lgm_scale/objectives/",
+    "lgm_scale/merging.py",
+    "lgm_scale/linkage.py",
+)
 PURE_MAY_NOT = ("composer", "torch.distributed", "streaming")
 # ... and these are read before the slow import of torch, to report a wrong config at once. The
 # command itself imports torch, but only after that, inside a function.
