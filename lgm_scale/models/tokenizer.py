@@ -5,6 +5,7 @@ Source: LGM paper; the SoftVQ backbone on timm vision transformers. Images are i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lgm_scale.errors import ConfigError
 from lgm_scale.merging import MergeTree
+from lgm_scale.models.adaptive_length import LengthChoice, choose_length
 from lgm_scale.models.length_control import build_length_control
 from lgm_scale.models.quantizer import SoftQuantizer
 
@@ -234,6 +236,30 @@ class Tokenizer(nn.Module):
     def reconstruct(self, images: Tensor, num_tokens: int) -> Tensor:
         """Encode, go to K tokens and back, decode. Shapes: [B, 3, S, S] -> the same."""
         return self.decode(self.merging.full_length(self.encode(images), num_tokens))
+
+    @torch.no_grad()
+    def choose_length(
+        self, images: Tensor, target_psnr: float, lengths: Sequence[int] | None = None
+    ) -> LengthChoice:
+        """Per image, the smallest K whose reconstruction reaches a PSNR in dB.
+
+        One encoder pass; then a batched decode per K, of the images not satisfied yet. Where no
+        K reaches the target, the choice is N with `reached` False.
+
+        Args:
+            images: [B, 3, S, S] in [-1, 1].
+            target_psnr: In dB, as `adaptive_length.psnr` measures it.
+            lengths: Values of K to choose from, besides N; None for all.
+        """
+        if lengths is None:
+            lengths = range(self.merging.min_tokens, self.num_base_tokens + 1)
+        return choose_length(
+            images,
+            self.encode(images),
+            lambda z, k: self.decode(self.merging.full_length(z, k)),
+            target_psnr,
+            lengths,
+        )
 
     def forward(
         self,
