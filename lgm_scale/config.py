@@ -48,7 +48,7 @@ class TokenizerModelConfig:
     latent_dim: int = 32
     num_codebooks: int = 4
     codebook_size: int = 8192
-    latent_init: Literal["normal", "sincos"] = "normal"
+    latent_init: Literal["normal", "aligned"] = "normal"
     length_control: Literal["lgm", "fixed", "tome", "truncate", "none"] = "lgm"
     dropped_tokens: Literal["zero", "learned"] = "zero"
     """What the decoder reads in place of a token that `length_control: truncate` dropped."""

@@ -195,11 +195,11 @@ def _tokenizer(config: TokenizerRun) -> Iterator[str]:
         )
     elif model.num_base_tokens <= model.num_codebooks:
         yield f"model.num_base_tokens: {model.num_base_tokens} leaves nothing to merge"
-    if model.latent_init == "sincos" and round(model.num_base_tokens**0.5) ** 2 != (
+    if model.latent_init == "aligned" and round(model.num_base_tokens**0.5) ** 2 != (
         model.num_base_tokens
     ):
         yield (
-            f"model.latent_init: sincos needs a square num_base_tokens, not "
+            f"model.latent_init: aligned needs a square num_base_tokens, not "
             f"{model.num_base_tokens}; use normal"
         )
     for name in ("pixel", "entropy", "alignment", "exploration_noise"):

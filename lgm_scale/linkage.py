@@ -36,7 +36,7 @@ def in_block_triangle(similarity: Tensor, num_blocks: int) -> Tensor:
     Raises: ConfigError if there are no blocks of M >= 2 tokens.
     """
     size = similarity.shape[0]
-    if size % num_blocks != 0 or size == num_blocks:
+    if num_blocks < 1 or size % num_blocks != 0 or size == num_blocks:
         raise ConfigError(
             f"num_base_tokens: {size} tokens cannot be cut into {num_blocks} equal blocks of "
             f"two or more; choose a multiple of {num_blocks} above it"

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MergeAssignment:
     """Which cluster each base token belongs to, at one K.
 
@@ -200,20 +200,23 @@ class MergeTree:
             parent = above
 
     def _check(self) -> None:
-        """Refuse tensors that are no dendrogram (each node is merged once, children first)."""
-        size = self.merges.shape[0] + 1
+        """Refuse tensors that are no dendrogram over equal blocks."""
+        size, blocks = self.merges.shape[0] + 1, self.num_blocks
+        if self.merges.ndim != 2 or self.merges.shape[1] != 2 or self.heights.shape != (size - 1,):
+            raise CheckpointError("merge tree: merges must be [N - 1, 2] and heights [N - 1]")
+        if blocks < 1 or size % blocks != 0:
+            raise CheckpointError(
+                f"merge tree: {size} tokens cannot be cut into {blocks} equal blocks"
+            )
         children = self.merges.flatten().sort().values
         made_later = self.merges.max(dim=1).values >= size + torch.arange(size - 1)
-        if (
-            not torch.equal(children, torch.arange(2 * size - 2))
-            or bool(made_later.any())
-            or self.heights.shape != (size - 1,)
-        ):
+        if not torch.equal(children, torch.arange(2 * size - 2)) or bool(made_later.any()):
             raise CheckpointError("merge tree: its merges do not form a binary tree")
-        if size % self.num_blocks != 0:
-            raise CheckpointError(
-                f"merge tree: {size} tokens cannot be cut into {self.num_blocks} equal blocks"
-            )
+        if not torch.isfinite(self.heights).all() or bool((self.heights.diff() < 0).any()):
+            raise CheckpointError("merge tree: heights must be finite and ascending")
+        crossing = _canonical(self._roots(size - blocks)) != np.arange(size) // (size // blocks)
+        if crossing.any():
+            raise CheckpointError(f"merge tree: merges cross its {blocks} blocks")
 
     def save(self, path: str | Path) -> None:
         """Write the tree as safetensors."""
@@ -235,9 +238,10 @@ class MergeTree:
                 if metadata.get("format") != "lgm_scale.merge_tree":
                     raise CheckpointError(f"{path}: not a merge tree")
                 merges, heights = file.get_tensor("merges"), file.get_tensor("heights")
-        except (OSError, SafetensorError) as error:
+                num_blocks = int(metadata["num_blocks"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read as a merge tree ({error})") from error
-        return cls(merges, heights, int(metadata["num_blocks"]))
+        return cls(merges, heights, num_blocks)
 
 
 def cosine_similarity(vectors: Tensor) -> Tensor:

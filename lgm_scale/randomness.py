@@ -57,10 +57,11 @@ def _mix(x: Tensor) -> Tensor:
 def stream_keys(seed: int, purpose: Purpose, step: int, sample_ids: Tensor) -> Tensor:
     """One 64-bit stream key per sample.
 
-    Shapes: sample_ids [B] int64 -> [B] int64. Raises: nothing; any int64 is a valid seed.
+    Shapes: sample_ids [B], any integer type -> [B] int64. A seed counts modulo 2^64.
     """
+    sample_ids = sample_ids.long()
     key = torch.zeros_like(sample_ids)
-    for part in (seed, int(purpose), step):
+    for part in (_signed(seed % (1 << 64)), int(purpose), step):
         key = _mix((key ^ part) + _GOLDEN)
     return _mix((key ^ sample_ids) + _GOLDEN)
 

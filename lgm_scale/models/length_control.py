@@ -77,6 +77,10 @@ class LengthControl(nn.Module):
         """The least K: one token per block."""
         return self.num_blocks
 
+    def lattice_order(self) -> Tensor:
+        """Where in the image each latent starts, with `latent_init: aligned`: [N] int64."""
+        return torch.arange(self.num_base_tokens)
+
     def start_tree(self, exploration: np.ndarray | None = None) -> GrowTree | None:
         """Begin what a step's tree needs, before the encoder: see `start_host_copy`."""
         return None
@@ -255,6 +259,10 @@ class Truncation(LengthControl):
     def min_tokens(self) -> int:
         """A single token."""
         return 1
+
+    def lattice_order(self) -> Tensor:
+        """Scattered, so that the first K cover the image; in raster order they are its top."""
+        return torch.randperm(self.num_base_tokens, generator=torch.Generator().manual_seed(0))
 
     def full_length(self, z: Tensor, num_tokens: int | Tensor) -> Tensor:
         """The first K tokens, then the filler. K may be one per image: [B] int64."""

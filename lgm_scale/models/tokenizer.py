@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,18 +57,40 @@ class TokenizerOutput(NamedTuple):
     similarity: Tensor | None
 
 
-def sincos_positions(grid: int, width: int, extent: float) -> Tensor:
+def lattice_positions(grid: int, width: int, extent: float) -> Tensor:
     """2-D sine-cosine table of a grid x grid lattice stretched over [0, extent): [grid^2, C].
 
+    Frequencies fall geometrically from 3 to 0.1 radians per patch, so that neighbours differ.
     Lattices of different density over one extent agree in position.
     """
+    count = width // 4
     centres = (torch.arange(grid, dtype=torch.float64) + 0.5) * (extent / grid)
-    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    frequencies = 3.0 * 30.0 ** (-torch.arange(count, dtype=torch.float64) / count)
     angles = centres[:, None] * frequencies  # [grid, C/4]
     axis = torch.cat((angles.sin(), angles.cos()), dim=-1)  # [grid, C/2]
     rows = axis[:, None, :].expand(grid, grid, -1)
     columns = axis[None, :, :].expand(grid, grid, -1)
     return torch.cat((rows, columns), dim=-1).reshape(grid * grid, -1).float()
+
+
+@torch.no_grad()
+def start_aligned(vit: VisionTransformer) -> None:
+    """Let attention start as a soft copy of what stands at the same position.
+
+    Keys equal queries (times 2, so that the softmax is peaked where positions agree), and the
+    output projection is twice the transpose of the value projection.
+    Source: ours, after mimetic initialization (Trockman and Kolter, 2023).
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+            nn.init.zeros_(module.bias)
+    for block in vit.blocks:
+        attention: Any = block.attn
+        query, key, value = attention.qkv.weight.chunk(3)
+        query *= 2.0
+        key.copy_(query)
+        attention.proj.weight.copy_(2.0 * value.T)
 
 
 def _vision_transformer(size: TokenizerSize, image_size: int, patch_size: int) -> VisionTransformer:
@@ -158,9 +180,9 @@ class Tokenizer(nn.Module):
         latent_dim: D.
         num_codebooks: Segments of the quantizer, and blocks within which tokens may merge.
         codebook_size: Codes per segment.
-        latent_init: 'normal' (published), or 'sincos': latents and patches start from one
-            sine-cosine lattice, in encoder and decoder. A short run from scratch needs it; a
-            pretrained encoder does not (ours).
+        latent_init: 'normal' (published), or 'aligned': latents and patches start from one
+            lattice of positions, and attention from copying along it, in encoder and decoder. A
+            short run from scratch needs it; a pretrained encoder does not (ours).
         length_control: How it reaches K tokens; a key of `LENGTH_CONTROLS`.
         dropped_tokens: What the decoder reads in place of a token that 'truncate' dropped: 'zero',
             or a 'learned' vector.
@@ -194,16 +216,18 @@ class Tokenizer(nn.Module):
         self.decoder = Decoder(
             row, image_size, patch_size, num_base_tokens, latent_dim, 3 * patch_size**2
         )
-        if latent_init == "sincos":
-            self._start_from_sincos(row.width)
+        if latent_init == "aligned":
+            self._start_aligned(row.width)
 
-    def _start_from_sincos(self, width: int) -> None:
+    def _start_aligned(self, width: int) -> None:
         patches = self.image_size // self.patch_size
         latents = round(self.num_base_tokens**0.5)
         with torch.no_grad():
             for part in (self.encoder, self.decoder):
-                part.vit.pos_embed[0, 1:] = sincos_positions(patches, width, patches)
-                part.latent_pos_embed[0] = sincos_positions(latents, width, patches)
+                start_aligned(part.vit)
+                part.vit.pos_embed[0, 1:] = lattice_positions(patches, width, patches)
+                places = lattice_positions(latents, width, patches)
+                part.latent_pos_embed[0] = places[self.merging.lattice_order()]
 
     def encode(self, images: Tensor) -> Tensor:
         """Quantized latents at full length. Shapes: [B, 3, S, S] in [-1, 1] -> [B, N, D]."""

@@ -23,6 +23,7 @@ __all__ = [
     "merged_noise",
     "sample_timesteps",
     "shift_timesteps",
+    "training_keys",
     "velocity_target",
 ]
 
@@ -52,7 +53,8 @@ def velocity_target(z: Tensor, noise: Tensor) -> Tensor:
 
 def sample_timesteps(keys: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Logit-normal timesteps: sigmoid(normal(mean, std)). Shapes: keys [B] -> [B] in (0, 1)."""
-    return torch.sigmoid(keyed_normal(keys, (1,))[:, 0] * std + mean)
+    normal = keyed_normal(keys, (1,))[:, 0].double()  # float32 sigmoid depends on the batch size
+    return torch.sigmoid(normal * std + mean).float()
 
 
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
@@ -66,7 +68,7 @@ def merged_noise(keys: Tensor, assignment: MergeAssignment, dim: int, scale: Noi
     Shapes: keys [B] -> [B, K, dim] float32. CORRECTED draws all N tokens and merges them, so the
     noises of one sample at two lengths are views of one process.
     """
-    if scale is NoiseScale.LEGACY:
+    if scale == NoiseScale.LEGACY:
         return keyed_normal(keys, (assignment.num_tokens, dim))
     return assignment.project_noise(keyed_normal(keys, (assignment.num_base_tokens, dim)))
 
@@ -80,7 +82,7 @@ def flow_loss(
     with K by construction: compare a length only with itself.
     """
     per_token = (v_pred.float() - v_target.float()).square().mean(-1)  # [B, K]
-    if scale is NoiseScale.CORRECTED:
+    if scale == NoiseScale.CORRECTED:
         weight = assignment.sizes * (assignment.num_tokens / assignment.num_base_tokens)
         per_token = per_token * weight.to(per_token.dtype)
     return per_token.mean(-1)

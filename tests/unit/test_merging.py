@@ -349,14 +349,21 @@ def broken_merges() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("name", list(broken_merges()))
 def test_merges_that_are_no_tree_are_refused(name):
     merges = broken_merges()[name]
-    with pytest.raises(CheckpointError, match="do not form a binary tree"):
+    text = r"merges must be \[N - 1, 2\]" if name == "shape" else "do not form a binary tree"
+    with pytest.raises(CheckpointError, match=text):
         MergeTree(merges, torch.arange(len(merges)), num_blocks=1)
 
 
 def test_heights_and_blocks_must_fit_the_merges():
     tree = random_tree()
-    with pytest.raises(CheckpointError, match="do not form a binary tree"):
+    with pytest.raises(CheckpointError, match=r"heights \[N - 1\]"):
         MergeTree(tree.merges, tree.heights[:-1], 4)
+    with pytest.raises(CheckpointError, match="finite and ascending"):
+        MergeTree(tree.merges, tree.heights.flip(0), 4)
+    with pytest.raises(CheckpointError, match="finite and ascending"):
+        MergeTree(tree.merges, tree.heights * float("nan"), 4)
+    with pytest.raises(CheckpointError, match="merges cross its 16 blocks"):
+        MergeTree(tree.merges, tree.heights, 16)
     with pytest.raises(CheckpointError, match="64 tokens cannot be cut into 5 equal blocks"):
         MergeTree(tree.merges, tree.heights, 5)
 

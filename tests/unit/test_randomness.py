@@ -9,7 +9,14 @@ import pytest
 import scipy.stats
 import torch
 
-from lgm_scale.randomness import Purpose, _bits, keyed_normal, keyed_uniform, stream_keys
+from lgm_scale.randomness import (
+    Purpose,
+    _bits,
+    _unit_interval,
+    keyed_normal,
+    keyed_uniform,
+    stream_keys,
+)
 
 NUM_DRAWS = 1_000_000
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
@@ -88,6 +95,12 @@ def test_numbers_follow_from_the_bits():
         angle = 2 * math.pi * angle_bits
         expected += [radius * math.cos(angle), radius * math.sin(angle)]
     assert keyed_normal(key, (4,))[0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_unit_interval_is_open_at_both_ends():
+    """Too rare to be met by chance: a zero here is an infinite normal number."""
+    words = torch.tensor([0, 1, 2**31, 2**32 - 1])
+    assert _unit_interval(words).tolist() == [2**-33, 1.5 * 2**-32, 0.5, 1 - 2**-24]
 
 
 def test_purposes_are_distinct():
