@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from lgm_scale.bundle import (
     save_generator_bundle,
     save_tokenizer_bundle,
 )
-from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig, read_yaml
+from lgm_scale.config_rules import load_training_run
 from lgm_scale.data.latents import LatentStats
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.merging import MergeTree
@@ -30,6 +32,8 @@ from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.tokenizer import TokenizerModel
 
 N, BLOCKS, DIM = 16, 4, 6
+ROOT = Path(__file__).resolve().parents[2]
+HAS_GPU = torch.cuda.is_available()
 MERGING = ("lgm", "fixed", "tome")
 
 
@@ -157,6 +161,28 @@ def test_exploration_reaches_the_training_tree_alone():
     assert not torch.equal(grow().merges, merging.tree().merges)
     z, cut = latents(), expected.assignment(6)
     torch.testing.assert_close(merging(z, 6, grow), cut.unmerge(cut.merge(z)))
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")],
+        ),
+    ],
+)
+def test_a_tree_started_early_is_that_of_the_embeddings_then(device):
+    """Its similarities are on their way to the host while other work, here a change, is queued."""
+    merging = control("lgm").to(device)
+    expected = merging.tree().merges
+    grow = merging.start_tree()
+    assert grow is not None
+    with torch.no_grad():
+        merging.embeddings.mul_(-1.0).add_(torch.randn_like(merging.embeddings))  # type: ignore[operator,union-attr,arg-type]
+    assert torch.equal(grow().merges, expected)
+    assert not torch.equal(merging.tree().merges, expected)
 
 
 def test_the_fixed_tree_comes_from_the_seed_and_has_no_parameters():
@@ -370,3 +396,47 @@ def test_no_generator_bundle_from_a_tokenizer_without_a_tree(tmp_path):
             {},
         )
     assert not (tmp_path / "generator").exists()
+
+
+# --- configurations ---------------------------------------------------------------------------
+
+LGM_YAML = "yamls/experiments/length_control/lgm.yaml"
+
+
+@pytest.mark.parametrize("name", ["lgm", "fixed", "tome", "truncate"])
+def test_the_experiment_differs_in_the_control_alone(name):
+    base, other = (
+        read_yaml(ROOT / f"yamls/experiments/length_control/{n}.yaml") for n in ("lgm", name)
+    )
+    assert other["model"].pop("length_control") == name
+    base["model"].pop("length_control")
+    for key in ("run_name", "out"):
+        assert name in other.pop(key)
+        base.pop(key)
+    assert other == base
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["model.length_control=truncate", "lengths.choices=[0,8,8,8,8,8,8]"],
+            r"\[0\] outside \[1, 64\]",
+        ),
+        (["lengths.choices=[1,8,8,8,8,8,8]"], r"\[1\] outside \[4, 64\]"),
+        (["model.length_control=none"], r"outside \[64, 64\]"),
+        (["lengths.per_sample=true"], "per_sample: true needs model.length_control: truncate"),
+        (["model.dropped_tokens=learned"], "model.dropped_tokens: learned has no effect"),
+        (["model.length_control=tomme"], 'model.length_control: "tomme" is wrong'),
+    ],
+)
+def test_wrong_configurations_name_their_key(overrides, problem):
+    with pytest.raises(ConfigError, match=problem):
+        load_training_run(str(ROOT / LGM_YAML), overrides, world_size=1, has_gpu=None)
+
+
+def test_the_truncation_variants_are_valid():
+    overrides = ["model.length_control=truncate", "model.dropped_tokens=learned"]
+    overrides += ["lengths.per_sample=true", "lengths.choices=[1,8,8,8,8,8,64]"]
+    config = load_training_run(str(ROOT / LGM_YAML), overrides, world_size=1, has_gpu=None)
+    assert config.lengths.per_sample

@@ -1,0 +1,1 @@
+"""Where the speed figures come from."""
