@@ -68,7 +68,7 @@ class Moments:
     def stats(self) -> LatentStats:
         """Mean and (biased) standard deviation over all ranks."""
         state = torch.cat((self.count, self.total, self.square))
-        state = torch.stack(dist.all_gather(state)).cpu().sum(0)
+        state = torch.stack(list(dist.all_gather(state))).cpu().sum(0)
         count, (mean, square) = state[0], (state[1:] / state[0]).chunk(2)
         assert count > 0
         return LatentStats(mean.float(), (square - mean.square()).clamp_min(0).sqrt().float())

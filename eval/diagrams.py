@@ -182,10 +182,10 @@ def tradeoff_figure(rows: list[dict[str, Any]], label: str, theme: Theme) -> Fig
         color=theme.second, label="reconstructions at the same K: the floor",
     )  # fmt: skip
     for row, x, y in zip(rows, work, samples, strict=True):
+        last = row is rows[-1]  # the others stand beside the line, which mostly falls
         axes.annotate(
-            f"K = {row['num_tokens']}", (x, y), xytext=(0, 11), textcoords="offset points",
-            ha="center", color=theme.ink, size=11,
-            bbox={"facecolor": theme.paper, "linewidth": 0, "pad": 1.5},
+            f"K = {row['num_tokens']}", (x, y), xytext=(5, 10) if last else (5, 8),
+            textcoords="offset points", ha="center" if last else "left", color=theme.ink, size=11,
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(0, max(samples + floor) * 1.15)
@@ -204,7 +204,9 @@ def tradeoff_figure(rows: list[dict[str, Any]], label: str, theme: Theme) -> Fig
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(theme.rule)
-    legend = axes.legend(frameon=False, fontsize=10.5, loc="best")
+    legend = axes.legend(
+        facecolor=theme.paper, edgecolor="none", framealpha=1, fontsize=10.5, loc="best"
+    )
     for text in legend.get_texts():
         text.set_color(theme.ink)
     return figure

@@ -17,6 +17,8 @@ from lgm_scale.errors import DataError
 
 __all__ = ["FeatureExtractor", "PixelPCA", "images_hash"]
 
+ROUNDING = 1e-12  # of sums of squares; one level of one pixel is 1.5e-5
+
 
 class FeatureExtractor(Protocol):
     """Images to vectors, each image for itself."""
@@ -85,7 +87,7 @@ class PixelPCA:
             values, vectors = np.linalg.eigh(centred.T @ centred)
             components = vectors[:, ::-1][:, :num_components].T
         values = values[::-1].clip(min=0)
-        rank = int((values > 1e-9 * values[0]).sum()) if values[0] > 0 else 0
+        rank = int((values > max(1e-9 * values[0], ROUNDING)).sum())
         if num_components > rank:
             raise DataError(
                 f"num_components: the {len(images)} validation images span only {rank} dimensions "

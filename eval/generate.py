@@ -8,13 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.sweep_config import SweepConfig
 from lgm_scale.bundle import GeneratorBundle
 from lgm_scale.errors import CheckpointError, DataError
 from lgm_scale.flops import decoder_flops, dit_flops
 from lgm_scale.objectives.flow import NoiseScale
-from lgm_scale.sampling import SamplerConfig, initial_noise, sample
+from lgm_scale.sampling import CFGRescale, SamplerConfig, initial_noise, sample
 
-__all__ = ["decode_to_uint8", "flops_per_image", "noise_scale_of", "refuse_broken", "sample_images"]
+__all__ = [
+    "decode_to_uint8",
+    "flops_per_image",
+    "noise_scale_of",
+    "refuse_broken",
+    "sample_images",
+    "sampler_of",
+]
 
 
 def noise_scale_of(bundle: GeneratorBundle, folder: str | Path) -> NoiseScale:
@@ -26,6 +34,17 @@ def noise_scale_of(bundle: GeneratorBundle, folder: str | Path) -> NoiseScale:
             f"{folder}: bundle.json does not say training.config.objective.noise_scale "
             f"({type(error).__name__}: {error}), and sampling depends on it"
         ) from error
+
+
+def sampler_of(config: SweepConfig) -> SamplerConfig:
+    """The solver's settings."""
+    return SamplerConfig(
+        num_steps=config.num_steps,
+        cfg_scale=config.cfg_scale,
+        cfg_interval=config.cfg_interval,
+        cfg_rescale=CFGRescale(config.cfg_rescale),
+        timestep_shift=config.timestep_shift,
+    )
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from eval.cells import Cells, write_json
 from eval.chunks import over_chunks, own_chunks
 from eval.features import FeatureExtractor, PixelPCA, images_hash
-from eval.generate import flops_per_image, noise_scale_of, refuse_broken, sample_images
+from eval.generate import flops_per_image, noise_scale_of, refuse_broken, sample_images, sampler_of
 from eval.moments import frechet_distance, moments_of
 from eval.reconstruct import Reconstructor, load_images, psnr
 from eval.sweep_config import SweepConfig
@@ -28,26 +28,14 @@ from lgm_scale import __version__
 from lgm_scale.bundle import TOKENIZER_NAME, GeneratorBundle, load_generator
 from lgm_scale.config import to_dict
 from lgm_scale.data.latents import TREE_NAME
-from lgm_scale.sampling import CFGRescale, SamplerConfig
 
-__all__ = ["Sweep", "measure", "sampler_of"]
+__all__ = ["Sweep", "measure"]
 
 MAX_SAMPLES_SHOWN = 20
 MAX_RECONSTRUCTIONS_SHOWN = 8
 
 Measured = tuple[dict[str, Any], dict[str, np.ndarray]]
 """Numbers and pictures of a cell."""
-
-
-def sampler_of(config: SweepConfig) -> SamplerConfig:
-    """The solver's settings."""
-    return SamplerConfig(
-        num_steps=config.num_steps,
-        cfg_scale=config.cfg_scale,
-        cfg_interval=config.cfg_interval,
-        cfg_rescale=CFGRescale(config.cfg_rescale),
-        timestep_shift=config.timestep_shift,
-    )
 
 
 def measure(config: SweepConfig) -> None:
@@ -147,7 +135,8 @@ class Sweep:
             "reconstructions": self._reconstructions,
             "samples": self._samples,
         }
-        with tqdm(total=total, desc="sweep", unit="img", disable=not self.writes) as bar:
+        quiet = not self.writes or total == 0
+        with tqdm(total=total, desc="sweep", unit="img", disable=quiet) as bar:
             for k, kind, protocol in plan:
                 found = numbers[k, kind]
                 state = "kept"

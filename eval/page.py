@@ -83,8 +83,8 @@ def render_page(results: dict[str, Any], pictures: dict[str, tuple[bytes, bytes]
 
 _SAMPLES = (
     "One column per class, one row per K, chosen by index and not by eye. A column starts from one "
-    "noise: with the noise merged like the tokens, its {count} images are one picture drawn with "
-    "fewer or more tokens."
+    "noise, merged like the tokens: its {count} images are attempts at one picture with fewer or "
+    "more of them."
 )
 _RECONSTRUCTIONS = (
     "Validation images, and what the tokenizer gives back from K tokens; PSNR is the mean over all "

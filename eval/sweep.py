@@ -64,8 +64,7 @@ def describe(config: SweepConfig) -> str:
     """Resolved configuration, and the work at each K."""
     import yaml
 
-    from eval.generate import flops_per_image, noise_scale_of
-    from eval.measure import sampler_of
+    from eval.generate import flops_per_image, noise_scale_of, sampler_of
     from lgm_scale.bundle import load_generator
 
     bundle, sampler = load_generator(config.bundle), sampler_of(config)

@@ -231,12 +231,13 @@ def read_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
     if malformed:
         raise ConfigError([f"override {item!r}: write it as key=value" for item in malformed])
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"{path}: must hold `key: value` lines")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides or []))
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold `key: value` lines, holds {type(values).__name__}")
     return typing.cast(dict[str, Any], values)
 
 

@@ -45,6 +45,7 @@ def load_training_run(
         known = " or ".join(TRAINING_TASKS)
         raise ConfigError(f"task: {task!r} is unknown; write {known}", path)
     problems: list[str] = []
+    config: TrainingRun | None
     try:
         config = load_config(values, TRAINING_TASKS[task], path)
     except InvalidValues as error:
@@ -56,7 +57,7 @@ def load_training_run(
             for problem in broken_rules(config, world_size, has_gpu)
             if problem.split(":")[0] not in told
         ]
-    if problems:
+    if problems or config is None:
         raise ConfigError(problems, path)
     return config
 

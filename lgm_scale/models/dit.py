@@ -89,6 +89,13 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
+def _zero(layer: nn.Module) -> None:
+    """Let a linear layer start at zero; others have no weights to set."""
+    if isinstance(layer, nn.Linear):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
 class MergeDiT(nn.Module):
     """Velocity of merged tokens at any K.
 
@@ -145,13 +152,14 @@ class MergeDiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.label_embed.table.weight, std=0.02)
-        for layer in (self.t_embed.mlp[0], self.t_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        zeroed = [block.modulation[1] for block in self.blocks]
-        zeroed += [self.final.modulation[1], self.final.linear]
-        for layer in zeroed:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in self.t_embed.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, DiTBlock | FinalLayer):
+                for layer in module.modulation:
+                    _zero(layer)
+        _zero(self.final.linear)
 
     def forward(
         self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment

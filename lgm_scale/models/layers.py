@@ -119,7 +119,7 @@ class TimestepEmbedding(nn.Module):
         index = torch.arange(half, device=t.device, dtype=torch.float32)
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * index / half)
         features = torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)  # [B, 256]
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Module):

@@ -106,6 +106,14 @@ def _vision_transformer(size: TokenizerSize, image_size: int, patch_size: int) -
     )
 
 
+def _with_positions(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """Class token in front, positions added. Shapes: [B, P, C] -> [B, 1 + P, C]."""
+    cls_token, pos_embed = vit.cls_token, vit.pos_embed
+    assert cls_token is not None  # timm's default
+    assert pos_embed is not None
+    return torch.cat((cls_token.expand(len(x), -1, -1), x), dim=1) + pos_embed
+
+
 def _run_blocks(vit: VisionTransformer, x: Tensor) -> Tensor:
     for block in vit.blocks:
         x = block(x)
@@ -128,12 +136,10 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Run image and latent tokens jointly; keep the latents."""
-        vit = self.vit
-        x = vit.patch_embed(images)  # [B, P, C]
-        x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed
+        x = _with_positions(self.vit, self.vit.patch_embed(images))  # [B, 1 + P, C]
         latents = (self.latent_tokens + self.latent_pos_embed).expand(len(x), -1, -1)
         x = torch.cat((x, latents.to(x.dtype)), dim=1)  # [B, 1 + P + N, C]
-        return _run_blocks(vit, x)[:, -self.num_base_tokens :]
+        return _run_blocks(self.vit, x)[:, -self.num_base_tokens :]
 
 
 class Decoder(nn.Module):
@@ -161,12 +167,11 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Run mask tokens and latents jointly; keep the image positions."""
-        vit = self.vit
         latents = self.latent_in(z) + self.latent_pos_embed.to(z.dtype)  # [B, N, C]
         masks = self.mask_token.expand(len(z), self.num_patches, -1)
-        x = torch.cat((vit.cls_token.expand(len(z), -1, -1), masks), dim=1) + vit.pos_embed
+        x = _with_positions(self.vit, masks)  # [B, 1 + P, C]
         x = torch.cat((x.to(latents.dtype), latents), dim=1)  # [B, 1 + P + N, C]
-        return self.out(_run_blocks(vit, x)[:, 1 : 1 + self.num_patches])
+        return self.out(_run_blocks(self.vit, x)[:, 1 : 1 + self.num_patches])
 
 
 class Tokenizer(nn.Module):
@@ -225,6 +230,7 @@ class Tokenizer(nn.Module):
         with torch.no_grad():
             for part in (self.encoder, self.decoder):
                 start_aligned(part.vit)
+                assert part.vit.pos_embed is not None
                 part.vit.pos_embed[0, 1:] = lattice_positions(patches, width, patches)
                 places = lattice_positions(latents, width, patches)
                 part.latent_pos_embed[0] = places[self.merging.lattice_order()]

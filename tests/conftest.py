@@ -1,0 +1,47 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+
+# One thread per test process: on few cores, OpenMP threads that wait for each other cost more
+# than they bring. Before torch is imported, and inherited by the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from small_pipeline import SmallPipeline, run_command
+
+
+@pytest.fixture(scope="session")
+def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> SmallPipeline:
+    """68 images of 32 x 32 in 17 classes, a random tokenizer, and the latents it makes."""
+    from data_tools.demo_images import DemoArguments, make_demo_images
+    from data_tools.images_to_mds import convert_folder
+    from lgm_scale.bundle import build_tokenizer, save_tokenizer_bundle
+    from lgm_scale.config import TokenizerModelConfig
+
+    root = tmp_path_factory.mktemp("small")
+    pipeline = SmallPipeline(root)
+    make_demo_images(root / "photos", DemoArguments(32, 4, 2, 0))
+    convert_folder(root / "photos" / "train", pipeline.images, 32)
+    config = TokenizerModelConfig(
+        size="tiny",
+        image_size=32,
+        patch_size=8,
+        num_base_tokens=16,
+        latent_dim=8,
+        codebook_size=32,
+        latent_init="aligned",
+    )
+    torch.manual_seed(0)
+    net = build_tokenizer(config)
+    save_tokenizer_bundle(pipeline.tokenizer, config, net.state_dict(), net.merge_tree(), {})
+    result = run_command(
+        "data_tools/encode_latents.py",
+        *("--tokenizer", pipeline.tokenizer),
+        *("--images", pipeline.images),
+        *("--out", pipeline.latents),
+    )
+    assert result.returncode == 0, result.stderr
+    return pipeline

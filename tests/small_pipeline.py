@@ -1,0 +1,112 @@
+"""A small pipeline for tests: images, a tokenizer bundle with random weights, latents."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_command(
+    *args: str | Path, ranks: int = 0, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run one of the project's commands, plainly or with `ranks` under the composer launcher."""
+    launcher = [sys.executable] if ranks == 0 else [_composer(), "-n", str(ranks)]
+    return subprocess.run(
+        [*launcher, *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def _composer() -> str:
+    return str(Path(sys.executable).with_name("composer"))
+
+
+def assert_user_error(result: subprocess.CompletedProcess, *texts: str) -> None:
+    """Exit status 2, the texts in stderr, and no traceback."""
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr + result.stdout
+    for text in texts:
+        assert text in result.stderr
+
+
+@dataclass(frozen=True)
+class SmallPipeline:
+    """Paths of the small pipeline, and configurations for it."""
+
+    root: Path
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    @property
+    def latents(self) -> Path:
+        return self.root / "latents"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    def tokenizer_config(self, out: Path, **changes: object) -> Path:
+        """A YAML file of a tokenizer run of 10 steps."""
+        values = {
+            "task": "tokenizer",
+            "run_name": out.name,
+            "out": str(out),
+            "model": {
+                "size": "tiny",
+                "image_size": 32,
+                "patch_size": 8,
+                "num_base_tokens": 16,
+                "latent_dim": 8,
+                "codebook_size": 32,
+                "latent_init": "aligned",
+            },
+            "data": {"path": str(self.images), "num_workers": 0},
+            "lengths": {"choices": [4, 8, 16], "weights": [2, 2, 1]},
+            "optimizer": {"lr": 1e-3, "clip_norm": 1.0},
+            "ema": {"decay": 0.9},
+            "train": {"max_duration": "10ba", "global_batch_size": 8, "precision": "fp32"},
+            "checkpoint": {"interval": "4ba"},
+            "logging": {"interval": 3, "progress_bar": False},
+        }
+        return _write(out, values | changes)
+
+    def generator_config(self, out: Path, **changes: object) -> Path:
+        """A YAML file of a generator run of 10 steps."""
+        values = {
+            "task": "generator",
+            "run_name": out.name,
+            "out": str(out),
+            "tokenizer": str(self.tokenizer),
+            "model": {
+                "size": "tiny",
+                "latent_dim": 8,
+                "num_base_tokens": 16,
+                "num_classes": 17,
+            },
+            "data": {"path": str(self.latents), "num_workers": 0},
+            "lengths": {"choices": [8, 4, 16]},
+            "optimizer": {"lr": 1e-3},
+            "ema": {"decay": 0.9},
+            "train": {"max_duration": "10ba", "global_batch_size": 8, "precision": "fp32"},
+            "checkpoint": {"interval": "4ba"},
+            "logging": {"interval": 3, "progress_bar": False},
+        }
+        return _write(out, values | changes)
+
+
+def _write(out: Path, values: dict[str, object]) -> Path:
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    return path

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lgm_scale.bundle import build_generator, build_tokenizer
+from lgm_scale.config import GeneratorRun, to_dict
+from lgm_scale.config_rules import load_training_run
+from lgm_scale.errors import ConfigError
+from lgm_scale.models.dit import DIT_SIZES
+from lgm_scale.plan import describe
+from lgm_scale.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = sorted(ROOT.glob("yamls/*.yaml"))
+QUICKSTART = [ROOT / "yamls/quickstart/tokenizer.yaml", ROOT / "yamls/quickstart/dit.yaml"]
+TOKENIZER = str(QUICKSTART[0])
+GENERATOR = str(QUICKSTART[1])
+
+
+def problems(
+    config: str, *overrides: str, ranks: int = 1, has_gpu: bool | None = None
+) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_training_run(config, list(overrides), ranks, has_gpu)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("ranks", [8, 64])
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_recipes_validate_at_scale(path, ranks):
+    config = load_training_run(str(path), [], ranks, has_gpu=True)
+    header = path.read_text().split("task:")[0]
+    for word in ("Command", "Hardware", "Time", "Result", f"yamls/{path.name}"):
+        assert word in header
+    assert config.data.num_samples == 1281167
+
+
+def test_there_is_a_recipe_for_every_published_size():
+    assert {path.stem for path in PUBLISHED} >= {
+        "tokenizer_b",
+        *(f"dit_{size}" for size in DIT_SIZES if size != "tiny"),
+    }
+
+
+@pytest.mark.parametrize("path", PUBLISHED + QUICKSTART, ids=lambda path: path.stem)
+def test_recipes_build_with_the_expected_size(path):
+    config = load_training_run(str(path), [], 1, has_gpu=None)
+    with torch.device("meta"):
+        if isinstance(config, GeneratorRun):
+            count = sum(p.numel() for p in build_generator(config.model).parameters())
+        else:
+            count = sum(p.numel() for p in build_tokenizer(config.model).parameters())
+    if path in PUBLISHED and isinstance(config, GeneratorRun):
+        assert count / 1e6 == pytest.approx(DIT_SIZES[config.model.size].params_m, abs=0.05)
+    assert f"({count:,})" in describe(config, 8)
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("model.sise=tiny", "model.sise: unknown key; did you mean 'size'?"),
+        ("optimiser.lr=1", "optimiser: unknown key; did you mean 'optimizer'?"),
+        ("train.global_batch_size=many", 'train.global_batch_size: "many" is wrong'),
+        ("train.global_batch_size=24.5", "train.global_batch_size: 24.5 is wrong"),
+        ("lengths.choices=[3,8]", "lengths.choices: [3] outside [4, 64]"),
+        ("lengths.choices=[8,65]", "lengths.choices: [65] outside [4, 64]"),
+        ("lengths.choices=[]", "lengths.choices: empty"),
+        ("lengths.weights=[1]", "lengths.weights: 1 weights for 7 choices"),
+        ("lengths.weights=[0,0,0,0,0,0,0]", "sum above 0"),
+        ("train.device_microbatch_size=5", "train.device_microbatch_size: 5 does not divide"),
+        ("train.max_duration=1500", "train.max_duration: 1500 is wrong"),
+        ("train.max_duration=3 weeks", "train.max_duration: '3 weeks' is no duration"),
+        ("checkpoint.interval=0ba", "checkpoint.interval: '0ba' is no duration"),
+        ("model.image_size=60", "model.image_size: 60 is not divisible by patch_size 8"),
+        ("model.num_base_tokens=62", "not divisible by num_codebooks"),
+        ("model.num_base_tokens=48", "aligned needs a square num_base_tokens"),
+        ("optimizer.lr=0", "optimizer.lr: 0.0 must be above 0"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas: [0.9, 1.0] must be in [0, 1)"),
+        ("ema.decay=1.0", "ema.decay: 1.0 must be in [0, 1)"),
+        ("objective.pixel=-1", "objective.pixel: -1.0 must be 0 or more"),
+        ("seed=-1", "seed: -1 must be 0 or more"),
+    ],
+)
+def test_each_bad_value_has_its_message(override, text):
+    found = problems(TOKENIZER, override)
+    assert len([line for line in found if text in line]) == 1, found
+
+
+def test_all_problems_come_at_once():
+    found = problems(
+        TOKENIZER,
+        "model.sise=tiny",
+        "data.num_workers=two",
+        "lengths.choices=[2]",
+        "train.precision=amp_bf16",
+        "train.max_duration=5",
+        ranks=7,
+        has_gpu=False,
+    )
+    keys = {line.split(":")[0] for line in found}
+    assert keys == {
+        "model.sise",
+        "data.num_workers",
+        "train.max_duration",
+        "lengths.choices",
+        "lengths.weights",
+        "train.global_batch_size",
+        "train.precision",
+    }
+
+
+def test_batch_message_names_the_nearest_valid_sizes():
+    assert "nearest valid: 20 or 25" in problems(TOKENIZER, ranks=5)[0]
+
+
+def test_bf16_needs_a_gpu():
+    assert "needs a GPU" in problems(GENERATOR, "train.precision=amp_bf16", has_gpu=False)[0]
+    load_training_run(GENERATOR, ["train.precision=amp_bf16"], 1, has_gpu=True)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "just words"])
+def test_malformed_yaml_is_one_error(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_training_run(str(path), [], 1, None)
+
+
+def test_missing_file_override_and_task():
+    assert "is not a file" in problems("nowhere.yaml")[0]
+    assert "write it as key=value" in problems(TOKENIZER, "seed")[0]
+    assert "write tokenizer or generator" in problems(TOKENIZER, "task=segmentation")[0]
+
+
+def test_a_folder_belongs_to_one_configuration(tmp_path):
+    config = load_training_run(TOKENIZER, [f"out={tmp_path}/run"], 1, None)
+    RunFolder(Path(config.out), config).claim()
+    assert not RunFolder(Path(config.out), config).finished()
+    free = load_training_run(TOKENIZER, [f"out={tmp_path}/run", "logging.interval=7"], 1, None)
+    RunFolder(Path(free.out), free).claim()
+    other = load_training_run(
+        TOKENIZER, [f"out={tmp_path}/run", "seed=5", "optimizer.lr=1e-3"], 1, None
+    )
+    with pytest.raises(ConfigError, match=r"(?s)optimizer\.lr: 0\.002 there, 0\.001 here.*seed: 0"):
+        RunFolder(Path(other.out), other).finished()
+
+
+def test_the_resolved_configuration_can_be_read_again(tmp_path):
+    config = load_training_run(GENERATOR, ["seed=3"], 1, None)
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(to_dict(config)))))
+    assert load_training_run(str(path), [], 1, None) == config
+
+
+def test_the_plan_names_work_and_memory():
+    config = load_training_run(str(ROOT / "yamls/dit_xl.yaml"), [], 64, has_gpu=True)
+    text = describe(config, 64)
+    assert "675.3 M" in text
+    assert " 128            57.1%           131,072" in text
+    assert "12.58 GiB" in text  # 20 bytes per parameter
+    assert "1,281,167 (1,251 steps)" in text

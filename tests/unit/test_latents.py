@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_pipeline import SmallPipeline, run_command
+from streaming import StreamingDataset
+
+from data_tools.encode_latents import main
+from lgm_scale.bundle import load_tokenizer, tokenizer_id
+from lgm_scale.data.images import ImageDataset
+from lgm_scale.data.latents import LatentDataset, LatentStats
+from lgm_scale.errors import DataError, LGMError
+from lgm_scale.training.tokenizer import to_unit_range
+
+
+def latent_dataset(pipeline: SmallPipeline, **changes) -> LatentDataset:
+    arguments = {
+        "shuffle": False,
+        "seed": 0,
+        "batch_size": 4,
+        "num_base_tokens": 16,
+        "latent_dim": 8,
+        "tokenizer_id": None,
+    }
+    return LatentDataset(str(pipeline.latents), **(arguments | changes))
+
+
+@pytest.fixture(scope="module")
+def stored(small_pipeline) -> np.ndarray:
+    """Every stored latent: [samples, flips, N, D] float16."""
+    reader = StreamingDataset(local=str(small_pipeline.latents), batch_size=1, shuffle=False)
+    return np.stack(
+        [np.stack([reader[i]["latents"], reader[i]["latents_flipped"]]) for i in range(len(reader))]
+    )
+
+
+def test_cached_latents_equal_online_encoding(small_pipeline, stored):
+    tokenizer = load_tokenizer(small_pipeline.tokenizer)
+    images = ImageDataset(small_pipeline.images, image_size=32, train=False, seed=0, batch_size=1)
+    assert stored.shape == (68, 2, 16, 8)
+    pixels = to_unit_range(torch.stack([images[i]["images"] for i in range(68)]))
+    with torch.no_grad():
+        plain, flipped = tokenizer.encode(pixels), tokenizer.encode(pixels.flip(-1))
+    for index, expected in enumerate((plain, flipped)):
+        got = torch.from_numpy(stored[:, index].astype(np.float32))
+        torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_statistics_are_over_all_stored_latents(small_pipeline, stored):
+    stats = LatentStats.load(small_pipeline.latents / "latent_stats.safetensors")
+    values = stored.astype(np.float64).reshape(-1, 8)
+    np.testing.assert_allclose(stats.mean.numpy(), values.mean(0), atol=1e-6)
+    np.testing.assert_allclose(stats.std.numpy(), values.std(0), rtol=1e-5)
+
+
+def test_flips_are_keyed_on_epoch_and_sample(small_pipeline, stored):
+    dataset = latent_dataset(
+        small_pipeline, shuffle=True, tokenizer_id=tokenizer_id(small_pipeline.tokenizer)
+    )
+    choices = []
+    for epoch in (0, 0, 1):
+        dataset.epoch = epoch
+        items = torch.stack([dataset[index]["latents"] for index in range(68)]).numpy()
+        flipped = [np.array_equal(item, both[1]) for item, both in zip(items, stored, strict=True)]
+        choices.append(flipped)
+    assert choices[0] == choices[1] != choices[2]
+    assert 20 < sum(choices[0]) < 48
+    assert dataset[0]["sample_ids"].item() == 0
+
+
+def test_shapes_and_tokenizers_must_fit(small_pipeline):
+    with pytest.raises(DataError, match="16 tokens x 8 channels; the model wants 64 x 8"):
+        latent_dataset(small_pipeline, num_base_tokens=64)
+    with pytest.raises(DataError, match="belong to another tokenizer"):
+        latent_dataset(small_pipeline, tokenizer_id="0" * 64)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_same_latents(small_pipeline, stored, tmp_path):
+    out = tmp_path / "latents"
+    result = run_command(
+        "data_tools/encode_latents.py",
+        *("--tokenizer", small_pipeline.tokenizer),
+        *("--images", small_pipeline.images),
+        *("--out", out, "--batch-size", "5"),
+        ranks=2,
+    )
+    assert result.returncode == 0, result.stderr
+    reader = StreamingDataset(local=str(out), batch_size=1, shuffle=False)
+    again = np.stack([reader[i]["latents"] for i in range(len(reader))])
+    np.testing.assert_allclose(
+        again.astype(np.float32), stored[:, 0].astype(np.float32), atol=2e-3, rtol=1e-3
+    )
+    one, two = (
+        LatentStats.load(folder / "latent_stats.safetensors")
+        for folder in (small_pipeline.latents, out)
+    )
+    torch.testing.assert_close(one.mean, two.mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.std, two.std, atol=1e-5, rtol=1e-5)
+
+
+def encode(monkeypatch, **arguments: object) -> int:
+    options = [part for key, value in arguments.items() for part in (f"--{key}", str(value))]
+    monkeypatch.setattr("sys.argv", ["encode_latents.py", *options])
+    return main()
+
+
+def test_a_finished_result_is_kept_and_bad_input_is_named(
+    small_pipeline, tmp_path, monkeypatch, capsys
+):
+    good = {
+        "tokenizer": small_pipeline.tokenizer,
+        "images": small_pipeline.images,
+        "out": small_pipeline.latents,
+    }
+    assert encode(monkeypatch, **good) == 0
+    assert "is there already" in capsys.readouterr().out
+    fresh = good | {"out": tmp_path / "x"}
+    for changes, text in (
+        ({"images": small_pipeline.latents}, "holds latents, but images"),
+        ({"images": tmp_path / "none"}, "does not exist"),
+        ({"tokenizer": tmp_path}, "is no bundle"),
+        ({"out": small_pipeline.images}, "holds images, but latents"),
+        ({"batch-size": 0}, "must be 1 or more"),
+    ):
+        with pytest.raises(LGMError, match=text):
+            encode(monkeypatch, **(fresh | changes))
+    assert not Path(tmp_path / "x").exists()

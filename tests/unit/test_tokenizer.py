@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lgm_scale.errors import ConfigError
+from lgm_scale.models.length_control import LearnedMerging, exploration_noise
+from lgm_scale.models.quantizer import SoftQuantizer
+from lgm_scale.models.tokenizer import Tokenizer, lattice_positions
+from lgm_scale.objectives.reconstruction import alignment_loss, entropy_loss, pixel_loss
+
+
+def small_tokenizer(latent_init: str = "aligned") -> Tokenizer:
+    torch.manual_seed(0)
+    return Tokenizer("tiny", 32, 8, 16, 8, codebook_size=32, latent_init=latent_init)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_quantizer_equals_the_release(golden):
+    numbers = golden("soft_vq")
+    quantizer = SoftQuantizer(4, 64, 8)
+    quantizer.codes.data = numbers["embedding"]
+    z = numbers["z"].requires_grad_()
+    quantized, logits = quantizer(z)
+    torch.testing.assert_close(quantized, numbers["zq"], atol=1e-6, rtol=0)
+    (quantized * numbers["upstream"]).sum().backward()
+    torch.testing.assert_close(z.grad, numbers["grad_z"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(quantizer.codes.grad, numbers["grad_embedding"], atol=1e-6, rtol=0)
+    z.grad = None
+    entropy = 0.01 * entropy_loss(quantizer(z)[1])
+    torch.testing.assert_close(entropy, numbers["entropy_loss"], atol=1e-6, rtol=0)
+    entropy.backward()
+    torch.testing.assert_close(z.grad, numbers["grad_z_entropy"], atol=1e-6, rtol=0)
+    assert logits.shape == (4, 3 * 8, 64)
+
+
+@pytest.mark.parametrize("num_tokens", [8, 16, 32])
+def test_alignment_loss_equals_the_release(golden, num_tokens):
+    numbers = golden("straight_through_merge")
+    merging = LearnedMerging(64, 4, embedding_dim=32)
+    merging.embeddings.data = numbers["embeddings"]
+    unit = torch.nn.functional.normalize(merging.embeddings, dim=-1)
+    loss = alignment_loss(numbers[f"k{num_tokens}.x"], unit @ unit.T, 4)
+    torch.testing.assert_close(loss, numbers[f"k{num_tokens}.align_loss"], atol=1e-6, rtol=0)
+    loss.backward()
+    expected = numbers[f"k{num_tokens}.grad_embeddings_align"]
+    torch.testing.assert_close(merging.embeddings.grad, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("num_tokens", [4, 8, 16])
+def test_training_pass_equals_reconstruction(images, num_tokens):
+    tokenizer = small_tokenizer().eval()
+    out = tokenizer(images, num_tokens)
+    assert out.reconstruction.shape == images.shape
+    assert out.z.shape == (3, 16, 8)
+    expected = tokenizer.reconstruct(images, num_tokens)
+    torch.testing.assert_close(out.reconstruction, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_full_length_merges_nothing(images):
+    tokenizer = small_tokenizer().eval()
+    torch.testing.assert_close(
+        tokenizer.reconstruct(images, 16), tokenizer.decode(tokenizer.encode(images))
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [4, 16])
+def test_every_parameter_gets_a_gradient(images, num_tokens):
+    tokenizer = small_tokenizer()
+    out = tokenizer(images, num_tokens, exploration_noise(0, 0, 16))
+    loss = pixel_loss(out.reconstruction, images) + entropy_loss(out.code_logits)
+    loss = loss + alignment_loss(out.z, out.similarity, 4)
+    loss.backward()
+    without = [name for name, p in tokenizer.named_parameters() if p.grad is None]
+    assert without == []
+
+
+def test_exploration_is_keyed_on_seed_and_step():
+    first = exploration_noise(0, 5, 16)
+    assert first.shape == (120,)
+    assert abs(first).max() <= 0.1
+    assert (first == exploration_noise(0, 5, 16)).all()
+    assert (first != exploration_noise(0, 6, 16)).any()
+    assert (first != exploration_noise(1, 5, 16)).any()
+    trees = {
+        tuple(
+            LearnedMerging(16, 4)
+            .tree(exploration_noise(0, step, 16, 5.0))
+            .merges.flatten()
+            .tolist()
+        )
+        for step in range(4)
+    }
+    assert len(trees) > 1
+
+
+def test_lattices_of_different_density_agree_in_place():
+    fine, coarse = lattice_positions(8, 96, 8.0), lattice_positions(4, 96, 8.0)
+    nearest = torch.cdist(coarse, fine).argmin(1)
+    rows, columns = nearest // 8, nearest % 8
+    index = torch.arange(16)
+    assert ((rows - (2 * (index // 4) + 0.5)).abs() <= 0.5).all()
+    assert ((columns - (2 * (index % 4) + 0.5)).abs() <= 0.5).all()
+
+
+def test_aligned_start_lets_content_reach_its_own_latent(images):
+    """A change of one patch changes the latent at its place more than the others."""
+
+    def effect(tokenizer: Tokenizer) -> torch.Tensor:
+        changed = images.clone()
+        changed[:, :, 8:16, 16:24] *= -1  # patch row 1, column 2: token 6
+        with torch.no_grad():
+            difference = tokenizer.encoder(changed) - tokenizer.encoder(images)
+        return difference.norm(dim=-1).mean(0)
+
+    assert effect(small_tokenizer("aligned")).argmax() == 6
+
+
+def test_wrong_image_size_is_named(images):
+    with pytest.raises(ConfigError, match="32x16 given to a tokenizer of 32 pixels"):
+        small_tokenizer().encode(images[..., :16])
