@@ -108,7 +108,7 @@ class LengthControl(nn.Module):
         """Similarities [N, N] that the alignment loss trains, with gradient; None: none learned."""
         return None
 
-    def tree(self) -> MergeTree:
+    def tree(self, exploration: np.ndarray | None = None) -> MergeTree:
         """The merge tree of all images.
 
         Raises: ConfigError from a control that has none.
@@ -160,9 +160,9 @@ class LearnedMerging(LengthControl):
         triangle = start_host_copy(in_block_triangle(similarity, self.num_blocks))
         return lambda: MergeTree.from_triangle(triangle(), self.num_base_tokens, exploration)
 
-    def tree(self) -> MergeTree:
-        """The merge tree of the embeddings as they are now, without exploration noise."""
-        return self.start_tree()()
+    def tree(self, exploration: np.ndarray | None = None) -> MergeTree:
+        """The merge tree of the embeddings as they are now."""
+        return self.start_tree(exploration)()
 
     def similarity(self) -> Tensor | None:
         """Of the embeddings."""
