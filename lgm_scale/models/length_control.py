@@ -71,11 +71,7 @@ class LengthControl(nn.Module):
         super().__init__()
         self.num_base_tokens = num_base_tokens
         self.num_blocks = num_blocks
-
-    @property
-    def min_tokens(self) -> int:
-        """The least K: one token per block."""
-        return self.num_blocks
+        self.min_tokens = num_blocks  # the least K: one token per block
 
     def lattice_order(self) -> Tensor:
         """Where in the image each latent starts, with `latent_init: aligned`: [N] int64."""
@@ -253,12 +249,8 @@ class Truncation(LengthControl):
         self, num_base_tokens: int, num_blocks: int, latent_dim: int, learned_filler: bool = False
     ) -> None:
         super().__init__(num_base_tokens, num_blocks)
+        self.min_tokens = 1
         self.mask_token = nn.Parameter(torch.zeros(latent_dim)) if learned_filler else None
-
-    @property
-    def min_tokens(self) -> int:
-        """A single token."""
-        return 1
 
     def lattice_order(self) -> Tensor:
         """Scattered, so that the first K cover the image; in raster order they are its top."""
@@ -279,10 +271,9 @@ class FullLength(LengthControl):
 
     name = "none"
 
-    @property
-    def min_tokens(self) -> int:
-        """N."""
-        return self.num_base_tokens
+    def __init__(self, num_base_tokens: int, num_blocks: int) -> None:
+        super().__init__(num_base_tokens, num_blocks)
+        self.min_tokens = num_base_tokens
 
     def full_length(self, z: Tensor, num_tokens: int | Tensor) -> Tensor:
         """The latents themselves."""

@@ -271,15 +271,10 @@ class Tokenizer(nn.Module):
     def choose_length(
         self, images: Tensor, target_psnr: float, lengths: Sequence[int] | None = None
     ) -> LengthChoice:
-        """Per image, the smallest K whose reconstruction reaches a PSNR in dB.
+        """Per image, the smallest of the lengths (None: of all) that reaches a PSNR in dB.
 
         One encoder pass; then a batched decode per K, of the images not satisfied yet. Where no
-        K reaches the target, the choice is N with `reached` False.
-
-        Args:
-            images: [B, 3, S, S] in [-1, 1].
-            target_psnr: In dB, as `adaptive_length.psnr` measures it.
-            lengths: Values of K to choose from, besides N; None for all.
+        K reaches the target, the choice is N with `reached` False. Shapes: [B, 3, S, S].
         """
         if lengths is None:
             lengths = range(self.merging.min_tokens, self.num_base_tokens + 1)
