@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from eval import adaptive
 from eval.adaptive import adaptive_saving, default_lengths
+from lgm_scale.bundle import load_tokenizer
 from lgm_scale.errors import ConfigError
 from lgm_scale.models.adaptive_length import choose_length, psnr
 from lgm_scale.models.tokenizer import Tokenizer
@@ -126,6 +129,27 @@ def test_no_fixed_length_may_do_what_the_choice_does():
     assert saving.mean_tokens == 6
     assert saving.fixed_tokens_equal_psnr is None
     assert saving.fixed_tokens_equal_share is None
+
+
+def test_the_command_agrees_with_the_tokenizer(small_pipeline, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "adaptive.json"
+    options = ["--bundle", small_pipeline.tokenizer, "--images", small_pipeline.images]
+    options += ["--lengths", 4, 8, "--target-psnr", 9.5, 99, "--out", out]
+    monkeypatch.setattr("sys.argv", ["adaptive", *map(str, options)])
+    assert adaptive.main() == 0
+    result = json.loads(out.read_text())
+    assert result["lengths"] == [4, 8, 16]
+    some, none = result["targets"]
+
+    net = load_tokenizer(small_pipeline.tokenizer)
+    batch = torch.cat(list(adaptive.image_batches(small_pipeline.images, 32)))
+    choice = net.choose_length(batch.float() / 127.5 - 1, 9.5, [4, 8])
+    assert 0 < some["reached"] < 1
+    assert some["reached"] == pytest.approx(float(choice.reached.double().mean()))
+    assert some["mean_tokens"] == pytest.approx(float(choice.num_tokens.double().mean()))
+    assert some["mean_psnr"] == pytest.approx(float(choice.psnr.mean()), abs=1e-3)
+    assert (none["reached"], none["mean_tokens"]) == (0, 16)
+    assert "target 99.00 dB, reached by 0.0%: mean K 16.0" in capsys.readouterr().out
 
 
 def test_default_lengths_end_at_n():

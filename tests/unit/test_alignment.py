@@ -8,8 +8,11 @@ import math
 import pytest
 import torch
 
+from eval import alignment
+from eval.adaptive import image_batches
 from eval.alignment import PairCosine, cknna, cknna_matrix, draw_heat_map
 from eval.length_control import mean_and_std, write_between_markers
+from lgm_scale.bundle import load_tokenizer
 from lgm_scale.errors import ConfigError
 
 
@@ -129,6 +132,37 @@ def test_pair_cosine_counts_each_pair_once():
     assert pairs.mean("all") == pytest.approx(0.4)
     assert pairs.mean("none") is None
     assert pairs.mean("never added") is None
+
+
+def test_a_bundle_is_measured(small_pipeline, tmp_path, monkeypatch):
+    """The whole command, against latents and pairs collected one image at a time."""
+    out = tmp_path / "alignment"
+    options = ["--bundle", small_pipeline.tokenizer, "--images", small_pipeline.images]
+    options += ["--out", out, "--lengths", 8, 16, 4, "--num-images", 30, "--neighbors", 4]
+    monkeypatch.setattr("sys.argv", ["alignment", *map(str, options)])
+    assert alignment.main() == 0
+    result = json.loads((out / "alignment.json").read_text())
+    assert (out / "alignment.png").is_file()
+
+    tokenizer = load_tokenizer(small_pipeline.tokenizer)
+    images = torch.cat(list(image_batches(small_pipeline.images, 32)))
+    chosen = [index * len(images) // 30 for index in range(30)]
+    z = tokenizer.encode(images[chosen].float() / 127.5 - 1)  # [30, 16, 8]
+    tree, near = tokenizer.merge_tree(), {}
+    for k in (4, 8):
+        cut = tree.assignment(k)
+        near[k] = cut.unmerge(cut.merge(z)).flatten(1)
+        pairs = [(i, j) for j in range(16) for i in range(j) if cut.labels[i] == cut.labels[j]]
+        cosine = [torch.cosine_similarity(z[:, i], z[:, j], dim=-1).mean() for i, j in pairs]
+        assert result["cosine_merged"][str(k)] == pytest.approx(float(sum(cosine)) / len(pairs))
+    assert result["cosine_merged"]["16"] is None
+    assert result["lengths"] == [4, 8, 16]
+    assert result["num_images"] == 30
+    # Rounding may decide between two neighbours of nearly equal cosine.
+    assert result["cknna"][0][1] == pytest.approx(cknna(near[4], near[8], 4), abs=1e-3)
+    matrix = result["cknna"]
+    between = (matrix[0][1] + matrix[0][2] + matrix[1][2]) / 3
+    assert result["cknna_mean"] == pytest.approx(between)
 
 
 def test_the_heat_map_is_written(tmp_path):
