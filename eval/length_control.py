@@ -145,7 +145,7 @@ def plot(results: dict[str, list[Row]], path: Path) -> None:
         axes.set_xticks(LENGTHS, [str(k) for k in LENGTHS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.legend()
+    right.legend(loc="lower right")
     figure.suptitle("Length controls at demo scale", fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
