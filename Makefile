@@ -1,6 +1,8 @@
 # Commands for people. Each sets up $(VENV) by itself; `make VENV=path ...` uses another one.
 VENV ?= .venv
-PYTHON ?= $(firstword $(foreach version,3.12 3.11 3.10,$(shell command -v python$(version))) python3)
+# The newest supported interpreter that really starts (a version manager may leave dead shims).
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
+	$$p -c "" 2>/dev/null && echo $$p && break; done)
 STAMP := $(VENV)/.lgm_scale-installed
 BIN := $(VENV)/bin
 

@@ -1,1 +1,1 @@
-"""Where the speed figures come from."""
+"""Timings. Each file is a command that prints one table."""

@@ -261,7 +261,7 @@ def main() -> None:
     """Parse the command line and make the data set."""
     defaults = DemoArguments()
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.demo_images",
+        prog="python data_tools/demo_images.py",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -3,8 +3,9 @@
     composer data_tools/encode_latents.py --tokenizer BUNDLE --images MDS --out MDS
 
 Every rank encodes a contiguous part of the images, in order, and rank 0 joins the parts. The
-result is complete or absent. Beside the shards it holds the tokenizer's merge tree and the
-per-channel mean and standard deviation, in float64, over every latent and both flips.
+result is complete or absent. Beside the shards it holds the tokenizer's merge tree and mean and
+standard deviation, in float64, over every latent and both flips: per channel, and per channel of
+the contrast at every merge of the tree (what a sampler of growing length draws from).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import STATS_NAME, TREE_NAME, LatentStats
 from lgm_scale.data.manifest import Manifest, read_manifest, write_manifest
 from lgm_scale.errors import DataError, exit_on_user_error
+from lgm_scale.merging import MergeTree
 from lgm_scale.models.tokenizer import Tokenizer
+from lgm_scale.nesting import contrast_basis
 from lgm_scale.training.tokenizer import to_unit_range
 
 
@@ -51,27 +54,47 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 class Moments:
-    """Count, sum and sum of squares per channel, in float64. Shapes: add([M, D])."""
+    """Count, sum and sum of squares per column, in float64. Shapes: add([M, C])."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, columns: int) -> None:
         self.count = torch.zeros(1, dtype=torch.float64)
-        self.total = torch.zeros(dim, dtype=torch.float64)
-        self.square = torch.zeros(dim, dtype=torch.float64)
+        self.total = torch.zeros(columns, dtype=torch.float64)
+        self.square = torch.zeros(columns, dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
         """Take in M vectors."""
         values = values.double()
         self.count += len(values)
-        self.total += values.sum(0)
-        self.square += values.square().sum(0)
+        self.total += values.sum(0).cpu()
+        self.square += values.square().sum(0).cpu()
 
-    def stats(self) -> LatentStats:
-        """Mean and (biased) standard deviation over all ranks."""
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Mean and (biased) standard deviation over all ranks: [C] float32 each."""
         state = torch.cat((self.count, self.total, self.square))
         state = torch.stack(list(dist.all_gather(state))).cpu().sum(0)
         count, (mean, square) = state[0], (state[1:] / state[0]).chunk(2)
         assert count > 0
-        return LatentStats(mean.float(), (square - mean.square()).clamp_min(0).sqrt().float())
+        return mean.float(), (square - mean.square()).clamp_min(0).sqrt().float()
+
+
+class LatentMoments:
+    """Moments of the stored latents, and of their contrasts at every merge of the tree."""
+
+    def __init__(self, tree: MergeTree, latent_dim: int, device: torch.device) -> None:
+        self.basis = contrast_basis(tree).to(device)  # [N, R]
+        self.channels = Moments(latent_dim)
+        self.contrasts = Moments(self.basis.shape[1] * latent_dim)
+
+    def add(self, z: Tensor) -> None:
+        """Take in a batch. Shapes: z [B, N, D] float16, as stored."""
+        self.channels.add(z.flatten(0, 1))
+        self.contrasts.add((self.basis.T @ z.double()).flatten(1))
+
+    def stats(self) -> LatentStats:
+        """Over all ranks."""
+        stats = LatentStats(*self.channels.mean_and_std())
+        mean, std = (value.view(-1, len(stats.mean)) for value in self.contrasts.mean_and_std())
+        return stats.with_contrasts(mean, std)
 
 
 def batches(dataset: ImageDataset, start: int, stop: int, size: int) -> Iterator[dict[str, Tensor]]:
@@ -84,12 +107,12 @@ def batches(dataset: ImageDataset, start: int, stop: int, size: int) -> Iterator
 @torch.inference_mode()
 def encode(
     tokenizer: Tokenizer, dataset: ImageDataset, part: tuple[int, int], folder: Path, args: Any
-) -> Moments:
+) -> LatentMoments:
     """Write this rank's part as MDS shards and return its moments."""
     shape = f"ndarray:float16:{tokenizer.num_base_tokens},{tokenizer.latent_dim}"
     columns = {"latents": shape, "latents_flipped": shape, "label": "int"}
-    moments = Moments(tokenizer.latent_dim)
     device = next(tokenizer.parameters()).device
+    moments = LatentMoments(tokenizer.merge_tree(), tokenizer.latent_dim, device)
     bar = tqdm(
         total=part[1] - part[0],
         desc="encode",
@@ -100,14 +123,16 @@ def encode(
         for batch in batches(dataset, *part, args.batch_size):
             images = to_unit_range(batch["images"].to(device))
             both = [tokenizer.encode(images), tokenizer.encode(images.flip(-1))]
-            stored = [z.to("cpu", torch.float16) for z in both]
+            stored = [z.to(torch.float16) for z in both]
             for z in stored:  # of what is stored, so that training sees exactly these statistics
                 if not torch.isfinite(z).all():
                     raise DataError(
                         f"latents of images near {batch['sample_ids'][0]} are not finite"
                     )
-                moments.add(z.flatten(0, 1))
-            for plain, flipped, label in zip(*stored, batch["labels"], strict=True):
+                moments.add(z)
+            for plain, flipped, label in zip(
+                *(z.cpu() for z in stored), batch["labels"], strict=True
+            ):
                 writer.write(
                     {
                         "latents": plain.numpy(),

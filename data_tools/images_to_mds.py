@@ -214,7 +214,7 @@ def _summary(target: Path, manifest: Manifest, skipped: list[str], num_ignored: 
 def main() -> None:
     """Parse the command line and convert."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_tools.images_to_mds",
+        prog="python data_tools/images_to_mds.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from eval.sweep_config import SweepConfig
 from lgm_scale.bundle import GeneratorBundle
 from lgm_scale.errors import CheckpointError, DataError
-from lgm_scale.flops import decoder_flops, dit_flops
+from lgm_scale.flops import sampling_flops
 from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.sampling import CFGRescale, SamplerConfig, initial_noise, sample
 
@@ -92,5 +92,5 @@ def refuse_broken(finite: np.ndarray, what: str) -> None:
 
 def flops_per_image(bundle: GeneratorBundle, num_tokens: int, sampler: SamplerConfig) -> int:
     """Every network evaluation that the sampler really makes, and one decoding."""
-    decoder = decoder_flops(bundle.tokenizer, bundle.info["models"]["tokenizer"]["size"])
-    return sampler.num_forwards() * dit_flops(bundle.net, num_tokens) + decoder
+    size = bundle.info["models"]["tokenizer"]["size"]
+    return sampling_flops(bundle.net, bundle.tokenizer, size, num_tokens, sampler)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +34,32 @@ from lgm_scale.bundle import (
 from lgm_scale.config import GeneratorRun, OptimizerConfig, TokenizerRun, TrainingRun, to_dict
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset
-from lgm_scale.errors import DataError
+from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.flops import dit_flops, tokenizer_flops
+from lgm_scale.models.assets import TEACHER_WIDTHS, build_frozen, load_pretrained
+from lgm_scale.models.discriminator import CriticHeads
+from lgm_scale.models.tokenizer import AUXILIARY_SIZE, Decoder
 from lgm_scale.objectives.flow import NoiseScale
+from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.generator import GeneratorModel
+from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
+from lgm_scale.training.players import PlayerClipping, parameters_of
+from lgm_scale.training.throughput import Throughput
 from lgm_scale.training.tokenizer import TokenizerModel
 
-__all__ = ["build_dataset", "build_model", "build_trainer", "export_bundle"]
+__all__ = [
+    "build_auxiliary",
+    "build_critic",
+    "build_dataset",
+    "build_model",
+    "build_trainer",
+    "export_bundle",
+]
+
+log = logging.getLogger("lgm_scale")
 
 TrainingModel = TokenizerModel | GeneratorModel
 TrainingDataset = ImageDataset | LatentDataset
@@ -90,13 +111,9 @@ def _check_counts(config: TrainingRun, dataset: TrainingDataset) -> None:
 
 
 def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
-    """The network in its Composer shell."""
+    """The network in its Composer shell. Raises: MissingAssetError, CheckpointError."""
     if isinstance(config, TokenizerRun):
-        objective = config.objective
-        weights = {name: getattr(objective, name) for name in ("pixel", "entropy", "alignment")}
-        return TokenizerModel(
-            build_tokenizer(config.model), weights, objective.exploration_noise, config.seed
-        )
+        return _build_tokenizer_model(config)
     assert isinstance(dataset, LatentDataset)
     return GeneratorModel(
         build_generator(config.model),
@@ -111,16 +128,60 @@ def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
     )
 
 
-def build_optimizer(config: OptimizerConfig, net: nn.Module) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices and tables, not on biases and gains."""
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    groups = [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def _build_tokenizer_model(config: TokenizerRun) -> TokenizerModel:
+    frozen = build_frozen(config)
+    if frozen.random_assets:
+        log.warning(
+            "RANDOM WEIGHTS stand in for %s: a trial, its losses and its result mean nothing",
+            ", ".join(frozen.random_assets),
+        )
+    net = build_tokenizer(config.model)
+    pretrained = config.model.pretrained_encoder
+    if pretrained is not None and "model.pretrained_encoder" not in frozen.random_assets:
+        load_pretrained(net.encoder.vit, pretrained)
+    return TokenizerModel(
+        net,
+        config.objective,
+        config.seed,
+        frozen,
+        build_auxiliary(config),
+        build_critic(config),
+        mean_over_ranks,
+    )
+
+
+def build_auxiliary(config: TokenizerRun) -> Decoder | None:
+    """The decoder that predicts the teacher's features; None without that loss."""
+    if config.objective.representation <= 0:
+        return None
+    model = config.model
+    return Decoder(
+        AUXILIARY_SIZE,
+        model.image_size,
+        model.patch_size,
+        model.num_base_tokens,
+        model.latent_dim,
+        TEACHER_WIDTHS[config.assets.dinov2_size],
+    )
+
+
+def build_critic(config: TokenizerRun) -> CriticHeads | None:
+    """The trained heads of the critic; None without an adversarial loss."""
+    if config.objective.adversarial <= 0:
+        return None
+    return CriticHeads(reduce_mean=mean_over_ranks)
+
+
+def build_optimizer(
+    config: OptimizerConfig, players: dict[str, list[nn.Module]]
+) -> torch.optim.AdamW:
+    """One AdamW for all players; weight decay on matrices and tables, not on biases and gains."""
+    groups = []
+    for modules in players.values():
+        parameters = [p for p in parameters_of(modules) if p.requires_grad]
+        matrices = [p for p in parameters if p.ndim >= 2]
+        groups.append({"params": matrices, "weight_decay": config.weight_decay})
+        groups.append({"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0})
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, fused=torch.cuda.is_available()
     )
@@ -140,29 +201,65 @@ def build_loggers(config: TrainingRun) -> list[LoggerDestination]:
     if config.logging.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(Path(config.out) / "tensorboard")))
     if config.logging.wandb_project:
+        if importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                "logging.wandb_project: set, but wandb is not installed; "
+                "pip install 'lgm-scale[wandb]', or set it to null"
+            )
         loggers.append(WandBLogger(project=config.logging.wandb_project, name=config.run_name))
     return loggers
+
+
+def _players(model: TrainingModel) -> dict[str, list[nn.Module]]:
+    return model.players() if isinstance(model, TokenizerModel) else {"generator": [model.net]}
+
+
+def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
+    threshold = config.optimizer.clip_norm
+    if threshold is None:
+        return []
+    if isinstance(model, TokenizerModel):
+        return [PlayerClipping(model.players(), threshold, model.record)]
+    return [GradientClipping(clipping_type="norm", clipping_threshold=threshold)]
+
+
+def _labels(model: TrainingModel) -> dict[str, Any]:
+    """What every row of metrics says about the run."""
+    random = model.frozen.random_assets if isinstance(model, TokenizerModel) else ()
+    return {"random_assets": list(random)} if random else {}
+
+
+def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
+    """Images, tokens and operations per second, for the loggers."""
+    if isinstance(model, GeneratorModel):
+        forward = partial(dit_flops, model.net)
+    else:
+        assert isinstance(config, TokenizerRun)
+        cost = tokenizer_flops(model.net, config.model.size)
+        forward = lambda num_tokens: cost  # noqa: E731  a tokenizer's cost is the same at every K
+    peak = config.logging.peak_tflops
+    return Throughput(config.logging.interval, forward, None if peak is None else peak * 1e12)
 
 
 def build_trainer(
     config: TrainingRun, model: TrainingModel, dataset: TrainingDataset, ema: EMA
 ) -> Trainer:
     """Composer's trainer, resuming by itself from the run's own folder."""
-    algorithms: list[Algorithm] = []
-    if config.optimizer.clip_norm is not None:
-        algorithms.append(
-            GradientClipping(clipping_type="norm", clipping_threshold=config.optimizer.clip_norm)
-        )
+    state_folder = config.checkpoint.folder or str(Path(config.out) / "state")
+    advice = f"Run it again from {state_folder} with a lower optimizer.lr, or look at the data."
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
     callbacks: list[Callback] = [
         StepKeys(lengths, config.lengths.per_sample),
+        FiniteGuard(model.record, advice),  # before the EMA moves
         ema,
         MetricsLog(
             Path(config.out) / "metrics.jsonl",
             config.logging.interval,
             model.record,
             config.logging.progress_bar,
+            _labels(model),
         ),
+        _throughput(config, model),
     ]
     batch_size = config.train.global_batch_size // dist.get_world_size()
     loader = StreamingDataLoader(
@@ -179,14 +276,14 @@ def build_trainer(
             loader, get_num_samples_in_batch=lambda batch: len(batch["sample_ids"])
         ),
         max_duration=config.train.max_duration,
-        optimizers=build_optimizer(config.optimizer, model.net),
+        optimizers=build_optimizer(config.optimizer, _players(model)),
         schedulers=build_scheduler(config.optimizer),
-        algorithms=algorithms,
+        algorithms=_clipping(config, model),
         callbacks=callbacks,
         loggers=build_loggers(config),
         run_name=config.run_name,
         progress_bar=False,  # Composer's prints a line per step into a log file
-        save_folder=config.checkpoint.folder or str(Path(config.out) / "state"),
+        save_folder=state_folder,
         save_interval=config.checkpoint.interval,
         save_num_checkpoints_to_keep=config.checkpoint.keep,
         autoresume=True,
@@ -206,9 +303,11 @@ def export_bundle(
     training: dict[str, Any] = {"steps": steps, "weights": "ema", "config": to_dict(config)}
     if isinstance(config, TokenizerRun):
         assert isinstance(model, TokenizerModel)
+        training["random_assets"] = list(model.frozen.random_assets)
         model.net.load_state_dict(weights)
         tree = model.net.merge_tree() if model.net.merging.has_tree else None
-        save_tokenizer_bundle(folder, config.model, weights, tree, training)
+        network = dataclasses.replace(config.model, pretrained_encoder=None)
+        save_tokenizer_bundle(folder, network, weights, tree, training)
     else:
         assert isinstance(dataset, LatentDataset)
         save_generator_bundle(

@@ -70,8 +70,10 @@ def file_hash(path: str | Path) -> str:
 
 
 def build_tokenizer(config: TokenizerModelConfig) -> Tokenizer:
-    """A tokenizer with fresh weights."""
-    return Tokenizer(**to_dict(config))
+    """A tokenizer with fresh weights; a pretrained encoder is the training run's affair."""
+    arguments = to_dict(config)
+    del arguments["pretrained_encoder"]
+    return Tokenizer(**arguments)
 
 
 def build_generator(config: GeneratorModelConfig) -> MergeDiT:

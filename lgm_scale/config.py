@@ -24,8 +24,10 @@ from yaml import YAMLError
 from lgm_scale.errors import ConfigError
 
 __all__ = [
+    "AssetsConfig",
     "GeneratorRun",
     "RunConfig",
+    "TokenizerObjectiveConfig",
     "TokenizerRun",
     "TrainingRun",
     "load_config",
@@ -52,17 +54,47 @@ class TokenizerModelConfig:
     length_control: Literal["lgm", "fixed", "tome", "truncate", "none"] = "lgm"
     dropped_tokens: Literal["zero", "learned"] = "zero"
     """What the decoder reads in place of a token that `length_control: truncate` dropped."""
+    pretrained_encoder: str | None = None
+    """DINOv2 checkpoint of the encoder's size, from which training starts; null: from scratch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerObjectiveConfig:
-    """Weights of the tokenizer's losses; 0 switches one off."""
+    """Weights of the tokenizer's losses; 0 switches one off, and with it the files it needs."""
 
     __pydantic_config__ = _STRICT
     pixel: float = 1.0
     entropy: float = 0.01
     alignment: float = 0.25
+    perceptual: float = 0.0
+    """LPIPS on VGG16; needs `assets.vgg16`."""
+    perceptual_warmup: int = 10_000
+    """Steps over which its weight grows from 0."""
+    representation: float = 0.0
+    """Predict DINOv2's features from the latents; needs `assets.dinov2_teacher`."""
+    adversarial: float = 0.0
+    """Times the adaptive weight; needs `assets.dino_critic`."""
+    adversarial_start: int = 20_000
+    """First step of both players."""
+    lecam: float = 0.001
+    """Of the critic, and so is `consistency`; without an adversarial loss they have no effect."""
+    consistency: float = 4.0
     exploration_noise: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetsConfig:
+    """Files of frozen networks; a loss of weight 0 needs none. They are never in a checkpoint."""
+
+    __pydantic_config__ = _STRICT
+    vgg16: str | None = None
+    dino_critic: str | None = None
+    """DINO ViT-S/16."""
+    dinov2_teacher: str | None = None
+    dinov2_size: Literal["s", "b", "l"] = "l"
+    """Size of the teacher: ViT-S, ViT-B, ViT-L (published)."""
+    allow_random_assets: bool = False
+    """Missing files are replaced by random weights, for trials; the result says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +196,8 @@ class LoggingConfig:
     progress_bar: bool = True
     tensorboard: bool = False
     wandb_project: str | None = None
+    peak_tflops: float | None = None
+    """Of one device at the run's precision; then loggers get model FLOPs utilisation, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +234,7 @@ class TokenizerRun(_Run):
     task: Literal["tokenizer"]
     model: TokenizerModelConfig
     objective: TokenizerObjectiveConfig = field(default_factory=TokenizerObjectiveConfig)
+    assets: AssetsConfig = field(default_factory=AssetsConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

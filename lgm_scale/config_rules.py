@@ -64,7 +64,8 @@ def load_training_run(
 
 def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> list[str]:
     """Every rule that the configuration breaks at this world size."""
-    problems = [*_batch(config, world_size), *_lengths(config), *_numbers(config), *_times(config)]
+    problems = [*_batch(config, world_size), *_lengths(config), *_numbers(config)]
+    problems += [*_optimizer(config), *_times(config)]
     if isinstance(config, TokenizerRun):
         problems += _tokenizer(config)
     else:
@@ -143,6 +144,8 @@ def _numbers(config: TrainingRun) -> Iterator[str]:
         "logging.interval": config.logging.interval,
         "checkpoint.keep": config.checkpoint.keep,
     }
+    if config.logging.peak_tflops is not None:
+        positive["logging.peak_tflops"] = config.logging.peak_tflops
     for key, value in positive.items():
         if value <= 0:
             yield f"{key}: {value} must be above 0"
@@ -156,6 +159,12 @@ def _numbers(config: TrainingRun) -> Iterator[str]:
     for key, value in not_negative.items():
         if value < 0:
             yield f"{key}: {value} must be 0 or more"
+    if not 0 <= config.ema.decay < 1:
+        yield f"ema.decay: {config.ema.decay} must be in [0, 1)"
+
+
+def _optimizer(config: TrainingRun) -> Iterator[str]:
+    optimizer = config.optimizer
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield f"optimizer.betas: {list(optimizer.betas)} must be in [0, 1)"
     if optimizer.clip_norm is not None and optimizer.clip_norm <= 0:
@@ -164,8 +173,6 @@ def _numbers(config: TrainingRun) -> Iterator[str]:
         yield "optimizer.min_lr: has no effect with schedule: constant; use cosine or drop it"
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr: {optimizer.min_lr} is above lr {optimizer.lr}"
-    if not 0 <= config.ema.decay < 1:
-        yield f"ema.decay: {config.ema.decay} must be in [0, 1)"
 
 
 def _times(config: TrainingRun) -> Iterator[str]:
@@ -203,10 +210,11 @@ def _tokenizer(config: TokenizerRun) -> Iterator[str]:
             f"model.latent_init: aligned needs a square num_base_tokens, not "
             f"{model.num_base_tokens}; use normal"
         )
-    for name in ("pixel", "entropy", "alignment", "exploration_noise"):
-        value = getattr(config.objective, name)
+    for name, value in vars(config.objective).items():
         if value < 0:
             yield f"objective.{name}: {value} must be 0 or more"
+    if model.pretrained_encoder is not None and model.size == "tiny":
+        yield "model.pretrained_encoder: there is none of size tiny; use null, or size s, b or l"
 
 
 def _generator(config: GeneratorRun) -> Iterator[str]:

@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DivergenceError",
     "LGMError",
     "MissingAssetError",
     "exit_on_user_error",
@@ -48,6 +49,10 @@ class CheckpointError(LGMError):
 
 class MissingAssetError(LGMError):
     """A frozen file (weights, reference statistics) that the user must provide."""
+
+
+class DivergenceError(LGMError):
+    """A run whose losses are no numbers any more."""
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> None:

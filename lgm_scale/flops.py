@@ -8,8 +8,9 @@ from __future__ import annotations
 from lgm_scale.models.dit import MergeDiT
 from lgm_scale.models.layers import swiglu_hidden
 from lgm_scale.models.tokenizer import TOKENIZER_SIZES, Tokenizer
+from lgm_scale.sampling import SamplerConfig
 
-__all__ = ["decoder_flops", "dit_flops", "tokenizer_flops"]
+__all__ = ["decoder_flops", "dit_flops", "encoder_flops", "sampling_flops", "tokenizer_flops"]
 
 
 def dit_flops(net: MergeDiT, num_tokens: int) -> int:
@@ -46,12 +47,33 @@ def decoder_flops(tokenizer: Tokenizer, size: str) -> int:
     return _vit_flops(1 + patches + latents, row.width, row.depth) + projections
 
 
-def tokenizer_flops(tokenizer: Tokenizer, size: str) -> int:
-    """Encoding, quantizing and decoding one image (merging is below a thousandth of it)."""
+def encoder_flops(tokenizer: Tokenizer, size: str) -> int:
+    """Encoding and quantizing one image."""
     row = TOKENIZER_SIZES[size]
     patches, latents = tokenizer.decoder.num_patches, tokenizer.num_base_tokens
     embed = patches * 2 * 3 * tokenizer.patch_size**2 * row.width
-    encoder = embed + _vit_flops(1 + patches + latents, row.width, row.depth)
     codes = tokenizer.quantizer.codes.shape[1]
     quantize = latents * 2 * tokenizer.latent_dim * (row.width + 2 * codes)
-    return encoder + quantize + decoder_flops(tokenizer, size)
+    return embed + _vit_flops(1 + patches + latents, row.width, row.depth) + quantize
+
+
+def tokenizer_flops(tokenizer: Tokenizer, size: str) -> int:
+    """Encoding, quantizing and decoding one image (merging is below a thousandth of it)."""
+    return encoder_flops(tokenizer, size) + decoder_flops(tokenizer, size)
+
+
+def sampling_flops(
+    net: MergeDiT, tokenizer: Tokenizer, size: str, num_tokens: int, config: SamplerConfig
+) -> int:
+    """Making one image of K tokens: every network row at its own length, and the decoder.
+
+    Args:
+        net: The generator.
+        tokenizer: Its decoder is counted once.
+        size: Of the tokenizer.
+        num_tokens: K.
+        config: Solver, guidance and lengths.
+    """
+    rows = config.rows(num_tokens)
+    network = sum(count * dit_flops(net, length) for length, count in rows.items())
+    return network + decoder_flops(tokenizer, size)

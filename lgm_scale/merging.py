@@ -220,11 +220,14 @@ class MergeTree:
 
     def save(self, path: str | Path) -> None:
         """Write the tree as safetensors."""
-        save_file(
-            {"merges": self.merges.contiguous(), "heights": self.heights.contiguous()},
-            str(path),
-            metadata={"format": "lgm_scale.merge_tree", "num_blocks": str(self.num_blocks)},
-        )
+        tensors = {
+            "merges": self.merges.contiguous(),
+            "heights": self.heights.contiguous(),
+            "num_blocks": torch.tensor(self.num_blocks),
+        }
+        # One metadata entry only: safetensors writes several in random order, and equal trees
+        # are to be equal files.
+        save_file(tensors, str(path), metadata={"format": "lgm_scale.merge_tree"})
 
     @classmethod
     def load(cls, path: str | Path) -> MergeTree:
@@ -238,8 +241,8 @@ class MergeTree:
                 if metadata.get("format") != "lgm_scale.merge_tree":
                     raise CheckpointError(f"{path}: not a merge tree")
                 merges, heights = file.get_tensor("merges"), file.get_tensor("heights")
-                num_blocks = int(metadata["num_blocks"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+                num_blocks = int(file.get_tensor("num_blocks"))
+        except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read as a merge tree ({error})") from error
         return cls(merges, heights, num_blocks)
 

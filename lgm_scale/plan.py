@@ -2,18 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import yaml
+from torch import nn
 
+from lgm_scale.build import build_auxiliary, build_critic
 from lgm_scale.bundle import build_generator, build_tokenizer
-from lgm_scale.config import GeneratorRun, TrainingRun, to_dict
+from lgm_scale.config import GeneratorRun, TokenizerRun, TrainingRun, to_dict
 from lgm_scale.flops import dit_flops, tokenizer_flops
+from lgm_scale.models.assets import build_frozen
 from lgm_scale.training.length_schedule import LengthSchedule
 
 __all__ = ["describe"]
 
-_BYTES = {"weights": 4, "gradients": 4, "optimizer": 8, "EMA": 4}
-"""Per parameter: float32 weights and gradients, two Adam moments, the average."""
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters: of the network that is the result, and of what only its training needs.
+
+    All are float32; what is trained has a gradient and two moments, the network an average, too.
+    """
+
+    network: int
+    auxiliary: int = 0
+    critic: int = 0
+    frozen: int = 0
+
+    def lines(self) -> list[str]:
+        """One line per part that only the training has."""
+        parts = {
+            "auxiliary decoder": self.auxiliary,
+            "critic's heads": self.critic,
+            "frozen networks": self.frozen,
+        }
+        return [
+            f"  for training only: {name} {count / 1e6:.1f} M"
+            for name, count in parts.items()
+            if count
+        ]
+
+
+def _count(module: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
+
+
+def _tokenizer_sizes(config: TokenizerRun, tokenizer: nn.Module) -> Sizes:
+    nets = build_frozen(config, read=False)
+    frozen = [net.module for net in (nets.perceptual, nets.teacher, nets.critic) if net is not None]
+    return Sizes(
+        network=_count(tokenizer),
+        auxiliary=_count(build_auxiliary(config)),
+        critic=_count(build_critic(config)),
+        frozen=sum(_count(net) for net in frozen),
+    )
 
 
 def describe(config: TrainingRun, world_size: int) -> str:
@@ -21,17 +64,17 @@ def describe(config: TrainingRun, world_size: int) -> str:
     with torch.device("meta"):
         if isinstance(config, GeneratorRun):
             generator = build_generator(config.model)
-            network, forward = generator, lambda k: dit_flops(generator, k)
+            sizes, forward = Sizes(_count(generator)), lambda k: dit_flops(generator, k)
         else:
             tokenizer = build_tokenizer(config.model)
             cost = tokenizer_flops(tokenizer, config.model.size)
-            network, forward = tokenizer, lambda k: cost
-    count = sum(parameter.numel() for parameter in network.parameters())
+            sizes, forward = _tokenizer_sizes(config, tokenizer), lambda k: cost
+    count = sizes.network
     sections = [
         yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
-        f"parameters   {count / 1e6:.1f} M ({count:,})",
+        "\n".join([f"parameters   {count / 1e6:.1f} M ({count:,})", *sizes.lines()]),
         _work(config, forward),
-        _memory(count, world_size),
+        _memory(sizes, world_size),
         _epoch(config),
     ]
     return "\n\n".join(sections)
@@ -48,7 +91,9 @@ def _work(config: TrainingRun, forward) -> str:
         }
     else:
         shares = dict(zip(lengths.choices, schedule.probabilities, strict=True))
-    lines = ["   K   share of steps   tokens per step   TFLOPs per step (forward and backward)"]
+    lines = [
+        "   K   share of steps   tokens per step   TFLOPs per step (network, forward and backward)"
+    ]
     lines += [
         f"{k:4d}   {share:14.1%}   {batch * k:15,}   {3 * batch * forward(k) / 1e12:.4g}"
         for k, share in sorted(shares.items())
@@ -56,13 +101,20 @@ def _work(config: TrainingRun, forward) -> str:
     return "\n".join(lines)
 
 
-def _memory(count: int, world_size: int) -> str:
+def _memory(sizes: Sizes, world_size: int) -> str:
     """State per GPU under DDP: every rank holds all of it. Activations come on top."""
-    parts = ", ".join(f"{name} {count * size / 2**30:.2f}" for name, size in _BYTES.items())
-    total = count * sum(_BYTES.values()) / 2**30
+    trained = sizes.network + sizes.auxiliary + sizes.critic
+    held = {
+        "weights": trained * 4,
+        "gradients": trained * 4,
+        "optimizer": trained * 8,
+        "EMA": sizes.network * 4,
+        "frozen networks": sizes.frozen * 4,
+    }
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
     return (
         f"memory per GPU, {world_size} ranks, strategy ddp (nothing sharded), without activations: "
-        f"{total:.2f} GiB ({parts})"
+        f"{sum(held.values()) / 2**30:.2f} GiB ({parts})"
     )
 
 

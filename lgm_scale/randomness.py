@@ -16,7 +16,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-__all__ = ["Purpose", "keyed_normal", "keyed_uniform", "stream_keys"]
+__all__ = ["Purpose", "keyed_normal", "keyed_uniform", "keyed_uniforms", "stream_keys"]
 
 
 class Purpose(IntEnum):
@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     AUGMENTATION = 6
     FLIP = 7
     SAMPLING_NOISE = 8
+    CRITIC_VIEW = 16
+    DIFF_AUGMENT = 17
 
 
 def _signed(value: int) -> int:
@@ -80,6 +82,11 @@ def _unit_interval(bits32: Tensor) -> Tensor:
 def keyed_uniform(keys: Tensor) -> Tensor:
     """One uniform number in (0, 1) per stream: keys [B] -> [B] float32."""
     return _unit_interval(_shift_right(_bits(keys, 1)[:, 0], 32))
+
+
+def keyed_uniforms(keys: Tensor, count: int) -> Tensor:
+    """`count` uniform numbers in (0, 1) per stream: keys [B] -> [B, count] float32."""
+    return _unit_interval(_shift_right(_bits(keys, count), 32))
 
 
 def keyed_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -20,11 +20,11 @@ CONFIG_NAME = "config.json"
 _FREE_KEYS = (
     "logging.",
     "data.num_workers",
-    "train.device_microbatch_size",
     "checkpoint.interval",
     "checkpoint.keep",
 )
-"""Keys that do not change what a run computes, and so may change between resumes."""
+"""Keys that do not change what a run computes, and so may change between resumes. (The micro-batch
+is none of them: some losses of a tokenizer are nonlinear in it.)"""
 
 
 class RunFolder:

@@ -8,7 +8,7 @@ tokenizer by the hash of its weights.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lgm_scale.data.images import EpochDataset
 from lgm_scale.data.manifest import Manifest, check_shards, read_manifest
 from lgm_scale.errors import DataError
 from lgm_scale.merging import MergeTree
+from lgm_scale.nesting import ContrastStats
 from lgm_scale.randomness import Purpose
 
 __all__ = ["LatentDataset", "LatentStats", "read_latent_manifest"]
@@ -32,21 +33,40 @@ TREE_NAME = "merge_tree.safetensors"
 
 @dataclass(frozen=True)
 class LatentStats:
-    """Per-channel mean and standard deviation over all latents, both flips. Shapes: [D] each."""
+    """Statistics over all latents, both flips.
+
+    Shapes: mean and std [D], per channel, of the latents; contrasts, of the standardised latents
+    at every merge of the tree (None in a folder or bundle from before they were measured: only
+    growing length needs them).
+    """
 
     mean: Tensor
     std: Tensor
+    contrasts: ContrastStats | None = None
+
+    def with_contrasts(self, mean: Tensor, std: Tensor) -> LatentStats:
+        """Add the contrasts of the latents as they are, not standardised. Shapes: [R, D] each."""
+        scale = self.std.clamp_min(torch.finfo(self.std.dtype).tiny)
+        return replace(self, contrasts=ContrastStats(mean / scale, std / scale))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as safetensors."""
-        save_file({"mean": self.mean.contiguous(), "std": self.std.contiguous()}, str(path))
+        tensors = {"mean": self.mean, "std": self.std}
+        if self.contrasts is not None:
+            tensors["contrast_mean"] = self.contrasts.mean
+            tensors["contrast_std"] = self.contrasts.std
+        save_file({name: value.contiguous() for name, value in tensors.items()}, str(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatentStats:
         """Read what `save` wrote. Raises: DataError if missing or damaged."""
         try:
             tensors = load_file(str(path))
-            return cls(tensors["mean"], tensors["std"])
+            stats = cls(tensors["mean"], tensors["std"])
+            if "contrast_mean" not in tensors:
+                return stats
+            contrasts = ContrastStats(tensors["contrast_mean"], tensors["contrast_std"])
+            return replace(stats, contrasts=contrasts)
         except (OSError, SafetensorError, KeyError) as error:
             raise DataError(f"{path}: no readable latent statistics ({error})") from error
 

@@ -36,8 +36,8 @@ COLUMNS = {
     "latents": frozenset({"latents", "latents_flipped", "label"}),
 }
 _MAKE = {
-    "images": "python -m data_tools.images_to_mds IMAGE_FOLDER {folder}",
-    "latents": "python -m data_tools.encode_latents (see its --help)",
+    "images": "python data_tools/images_to_mds.py IMAGE_FOLDER {folder}",
+    "latents": "composer data_tools/encode_latents.py (see its --help)",
 }
 
 
@@ -119,7 +119,7 @@ def check_columns(columns: Any, kind: str, where: str) -> None:
     found = next((name for name, known in COLUMNS.items() if known == set(columns)), None)
     what = found or f"columns {sorted(columns)}"
     hint = (
-        " Training images must be encoded first: python -m data_tools.encode_latents (see --help)."
+        " Training images must be encoded first: composer data_tools/encode_latents.py (see --help)."
         if (kind, found) == ("latents", "images")
         else " Give the folder that data_tools.images_to_mds wrote."
         if kind == "images"

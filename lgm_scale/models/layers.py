@@ -14,6 +14,8 @@ __all__ = [
     "LabelEmbedding",
     "SwiGLU",
     "TimestepEmbedding",
+    "extra_channel_attention",
+    "masked_attention",
     "modulate",
     "proportional_attention",
     "swiglu_hidden",
@@ -41,11 +43,16 @@ def proportional_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | 
     if log_sizes is None:
         return F.scaled_dot_product_attention(q, k, v)
     if q.device.type == "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=log_sizes.to(q.dtype)[None, :])
-    return _extra_channel_attention(q, k, v, log_sizes)
+        return masked_attention(q, k, v, log_sizes)
+    return extra_channel_attention(q, k, v, log_sizes)
 
 
-def _extra_channel_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> Tensor:
+    """The form with a float mask [1, K]. Shapes: see `proportional_attention`."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=log_sizes.to(q.dtype)[None, :])
+
+
+def extra_channel_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> Tensor:
     """The mask-free form. Head widths are padded to a multiple of 8, as flash kernels ask."""
     head_dim = q.shape[-1]
     pad = 8 - head_dim % 8

@@ -21,7 +21,14 @@ from lgm_scale.models.adaptive_length import LengthChoice, choose_length
 from lgm_scale.models.length_control import build_length_control
 from lgm_scale.models.quantizer import SoftQuantizer
 
-__all__ = ["TOKENIZER_SIZES", "Tokenizer", "TokenizerOutput", "TokenizerSize"]
+__all__ = [
+    "AUXILIARY_SIZE",
+    "TOKENIZER_SIZES",
+    "Decoder",
+    "Tokenizer",
+    "TokenizerOutput",
+    "TokenizerSize",
+]
 
 
 @dataclass(frozen=True)
@@ -42,19 +49,26 @@ TOKENIZER_SIZES = {
     "l": TokenizerSize(1024, 24, 16, 1e-5),
 }
 
+AUXILIARY_SIZE = TokenizerSize(192, 3, 3, 1e-5)
+"""Of the decoder that predicts the teacher's features."""
+
 
 class TokenizerOutput(NamedTuple):
     """What the losses read.
 
     Shapes: reconstruction [B, 3, S, S]; z [B, N, D], quantized and not merged;
     code_logits [num_codebooks, M, codebook_size]; similarity [N, N] of the merge embeddings,
-    None where none are learned.
+    None where none are learned;
+    decoded_latents [B, N, D], merged and expanded, what the decoder read;
+    last_hidden [B, P, C], the input of the decoder's last layer.
     """
 
     reconstruction: Tensor
     z: Tensor
     code_logits: Tensor
     similarity: Tensor | None
+    decoded_latents: Tensor
+    last_hidden: Tensor
 
 
 def lattice_positions(grid: int, width: int, extent: float) -> Tensor:
@@ -143,7 +157,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """N latent tokens to per-patch values. Shapes: [B, N, D] -> [B, P, out_dim]."""
+    """N latent tokens to per-patch values.
+
+    Shapes: [B, N, D] -> values [B, P, out_dim] and the last layer's input [B, P, C].
+    """
 
     def __init__(
         self,
@@ -165,13 +182,14 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.trunc_normal_(self.latent_pos_embed, std=0.02)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Run mask tokens and latents jointly; keep the image positions."""
         latents = self.latent_in(z) + self.latent_pos_embed.to(z.dtype)  # [B, N, C]
         masks = self.mask_token.expand(len(z), self.num_patches, -1)
         x = _with_positions(self.vit, masks)  # [B, 1 + P, C]
         x = torch.cat((x.to(latents.dtype), latents), dim=1)  # [B, 1 + P + N, C]
-        return self.out(_run_blocks(self.vit, x)[:, 1 : 1 + self.num_patches])
+        hidden = _run_blocks(self.vit, x)[:, 1 : 1 + self.num_patches]
+        return self.out(hidden), hidden
 
 
 class Tokenizer(nn.Module):
@@ -249,12 +267,22 @@ class Tokenizer(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Pixels from (unmerged) latents. Shapes: [B, N, D] -> [B, 3, S, S], about [-1, 1]."""
+        return self.unpatchify(self.decoder(z)[0])
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """Pixels from per-patch values. Shapes: [B, P, 3 p^2] -> [B, 3, S, S]."""
         grid = self.image_size // self.patch_size
         return rearrange(
-            self.decoder(z),
+            patches,
             "b (h w) (p q c) -> b c (h p) (w q)",
             h=grid, p=self.patch_size, q=self.patch_size,
         )  # fmt: skip
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Inverse of `unpatchify`. Shapes: [B, 3, S, S] -> [B, P, 3 p^2]."""
+        return rearrange(
+            images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size
+        )
 
     def merge_tree(self) -> MergeTree:
         """The tree of all images, without exploration noise.
@@ -299,9 +327,12 @@ class Tokenizer(nn.Module):
         tree = self.merging.start_tree(exploration)  # travels to the host while the GPU encodes
         z, code_logits = self._encode(images)
         merged = self.merging(z, num_tokens, tree)
+        patches, hidden = self.decoder(merged)
         return TokenizerOutput(
-            reconstruction=self.decode(merged),
+            reconstruction=self.unpatchify(patches),
             z=z,
             code_logits=code_logits,
             similarity=self.merging.similarity(),
+            decoded_latents=merged,
+            last_hidden=hidden,
         )

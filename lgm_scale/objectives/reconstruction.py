@@ -1,5 +1,8 @@
 """Losses of the tokenizer, one function each.
 
+What is not linear in the batch takes `reduce_mean`, so that its value and gradient are those of the
+global batch on any number of ranks. The adversarial losses are in `objectives.adversarial`.
+
 Source: LGM paper and release (SoftVQ's losses plus the alignment loss).
 """
 
@@ -10,8 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lgm_scale.merging import cosine_similarity, in_block_pairs
+from lgm_scale.models.discriminator import ReduceMean, one_rank
 
-__all__ = ["alignment_loss", "entropy_loss", "pixel_loss"]
+__all__ = [
+    "alignment_loss",
+    "entropy_loss",
+    "perceptual_weight",
+    "pixel_loss",
+    "representation_loss",
+]
 
 
 def pixel_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
@@ -19,7 +29,22 @@ def pixel_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     return F.mse_loss(reconstruction.float(), images.float())
 
 
-def entropy_loss(code_logits: Tensor, temperature: float = 0.01) -> Tensor:
+def perceptual_weight(weight: float, step: int, warmup: int) -> float:
+    """Linear warm-up: weight * min(1, step / warmup)."""
+    return weight * min(1.0, step / warmup) if warmup else weight
+
+
+def representation_loss(prediction: Tensor, features: Tensor) -> Tensor:
+    """Minus the cosine of predicted and teacher features, mean over patches.
+
+    Shapes: [B, P, F] twice -> scalar in [-1, 1].
+    """
+    return -F.cosine_similarity(prediction.float(), features.float(), dim=-1).mean()
+
+
+def entropy_loss(
+    code_logits: Tensor, temperature: float = 0.01, reduce_mean: ReduceMean = one_rank
+) -> Tensor:
     """Certain per token, diverse over the batch: mean entropy(q) - entropy(mean q).
 
     Shapes: code_logits [num_codebooks, M, codes] (cosines) -> scalar. As in the release, the
@@ -29,11 +54,17 @@ def entropy_loss(code_logits: Tensor, temperature: float = 0.01) -> Tensor:
     q = torch.softmax(sharp, dim=-1)
     log_q = torch.log_softmax(sharp + 1e-5, dim=-1)
     per_token = -(q * log_q).sum(-1).mean()
-    usage = q.mean((0, 1))  # [codes]
+    usage = reduce_mean(q.mean((0, 1)))  # [codes]
     return per_token + (usage * torch.log(usage + 1e-6)).sum()
 
 
-def alignment_loss(z: Tensor, similarity: Tensor, num_blocks: int, margin: float = 0.25) -> Tensor:
+def alignment_loss(
+    z: Tensor,
+    similarity: Tensor,
+    num_blocks: int,
+    margin: float = 0.25,
+    reduce_mean: ReduceMean = one_rank,
+) -> Tensor:
     """Pull the embeddings' similarities to those of the latents they stand for.
 
     Mean over in-block pairs of relu(|C - S| - margin), C the batch mean of the latents' cosine
@@ -43,6 +74,6 @@ def alignment_loss(z: Tensor, similarity: Tensor, num_blocks: int, margin: float
     Source: LGM paper, alignment loss.
     """
     with torch.autocast(z.device.type, enabled=False):
-        target = cosine_similarity(z.detach()).mean(0)
+        target = reduce_mean(cosine_similarity(z.detach()).mean(0))
         excess = torch.relu((target - similarity).abs() - margin)
     return excess[in_block_pairs(len(similarity), num_blocks, z.device)].mean()

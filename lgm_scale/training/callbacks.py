@@ -59,15 +59,22 @@ class MetricsLog(Callback):
         interval: Steps between transfers.
         record: Where the model notes its losses.
         progress_bar: Whether rank 0 shows a bar over the whole run.
+        labels: What every line says about the run as a whole.
     """
 
     def __init__(
-        self, path: Path, interval: int, record: LossRecord, progress_bar: bool = False
+        self,
+        path: Path,
+        interval: int,
+        record: LossRecord,
+        progress_bar: bool = False,
+        labels: dict[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.interval = interval
         self.record = record
         self.progress_bar = progress_bar
+        self.labels = labels or {}
         self._bar: tqdm | None = None
         self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         self._clock = 0.0
@@ -93,6 +100,7 @@ class MetricsLog(Callback):
             "step": state.timestamp.batch.value - 1,  # the timestamp has advanced
             "num_tokens": batch["num_tokens"] if isinstance(batch["num_tokens"], int) else "mixed",
             "lr": state.optimizers[0].param_groups[0]["lr"],
+            **self.labels,
         }
         self._pending.append((row, self.record.take()))
         if self._bar is not None:

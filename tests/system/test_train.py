@@ -14,10 +14,10 @@ import pytest
 from safetensors.torch import load_file
 from small_pipeline import ROOT, assert_user_error, run_command
 
-from lgm_scale.build import build_dataset
+from lgm_scale.build import build_dataset, build_loggers
 from lgm_scale.bundle import read_bundle
 from lgm_scale.config_rules import load_training_run
-from lgm_scale.errors import DataError
+from lgm_scale.errors import ConfigError, DataError
 
 TRAIN = "lgm_scale/train.py"
 
@@ -99,8 +99,9 @@ def test_micro_batches_give_the_numbers_of_whole_batches(small_pipeline, undistu
 
 def test_a_tokenizer_trains_and_its_bundle_loads(small_pipeline):
     out = small_pipeline.root / "tokenizer-run"
-    result = run_command(TRAIN, small_pipeline.tokenizer_config(out))
+    result = run_command(TRAIN, small_pipeline.tokenizer_config(out), "logging.tensorboard=true")
     assert result.returncode == 0, result.stderr
+    assert list((out / "tensorboard").rglob("events.out.*"))
     rows = metrics(out)
     assert len(rows) == 10
     assert all(("alignment" in row) == (row["num_tokens"] < 16) for row in rows)
@@ -145,6 +146,14 @@ def test_data_that_does_not_fit_is_named(small_pipeline, override, text):
     config = load_training_run(str(path), overrides, 1, has_gpu=False)
     with pytest.raises(DataError, match=text):
         build_dataset(config)
+
+
+def test_wandb_must_be_installed(small_pipeline, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    path = small_pipeline.generator_config(small_pipeline.root / "unlogged")
+    config = load_training_run(str(path), ["logging.wandb_project=x"], 1, has_gpu=False)
+    with pytest.raises(ConfigError, match=r"pip install 'lgm-scale\[wandb\]'"):
+        build_loggers(config)
 
 
 def test_a_dry_run_needs_neither_data_nor_gpu(tmp_path):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lgm_scale.errors import ConfigError
 from lgm_scale.merging import MergeAssignment, MergeTree
 from lgm_scale.models.dit import DIT_SIZES, MergeDiT
-from lgm_scale.models.layers import _extra_channel_attention, proportional_attention
+from lgm_scale.models.layers import extra_channel_attention, proportional_attention
 
 # As published, at D = 32, N = 256 and 1000 classes: width, layers, heads, millions of parameters.
 PUBLISHED_SIZES = {
@@ -87,7 +87,7 @@ def attention_over_duplicates(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
     )
 
 
-@pytest.mark.parametrize("attend", [proportional_attention, _extra_channel_attention])
+@pytest.mark.parametrize("attend", [proportional_attention, extra_channel_attention])
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 30])
 def test_a_merged_token_attends_like_its_duplicates(attend, head_dim):
     q, k, v = attention_inputs(head_dim, torch.float64)
@@ -108,7 +108,7 @@ def test_both_forms_agree_in_float32(head_dim):
     q, k, v = attention_inputs(head_dim, torch.float32)
     log_sizes = SIZES.float().log()
     masked = proportional_attention(q, k, v, log_sizes)
-    extra = _extra_channel_attention(q, k, v, log_sizes)
+    extra = extra_channel_attention(q, k, v, log_sizes)
     torch.testing.assert_close(extra, masked, atol=2e-6, rtol=0)
 
 
@@ -118,7 +118,7 @@ def test_both_forms_are_right_within_rounding_in_bfloat16(head_dim):
     q, k, v = attention_inputs(head_dim, torch.bfloat16)
     exact = attention_over_duplicates(q.double(), k.double(), v.double())
     log_sizes = SIZES.float().log()
-    for attend in (proportional_attention, _extra_channel_attention):
+    for attend in (proportional_attention, extra_channel_attention):
         out = attend(q, k, v, log_sizes)
         assert out.dtype == torch.bfloat16
         assert (out.double() - exact).abs().max() < 2**-6
@@ -126,7 +126,7 @@ def test_both_forms_are_right_within_rounding_in_bfloat16(head_dim):
 
 def test_both_forms_have_the_same_gradients():
     gradients = []
-    for attend in (proportional_attention, _extra_channel_attention):
+    for attend in (proportional_attention, extra_channel_attention):
         inputs = [x.requires_grad_() for x in attention_inputs(72, torch.float64)]
         out = attend(*inputs, SIZES.double().log())
         gradients.append(torch.autograd.grad(out.square().sum(), inputs))

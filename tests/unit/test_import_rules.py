@@ -18,6 +18,7 @@ ORDER = [
     "train",
     "plan",
     "build",
+    "sample",
     "pipeline",
     "release_import",
     "run_folder",
@@ -31,6 +32,7 @@ ORDER = [
     "objectives",
     "models",
     "data",
+    "nesting",
     "merging",
     "linkage",
     "randomness",
@@ -45,6 +47,7 @@ PURE = (
     "lgm_scale/objectives/",
     "lgm_scale/merging.py",
     "lgm_scale/linkage.py",
+    "lgm_scale/nesting.py",
 )
 PURE_MAY_NOT = ("composer", "torch.distributed", "streaming")
 # ... and these are read before the slow import of torch, to report a wrong config at once. The

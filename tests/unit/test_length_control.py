@@ -15,7 +15,12 @@ from lgm_scale.bundle import (
     save_generator_bundle,
     save_tokenizer_bundle,
 )
-from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig, read_yaml
+from lgm_scale.config import (
+    GeneratorModelConfig,
+    TokenizerModelConfig,
+    TokenizerObjectiveConfig,
+    read_yaml,
+)
 from lgm_scale.config_rules import load_training_run
 from lgm_scale.data.latents import LatentStats
 from lgm_scale.errors import CheckpointError, ConfigError
@@ -335,10 +340,14 @@ def test_means_keep_the_dtype_and_ignore_autocast():
 def training_step(name: str, num_tokens: int | torch.Tensor, dropped: str = "zero") -> Tokenizer:
     torch.manual_seed(0)
     net = build_tokenizer(model_config(name, dropped))
-    weights = {"pixel": 1.0, "entropy": 0.01, "alignment": 0.25}
-    model = TokenizerModel(net, weights, exploration=0.1, seed=0)
+    model = TokenizerModel(net, TokenizerObjectiveConfig(), seed=0)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    batch = {"images": images, "step": 0, "num_tokens": num_tokens}
+    batch = {
+        "images": images,
+        "sample_ids": torch.arange(3),
+        "step": 0,
+        "num_tokens": num_tokens,
+    }
     model.loss(model(batch), batch).backward()
     return net
 

@@ -12,6 +12,7 @@ from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.sampling import (
     CFGRescale,
     SamplerConfig,
+    Solver,
     guided_velocity,
     initial_noise,
     sample,
@@ -303,3 +304,17 @@ def test_all_problems_are_reported_at_once():
     keys = [problem.split(":")[0] for problem in error.value.problems]
     assert keys == ["num_steps", "cfg_scale", "cfg_interval", "timestep_shift"]
     assert str(error.value).startswith("4 problems in sampler:")
+
+
+def test_plain_strings_are_taken_for_what_they_name():
+    config = SamplerConfig(cfg_rescale="none", solver="heun")  # type: ignore[arg-type]
+    assert config == SamplerConfig(cfg_rescale=CFGRescale.NONE, solver=Solver.HEUN)
+    with pytest.raises(ConfigError, match="cfg_rescale: 'some' is unknown; use none or per_pos"):
+        SamplerConfig(cfg_rescale="some")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value):
+    with pytest.raises(ConfigError) as caught:
+        SamplerConfig(cfg_scale=value, timestep_shift=value)
+    assert len(caught.value.problems) == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lgm_scale.config import TokenizerObjectiveConfig
 from lgm_scale.errors import CheckpointError
 from lgm_scale.merging import MergeTree
 from lgm_scale.models.dit import MergeDiT
@@ -125,9 +126,10 @@ def test_tokenizer_model_weighs_its_losses():
     torch.manual_seed(0)
     net = Tokenizer("tiny", 32, 8, 16, 8, codebook_size=32)
     weights = {"pixel": 2.0, "entropy": 0.5, "alignment": 3.0}
-    model = TokenizerModel(net, weights, 0.1, seed=0)
+    model = TokenizerModel(net, TokenizerObjectiveConfig(**weights), seed=0)
     batch = {
         "images": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
+        "sample_ids": torch.arange(4),
         "step": 0,
         "num_tokens": 8,
     }

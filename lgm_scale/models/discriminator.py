@@ -1,0 +1,136 @@
+"""The critic of the adversarial loss: trained heads on the features of a frozen DINO ViT-S/16.
+
+Source: SoftVQ and the LGM release. Batch norm runs over the global batch; how to average over
+ranks is handed in (`reduce_mean`), so that nothing here knows of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+__all__ = ["CriticHeads", "GlobalBatchNorm", "ReduceMean", "critic_view", "one_rank"]
+
+ReduceMean = Callable[[Tensor], Tensor]
+"""Mean of equally shaped tensors over ranks, with a gradient."""
+
+
+def one_rank(x: Tensor) -> Tensor:
+    """The `ReduceMean` of a single process."""
+    return x
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch norm by the moments of the whole batch, on all ranks.
+
+    torch's SyncBatchNorm needs a GPU. There are no running moments: a critic is never evaluated.
+
+    Shapes: [B, C, L] -> the same.
+    """
+
+    def __init__(self, channels: int, reduce_mean: ReduceMean = one_rank, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.reduce_mean = reduce_mean
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise, in float32."""
+        wide = x.float()
+        centred = wide - self.reduce_mean(wide.mean((0, 2)))[:, None]
+        variance = self.reduce_mean(centred.square().mean((0, 2)))
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale[:, None] + self.bias[:, None]).to(x.dtype)
+
+
+def _convolution(channels: int, out_channels: int, kernel_size: int) -> nn.Module:
+    return spectral_norm(
+        nn.Conv1d(
+            channels,
+            out_channels,
+            kernel_size,
+            padding=kernel_size // 2,
+            padding_mode="circular" if kernel_size > 1 else "zeros",
+        )
+    )
+
+
+def _block(channels: int, kernel_size: int, reduce_mean: ReduceMean) -> nn.Module:
+    return nn.Sequential(
+        _convolution(channels, channels, kernel_size),
+        GlobalBatchNorm(channels, reduce_mean),
+        nn.LeakyReLU(0.2),
+    )
+
+
+class CriticHead(nn.Module):
+    """One logit per token of one depth. Shapes: features [B, C, L] -> [B, L]."""
+
+    def __init__(self, channels: int, reduce_mean: ReduceMean, kernel_size: int = 9) -> None:
+        super().__init__()
+        self.point = _block(channels, 1, reduce_mean)
+        self.context = _block(channels, kernel_size, reduce_mean)
+        self.out = _convolution(channels, 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Judge."""
+        x = self.point(features)
+        x = (self.context(x) + x) / math.sqrt(2)
+        return self.out(x).squeeze(1)
+
+
+class CriticHeads(nn.Module):
+    """The trained part of the critic, one head per depth.
+
+    Args:
+        channels: C, width of the backbone.
+        num_depths: Feature maps per image.
+        reduce_mean: Averages batch-norm moments over ranks.
+
+    Shapes: num_depths times [B, C, L] -> logits [B, num_depths * L].
+    """
+
+    def __init__(
+        self, channels: int = 384, num_depths: int = 5, reduce_mean: ReduceMean = one_rank
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.heads = nn.ModuleList(CriticHead(channels, reduce_mean) for _ in range(num_depths))
+
+    def idle_features(self, device: torch.device) -> list[Tensor]:
+        """The smallest input there is, for a pass of which only the zero gradient matters."""
+        return [torch.zeros(1, self.channels, 9, device=device) for _ in self.heads]
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Judge at every depth, in float32: spectral norm does not run under autocast."""
+        with torch.autocast(features[0].device.type, enabled=False):
+            return torch.cat(
+                [head(map_.float()) for head, map_ in zip(self.heads, features, strict=True)], dim=1
+            )
+
+
+def critic_view(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """Bring images to the critic's size, the whole batch alike.
+
+    Larger ones are cropped at random with probability one half, else shrunk by area; smaller
+    ones are enlarged (bicubic).
+
+    Shapes: [B, 3, S, S] -> [B, 3, size, size], float32. `rng` must be equal on all ranks.
+    """
+    images = images.float()
+    given = images.shape[-1]
+    if given == size:
+        return images
+    if given < size:
+        return F.interpolate(images, (size, size), mode="bicubic")
+    if rng.random() < 0.5:
+        top, left = rng.integers(0, given - size + 1, size=2).tolist()
+        return images[..., top : top + size, left : left + size]
+    return F.interpolate(images, (size, size), mode="area")

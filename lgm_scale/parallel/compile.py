@@ -1,0 +1,32 @@
+"""Compilation of the transformer's blocks, one graph per token length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lgm_scale.models.dit import MergeDiT
+
+__all__ = ["compile_blocks"]
+
+# Graphs per length: with and without gradients, and a last batch of another size.
+_GRAPHS_PER_LENGTH = 4
+
+
+def compile_blocks(net: MergeDiT, num_lengths: int, **options: Any) -> None:
+    """Compile every block in place, for static shapes; names of parameters stay as they are.
+
+    All blocks share one graph per token length, so compilation takes the time of `num_lengths`
+    blocks. torch gives up on a function after a few graphs (and runs it uncompiled, with one
+    warning): the limit is raised to what `num_lengths` needs.
+
+    Args:
+        net: The generator.
+        num_lengths: Different K that will be run.
+        **options: For `torch.compile`.
+    """
+    limit = num_lengths * _GRAPHS_PER_LENGTH
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+    for block in net.blocks:
+        block.compile(dynamic=False, **options)

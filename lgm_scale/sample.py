@@ -1,0 +1,147 @@
+"""Draw a labelled grid of images from a generator bundle.
+
+    python -m lgm_scale.sample BUNDLE --classes goldfish 207 --num-tokens 32 64 128 --out grid.png
+
+One row per token length, one column per class. A column shares its noise: down the rows it is one
+picture at growing detail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lgm_scale.errors import ConfigError, exit_on_user_error
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+_MARGIN = 4
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lgm_scale.sample",
+        description="Draw a labelled grid of images from a generator bundle.",
+    )
+    parser.add_argument("bundle", help="generator bundle")
+    parser.add_argument("--classes", nargs="+", required=True, help="indices or names")
+    parser.add_argument("--num-tokens", nargs="+", type=int, help="rows; default: all tokens")
+    parser.add_argument("--out", required=True, help="image file to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cfg-scale", type=float, help="guidance; default: by length")
+    parser.add_argument("--cfg-interval", nargs=2, type=float, metavar=("LO", "HI"))
+    parser.add_argument("--cfg-rescale", choices=["none", "per_position"])
+    parser.add_argument("--num-steps", type=int, metavar="POINTS", help="grid points; default 25")
+    parser.add_argument("--solver", choices=["euler", "heun"])
+    parser.add_argument("--timestep-shift", type=float)
+    parser.add_argument(
+        "--uncond-num-tokens", type=int, metavar="K", help="coarse guidance: unconditional at K"
+    )
+    parser.add_argument(
+        "--grow", nargs="+", metavar="T:K",
+        help="growing length: from shifted time T on K tokens; the row's own length ends it",
+    )  # fmt: skip
+    parser.add_argument("--device", help="default: a CUDA device if there is one")
+    return parser.parse_args(argv)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says about the sampler."""
+    from lgm_scale.sampling import CFGRescale, Solver
+
+    names = ("cfg_scale", "num_steps", "timestep_shift", "uncond_num_tokens")
+    settings = {name: getattr(args, name) for name in names}
+    settings["cfg_interval"] = tuple(args.cfg_interval) if args.cfg_interval else None
+    settings["cfg_rescale"] = CFGRescale(args.cfg_rescale) if args.cfg_rescale else None
+    settings["solver"] = Solver(args.solver) if args.solver else None
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def growth_of(entries: list[str] | None) -> list[tuple[float, int]]:
+    """Parse `T:K` entries. Raises: ConfigError."""
+    growth = []
+    for entry in entries or []:
+        try:
+            t, num_tokens = entry.split(":")
+            growth.append((float(t), int(num_tokens)))
+        except ValueError:
+            raise ConfigError(f"--grow: {entry!r} is not T:K, for example 0.1:64") from None
+    return growth
+
+
+def schedule_for(growth: list[tuple[float, int]], num_tokens: int) -> tuple[tuple[float, int], ...]:
+    """The part of the growth that a row of `num_tokens` can follow; it never exceeds the row."""
+    schedule: list[tuple[float, int]] = []
+    for t, length in growth:
+        if not schedule or schedule[-1][1] < num_tokens:
+            schedule.append((t, min(length, num_tokens)))
+    if schedule and schedule[-1][1] != num_tokens:
+        raise ConfigError(
+            f"--grow: it ends at {schedule[-1][1]} tokens, and a row asks for {num_tokens}; add an "
+            f"entry T:{num_tokens}"
+        )
+    return tuple(schedule)
+
+
+def draw_grid(rows: list[np.ndarray], row_names: list[str], columns: list[str]) -> Image.Image:
+    """Put images and names on one sheet. Shapes: each row uint8 [B, S, S, 3]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side = rows[0].shape[1]
+    scale = max(1, round(128 / side))
+    cell = side * scale
+    font = ImageFont.load_default(14)
+    left = _MARGIN + max(int(font.getlength(name)) for name in row_names) + _MARGIN
+    top = 14 + 2 * _MARGIN
+    size = (left + len(columns) * (cell + _MARGIN), top + len(rows) * (cell + _MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, name in enumerate(columns):
+        while len(name) > 1 and font.getlength(name) > cell:
+            name = name[:-1]
+        pen.text((left + column * (cell + _MARGIN), _MARGIN), name, "black", font)
+    for row, (images, name) in enumerate(zip(rows, row_names, strict=True)):
+        y = top + row * (cell + _MARGIN)
+        pen.text((_MARGIN, y + cell // 2 - 7), name, "black", font)
+        for column, image in enumerate(images):
+            tile = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left + column * (cell + _MARGIN), y))
+    return sheet
+
+
+def main() -> int:
+    """Load, sample row by row, draw."""
+    args = parse_args(sys.argv[1:])
+    out = Path(args.out)
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ConfigError(f"--out: {out} is no image file; end it in .png, .jpg or .webp")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out: {out.parent} is no folder; make it first")
+    growth = growth_of(args.grow)
+    from lgm_scale.pipeline import LGMPipeline
+
+    pipe = LGMPipeline.from_bundle(args.bundle, device=args.device)
+    labels = pipe.class_indices(args.classes)
+    lengths = args.num_tokens or [pipe.num_base_tokens]
+    settings: list[dict[str, Any]] = [
+        settings_of(args) | {"length_schedule": schedule_for(growth, k)} for k in lengths
+    ]
+    for num_tokens, chosen in zip(lengths, settings, strict=True):
+        pipe.config(num_tokens, **chosen)  # every row is checked before the first is made
+    rows = [
+        pipe(labels, num_tokens, seed=args.seed, **chosen)
+        for num_tokens, chosen in zip(lengths, settings, strict=True)
+    ]
+    names = [pipe.bundle.classes[label] for label in labels]
+    draw_grid(rows, [f"K = {k}" for k in lengths], names).save(out)  # type: ignore[arg-type]  # arrays
+    print(f"{out}: {len(labels)} classes at {len(lengths)} lengths")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

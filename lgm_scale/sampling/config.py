@@ -1,0 +1,178 @@
+"""How images are sampled: the settings, the time grid they make, and the network rows they cost."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from lgm_scale.errors import ConfigError
+from lgm_scale.objectives.flow import shift_timesteps
+
+__all__ = ["CFGRescale", "SamplerConfig", "Solver"]
+
+_TIME_TOLERANCE = 1e-9
+
+
+class CFGRescale(str, Enum):
+    """NONE: v_u + w (v_c - v_u). PER_POSITION: v_c + (w - 1) / size_j (v_c - v_u).
+
+    PER_POSITION belongs to the noise-scale correction: a large cluster has less noise, so its
+    guidance is divided by its size.
+    """
+
+    NONE = "none"
+    PER_POSITION = "per_position"
+
+
+class Solver(str, Enum):
+    """EULER: one evaluation per step. HEUN: two (trapezoid), but one in the last step.
+
+    Training draws t below 1, so no solver asks the network for the velocity at t = 1.
+    """
+
+    EULER = "euler"
+    HEUN = "heun"
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How images are sampled.
+
+    Args:
+        num_steps: Grid points: 25 points are 24 Euler steps.
+        cfg_scale: Guidance w; 1 turns it off.
+        cfg_interval: Times, ends included, between which guidance is on.
+        cfg_rescale: See `CFGRescale`.
+        timestep_shift: a of t' = a t / (1 + (a - 1) t).
+        solver: See `Solver`.
+        uncond_num_tokens: Coarse guidance: the unconditional branch runs at this many tokens, or
+            at the length of the step where that is smaller. None: at the step's length.
+        length_schedule: Growing length: (t, K) pairs; from shifted time t on, steps run at K.
+            The first t is 0, the last K is the length asked for. Empty: one length.
+    """
+
+    num_steps: int = 25
+    cfg_scale: float = 1.0
+    cfg_interval: tuple[float, float] = (0.15, 1.0)
+    cfg_rescale: CFGRescale = CFGRescale.PER_POSITION
+    timestep_shift: float = 0.2
+    solver: Solver = Solver.EULER
+    uncond_num_tokens: int | None = None
+    length_schedule: tuple[tuple[float, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse settings without meaning, all at once."""
+        schedule = tuple((float(t), int(num_tokens)) for t, num_tokens in self.length_schedule)
+        object.__setattr__(self, "length_schedule", schedule)
+        lo, hi = self.cfg_interval
+        problems = [*self._enum_problems("cfg_rescale", CFGRescale)]
+        problems += self._enum_problems("solver", Solver)
+        if self.num_steps < 2:
+            problems.append(f"num_steps: {self.num_steps} grid points; needs 2 or more")
+        if not math.isfinite(self.cfg_scale):
+            problems.append(f"cfg_scale: {self.cfg_scale} is not finite")
+        elif self.cfg_scale < 1:
+            problems.append(f"cfg_scale: {self.cfg_scale} is below 1; 1 turns guidance off")
+        if not 0 <= lo <= hi <= 1:
+            problems.append(f"cfg_interval: ({lo}, {hi}) must be ordered and inside [0, 1]")
+        if not 0 < self.timestep_shift < math.inf:
+            problems.append(f"timestep_shift: {self.timestep_shift} must be above 0, and finite")
+        if self.uncond_num_tokens is not None and self.uncond_num_tokens < 1:
+            problems.append(f"uncond_num_tokens: {self.uncond_num_tokens} must be 1 or more")
+        if problems:
+            raise ConfigError(problems, "sampler")
+        if schedule:
+            problems = self._schedule_problems()
+        if problems:
+            raise ConfigError(problems, "sampler")
+
+    def _enum_problems(self, name: str, values: type[Enum]) -> list[str]:
+        """Take a plain string for a member; say so if there is none of that name."""
+        given = getattr(self, name)
+        try:
+            object.__setattr__(self, name, values(given))
+        except ValueError:
+            return [f"{name}: {given!r} is unknown; use {' or '.join(m.value for m in values)}"]
+        return []
+
+    def _schedule_problems(self) -> list[str]:
+        text = f"length_schedule: {[list(entry) for entry in self.length_schedule]}"
+        times = [t for t, _ in self.length_schedule]
+        lengths = [num_tokens for _, num_tokens in self.length_schedule]
+        last_start = self.grid()[-2]
+        problems = []
+        if times[0] != 0 or any(b <= a for a, b in itertools.pairwise(times)):
+            problems.append(f"{text} must start at t = 0 and rise in t")
+        elif times[-1] > last_start + _TIME_TOLERANCE:
+            problems.append(
+                f"{text} never reaches its last length: the last of {self.num_steps - 1} steps "
+                f"starts at t = {last_start:.4g}"
+            )
+        if lengths[0] < 1 or any(b < a for a, b in itertools.pairwise(lengths)):
+            problems.append(f"{text} must not shrink: clusters are split, never joined")
+        return problems
+
+    @property
+    def nested(self) -> bool:
+        """Whether more than one cut of the merge tree is used."""
+        return self.uncond_num_tokens is not None or bool(self.length_schedule)
+
+    def grid(self) -> list[float]:
+        """The shifted time grid, from 0 to 1."""
+        points = torch.linspace(0, 1, self.num_steps, dtype=torch.float64)
+        return shift_timesteps(points, self.timestep_shift).tolist()
+
+    def guided(self, t: float) -> bool:
+        """Whether an evaluation at t is guided."""
+        return self.cfg_scale > 1 and self.cfg_interval[0] <= t <= self.cfg_interval[1]
+
+    def length_at(self, t: float, num_tokens: int) -> int:
+        """Tokens of the step that starts at t, when `num_tokens` are asked for.
+
+        Raises: ConfigError if the schedule ends at another length.
+        """
+        if not self.length_schedule:
+            return num_tokens
+        if self.length_schedule[-1][1] != num_tokens:
+            raise ConfigError(
+                f"length_schedule: it ends at {self.length_schedule[-1][1]} tokens, but "
+                f"num_tokens is {num_tokens}; make them equal"
+            )
+        begun = [k for start, k in self.length_schedule if start <= t + _TIME_TOLERANCE]
+        return begun[-1]
+
+    def uncond_length(self, num_tokens: int) -> int:
+        """Tokens of the unconditional branch of a step at `num_tokens`."""
+        return min(self.uncond_num_tokens or num_tokens, num_tokens)
+
+    def evaluations(self) -> list[tuple[float, float]]:
+        """Every network evaluation, in order: (start of its step, its own time)."""
+        times = []
+        for t, t_next in itertools.pairwise(self.grid()):
+            times.append((t, t))
+            if self.corrects(t_next):
+                times.append((t, t_next))
+        return times
+
+    def corrects(self, t_next: float) -> bool:
+        """Whether the step that ends at t_next evaluates the velocity there, too."""
+        return self.solver is Solver.HEUN and t_next < 1 - _TIME_TOLERANCE
+
+    def num_forwards(self) -> int:
+        """Network rows per image: one for an unguided evaluation, two for a guided one."""
+        return sum(2 if self.guided(t) else 1 for _, t in self.evaluations())
+
+    def rows(self, num_tokens: int) -> dict[int, int]:
+        """Network rows per image at each length, when `num_tokens` are asked for."""
+        rows: Counter[int] = Counter()
+        for start, t in self.evaluations():
+            length = self.length_at(start, num_tokens)
+            rows[length] += 1
+            if self.guided(t):
+                rows[self.uncond_length(length)] += 1
+        return dict(rows)

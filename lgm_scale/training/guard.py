@@ -1,0 +1,82 @@
+"""Stop a run at the first loss that is not finite, before it reaches the weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from lgm_scale.errors import DivergenceError
+from lgm_scale.training.record import LossRecord
+
+__all__ = ["FiniteGuard"]
+
+
+class FiniteGuard(Callback):
+    """Raise DivergenceError on all ranks when a loss or a gradient norm is NaN or infinite.
+
+    A check at the metrics flush comes after the step, and reading a loss from a GPU right before
+    the step would let the GPU idle. Losses are known when the backward pass is only being
+    queued, though. So their flags are copied to the host on the side, behind the forward pass,
+    and the host waits for that copy while the GPU is busy with the backward pass: the
+    optimizer's kernels are still queued in time. Gradient norms are known later. They are looked
+    at when the step ends, where Composer itself has just waited for the loss: before any resume
+    state is written, and before the EMA moves.
+
+    Ranks share their flags: one rank alone must neither step nor save.
+
+    Args:
+        record: Where the model notes its losses.
+        advice: Last line of the message.
+    """
+
+    def __init__(self, record: LossRecord, advice: str) -> None:
+        self.record = record
+        self.advice = advice
+        # Names, values on the host or on their way there, and the CUDA event of their arrival.
+        self._waiting: list[tuple[list[str], Tensor, Any]] = []
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Send the micro-batch's losses on their way."""
+        names, values = list(self.record.latest), torch.stack(list(self.record.latest.values()))
+        if dist.get_world_size() > 1:
+            # NaN and infinities survive a sum, and so does which term they are in.
+            dist.all_reduce(values)
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            copied = torch.cuda.current_stream().record_event()
+            self._waiting.append((names, host, copied))
+        else:
+            self._waiting.append((names, values, None))
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Before the optimizer's step. Raises: DivergenceError."""
+        waiting, self._waiting = self._waiting, []
+        for names, values, event in waiting:
+            if event is not None:
+                event.synchronize()
+            self._check(dict(zip(names, values.tolist(), strict=True)), state, "before", 0)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """After the step. Raises: DivergenceError."""
+        norms = self.record.notes()
+        if norms:
+            values = torch.stack(list(norms.values())).tolist()
+            # The timestamp has advanced.
+            self._check(dict(zip(norms, values, strict=True)), state, "right after", 1)
+
+    def _check(self, values: dict[str, float], state: State, when: str, passed: int) -> None:
+        bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            batch: Any = state.batch
+            step = state.timestamp.batch.value - passed
+            raise DivergenceError(
+                f"step {step}, K = {batch['num_tokens']}: {', '.join(bad)}; stopped {when} the "
+                f"optimizer's step, and nothing was saved since. {self.advice}"
+            )

@@ -1,0 +1,144 @@
+"""How fast a training run is: images, tokens and model operations per second, per token length."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+__all__ = ["Throughput", "measure_peak_flops"]
+
+_BACKWARD = 2  # a backward pass costs two forward passes
+
+
+class _CudaClock:
+    """Marks in the device's own queue: reading them waits for nothing but the last one."""
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream())
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+class _WallClock:
+    """For a CPU, which is done with a step when the call returns."""
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return end - start
+
+
+@dataclass
+class _Sum:
+    images: int = 0
+    seconds: float = 0.0
+
+
+class Throughput(Callback):
+    """Log speed once per interval.
+
+    Keys: `throughput/images_per_second` and `throughput/mfu`, over the whole interval with its
+    waiting for data, and `throughput/K=64/{images_per_second, tokens_per_second, mfu}`, over the
+    steps at that length. All ranks together; every step has one K on all ranks.
+
+    A step costs two marks in the device's queue; they are read at the end of an interval, where
+    the metrics wait for the device anyway.
+
+    Args:
+        interval: Steps between reports.
+        flops_per_image: Operations of one forward pass at K tokens, a multiply-add being two.
+        peak_flops: Of one device, per second, as its maker states or `measure_peak_flops` found.
+            None: model FLOPs utilisation (mfu) is not reported.
+    """
+
+    def __init__(
+        self,
+        interval: int,
+        flops_per_image: Callable[[int], float],
+        peak_flops: float | None = None,
+    ) -> None:
+        self.interval = interval
+        self.flops_per_image = flops_per_image
+        self.peak_flops = peak_flops
+        self._clock = _CudaClock() if torch.cuda.is_available() else _WallClock()
+        self._steps: list[tuple[int, int, Any, Any]] = []
+        self._start: Any = None
+        self._interval_start: Any = None
+        self._images = 0
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Mark the start of a step, and of the interval. The batch is still whole here."""
+        self._images = len(state.batch["sample_ids"]) * dist.get_world_size()
+        self._start = self._clock.mark()
+        if self._interval_start is None:
+            self._interval_start = self._start
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Mark the end of a step; report at the end of an interval."""
+        end = self._clock.mark()
+        self._steps.append((state.batch["num_tokens"], self._images, self._start, end))
+        if len(self._steps) >= self.interval:
+            metrics = self._metrics()
+            # The next interval starts here: data that is waited for now is part of it.
+            self._steps, self._interval_start = [], end
+            logger.log_metrics(metrics)
+
+    def _metrics(self) -> dict[str, float]:
+        sums: dict[int, _Sum] = defaultdict(_Sum)
+        last = self._steps[-1][3]
+        whole = _Sum(seconds=self._clock.seconds(self._interval_start, last))
+        operations = 0.0
+        for num_tokens, images, start, end in self._steps:
+            sums[num_tokens].images += images
+            sums[num_tokens].seconds += self._clock.seconds(start, end)
+            whole.images += images
+            operations += images * self._step_flops(num_tokens)
+        metrics = {"throughput/images_per_second": whole.images / whole.seconds}
+        metrics |= self._mfu("throughput", operations, whole.seconds)
+        for num_tokens, part in sorted(sums.items()):
+            key, rate = f"throughput/K={num_tokens}", part.images / part.seconds
+            metrics[f"{key}/images_per_second"] = rate
+            metrics[f"{key}/tokens_per_second"] = rate * num_tokens
+            metrics |= self._mfu(key, part.images * self._step_flops(num_tokens), part.seconds)
+        return metrics
+
+    def _step_flops(self, num_tokens: int) -> float:
+        return (1 + _BACKWARD) * self.flops_per_image(num_tokens)
+
+    def _mfu(self, key: str, operations: float, seconds: float) -> dict[str, float]:
+        if self.peak_flops is None:
+            return {}
+        return {f"{key}/mfu": operations / seconds / (self.peak_flops * dist.get_world_size())}
+
+
+def measure_peak_flops(
+    device: torch.device | str, dtype: torch.dtype, size: int = 4096, repeats: int = 10
+) -> float:
+    """Operations per second of one large matrix product: what this device can do at best.
+
+    Shapes: size x size times size x size. The best of `repeats`, after two to warm up.
+    """
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    right = torch.randn(size, size, device=device, dtype=dtype)
+    clock = _CudaClock() if torch.device(device).type == "cuda" else _WallClock()
+    best = float("inf")
+    for repeat in range(repeats + 2):
+        start = clock.mark()
+        torch.mm(left, right)
+        seconds = clock.seconds(start, clock.mark())
+        if repeat >= 2:
+            best = min(best, seconds)
+    return 2 * size**3 / best
