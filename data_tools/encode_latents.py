@@ -168,6 +168,7 @@ def main() -> int:
     torch_device = torch.device("cuda", dist.get_local_rank()) if device.name == "gpu" else "cpu"
     source = read_manifest(args.images, "images")
     tokenizer = load_tokenizer(args.tokenizer, torch_device)
+    tree = tokenizer.merge_tree()  # a length control without one is refused before the work
     extra = {
         "tokenizer_id": tokenizer_id(args.tokenizer),
         "num_base_tokens": tokenizer.num_base_tokens,
@@ -197,7 +198,7 @@ def main() -> int:
     if rank == 0:
         merge_index(str(aside), keep_local=True)
         stats.save(aside / STATS_NAME)
-        tokenizer.merge_tree().save(aside / TREE_NAME)
+        tree.save(aside / TREE_NAME)
         manifest = Manifest(
             kind="latents",
             num_samples=source.num_samples,

@@ -249,7 +249,7 @@ def build_trainer(
     advice = f"Run it again from {state_folder} with a lower optimizer.lr, or look at the data."
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
     callbacks: list[Callback] = [
-        StepKeys(lengths),
+        StepKeys(lengths, config.lengths.per_sample),
         FiniteGuard(model.record, advice),  # before the EMA moves
         ema,
         MetricsLog(
@@ -305,8 +305,9 @@ def export_bundle(
         assert isinstance(model, TokenizerModel)
         training["random_assets"] = list(model.frozen.random_assets)
         model.net.load_state_dict(weights)
+        tree = model.net.merge_tree() if model.net.merging.has_tree else None
         network = dataclasses.replace(config.model, pretrained_encoder=None)
-        save_tokenizer_bundle(folder, network, weights, model.net.merge_tree(), training)
+        save_tokenizer_bundle(folder, network, weights, tree, training)
     else:
         assert isinstance(dataset, LatentDataset)
         save_generator_bundle(

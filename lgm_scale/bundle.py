@@ -3,7 +3,7 @@
     bundle/
       bundle.json                format, kind, configuration, hash of every file
       tokenizer.safetensors      EMA weights
-      merge_tree.safetensors
+      merge_tree.safetensors     unless the tokenizer's length control has no tree
       generator.safetensors      generator bundles: EMA weights, beside the tokenizer they need
       latent_stats.safetensors
 
@@ -87,7 +87,7 @@ def save_tokenizer_bundle(
     folder: str | Path,
     config: TokenizerModelConfig,
     weights: dict[str, Tensor],
-    tree: MergeTree,
+    tree: MergeTree | None,
     training: dict[str, Any],
 ) -> None:
     """Write a tokenizer bundle, aside first, so that it is complete or absent.
@@ -96,12 +96,13 @@ def save_tokenizer_bundle(
         folder: Where to; replaced if it is a bundle already.
         config: Of the model.
         weights: State of the tokenizer.
-        tree: Its merge tree.
+        tree: Its merge tree; None if its length control has none.
         training: Anything about how it came about (steps, the run's configuration).
     """
     aside = _start(folder)
     _save_weights(weights, aside / TOKENIZER_NAME)
-    tree.save(aside / TREE_NAME)
+    if tree is not None:
+        tree.save(aside / TREE_NAME)
     _finish(aside, folder, "tokenizer", {"tokenizer": to_dict(config)}, (), training)
 
 
@@ -126,6 +127,11 @@ def save_generator_bundle(
         training: Anything about how it came about.
     """
     source = read_bundle(tokenizer_bundle, "tokenizer")
+    if TREE_NAME not in source["files"]:
+        raise CheckpointError(
+            f"{tokenizer_bundle} has no merge tree, and a generator needs one: its tokenizer was "
+            "trained with another length_control than lgm or fixed"
+        )
     aside = _start(folder)
     for name in (TOKENIZER_NAME, TREE_NAME):
         shutil.copyfile(Path(tokenizer_bundle) / name, aside / name)

@@ -51,6 +51,9 @@ class TokenizerModelConfig:
     num_codebooks: int = 4
     codebook_size: int = 8192
     latent_init: Literal["normal", "aligned"] = "normal"
+    length_control: Literal["lgm", "fixed", "tome", "truncate", "none"] = "lgm"
+    dropped_tokens: Literal["zero", "learned"] = "zero"
+    """What the decoder reads in place of a token that `length_control: truncate` dropped."""
     pretrained_encoder: str | None = None
     """DINOv2 checkpoint of the encoder's size, from which training starts; null: from scratch."""
 
@@ -135,6 +138,8 @@ class LengthsConfig:
     __pydantic_config__ = _STRICT
     choices: tuple[int, ...]
     weights: tuple[float, ...] | None = None
+    per_sample: bool = False
+    """One draw per image instead of one per step; for `length_control: truncate` alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

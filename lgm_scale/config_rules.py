@@ -101,7 +101,7 @@ def _batch(config: TrainingRun, world_size: int) -> Iterator[str]:
 def _lengths(config: TrainingRun) -> Iterator[str]:
     choices, weights = config.lengths.choices, config.lengths.weights
     model = config.model
-    lowest = model.num_codebooks if isinstance(config, TokenizerRun) else model.num_blocks  # type: ignore[union-attr]
+    lowest = _least_tokens(config)
     outside = [value for value in choices if not lowest <= value <= model.num_base_tokens]
     if not choices:
         yield "lengths.choices: empty; name at least one token length"
@@ -110,12 +110,31 @@ def _lengths(config: TrainingRun) -> Iterator[str]:
             f"lengths.choices: {outside} outside [{lowest}, {model.num_base_tokens}], the range "
             "from one token per block to no merging"
         )
+    if config.lengths.per_sample:
+        yield from _per_sample(config)
     if weights is None:
         return
     if len(weights) != len(choices):
         yield f"lengths.weights: {len(weights)} weights for {len(choices)} choices; give one each"
     if min(weights, default=0) < 0 or sum(weights) <= 0:
         yield f"lengths.weights: {list(weights)} must be 0 or more, with a sum above 0"
+
+
+def _least_tokens(config: TrainingRun) -> int:
+    """The least K of the model's length control."""
+    if isinstance(config, GeneratorRun):
+        return config.model.num_blocks
+    model = config.model
+    special = {"truncate": 1, "none": model.num_base_tokens}
+    return special.get(model.length_control, model.num_codebooks)
+
+
+def _per_sample(config: TrainingRun) -> Iterator[str]:
+    if isinstance(config, GeneratorRun) or config.model.length_control != "truncate":
+        yield (
+            "lengths.per_sample: true needs model.length_control: truncate; the others run at "
+            "one K per batch"
+        )
 
 
 def _numbers(config: TrainingRun) -> Iterator[str]:
@@ -167,6 +186,11 @@ def _times(config: TrainingRun) -> Iterator[str]:
 
 def _tokenizer(config: TokenizerRun) -> Iterator[str]:
     model = config.model
+    if model.dropped_tokens != "zero" and model.length_control != "truncate":
+        yield (
+            f"model.dropped_tokens: {model.dropped_tokens} has no effect with length_control: "
+            f"{model.length_control}, which drops no tokens; remove it"
+        )
     if model.image_size < 1 or model.patch_size < 1 or model.image_size % model.patch_size != 0:
         yield (
             f"model.image_size: {model.image_size} is not divisible by patch_size "

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import scipy.cluster.hierarchy
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.linkage import average_linkage, in_block_triangle
 
 __all__ = [
     "MergeAssignment",
@@ -30,13 +30,6 @@ __all__ = [
     "in_block_pairs",
     "straight_through_merge",
 ]
-
-# Distance of tokens of different blocks: larger than any in-block distance can be, so blocks
-# join last. The release writes a similarity of -100.
-_CROSS_BLOCK_DISTANCE = 101.0
-# Average linkage is unchanged by a constant added to every distance, and scipy refuses the
-# slightly negative heights that exploration noise can produce.
-_DISTANCE_OFFSET = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,25 +155,20 @@ class MergeTree:
         Source: LGM paper; noise from the release, 0.1 * clip(normal, -1, 1).
         """
         size = similarity.shape[0]
-        if num_blocks < 1 or size % num_blocks != 0 or size == num_blocks:
-            raise ConfigError(
-                f"num_base_tokens: {size} tokens cannot be cut into {num_blocks} equal blocks of "
-                f"two or more; choose a multiple of {num_blocks} above it"
-            )
-        upper = np.triu_indices(size, 1)
-        distances = 1.0 - similarity.detach().cpu().double().numpy()[upper]
-        if not np.isfinite(distances).all():
-            raise ConfigError("merge embeddings: not finite; the run that made them has diverged")
-        if exploration is not None:
-            distances -= exploration
-        block = np.arange(size) // (size // num_blocks)
-        distances[block[upper[0]] != block[upper[1]]] = _CROSS_BLOCK_DISTANCE
-        linkage = scipy.cluster.hierarchy.linkage(distances + _DISTANCE_OFFSET, "average")
-        return cls(
-            torch.from_numpy(linkage[:, :2].astype(np.int64)),
-            torch.from_numpy(linkage[:, 2] - _DISTANCE_OFFSET),
-            num_blocks,
-        )
+        triangle = in_block_triangle(similarity, num_blocks).cpu()
+        return cls.from_triangle(triangle, size, exploration)
+
+    @classmethod
+    def from_triangle(
+        cls, triangle: Tensor, size: int, exploration: np.ndarray | None = None
+    ) -> MergeTree:
+        """Cluster by the similarities that count, on the host.
+
+        Shapes: triangle [num_blocks, M * (M - 1) / 2] from `in_block_triangle`, M = size /
+        num_blocks, size = N; exploration [N * (N - 1) / 2].
+        """
+        merges, heights = average_linkage(triangle, size, exploration)
+        return cls(torch.from_numpy(merges), torch.from_numpy(heights), len(triangle))
 
     def assignment(self, num_tokens: int, device: torch.device | str = "cpu") -> MergeAssignment:
         """Cut the tree at K clusters. Cuts are kept, so a step costs a dictionary look-up.

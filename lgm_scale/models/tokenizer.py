@@ -5,6 +5,7 @@ Source: LGM paper; the SoftVQ backbone on timm vision transformers. Images are i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.merging import MergeTree, cosine_similarity
-from lgm_scale.models.length_control import LearnedMerging
+from lgm_scale.merging import MergeTree
+from lgm_scale.models.adaptive_length import LengthChoice, choose_length
+from lgm_scale.models.length_control import build_length_control
 from lgm_scale.models.quantizer import SoftQuantizer
 
 __all__ = [
@@ -55,7 +57,8 @@ class TokenizerOutput(NamedTuple):
     """What the losses read.
 
     Shapes: reconstruction [B, 3, S, S]; z [B, N, D], quantized and not merged;
-    code_logits [num_codebooks, M, codebook_size]; similarity [N, N] of the merge embeddings;
+    code_logits [num_codebooks, M, codebook_size]; similarity [N, N] of the merge embeddings,
+    None where none are learned;
     decoded_latents [B, N, D], merged and expanded, what the decoder read;
     last_hidden [B, P, C], the input of the decoder's last layer.
     """
@@ -63,7 +66,7 @@ class TokenizerOutput(NamedTuple):
     reconstruction: Tensor
     z: Tensor
     code_logits: Tensor
-    similarity: Tensor
+    similarity: Tensor | None
     decoded_latents: Tensor
     last_hidden: Tensor
 
@@ -203,6 +206,9 @@ class Tokenizer(nn.Module):
         latent_init: 'normal' (published), or 'aligned': latents and patches start from one
             lattice of positions, and attention from copying along it, in encoder and decoder. A
             short run from scratch needs it; a pretrained encoder does not (ours).
+        length_control: How it reaches K tokens; a key of `LENGTH_CONTROLS`.
+        dropped_tokens: What the decoder reads in place of a token that 'truncate' dropped: 'zero',
+            or a 'learned' vector.
     """
 
     def __init__(
@@ -215,6 +221,8 @@ class Tokenizer(nn.Module):
         num_codebooks: int = 4,
         codebook_size: int = 8192,
         latent_init: str = "normal",
+        length_control: str = "lgm",
+        dropped_tokens: str = "zero",
     ) -> None:
         super().__init__()
         row = TOKENIZER_SIZES[size]
@@ -225,7 +233,9 @@ class Tokenizer(nn.Module):
         self.encoder = Encoder(row, image_size, patch_size, num_base_tokens)
         self.to_latent = nn.Linear(row.width, latent_dim)
         self.quantizer = SoftQuantizer(num_codebooks, codebook_size, latent_dim)
-        self.merging = LearnedMerging(num_base_tokens, num_codebooks)
+        self.merging = build_length_control(
+            length_control, num_base_tokens, num_codebooks, latent_dim, dropped_tokens
+        )
         self.decoder = Decoder(
             row, image_size, patch_size, num_base_tokens, latent_dim, 3 * patch_size**2
         )
@@ -240,7 +250,8 @@ class Tokenizer(nn.Module):
                 start_aligned(part.vit)
                 assert part.vit.pos_embed is not None
                 part.vit.pos_embed[0, 1:] = lattice_positions(patches, width, patches)
-                part.latent_pos_embed[0] = lattice_positions(latents, width, patches)
+                places = lattice_positions(latents, width, patches)
+                part.latent_pos_embed[0] = places[self.merging.lattice_order()]
 
     def encode(self, images: Tensor) -> Tensor:
         """Quantized latents at full length. Shapes: [B, 3, S, S] in [-1, 1] -> [B, N, D]."""
@@ -274,26 +285,54 @@ class Tokenizer(nn.Module):
         )
 
     def merge_tree(self) -> MergeTree:
-        """The learned tree, without exploration noise."""
+        """The tree of all images, without exploration noise.
+
+        Raises: ConfigError from a length control that has none.
+        """
         return self.merging.tree()
 
     def reconstruct(self, images: Tensor, num_tokens: int) -> Tensor:
-        """Encode, merge to K tokens, expand, decode. Shapes: [B, 3, S, S] -> the same."""
-        assignment = self.merge_tree().assignment(num_tokens, images.device)
-        return self.decode(assignment.unmerge(assignment.merge(self.encode(images))))
+        """Encode, go to K tokens and back, decode. Shapes: [B, 3, S, S] -> the same."""
+        return self.decode(self.merging.full_length(self.encode(images), num_tokens))
+
+    @torch.no_grad()
+    def choose_length(
+        self, images: Tensor, target_psnr: float, lengths: Sequence[int] | None = None
+    ) -> LengthChoice:
+        """Per image, the smallest of the lengths (None: of all) that reaches a PSNR in dB.
+
+        One encoder pass; then a batched decode per K, of the images not satisfied yet. Where no
+        K reaches the target, the choice is N with `reached` False. Shapes: [B, 3, S, S].
+        """
+        if lengths is None:
+            lengths = range(self.merging.min_tokens, self.num_base_tokens + 1)
+        return choose_length(
+            images,
+            self.encode(images),
+            lambda z, k: self.decode(self.merging.full_length(z, k)),
+            target_psnr,
+            lengths,
+        )
 
     def forward(
-        self, images: Tensor, num_tokens: int, exploration: np.ndarray | None = None
+        self,
+        images: Tensor,
+        num_tokens: int | Tensor,
+        exploration: np.ndarray | None = None,
     ) -> TokenizerOutput:
-        """One training pass at K tokens. Shapes: images [B, 3, S, S] in [-1, 1]."""
+        """One training pass at K tokens, or at one K per image: [B] int64.
+
+        Shapes: images [B, 3, S, S] in [-1, 1].
+        """
+        tree = self.merging.start_tree(exploration)  # travels to the host while the GPU encodes
         z, code_logits = self._encode(images)
-        merged = self.merging(z, num_tokens, exploration)
+        merged = self.merging(z, num_tokens, tree)
         patches, hidden = self.decoder(merged)
         return TokenizerOutput(
             reconstruction=self.unpatchify(patches),
             z=z,
             code_logits=code_logits,
-            similarity=cosine_similarity(self.merging.embeddings),
+            similarity=self.merging.similarity(),
             decoded_latents=merged,
             last_hidden=hidden,
         )

@@ -27,16 +27,24 @@ log = logging.getLogger("lgm_scale")
 
 
 class StepKeys(Callback):
-    """Put `step` and `num_tokens` into the batch, as ints: micro-batching leaves ints whole."""
+    """Put `step` and `num_tokens` into the batch, as ints: micro-batching leaves ints whole.
 
-    def __init__(self, schedule: LengthSchedule) -> None:
+    With `per_sample`, `num_tokens` is a tensor [B], which micro-batching cuts like the images.
+    """
+
+    def __init__(self, schedule: LengthSchedule, per_sample: bool = False) -> None:
         self.schedule = schedule
+        self.per_sample = per_sample
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Key the step."""
         step = state.timestamp.batch.value
         state.batch["step"] = step
-        state.batch["num_tokens"] = self.schedule.num_tokens(step)
+        state.batch["num_tokens"] = (
+            self.schedule.per_sample(step, state.batch["sample_ids"])
+            if self.per_sample
+            else self.schedule.num_tokens(step)
+        )
 
 
 class MetricsLog(Callback):
@@ -90,7 +98,7 @@ class MetricsLog(Callback):
         batch: Any = state.batch
         row = {
             "step": state.timestamp.batch.value - 1,  # the timestamp has advanced
-            "num_tokens": batch["num_tokens"],
+            "num_tokens": batch["num_tokens"] if isinstance(batch["num_tokens"], int) else "mixed",
             "lr": state.optimizers[0].param_groups[0]["lr"],
             **self.labels,
         }

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from lgm_scale.randomness import Purpose
+from lgm_scale.randomness import Purpose, keyed_uniform, stream_keys
 
 __all__ = ["LengthSchedule"]
 
@@ -34,3 +36,16 @@ class LengthSchedule:
             return self.choices[step % len(self.choices)]
         rng = np.random.default_rng([self.seed, int(Purpose.LENGTH), step])
         return self.choices[rng.choice(len(self.choices), p=self.probabilities)]
+
+    def per_sample(self, step: int, sample_ids: Tensor) -> Tensor:
+        """One draw per image, keyed on (seed, step, sample): [B] int64 -> K [B] int64.
+
+        Nothing is copied to the host. A schedule without weights draws evenly.
+        """
+        uniform = keyed_uniform(stream_keys(self.seed, Purpose.LENGTH, step, sample_ids))  # [B]
+        shares = self.probabilities
+        if shares is None:
+            shares = np.full(len(self.choices), 1 / len(self.choices))
+        bounds = torch.tensor(np.cumsum(shares)[:-1], device=uniform.device, dtype=torch.float32)
+        choices = torch.tensor(self.choices, device=uniform.device)
+        return choices[torch.bucketize(uniform, bounds)]

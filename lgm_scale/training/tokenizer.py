@@ -43,8 +43,9 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 class TokenizerModel(ComposerModel):
-    """Reads batches {images uint8 [B, 3, S, S], sample_ids [B], step int, num_tokens int}.
+    """Reads batches {images uint8 [B, 3, S, S], sample_ids [B], step int, num_tokens}.
 
+    num_tokens is an int, or with lengths.per_sample int64 [B].
     What is not linear in the batch (adaptive weight, LeCam's means, batch norm, code usage, mean
     similarity) is that of all ranks' samples; of one micro-batch, where there are several.
 
@@ -109,7 +110,8 @@ class TokenizerModel(ComposerModel):
             terms[name] = term
         record = {"loss": total, **terms}
         # Every parameter gets a gradient in every step (zero here), or DDP waits for it forever.
-        total = total + 0.0 * outputs.similarity.sum()
+        if outputs.similarity is not None:
+            total = total + 0.0 * outputs.similarity.sum()
         if self.critic is not None:
             critic_part, critic_terms = self._critic_losses(outputs, images, batch)
             record |= critic_terms
@@ -159,10 +161,13 @@ class TokenizerModel(ComposerModel):
                 features = self.frozen.teacher(images)
             prediction, _ = self.auxiliary(outputs.decoded_latents)
             terms["representation"] = representation_loss(prediction, features)
+        similarity = outputs.similarity
+        if similarity is None:  # no merge embeddings are learned
+            return terms
         if self.objective.alignment > 0 and batch["num_tokens"] < self.net.num_base_tokens:
             terms["alignment"] = alignment_loss(
                 outputs.z,
-                outputs.similarity,
+                similarity,
                 self.net.merging.num_blocks,
                 reduce_mean=self.reduce_mean,
             )

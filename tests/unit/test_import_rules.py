@@ -34,6 +34,7 @@ ORDER = [
     "data",
     "nesting",
     "merging",
+    "linkage",
     "randomness",
     "errors",
 ]
@@ -45,6 +46,7 @@ PURE = (
     "lgm_scale/models/",
     "lgm_scale/objectives/",
     "lgm_scale/merging.py",
+    "lgm_scale/linkage.py",
     "lgm_scale/nesting.py",
 )
 PURE_MAY_NOT = ("composer", "torch.distributed", "streaming")

@@ -232,6 +232,24 @@ def test_blocks_are_clustered_on_their_own(seed):
     assert (tree.heights[28:] > 2).all()
 
 
+@pytest.mark.parametrize(("size", "num_blocks"), [(64, 4), (64, 8), (96, 2), (20, 5)])
+@pytest.mark.parametrize("explore", [False, True])
+def test_blocks_together_give_the_tree_of_one_clustering_of_all(size, num_blocks, explore):
+    """Clustering all tokens at once, with other blocks far away, is what the release does."""
+    rng = np.random.default_rng(size)
+    similarity = cosine_similarity(random_latents(size, 12, seed=num_blocks))
+    noise = 0.1 * rng.standard_normal(size * (size - 1) // 2).clip(-1, 1) if explore else None
+    tree = MergeTree.from_similarity(similarity, num_blocks, noise)
+
+    upper = np.triu_indices(size, 1)
+    distances = 1 - similarity.double().numpy()[upper] - (0 if noise is None else noise)
+    distances[~in_block_pairs(size, num_blocks).numpy()[upper]] = 101.0
+    linkage = scipy.cluster.hierarchy.linkage(distances + 1, "average")
+    inside = size - num_blocks
+    assert np.array_equal(tree.merges.numpy()[:inside], linkage[:inside, :2])
+    assert np.array_equal(tree.heights.numpy()[:inside], linkage[:inside, 2] - 1)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_exploration_may_make_distances_negative(seed):
     """Tokens closer than the noise get negative distances, which change nothing in the rule."""

@@ -1,0 +1,81 @@
+"""As many tokens as an image needs: the smallest K whose reconstruction reaches a target PSNR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgm_scale.errors import ConfigError
+
+__all__ = ["LengthChoice", "choose_length", "psnr"]
+
+
+class LengthChoice(NamedTuple):
+    """One K per image, and what it gives.
+
+    Shapes: num_tokens [B] int64, psnr [B] float64 in dB at that K, reached [B] bool.
+    Where no K reaches the target, num_tokens is N and reached is False.
+    """
+
+    num_tokens: Tensor
+    psnr: Tensor
+    reached: Tensor
+
+
+def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, of pixels clipped and rounded to 8 bits.
+
+    Two equal images have none; they count as if a single value were one level off.
+
+    Shapes: [B, 3, S, S] in [-1, 1], twice -> [B] float64.
+    """
+    pixels, other = (
+        ((values.float() + 1) * 127.5).round().clamp(0, 255).flatten(1).double()
+        for values in (images, reconstruction)
+    )
+    error = (pixels - other).square().mean(1)
+    return 10 * torch.log10(255.0**2 / error.clamp_min(1 / pixels.shape[1]))
+
+
+def choose_length(
+    images: Tensor,
+    z: Tensor,
+    reconstruct: Callable[[Tensor, int], Tensor],
+    target_psnr: float,
+    lengths: Sequence[int],
+) -> LengthChoice:
+    """Per image, the smallest of the lengths that reaches the target.
+
+    Lengths are tried in ascending order, each on the images that no smaller one satisfied: PSNR
+    need not grow with K, and the first hit is the smallest. One host synchronisation per length.
+
+    Args:
+        images: [B, 3, S, S] in [-1, 1].
+        z: Their latents at full length, [B, N, D].
+        reconstruct: (z, K) -> images at K tokens; called on a part of the batch.
+        target_psnr: In dB.
+        lengths: Candidates for K. N is tried last, also where it is not among them.
+
+    Raises: ConfigError if there is no length to try.
+    """
+    size = z.shape[1]
+    if not lengths:
+        raise ConfigError("lengths: empty; name at least one token count to choose from")
+    candidates = sorted({*lengths, size})
+    if candidates[-1] > size:
+        raise ConfigError(f"lengths: {candidates[-1]} is above the {size} tokens of an image")
+    num_tokens = torch.full((len(images),), size, device=z.device)
+    best = torch.zeros(len(images), dtype=torch.float64, device=z.device)
+    reached = torch.zeros(len(images), dtype=torch.bool, device=z.device)
+    for k in candidates:
+        open_ones = (~reached).nonzero()[:, 0]
+        if not len(open_ones):
+            break
+        value = psnr(images[open_ones], reconstruct(z[open_ones], k))
+        best[open_ones] = value
+        hit = open_ones[value >= target_psnr]
+        num_tokens[hit], reached[hit] = k, True
+    return LengthChoice(num_tokens, best, reached)
