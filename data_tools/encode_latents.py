@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -164,7 +165,7 @@ def main() -> int:
     if args.batch_size < 1:
         raise DataError(f"--batch-size: {args.batch_size} must be 1 or more")
     device = get_device(None)
-    dist.initialize_dist(device)
+    dist.initialize_dist(device, timeout=3600.0)  # a slow rank may be this far behind at the end
     torch_device = torch.device("cuda", dist.get_local_rank()) if device.name == "gpu" else "cpu"
     source = read_manifest(args.images, "images")
     tokenizer = load_tokenizer(args.tokenizer, torch_device)
@@ -196,7 +197,7 @@ def main() -> int:
     moments = encode(tokenizer, dataset, part, aside / f"{rank:05d}", args)
     stats = moments.stats()
     if rank == 0:
-        merge_index(str(aside), keep_local=True)
+        _join_parts(aside)
         stats.save(aside / STATS_NAME)
         tree.save(aside / TREE_NAME)
         manifest = Manifest(
@@ -216,6 +217,15 @@ def main() -> int:
         )
     dist.barrier()
     return 0
+
+
+def _join_parts(folder: Path) -> None:
+    """Write one index over the ranks' shards, without the library's warnings about its own work."""
+    logging.disable(logging.WARNING)
+    try:
+        merge_index(str(folder), keep_local=True)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _fingerprint(source: Manifest) -> dict[str, Any]:
