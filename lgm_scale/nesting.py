@@ -14,6 +14,7 @@ The other way round, `tree_from_cuts` finds a tree for cuts that came without on
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -163,7 +164,7 @@ def tree_from_cuts(cuts: Iterable[MergeAssignment], num_blocks: int) -> MergeTre
             )
     whole = [MergeAssignment.from_labels(blocks), MergeAssignment.from_labels(blocks * 0)]
     levels = [MergeAssignment.from_labels(torch.arange(size)), *cuts, *whole]
-    for fine, coarse in zip(levels, levels[1:], strict=False):
+    for fine, coarse in itertools.pairwise(levels):
         Nesting.between(fine, coarse)
     merges = _merges_through([cut.labels for cut in levels[1:]])
     ranks = torch.arange(1, size, dtype=torch.float64)

@@ -73,7 +73,7 @@ def read_cuts(path: str | Path) -> list[MergeAssignment]:
     cuts: dict[int, MergeAssignment] = {}
     for key, value in read_dictionary(path).items():
         digits = re.fullmatch(r"\D*(\d+)\D*", str(key)) if isinstance(key, (int, str)) else None
-        if digits is None or isinstance(key, bool):
+        if digits is None:
             raise CheckpointError(f"{path}: key {key!r} is no token length K")
         num_tokens = int(digits.group(1))
         where = f"{path}: K = {num_tokens}"
@@ -101,16 +101,17 @@ def _cut(num_tokens: int, tensors: list[Tensor], where: str) -> MergeAssignment:
     vectors = [tensor for tensor in tensors if tensor.ndim == 1]
     if matrices:
         labels = _labels(matrices[0], num_tokens, where)
-    elif vectors and not vectors[0].is_floating_point():
-        labels = vectors.pop(0)
+    elif vectors and not max(vectors, key=len).is_floating_point():
+        labels = max(vectors, key=len)
+        vectors = [tensor for tensor in vectors if tensor is not labels]
     else:
         raise CheckpointError(
             f"{where}: tensors of shapes {shapes}; needed: an averaging matrix [N, {num_tokens}]"
         )
-    cut = MergeAssignment.from_labels(labels.long())
+    cut = MergeAssignment.from_labels(labels.to(torch.int64))
     if cut.num_tokens != num_tokens:
         raise CheckpointError(f"{where}: it has {cut.num_tokens} clusters that are not empty")
-    counts = torch.bincount(labels.long() - int(labels.min()), minlength=num_tokens).double()
+    counts = torch.unique(labels, return_counts=True)[1].double()  # in the file's order
     for sizes in vectors:
         if sizes.shape == counts.shape and not torch.equal(sizes.double(), counts):
             raise CheckpointError(f"{where}: its sizes are not those of its clusters")

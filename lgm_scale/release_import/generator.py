@@ -58,12 +58,13 @@ def import_generator(
     content = read_dictionary(source)
     state = weights_of(content, _ENTRIES[weights], source)
     config = config_from_shapes(state, own_tree.num_blocks, source)
-    for ours, theirs in (("num_base_tokens", "N"), ("latent_dim", "D")):
-        if getattr(config, ours) != models[ours]:
-            raise CheckpointError(
-                f"{source}: {theirs} = {getattr(config, ours)}, the tokenizer {tokenizer} has "
-                f"{models[ours]}: they do not belong together"
-            )
+    found = (config.num_base_tokens, config.latent_dim)
+    if found != (own_tree.num_base_tokens, models.get("latent_dim")):
+        raise CheckpointError(
+            f"{source}: N = {found[0]}, D = {found[1]}; the tokenizer {tokenizer} has "
+            f"N = {own_tree.num_base_tokens}, D = {models.get('latent_dim')}: they do not belong "
+            "together"
+        )
     report = translate(state, our_generator_name, {})
     with torch.device("meta"):
         expected = build_generator(config).state_dict()

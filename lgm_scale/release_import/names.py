@@ -150,7 +150,7 @@ def fit(
         elif not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             problems.append(f"key {names[0]}: not finite floating-point numbers ({value.dtype})")
         else:
-            weights[ours] = value.float()
+            weights[ours] = value.to(torch.float32, copy=True)  # keys may share memory
     if problems:
         raise CheckpointError("\n".join([f"{path} does not fit:", *_shortened(problems)]))
     return weights

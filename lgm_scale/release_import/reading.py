@@ -49,16 +49,15 @@ def read_dictionary(path: str | Path) -> dict[Any, Any]:
 def _reason(error: Exception) -> str:
     """What is wrong with the file. torch's own advice, to execute it, is left out."""
     text = " ".join(str(error).split())
-    foreign = re.search(
-        r"GLOBAL ([\w.]+)|[Uu]nsupported (?:global|class|operand|type) ([\w.]+)", text
-    )
+    foreign = re.search(r"GLOBAL ([\w.]+)", text)
     if foreign:
-        name = foreign.group(1) or foreign.group(2)
+        name = foreign.group(1)
         return (
             f"asks for {name}, which is neither a tensor nor plain data; nothing was executed. "
             "A checkpoint of the release needs no such thing: do not trust this file"
         )
-    first = re.split(r"(?<=\.) ", text)[0]
+    detail = text.rpartition("WeightsUnpickler error: ")[2]
+    first = re.split(r"(?<=\.) ", detail)[0] or type(error).__name__
     return f"cannot be read; it is damaged or no checkpoint ({first[:_MAX_REASON]})"
 
 
