@@ -127,7 +127,7 @@ def _labels(matrix: Tensor, num_tokens: int, where: str) -> Tensor:
     member = matrix.double() > 0
     if not torch.equal(member.sum(1), torch.ones(len(matrix), dtype=torch.int64)):
         raise CheckpointError(f"{where}: its matrix does not put each token into one cluster")
-    shares = member / member.sum(0).clamp_min(1)
+    shares = member.double() / member.sum(0).clamp_min(1)
     averaging = torch.allclose(matrix.double(), shares, atol=1e-4)
     if not averaging and not torch.equal(matrix.double(), member.double()):
         raise CheckpointError(f"{where}: its matrix neither averages clusters nor lists members")

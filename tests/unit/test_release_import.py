@@ -378,7 +378,7 @@ def test_the_backbone_named_in_args_must_be_the_weights_own(golden_dir):
     base = argparse.Namespace(encoder_model="vit_base_patch14_dinov2.lvd142m")
     assert check_args(base, TokenizerModelConfig(), "file") == ["encoder_model"]
     assert check_args(None, TokenizerModelConfig(), "file") == []
-    with pytest.raises(CheckpointError, match="encoder_model: 'vit_base_.*expected a vit_large"):
+    with pytest.raises(CheckpointError, match=r"encoder_model: 'vit_base_.*expected a vit_large"):
         check_args(base, TokenizerModelConfig(size="l"), "file")
 
 
@@ -398,8 +398,8 @@ def test_other_files_are_refused(files):
         import_tokenizer(files / "list.pt", files / "out")
     with pytest.raises(CheckpointError, match="no weights under 'ema'; it holds model, model_ema"):
         import_tokenizer(files / "generator.pth", files / "out")
+    where = (files / "tokenizer.pt", files / "out", files / "bundle")
     with pytest.raises(CheckpointError, match="no weights under 'model_ema'"):
-        where = (files / "tokenizer.pt", files / "out", files / "bundle")
         import_generator(*where, files / "stats.pt")
 
 
@@ -458,102 +458,20 @@ def test_statistics_must_be_given(files, monkeypatch, capsys):
     assert "--latent-stats: missing" in capsys.readouterr().err
 
 
-# --- the merge dictionary ---------------------------------------------------------------------
-
-
-def merge_dictionary(tree: MergeTree, lengths: list[int], seed: int = 0) -> dict[int, object]:
-    """As the release saves it: clusters numbered anyhow."""
-    generator, content = torch.Generator().manual_seed(seed), {}
-    for num_tokens in lengths:
-        cut = tree.assignment(num_tokens)
-        order = torch.randperm(num_tokens, generator=generator)
-        content[num_tokens] = (cut.pool[:, order], cut.sizes[order].float())
-    return content
-
-
-def foreign_tree() -> MergeTree:
+def test_a_foreign_merge_tree_goes_into_the_bundle_without_contrasts(files, generator):
+    """Contrasts belong to the tree that they were measured on."""
+    contrasts = ContrastStats(torch.ones(12, 8), torch.ones(12, 8))
+    stats = files / "latent_stats.safetensors"
+    LatentStats(torch.zeros(8), torch.ones(8), contrasts).save(stats)
     embeddings = torch.randn(16, 32, generator=torch.Generator().manual_seed(77))
-    return MergeTree.from_embeddings(embeddings)
-
-
-def import_with(files: Path, content: object) -> tuple[MergeTree, list[str]]:
-    torch.save(content, files / "merge.pt")
-    where = (files / "generator.pth", files / "out", files / "bundle", files / "stats.pt")
-    _, remarks = import_generator(*where, files / "merge.pt")
-    return load_generator(files / "out").tree, remarks
-
-
-FORMS = {
-    "tuple": lambda k, pool, sizes: (k, (pool, sizes)),
-    "text keys, list, double": lambda k, pool, sizes: (f"K={k}", [sizes, pool.double()]),
-    "dictionary": lambda k, pool, sizes: (k, {"proj_mat": pool, "sizes": sizes.long()}),
-    "membership": lambda k, pool, sizes: (str(k), (pool > 0).float()),
-    "labels": lambda k, pool, sizes: (k, {"sizes": sizes.long(), "labels": pool.argmax(1)}),
-    "batched": lambda k, pool, sizes: (k, (pool[None], sizes)),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_given_cut_is_reproduced(files, form):
-    theirs, lengths = foreign_tree(), [4, 6, 7, 11, 14]
-    content = merge_dictionary(theirs, lengths)
-    tree, remarks = import_with(files, dict(FORMS[form](k, *v) for k, v in content.items()))  # type: ignore[misc]
-    for num_tokens in lengths:
-        given = theirs.assignment(num_tokens)
-        assert torch.equal(tree.assignment(num_tokens).labels, given.labels)
-        assert torch.equal(tree.assignment(num_tokens).pool, given.pool)
-    assert tree.heights.tolist() == list(range(1, 16))
-    text = "\n".join(remarks)
-    assert "K = 4, 6, 7, 11, 14" in text
-    assert "heights are unknown" in text
-
-
-def test_the_tokenizers_own_tree_is_kept_where_it_has_the_cuts(files, tokenizer):
-    own = tokenizer.merge_tree()
-    tree, remarks = import_with(files, merge_dictionary(own, [4, 8, 12, 16]))
-    assert torch.equal(tree.heights, own.heights)
-    assert any("the tokenizer's own, which has every cut" in remark for remark in remarks)
-
-
-def test_a_tree_of_ours_is_read_too(files):
-    foreign_tree().save(files / "tree.safetensors")
-    where = (files / "generator.pth", files / "out", files / "bundle", files / "stats.pt")
-    import_generator(*where, files / "tree.safetensors")
-    assert torch.equal(load_generator(files / "out").tree.heights, foreign_tree().heights)
-
-
-def one_hot(*labels: int) -> Tensor:
-    return torch.nn.functional.one_hot(torch.tensor(labels)).float()
-
-
-BLOCKS = [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (
-            {
-                6: one_hot(0, 0, 4, 4, *BLOCKS[4:12], 3, 3, 5, 5),
-                5: one_hot(0, 4, 4, 4, *BLOCKS[4:]),
-            },
-            "cuts of 6 and 5 tokens are not nested: the cluster of base tokens 0, 1 at 6 is split",
-        ),
-        ({4: one_hot(0, 1, 1, 1, *BLOCKS[4:])}, "shares a cluster with a token of another"),
-        ({4: one_hot(*BLOCKS)[:12]}, "cuts of 12 base tokens; the tokenizer has 16"),
-        ({5: one_hot(*BLOCKS)}, r"K = 5: a matrix of shape \[16, 4\], expected \[N, 5\]"),
-        ({4: one_hot(*BLOCKS) * 0.3}, "neither averages clusters nor lists members"),
-        ({4: torch.ones(16, 4)}, "does not put each token into one cluster"),
-        ({5: torch.nn.functional.pad(one_hot(*BLOCKS), (0, 1))}, "4 clusters that are not empty"),
-        ({4: (one_hot(*BLOCKS), torch.tensor([4, 4, 5, 3]))}, "sizes are not those"),
-        ({4: torch.ones(4)}, r"tensors of shapes \[4\]; needed: an averaging matrix \[N, 4\]"),
-        ({4: None}, "tensors of shapes none"),
-        ({"all": one_hot(*BLOCKS)}, "key 'all' is no token length"),
-        ({4: one_hot(*BLOCKS), "4": one_hot(*BLOCKS)}, "K = 4: given twice"),
-        ({}, "it needs one or more cuts"),
-    ],
-)
-def test_wrong_merge_dictionaries_are_refused(files, content, text):
-    with pytest.raises(CheckpointError, match=text):
-        import_with(files, content)
-    assert not (files / "out").exists()
+    foreign = MergeTree.from_embeddings(embeddings)
+    cuts = [foreign.assignment(num_tokens) for num_tokens in (4, 8, 12)]
+    torch.save({cut.num_tokens: (cut.pool, cut.sizes) for cut in cuts}, files / "merge.pt")
+    where = (files / "generator.pth", files / "out", files / "bundle", stats)
+    import_generator(*where)
+    assert load_generator(files / "out").stats.contrasts is not None
+    import_generator(*where, files / "merge.pt")
+    bundle = load_generator(files / "out")
+    assert bundle.stats.contrasts is None
+    for cut in cuts:
+        assert torch.equal(bundle.tree.assignment(cut.num_tokens).labels, cut.labels)
