@@ -84,7 +84,7 @@ def import_generator(
         training["imported"]["epoch"] = content["epoch"]
     names = class_names(classes, config.num_classes)
     save_generator_bundle(folder, config, tensors, stats, names, tokenizer, training, tree)
-    about_noise = f"noise scale: {noise_scale}, as given; the checkpoint does not say"
+    about_noise = f"noise scale: {noise_scale} (--noise-scale); the checkpoint does not say"
     return report, [f"model: {config}", about_tree, about_noise]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_pipeline import assert_user_error, run_command
 from torch import Tensor
 
 from lgm_scale.bundle import (
@@ -31,6 +32,7 @@ from lgm_scale.release_import.generator import class_names, import_generator, re
 from lgm_scale.release_import.generator import config_from_shapes as generator_config
 from lgm_scale.release_import.names import (
     IGNORED_BY_TOKENIZER,
+    fit,
     our_generator_name,
     our_tokenizer_name,
     translate,
@@ -180,6 +182,13 @@ def test_every_key_of_the_published_generator_has_its_place(golden_dir):
     assert (len(report.taken), report.ignored) == (405, {})
 
 
+def test_the_golden_network_goes_through_the_importer(golden, golden_dit):
+    state, ours = golden("dit_tiny_state"), golden_dit.state_dict()
+    weights = fit(state, translate(state, our_generator_name, {}), ours, "file")
+    assert set(weights) == set(ours)
+    assert all(torch.equal(weights[name], ours[name]) for name in ours)
+
+
 def test_layer_scale_tells_the_sizes_apart(golden_dir):
     state = published(golden_dir, "tokenizer")
     bare = {name: value for name, value in state.items() if ".ls1." not in name}
@@ -296,6 +305,14 @@ def test_a_hostile_file_executes_nothing(files, tokenizer, entry, zipped, monkey
     assert not (files / "out").exists()
     torch.load(files / "bad.pt", weights_only=False)  # the trap is a real one
     assert marker.exists()
+
+
+@pytest.mark.system
+def test_the_command_ends_without_a_traceback(files):
+    torch.save({"ema": {}, "args": Hostile(files / "marker")}, files / "bad.pt")
+    module = ("-m", "lgm_scale.release_import", "tokenizer")
+    assert_user_error(run_command(*module, files / "bad.pt", files / "out"), "nothing was executed")
+    assert not (files / "marker").exists()
 
 
 def test_a_hostile_merge_dictionary_or_statistics_execute_nothing(files):
