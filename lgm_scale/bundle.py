@@ -114,6 +114,7 @@ def save_generator_bundle(
     classes: tuple[str, ...],
     tokenizer_bundle: str | Path,
     training: dict[str, Any],
+    tree: MergeTree | None = None,
 ) -> None:
     """Write a generator bundle; tokenizer and merge tree are copied from the tokenizer's bundle.
 
@@ -125,6 +126,7 @@ def save_generator_bundle(
         classes: Names of the classes.
         tokenizer_bundle: Bundle of the tokenizer that made the latents.
         training: Anything about how it came about.
+        tree: The merge tree that it was trained with, where it is not the tokenizer's.
     """
     source = read_bundle(tokenizer_bundle, "tokenizer")
     if TREE_NAME not in source["files"]:
@@ -135,6 +137,8 @@ def save_generator_bundle(
     aside = _start(folder)
     for name in (TOKENIZER_NAME, TREE_NAME):
         shutil.copyfile(Path(tokenizer_bundle) / name, aside / name)
+    if tree is not None:
+        tree.save(aside / TREE_NAME)
     _save_weights(weights, aside / GENERATOR_NAME)
     stats.save(aside / STATS_NAME)
     models = {"tokenizer": source["models"]["tokenizer"], "generator": to_dict(config)}

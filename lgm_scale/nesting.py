@@ -7,10 +7,15 @@ cluster of sizes (s_1, ..., s_m), s in all, white noise merged to its parts and 
 the cluster's mean has covariance diag(1 / s_i) - 11^T / s; in contrasts it is white again.
 
 Source: ours. The basis is the unbalanced Haar basis of the dendrogram.
+
+The other way round, `tree_from_cuts` finds a tree for cuts that came without one.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +24,7 @@ from torch import Tensor
 from lgm_scale.errors import ConfigError
 from lgm_scale.merging import MergeAssignment, MergeTree
 
-__all__ = ["ContrastStats", "Nesting", "contrast_basis", "split_clusters"]
+__all__ = ["ContrastStats", "Nesting", "contrast_basis", "split_clusters", "tree_from_cuts"]
 
 
 @dataclass(frozen=True)
@@ -39,10 +44,15 @@ class Nesting:
     def between(cls, fine: MergeAssignment, coarse: MergeAssignment) -> Nesting:
         """Relate two cuts. Raises: ConfigError unless every fine cluster lies in one coarse one."""
         parents = coarse.labels[_first_members(fine)]
-        if not torch.equal(parents[fine.labels], coarse.labels):
+        split = torch.nonzero(parents[fine.labels] != coarse.labels)
+        if len(split):
+            cluster = torch.nonzero(fine.labels == fine.labels[split[0]]).flatten().tolist()
+            members = ", ".join(map(str, cluster[:8])) + (", ..." if len(cluster) > 8 else "")
             raise ConfigError(
-                f"cuts of {fine.num_tokens} and {coarse.num_tokens} tokens are not nested: "
-                "take both from one merge tree, the coarse one with fewer tokens"
+                f"cuts of {fine.num_tokens} and {coarse.num_tokens} tokens are not nested: the "
+                f"cluster of base tokens {members} at {fine.num_tokens} is split at "
+                f"{coarse.num_tokens}; take both from one merge tree, the coarse one with fewer "
+                "tokens"
             )
         shares = torch.zeros(fine.num_tokens, coarse.num_tokens, device=parents.device)
         shares[torch.arange(len(parents), device=parents.device), parents] = (
@@ -127,3 +137,55 @@ def split_clusters(
     contrasts = analysis.T @ noise  # [B, rows, D], white
     contrasts = t * mean + ((1 - t) ** 2 + (t * std) ** 2).sqrt() * contrasts
     return nesting.expand(z_t) + columns[_first_members(nesting.fine)] @ contrasts
+
+
+def tree_from_cuts(cuts: Iterable[MergeAssignment], num_blocks: int) -> MergeTree:
+    """A merge tree with the given cuts: its assignment at each of their K is theirs, exactly.
+
+    What the cuts do not say is filled in: between two of them, the two smallest parts of a cluster
+    join first; heights, which are unknown, are the merges' ranks 1, 2, ...
+
+    Raises: ConfigError for no cuts, for different N, for a cluster across two blocks, and for two
+    cuts that are not nested, naming both K and a cluster that is split.
+    """
+    cuts = sorted(cuts, key=lambda cut: -cut.num_tokens)
+    if len({cut.num_base_tokens for cut in cuts}) != 1:
+        raise ConfigError("cuts: one or more are needed, all of the same base tokens")
+    size = cuts[0].num_base_tokens
+    if num_blocks < 1 or size % num_blocks != 0:
+        raise ConfigError(f"cuts: {size} tokens cannot be cut into {num_blocks} equal blocks")
+    blocks = torch.arange(size) // (size // num_blocks)
+    for cut in cuts:
+        across = torch.nonzero(blocks[_first_members(cut)][cut.labels] != blocks)
+        if len(across):
+            raise ConfigError(
+                f"cuts: at {cut.num_tokens} tokens, base token {int(across[0])} shares a cluster "
+                f"with a token of another of the {num_blocks} blocks"
+            )
+    whole = [MergeAssignment.from_labels(blocks), MergeAssignment.from_labels(blocks * 0)]
+    levels = [MergeAssignment.from_labels(torch.arange(size)), *cuts, *whole]
+    for fine, coarse in itertools.pairwise(levels):
+        Nesting.between(fine, coarse)
+    merges = _merges_through([cut.labels for cut in levels[1:]])
+    ranks = torch.arange(1, size, dtype=torch.float64)
+    return MergeTree(torch.tensor(merges), ranks, num_blocks)
+
+
+def _merges_through(levels: list[Tensor]) -> list[tuple[int, int]]:
+    """Merges that pass through nested partitions [N], from fine to coarse: N - 1 pairs."""
+    size = len(levels[0])
+    parts = [(1, token, token) for token in range(size)]  # tokens, smallest member, node
+    merges: list[tuple[int, int]] = []
+    for labels in levels:
+        groups: dict[int, list[tuple[int, int, int]]] = {}
+        for part in sorted(parts):
+            groups.setdefault(int(labels[part[1]]), []).append(part)
+        while waiting := [group for group in groups.values() if len(group) > 1]:
+            group = min(waiting, key=lambda group: (group[0][0] + group[1][0], group[0][1]))
+            (s_a, first_a, a), (s_b, first_b, b) = group[:2]
+            merges.append((min(a, b), max(a, b)))
+            joined = (s_a + s_b, min(first_a, first_b), size + len(merges) - 1)
+            group[:2] = []
+            bisect.insort(group, joined)
+        parts = [group[0] for group in groups.values()]
+    return merges

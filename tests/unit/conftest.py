@@ -12,17 +12,9 @@ from safetensors.torch import load_file
 
 from lgm_scale.merging import MergeAssignment
 from lgm_scale.models.dit import MergeDiT
+from lgm_scale.release_import.names import our_generator_name
 
 GOLDEN_DIR = Path(__file__).resolve().parents[1] / "golden"
-
-RELEASE_NAMES = {
-    "transformer.": "",
-    "x_embedder": "x_embed",
-    "t_embedder": "t_embed",
-    "y_embedder.embedding_table": "label_embed.table",
-    "adaLN_modulation": "modulation",
-    "final_layer": "final",
-}
 
 GoldenLoader = Callable[[str], dict[str, torch.Tensor]]
 
@@ -66,13 +58,7 @@ def golden_cut(golden: GoldenLoader) -> Callable[[int], tuple[MergeAssignment, t
 @pytest.fixture(scope="session")
 def our_dit_name() -> Callable[[str], str]:
     """From the release's name of a parameter of the diffusion transformer to ours."""
-
-    def rename(name: str) -> str:
-        for theirs, ours in RELEASE_NAMES.items():
-            name = name.replace(theirs, ours)
-        return name
-
-    return rename
+    return our_generator_name
 
 
 @pytest.fixture

@@ -7,7 +7,13 @@ import torch
 
 from lgm_scale.errors import ConfigError
 from lgm_scale.merging import MergeAssignment, MergeTree
-from lgm_scale.nesting import ContrastStats, Nesting, contrast_basis, split_clusters
+from lgm_scale.nesting import (
+    ContrastStats,
+    Nesting,
+    contrast_basis,
+    split_clusters,
+    tree_from_cuts,
+)
 
 DRAWS = 20_000
 
@@ -132,3 +138,39 @@ def test_a_split_state_is_distributed_like_the_fine_state_of_gaussian_data(tree)
     scale = covariance(truth).diagonal().max().item()
     torch.testing.assert_close(covariance(split), covariance(truth), atol=0.06 * scale, rtol=0)
     torch.testing.assert_close(split.mean(0), truth.mean(0), atol=0.05 * scale**0.5, rtol=0)
+
+
+# --- a tree from cuts -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_a_tree_from_the_releases_cuts_reproduces_them(golden, size):
+    file = golden("merge_assignments")
+    names = [name for name in file if name.startswith(f"n{size}.k")]
+    cuts = [MergeAssignment.from_labels(file[name]) for name in names]
+    tree = tree_from_cuts(cuts, num_blocks=4)
+    for cut in cuts:
+        assert torch.equal(tree.assignment(cut.num_tokens).labels, cut.labels)
+    own = MergeTree.from_embeddings(file[f"n{size}.embeddings"])
+    for cut in cuts:
+        assert torch.equal(own.assignment(cut.num_tokens).labels, cut.labels)
+
+
+def test_what_the_cuts_leave_open_is_filled_in_by_size():
+    labels = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
+    tree = tree_from_cuts([MergeAssignment.from_labels(labels)], num_blocks=2)
+    assert torch.equal(tree.assignment(3).labels, labels)
+    assert tree.assignment(4).sizes.tolist() == [3, 1, 2, 2]
+    assert tree.heights.tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_two_equal_cuts_are_one_and_two_unequal_ones_of_one_length_are_refused():
+    one = MergeAssignment.from_labels(torch.tensor([0, 0, 1, 2, 3, 3]))
+    two = MergeAssignment.from_labels(torch.tensor([0, 1, 1, 2, 3, 3]))
+    assert tree_from_cuts([one, one], num_blocks=2).num_base_tokens == 6
+    with pytest.raises(ConfigError, match="cluster of base tokens 0, 1 at 4 is split at 4"):
+        tree_from_cuts([one, two], num_blocks=2)
+    with pytest.raises(ConfigError, match="one or more are needed"):
+        tree_from_cuts([], num_blocks=2)
+    with pytest.raises(ConfigError, match="6 tokens cannot be cut into 4 equal blocks"):
+        tree_from_cuts([one], num_blocks=4)

@@ -1,0 +1,494 @@
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_pipeline import assert_user_error, run_command
+from torch import Tensor
+
+from lgm_scale.bundle import (
+    build_generator,
+    build_tokenizer,
+    load_generator,
+    load_tokenizer,
+    read_bundle,
+    save_tokenizer_bundle,
+)
+from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.data.latents import LatentStats
+from lgm_scale.errors import CheckpointError, ConfigError, DataError, exit_on_user_error
+from lgm_scale.merging import MergeTree
+from lgm_scale.models.dit import MergeDiT
+from lgm_scale.models.tokenizer import Tokenizer
+from lgm_scale.nesting import ContrastStats
+from lgm_scale.release_import.__main__ import main
+from lgm_scale.release_import.generator import class_names, import_generator, read_stats
+from lgm_scale.release_import.generator import config_from_shapes as generator_config
+from lgm_scale.release_import.names import (
+    IGNORED_BY_TOKENIZER,
+    fit,
+    our_generator_name,
+    our_tokenizer_name,
+    translate,
+)
+from lgm_scale.release_import.tokenizer import config_from_shapes as tokenizer_config
+from lgm_scale.release_import.tokenizer import import_tokenizer
+
+TOKENIZER = TokenizerModelConfig(
+    size="tiny", image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32
+)
+GENERATOR = GeneratorModelConfig(size="tiny", latent_dim=8, num_base_tokens=16, num_classes=3)
+ARGS = {
+    "image_size": 32,
+    "encoder_patch_size": 8,
+    "num_latent_tokens": 16,
+    "codebook_embed_dim": 8,
+    "num_codebooks": 4,
+    "codebook_size": 32,
+    "tau": 0.07,
+    "variable_method": "ours2",
+    "lr": 1e-4,
+    "config": None,
+    "betas": [0.9, 0.95],
+}
+
+
+def release_tokenizer_name(ours: str) -> str:
+    """From our names to the release's: written anew, not read from the importer."""
+    for end in ("weight", "bias"):
+        if ours == f"decoder.out.{end}":
+            return f"decoder.to_pixel.model.{end}"
+        if ours == f"decoder.latent_in.{end}":
+            return f"post_quant_conv.{end}"
+        if ours == f"to_latent.{end}":
+            return f"quant_conv.{end}"
+    fixed = {"quantizer.codes": "quantize.embedding", "merging.embeddings": None}
+    if ours in fixed:
+        return fixed[ours] or "merge_module.embeddings"
+    return ours.replace("coder.vit.", "coder.model.")
+
+
+def release_generator_name(ours: str) -> str:
+    parts = ours.split(".")
+    first = {
+        "x_embed": "x_embedder",
+        "t_embed": "t_embedder",
+        "label_embed": "y_embedder",
+        "final": "final_layer",
+        "blocks": "transformer.blocks",
+    }
+    rest = {"table": "embedding_table", "modulation": "adaLN_modulation"}
+    return ".".join([first.get(parts[0], parts[0]), *(rest.get(p, p) for p in parts[1:])])
+
+
+def shuffled(net: torch.nn.Module, seed: int) -> None:
+    """Random weights everywhere, where a fresh network has zeros and ones, too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+
+
+def tokenizer_file(net: Tokenizer) -> dict[str, object]:
+    """What the release would save of this network, with the parts that we leave out."""
+    state = {release_tokenizer_name(name): value for name, value in net.state_dict().items()}
+    state |= {
+        "repa_model.blocks.0.attn.qkv.weight": torch.ones(6, 2),
+        "decoder_dino.mask_token": torch.ones(1, 1, 4),
+        "post_quant_conv_dino.weight": torch.ones(4, 8),
+        "to_pixel_dino.bias": torch.ones(5),
+        "decoder.model.patch_embed.proj.weight": torch.ones(96, 3, 8, 8),
+        "quantize.codebook_used": torch.zeros(4, 65536),
+    }
+    model = {name: torch.zeros_like(value) for name, value in state.items()}
+    return {"model": model, "ema": state, "args": argparse.Namespace(**ARGS), "steps": 7}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    torch.manual_seed(0)
+    net = build_tokenizer(TOKENIZER)
+    shuffled(net, 1)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def generator() -> MergeDiT:
+    torch.manual_seed(0)
+    net = build_generator(GENERATOR)
+    shuffled(net, 2)
+    return net.eval()
+
+
+@pytest.fixture
+def files(tmp_path: Path, tokenizer: Tokenizer, generator: MergeDiT) -> Path:
+    """Folder with tokenizer.pt, generator.pth, stats.pt, and a tokenizer bundle."""
+    torch.save(tokenizer_file(tokenizer), tmp_path / "tokenizer.pt")
+    state = {release_generator_name(n): value for n, value in generator.state_dict().items()}
+    model = {name: value + 1 for name, value in state.items()}
+    torch.save({"model": model, "model_ema": state, "epoch": 399}, tmp_path / "generator.pth")
+    stats = {"mean": torch.arange(8.0)[None, None], "std": torch.arange(1.0, 9.0)[None, None]}
+    torch.save(stats, tmp_path / "stats.pt")
+    tree, weights = tokenizer.merge_tree(), tokenizer.state_dict()
+    save_tokenizer_bundle(tmp_path / "bundle", TOKENIZER, weights, tree, {})
+    return tmp_path
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    """Exit status of the command."""
+    monkeypatch.setattr(sys, "argv", ["release_import", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        exit_on_user_error(main)
+    return int(end.value.code or 0)
+
+
+# --- names and shapes of the published checkpoints --------------------------------------------
+
+
+def published(golden_dir: Path, name: str) -> dict[str, Tensor]:
+    shapes = json.loads((golden_dir / f"lgm_release_{name}_keys.json").read_text())
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def test_every_key_of_the_published_tokenizer_has_its_place(golden_dir):
+    state = published(golden_dir, "tokenizer")
+    config = tokenizer_config(state, "file")
+    assert config == TokenizerModelConfig()  # ViT-B, 256 pixels, 256 tokens of 32 channels
+    report = translate(state, our_tokenizer_name, IGNORED_BY_TOKENIZER)
+    with torch.device("meta"):
+        ours = {name: value.shape for name, value in build_tokenizer(config).state_dict().items()}
+    assert {report.taken[name]: state[name].shape for name in report.taken} == ours
+    assert len(report.taken) == len(ours) == 358
+    assert set(report.taken) | set(report.ignored) == set(state)
+    assert report.counts() == {"used": 4, "renamed": 354, "ignored": 401}
+    listed = [line.split()[1].rstrip(":") for line in report.lines()][: len(state)]
+    assert set(listed) == set(state)
+
+
+def test_every_key_of_the_published_generator_has_its_place(golden_dir):
+    state = published(golden_dir, "dit_xl")
+    config = generator_config(state, 4, "file")
+    assert config == GeneratorModelConfig(size="xl")
+    report = translate(state, our_generator_name, {})
+    with torch.device("meta"):
+        ours = {name: value.shape for name, value in build_generator(config).state_dict().items()}
+    assert {report.taken[name]: state[name].shape for name in report.taken} == ours
+    assert (len(report.taken), report.ignored) == (405, {})
+
+
+def test_the_golden_network_goes_through_the_importer(golden, golden_dit):
+    state, ours = golden("dit_tiny_state"), golden_dit.state_dict()
+    weights = fit(state, translate(state, our_generator_name, {}), ours, "file")
+    assert set(weights) == set(ours)
+    assert all(torch.equal(weights[name], ours[name]) for name in ours)
+
+
+def test_layer_scale_tells_the_sizes_apart(golden_dir):
+    state = published(golden_dir, "tokenizer")
+    bare = {name: value for name, value in state.items() if ".ls1." not in name}
+    with pytest.raises(CheckpointError, match="width 768 and 12 blocks, without layer scale"):
+        tokenizer_config(bare, "file")
+
+
+# --- round trips ------------------------------------------------------------------------------
+
+
+def test_an_imported_tokenizer_reconstructs_exactly(files, tokenizer, monkeypatch, capsys):
+    out = files / "out"
+    assert command(monkeypatch, "tokenizer", files / "tokenizer.pt", out) == 0
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    loaded = load_tokenizer(out)
+    with torch.no_grad():
+        for num_tokens in range(4, 17):
+            expected = tokenizer.reconstruct(images, num_tokens)
+            assert torch.equal(loaded.reconstruct(images, num_tokens), expected)
+    info = read_bundle(out, "tokenizer")
+    assert info["training"]["weights"] == "ema"
+    assert info["training"]["imported"]["keys"]["ignored"] == 6
+    text = capsys.readouterr().out
+    assert "renamed  quant_conv.weight -> to_latent.weight" in text
+    assert "used     encoder.latent_tokens" in text
+    assert "ignored  quantize.codebook_used: statistics of training" in text
+    assert "args agree with the shapes: image_size, encoder_patch_size, num_latent_tokens" in text
+
+
+def test_the_other_weights_can_be_chosen(files):
+    content = torch.load(files / "tokenizer.pt", weights_only=False)
+    content["model"] = {f"module.{name}": value + 1 for name, value in content["ema"].items()}
+    torch.save(content, files / "again.pt")
+    import_tokenizer(files / "again.pt", files / "out", "model")
+    expected = content["ema"]["quant_conv.bias"] + 1
+    assert torch.equal(load_tokenizer(files / "out").to_latent.bias, expected)
+
+
+@pytest.mark.parametrize("cut", [4, 10, 16])
+@torch.no_grad()
+def test_an_imported_generator_has_the_same_velocity(files, generator, tokenizer, cut):
+    report, remarks = import_generator(
+        files / "generator.pth", files / "out", files / "bundle", files / "stats.pt"
+    )
+    assert report.counts()["ignored"] == 0
+    assert any("noise scale: corrected" in remark for remark in remarks)
+    bundle = load_generator(files / "out")
+    assert torch.equal(bundle.tree.merges, tokenizer.merge_tree().merges)
+    assert bundle.stats.mean.tolist() == list(range(8))
+    assert bundle.classes == ("0", "1", "2")
+    assignment = bundle.tree.assignment(cut)
+    z_t = torch.randn(2, cut, 8, generator=torch.Generator().manual_seed(3))
+    t, labels = torch.tensor([0.2, 0.9]), torch.tensor([1, 3])
+    expected = generator(z_t, t, labels, assignment)
+    assert expected.abs().max() > 0.1
+    assert torch.equal(bundle.net(z_t, t, labels, assignment), expected)
+
+
+def test_noise_scale_and_classes_reach_the_bundle(files, monkeypatch, capsys):
+    from eval.generate import noise_scale_of
+    from lgm_scale.pipeline import LGMPipeline
+
+    (files / "names.txt").write_text("cat\ndog\nnewt\n")
+    status = command(
+        monkeypatch, "generator", files / "generator.pth", files / "out",
+        "--tokenizer", files / "bundle", "--latent-stats", files / "stats.pt",
+        "--noise-scale", "legacy", "--classes", files / "names.txt", "--weights", "model",
+    )  # fmt: skip
+    assert status == 0
+    assert "noise scale: legacy" in capsys.readouterr().out
+    bundle = load_generator(files / "out")
+    assert bundle.info["training"]["imported"]["epoch"] == 399
+    assert noise_scale_of(bundle, "out").value == "legacy"
+    pipe = LGMPipeline(bundle)
+    assert pipe.noise_scale.value == "legacy"
+    images = pipe(["newt", 0], num_tokens=8, num_steps=3, progress_bar=False)
+    assert images.shape == (2, 32, 32, 3)  # type: ignore[union-attr]  # an array
+
+
+def test_imagenet_names():
+    names = class_names("imagenet", 1000)
+    assert (names[1], names[207]) == ("goldfish", "golden retriever")
+    with pytest.raises(ConfigError, match="imagenet has 1000 names, the generator 3 classes"):
+        class_names("imagenet", 3)
+    with pytest.raises(ConfigError, match="neither a text file nor"):
+        class_names("nowhere.txt", 3)
+
+
+# --- nothing is executed ----------------------------------------------------------------------
+
+
+class Hostile:
+    """Its unpickling would make a directory."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("entry", ["args", "ema", "extra"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_file_executes_nothing(files, tokenizer, entry, zipped, monkeypatch, capsys):
+    marker = files / "marker"
+    content = tokenizer_file(tokenizer) | {entry: Hostile(marker)}
+    torch.save(content, files / "bad.pt", _use_new_zipfile_serialization=zipped)
+    assert command(monkeypatch, "tokenizer", files / "bad.pt", files / "out") == 2
+    text = capsys.readouterr().err
+    assert f"asks for {os.mkdir.__module__}.mkdir" in text
+    assert "nothing was executed" in text
+    assert "weights_only=False" not in text
+    assert not marker.exists()
+    assert not (files / "out").exists()
+    torch.load(files / "bad.pt", weights_only=False)  # the trap is a real one
+    assert marker.exists()
+
+
+@pytest.mark.system
+def test_the_command_ends_without_a_traceback(files):
+    torch.save({"ema": {}, "args": Hostile(files / "marker")}, files / "bad.pt")
+    module = ("-m", "lgm_scale.release_import", "tokenizer")
+    assert_user_error(run_command(*module, files / "bad.pt", files / "out"), "nothing was executed")
+    assert not (files / "marker").exists()
+
+
+def test_a_hostile_merge_dictionary_or_statistics_execute_nothing(files):
+    marker = files / "marker"
+    torch.save({32: Hostile(marker)}, files / "bad.pt")
+    where = (files / "generator.pth", files / "out", files / "bundle")
+    with pytest.raises(CheckpointError, match="nothing was executed"):
+        import_generator(*where, files / "stats.pt", files / "bad.pt")
+    with pytest.raises(CheckpointError, match="nothing was executed"):
+        import_generator(*where, files / "bad.pt")
+    assert not marker.exists()
+
+
+# --- what does not fit is refused -------------------------------------------------------------
+
+
+def drop(name: str):
+    return lambda content: content["ema"].pop(name)
+
+
+def put(name: str, value: object):
+    return lambda content: content["ema"].update({name: value})
+
+
+def say(**args: object):
+    return lambda content: content.update(args=argparse.Namespace(**ARGS | args))
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"),
+    [
+        (drop("encoder.latent_tokens"), ["key encoder.latent_tokens: missing", "[1, ?, ?]"]),
+        (drop("quant_conv.bias"), ["key for to_latent.bias: missing; expected shape [8]"]),
+        (
+            put("post_quant_conv.weight", torch.zeros(96, 9)),
+            ["key post_quant_conv.weight: shape [96, 9], expected [96, 8]"],
+        ),
+        (
+            put("quant_conv.weight", torch.zeros(8, 97)),
+            ["key quant_conv.weight: shape [8, 97], expected [?, 96]"],
+        ),
+        (
+            put("merge_module.embeddings", torch.zeros(16, 32)),
+            ["key merge_module.embeddings: shape [16, 32], expected [16, 768]"],
+        ),
+        (put("encoder.model.pos_embed", torch.zeros(1, 16, 96)), ["16 positions", "square"]),
+        (put("encoder.model.head.weight", torch.zeros(2)), ["key encoder.model.head.weight: unk"]),
+        (put("decoder_clip.mask_token", torch.zeros(1)), ["key decoder_clip.mask_token: unknown"]),
+        (put("to_latent.bias", torch.zeros(8)), ["key for to_latent.bias: given 2 times"]),
+        (put("quant_conv.bias", torch.full((8,), torch.nan)), ["quant_conv.bias: not finite"]),
+        (put("quant_conv.bias", torch.zeros(8, dtype=torch.int64)), ["torch.int64"]),
+        (put("quant_conv.bias", [0.0]), ["ema['quant_conv.bias'] is a list"]),
+        (put("quantize.embedding", torch.zeros(5, 32, 8)), ["5 codebooks cannot share 16"]),
+        (
+            put("encoder.model.blocks.2.norm1.weight", torch.zeros(96)),
+            ["encoder of width 96 and 3 blocks", "b: 768 x 12"],
+        ),
+        (lambda content: content.pop("ema"), ["no weights under 'ema'; it holds model, args"]),
+        (say(tau=0.1, image_size=256), ["args.tau: 0.1, expected 0.07", "args.image_size: 256"]),
+        (say(variable_method="nested"), ["args.variable_method: 'nested', expected 'ours2'"]),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused(
+    files, tokenizer, change, texts, monkeypatch, capsys
+):
+    content = tokenizer_file(tokenizer)
+    change(content)
+    torch.save(content, files / "odd.pt")
+    assert command(monkeypatch, "tokenizer", files / "odd.pt", files / "out") == 2
+    error = capsys.readouterr().err
+    assert "odd.pt" in error
+    for text in texts:
+        assert text in error
+    assert not (files / "out").exists()
+
+
+def test_the_backbone_named_in_args_must_be_the_weights_own(golden_dir):
+    from lgm_scale.release_import.tokenizer import check_args
+
+    base = argparse.Namespace(encoder_model="vit_base_patch14_dinov2.lvd142m")
+    assert check_args(base, TokenizerModelConfig(), "file") == ["encoder_model"]
+    assert check_args(None, TokenizerModelConfig(), "file") == []
+    with pytest.raises(CheckpointError, match=r"encoder_model: 'vit_base_.*expected a vit_large"):
+        check_args(base, TokenizerModelConfig(size="l"), "file")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_refused(files, share, monkeypatch, capsys):
+    data = (files / "tokenizer.pt").read_bytes()
+    (files / "cut.pt").write_bytes(data[: int(len(data) * share)])
+    assert command(monkeypatch, "tokenizer", files / "cut.pt", files / "out") == 2
+    assert "cut.pt cannot be read; it is damaged" in capsys.readouterr().err
+
+
+def test_other_files_are_refused(files):
+    with pytest.raises(CheckpointError, match="is not a file"):
+        import_tokenizer(files / "nothing.pt", files / "out")
+    torch.save([torch.zeros(3)], files / "list.pt")
+    with pytest.raises(CheckpointError, match="holds a list; a dictionary is needed"):
+        import_tokenizer(files / "list.pt", files / "out")
+    with pytest.raises(CheckpointError, match="no weights under 'ema'; it holds model, model_ema"):
+        import_tokenizer(files / "generator.pth", files / "out")
+    where = (files / "tokenizer.pt", files / "out", files / "bundle")
+    with pytest.raises(CheckpointError, match="no weights under 'model_ema'"):
+        import_generator(*where, files / "stats.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("pos_embed", torch.zeros(1, 20, 128), "N = 20, D = 8; the tokenizer"),
+        ("transformer.blocks.0.attn.q_norm.weight", torch.zeros(64), "heads of 64 channels"),
+        ("transformer.blocks.4.norm1.weight", torch.zeros(128), "5 blocks.*xl: 1152 x 28 x 16"),
+        ("transformer.blocks.0.attn.qkv.lora_A", torch.zeros(32, 128), "lora_A: unknown"),
+        ("final_layer.linear.bias", torch.zeros(9), r"shape \[9\], expected \[8\]"),
+    ],
+)
+def test_a_generator_that_does_not_fit_is_refused(files, name, value, text):
+    content = torch.load(files / "generator.pth")
+    content["model_ema"][name] = value
+    torch.save(content, files / "odd.pth")
+    with pytest.raises(CheckpointError, match=text):
+        import_generator(files / "odd.pth", files / "out", files / "bundle", files / "stats.pt")
+
+
+# --- statistics of the latents ----------------------------------------------------------------
+
+
+def test_forms_of_statistics(tmp_path):
+    flat = {"mean": torch.arange(8.0), "std": torch.ones(8)}
+    save_file(flat, tmp_path / "flat.safetensors")
+    torch.save({name: v[None, None].double() for name, v in flat.items()}, tmp_path / "wide.pt")
+    for name in ("flat.safetensors", "wide.pt"):
+        stats = read_stats(tmp_path / name, 8)
+        assert torch.equal(stats.mean, flat["mean"])
+        assert torch.equal(stats.std, flat["std"])
+    contrasts = ContrastStats(torch.ones(12, 8), torch.ones(12, 8))
+    LatentStats(**flat, contrasts=contrasts).save(tmp_path / "ours.safetensors")
+    assert read_stats(tmp_path / "ours.safetensors", 8).contrasts is not None
+
+
+@pytest.mark.parametrize(
+    ("stats", "text"),
+    [
+        ({"mean": torch.zeros(8)}, "no tensor 'std'; it holds mean"),
+        ({"mean": torch.zeros(4), "std": torch.ones(4)}, r"shape \[4\], expected \[1, 1, 8\]"),
+        ({"mean": torch.zeros(8), "std": torch.zeros(8)}, "must be positive"),
+        ({"mean": torch.full((8,), torch.inf), "std": torch.ones(8)}, "not finite"),
+    ],
+)
+def test_wrong_statistics_are_refused(tmp_path, stats, text):
+    torch.save(stats, tmp_path / "stats.pt")
+    with pytest.raises(DataError, match=text):
+        read_stats(tmp_path / "stats.pt", 8)
+
+
+def test_statistics_must_be_given(files, monkeypatch, capsys):
+    args = ("generator", files / "generator.pth", files / "out", "--tokenizer", files / "bundle")
+    assert command(monkeypatch, *args) == 2
+    assert "--latent-stats: missing" in capsys.readouterr().err
+
+
+def test_a_foreign_merge_tree_goes_into_the_bundle_without_contrasts(files, generator):
+    """Contrasts belong to the tree that they were measured on."""
+    contrasts = ContrastStats(torch.ones(12, 8), torch.ones(12, 8))
+    stats = files / "latent_stats.safetensors"
+    LatentStats(torch.zeros(8), torch.ones(8), contrasts).save(stats)
+    embeddings = torch.randn(16, 32, generator=torch.Generator().manual_seed(77))
+    foreign = MergeTree.from_embeddings(embeddings)
+    cuts = [foreign.assignment(num_tokens) for num_tokens in (4, 8, 12)]
+    torch.save({cut.num_tokens: (cut.pool, cut.sizes) for cut in cuts}, files / "merge.pt")
+    where = (files / "generator.pth", files / "out", files / "bundle", stats)
+    import_generator(*where)
+    assert load_generator(files / "out").stats.contrasts is not None
+    import_generator(*where, files / "merge.pt")
+    bundle = load_generator(files / "out")
+    assert bundle.stats.contrasts is None
+    for cut in cuts:
+        assert torch.equal(bundle.tree.assignment(cut.num_tokens).labels, cut.labels)
