@@ -233,8 +233,19 @@ class TokenizerRun(_Run):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Train low-rank changes to a frozen generator, for one token length."""
+
+    __pydantic_config__ = _STRICT
+    base: str
+    """Generator bundle to start from; the result is a copy of it with one more adapter."""
+    rank: int = 32
+    alpha: float = 32.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeneratorRun(_Run):
-    """Train a generator on latents."""
+    """Train a generator on latents, or with `lora` an adapter of one."""
 
     __pydantic_config__ = _STRICT
     task: Literal["generator"]
@@ -242,6 +253,7 @@ class GeneratorRun(_Run):
     """Bundle of the tokenizer that made the latents; its decoder goes into the final bundle."""
     model: GeneratorModelConfig
     objective: FlowConfig = field(default_factory=FlowConfig)
+    lora: LoRAConfig | None = None
 
 
 TrainingRun = TokenizerRun | GeneratorRun

@@ -193,7 +193,19 @@ def _tokenizer(config: TokenizerRun) -> Iterator[str]:
         yield "model.pretrained_encoder: there is none of size tiny; use null, or size s, b or l"
 
 
+def _lora(config: GeneratorRun) -> Iterator[str]:
+    if config.lora is None:
+        return
+    if len(set(config.lengths.choices)) > 1:
+        lengths = ", ".join(map(str, sorted(set(config.lengths.choices))))
+        yield f"lengths.choices: {lengths}; an adapter (lora) is for one token length, name one"
+    for key, value in (("rank", config.lora.rank), ("alpha", config.lora.alpha)):
+        if value <= 0:
+            yield f"lora.{key}: {value} must be above 0"
+
+
 def _generator(config: GeneratorRun) -> Iterator[str]:
+    yield from _lora(config)
     model: Any = config.model
     for name in ("latent_dim", "num_base_tokens", "num_blocks", "num_classes"):
         if getattr(model, name) < 1:
