@@ -42,6 +42,7 @@ from lgm_scale.models.lora import add_adapter
 from lgm_scale.models.tokenizer import AUXILIARY_SIZE, Decoder
 from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.parallel.collectives import mean_over_ranks
+from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.generator import GeneratorModel
@@ -254,6 +255,25 @@ def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
     return Throughput(config.logging.interval, forward, None if peak is None else peak * 1e12)
 
 
+def build_data(config: TrainingRun, dataset: TrainingDataset, lengths: LengthSchedule) -> DataSpec:
+    """The loader of this rank's batches, and how they are counted and split."""
+    scaled = config.train.batch_scaling == "constant_tokens"
+    loader_class = partial(ScaledLoader, schedule=lengths) if scaled else StreamingDataLoader
+    loader = loader_class(
+        dataset,
+        batch_size=config.train.global_batch_size // dist.get_world_size(),
+        num_workers=config.data.num_workers,
+        persistent_workers=config.data.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+    return DataSpec(
+        loader,
+        get_num_samples_in_batch=lambda batch: len(batch["sample_ids"]),
+        split_batch=split_by_tokens(lengths) if scaled else None,
+    )
+
+
 def build_trainer(
     config: TrainingRun, model: TrainingModel, dataset: TrainingDataset, ema: EMA
 ) -> Trainer:
@@ -274,20 +294,13 @@ def build_trainer(
         ),
         _throughput(config, model),
     ]
+    data = build_data(config, dataset, lengths)
+    if isinstance(data.dataloader, ScaledLoader):
+        callbacks.append(LoaderStep(data.dataloader))
     batch_size = config.train.global_batch_size // dist.get_world_size()
-    loader = StreamingDataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=config.data.num_workers,
-        persistent_workers=config.data.num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        drop_last=True,
-    )
     return Trainer(
         model=model,
-        train_dataloader=DataSpec(
-            loader, get_num_samples_in_batch=lambda batch: len(batch["sample_ids"])
-        ),
+        train_dataloader=data,
         max_duration=config.train.max_duration,
         optimizers=build_optimizer(config.optimizer, _players(model)),
         schedulers=build_scheduler(config.optimizer),

@@ -65,7 +65,7 @@ def load_training_run(
 def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> list[str]:
     """Every rule that the configuration breaks at this world size."""
     problems = [*_batch(config, world_size), *_lengths(config), *_numbers(config)]
-    problems += [*_optimizer(config), *_times(config)]
+    problems += [*_optimizer(config), *_times(config), *_batch_scaling(config)]
     if isinstance(config, TokenizerRun):
         problems += _tokenizer(config)
     else:
@@ -191,6 +191,28 @@ def _tokenizer(config: TokenizerRun) -> Iterator[str]:
             yield f"objective.{name}: {value} must be 0 or more"
     if model.pretrained_encoder is not None and model.size == "tiny":
         yield "model.pretrained_encoder: there is none of size tiny; use null, or size s, b or l"
+
+
+def _batch_scaling(config: TrainingRun) -> Iterator[str]:
+    if config.train.batch_scaling != "constant_tokens":
+        return
+    if isinstance(config, TokenizerRun):
+        yield (
+            "train.batch_scaling: constant_tokens is for generators; a tokenizer's step costs the "
+            "same at every length"
+        )
+    if config.lengths.weights is not None:
+        yield (
+            "train.batch_scaling: constant_tokens needs a cycle of lengths, or an epoch has no "
+            "known number of steps; drop lengths.weights"
+        )
+    longest = max(config.lengths.choices, default=1)
+    odd = sorted({k for k in config.lengths.choices if k < 1 or longest % k != 0})
+    if odd:
+        yield (
+            f"lengths.choices: {odd} do not divide the longest, {longest}; with "
+            "train.batch_scaling: constant_tokens a step takes whole batches"
+        )
 
 
 def _lora(config: GeneratorRun) -> Iterator[str]:

@@ -14,6 +14,7 @@ from lgm_scale.config import GeneratorRun, TokenizerRun, TrainingRun, to_dict
 from lgm_scale.flops import dit_flops, tokenizer_flops
 from lgm_scale.models.assets import build_frozen
 from lgm_scale.models.lora import add_adapter
+from lgm_scale.training.batch_scaling import loader_batches, steps_per_epoch
 from lgm_scale.training.length_schedule import LengthSchedule
 
 __all__ = ["describe"]
@@ -104,10 +105,11 @@ def _work(config: TrainingRun, forward) -> str:
     lines = [
         "   K   share of steps   tokens per step   TFLOPs per step (network, forward and backward)"
     ]
-    lines += [
-        f"{k:4d}   {share:14.1%}   {batch * k:15,}   {passes * batch * forward(k) / 1e12:.4g}"
-        for k, share in sorted(shares.items())
-    ]
+    scaled = config.train.batch_scaling == "constant_tokens"
+    for k, share in sorted(shares.items()):
+        samples = batch * (loader_batches(schedule, k) if scaled else 1)
+        work = passes * samples * forward(k) / 1e12
+        lines.append(f"{k:4d}   {share:14.1%}   {samples * k:15,}   {work:.4g}")
     return "\n".join(lines)
 
 
@@ -133,5 +135,8 @@ def _epoch(config: TrainingRun) -> str:
     samples = config.data.num_samples
     if samples is None:
         return "samples per epoch   unknown: set data.num_samples to have it checked"
-    steps = samples // config.train.global_batch_size
-    return f"samples per epoch   {samples:,} ({steps:,} steps)"
+    steps, most = samples // config.train.global_batch_size, ""
+    if config.train.batch_scaling == "constant_tokens":
+        schedule = LengthSchedule(config.lengths.choices)
+        steps, most = steps_per_epoch(schedule, steps), "at most "
+    return f"samples per epoch   {samples:,} ({most}{steps:,} steps)"

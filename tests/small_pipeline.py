@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import pytest
 import torch
 import yaml
 
-TRAIN_STEP_KEYS = ("step", "num_tokens", "loss", "lr")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -141,8 +141,10 @@ def random_generator(pipeline: SmallPipeline) -> Path:
     return folder
 
 
-def train_in_process(path: Path, *overrides: str, stop_at: int | None = None) -> Path:
-    """Run the training of a configuration, here; with `stop_at`, interrupt it before that step."""
+def train_in_process(
+    path: Path, *overrides: str, on_step: Callable[[int, dict], object] = lambda step, batch: None
+) -> Path:
+    """Run the training of a configuration, here. `on_step` sees each step's batch beforehand."""
     from lgm_scale.config_rules import load_training_run
     from lgm_scale.run_folder import RunFolder
     from lgm_scale.train import train
@@ -152,11 +154,24 @@ def train_in_process(path: Path, *overrides: str, stop_at: int | None = None) ->
     start = StepKeys.batch_start
 
     def batch_start(self, state, logger):
-        if state.timestamp.batch.value == stop_at:
-            raise KeyboardInterrupt
         start(self, state, logger)
+        on_step(state.batch["step"], state.batch)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StepKeys, "batch_start", batch_start)
         train(config, RunFolder(Path(config.out), config))
     return Path(config.out)
+
+
+class Steps:
+    """An `on_step` that notes what each step got, and interrupts the run before step `stop`."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop = stop
+        self.seen: dict[int, tuple[int, list[int]]] = {}
+        """Step -> K and sample ids."""
+
+    def __call__(self, step: int, batch: dict) -> None:
+        if step == self.stop:
+            raise KeyboardInterrupt
+        self.seen[step] = (batch["num_tokens"], batch["sample_ids"].tolist())

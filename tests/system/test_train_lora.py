@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_pipeline import TRAIN_STEP_KEYS, metrics, random_generator, train_in_process
+from small_pipeline import Steps, metrics, random_generator, train_in_process
 
 from lgm_scale.build import build_dataset, build_model
 from lgm_scale.bundle import GENERATOR_NAME, load_generator, read_bundle
@@ -58,11 +58,11 @@ def test_only_the_adapter_is_trained_and_kept(base, trained):
 def test_an_interrupted_run_goes_on_where_it_was(small_pipeline, base, trained):
     config = lora_config(small_pipeline, base, "lora-interrupted")
     with pytest.raises(KeyboardInterrupt):
-        train_in_process(config, stop_at=6)  # the last resume state is that of step 4
-    out = train_in_process(config)
-    assert [{k: row[k] for k in TRAIN_STEP_KEYS} for row in metrics(out)] == [
-        {k: row[k] for k in TRAIN_STEP_KEYS} for row in metrics(trained)
-    ]
+        train_in_process(config, on_step=Steps(stop=6))
+    rest = Steps()
+    out = train_in_process(config, on_step=rest)
+    assert list(rest.seen) == [4, 5, 6, 7, 8, 9]  # the last resume state was that of step 4
+    assert metrics(out) == metrics(trained)
     again, expected = adapter_of(out), adapter_of(trained)
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
