@@ -64,7 +64,7 @@ def sample_images(
     assignment = bundle.tree.assignment(num_tokens, device)
     noise = initial_noise(seed, indices, assignment, net.latent_dim, scale).to(device)
     labels = (indices % net.num_classes).to(device)
-    z = sample(net, noise, labels, net.null_label, assignment, sampler)
+    z = sample(bundle.velocity, noise, labels, net.null_label, assignment, sampler)
     z = z * bundle.stats.std.to(device) + bundle.stats.mean.to(device)  # [B, N, D]
     return decode_to_uint8(bundle.tokenizer.decode(z))
 

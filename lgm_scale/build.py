@@ -38,14 +38,17 @@ from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.flops import dit_flops, tokenizer_flops
 from lgm_scale.models.assets import TEACHER_WIDTHS, build_frozen, load_pretrained
 from lgm_scale.models.discriminator import CriticHeads
+from lgm_scale.models.lora import add_adapter
 from lgm_scale.models.tokenizer import AUXILIARY_SIZE, Decoder
 from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.parallel.collectives import mean_over_ranks
+from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.generator import GeneratorModel
 from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
+from lgm_scale.training.lora import export_adapter, load_base
 from lgm_scale.training.players import PlayerClipping, parameters_of
 from lgm_scale.training.throughput import Throughput
 from lgm_scale.training.tokenizer import TokenizerModel
@@ -111,15 +114,24 @@ def _check_counts(config: TrainingRun, dataset: TrainingDataset) -> None:
 
 
 def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
-    """The network in its Composer shell. Raises: MissingAssetError, CheckpointError."""
+    """The network in its Composer shell.
+
+    Raises: MissingAssetError, CheckpointError, ConfigError.
+    """
     if isinstance(config, TokenizerRun):
         return _build_tokenizer_model(config)
     assert isinstance(dataset, LatentDataset)
+    if config.lora is None:
+        net, stats = build_generator(config.model), dataset.stats
+    else:
+        base = load_base(config, dataset.tree)
+        net, stats = base.net, base.stats
+        add_adapter(net, config.lora.rank, config.lora.alpha)
     return GeneratorModel(
-        build_generator(config.model),
+        net,
         dataset.tree,
-        dataset.stats.mean,
-        dataset.stats.std,
+        stats.mean,
+        stats.std,
         NoiseScale(config.objective.noise_scale),
         config.objective.label_dropout,
         config.objective.timestep_mean,
@@ -238,7 +250,28 @@ def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
         cost = tokenizer_flops(model.net, config.model.size)
         forward = lambda num_tokens: cost  # noqa: E731  a tokenizer's cost is the same at every K
     peak = config.logging.peak_tflops
+    if isinstance(config, GeneratorRun) and config.lora is not None:
+        peak = None  # a frozen network's backward pass costs less than the count says
     return Throughput(config.logging.interval, forward, None if peak is None else peak * 1e12)
+
+
+def build_data(config: TrainingRun, dataset: TrainingDataset, lengths: LengthSchedule) -> DataSpec:
+    """The loader of this rank's batches, and how they are counted and split."""
+    scaled = config.train.batch_scaling == "constant_tokens"
+    loader_class = partial(ScaledLoader, schedule=lengths) if scaled else StreamingDataLoader
+    loader = loader_class(
+        dataset,
+        batch_size=config.train.global_batch_size // dist.get_world_size(),
+        num_workers=config.data.num_workers,
+        persistent_workers=config.data.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+    return DataSpec(
+        loader,
+        get_num_samples_in_batch=lambda batch: len(batch["sample_ids"]),
+        split_batch=split_by_tokens(lengths) if scaled else None,
+    )
 
 
 def build_trainer(
@@ -261,20 +294,13 @@ def build_trainer(
         ),
         _throughput(config, model),
     ]
+    data = build_data(config, dataset, lengths)
+    if isinstance(data.dataloader, ScaledLoader):
+        callbacks.append(LoaderStep(data.dataloader))
     batch_size = config.train.global_batch_size // dist.get_world_size()
-    loader = StreamingDataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=config.data.num_workers,
-        persistent_workers=config.data.num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        drop_last=True,
-    )
     return Trainer(
         model=model,
-        train_dataloader=DataSpec(
-            loader, get_num_samples_in_batch=lambda batch: len(batch["sample_ids"])
-        ),
+        train_dataloader=data,
         max_duration=config.train.max_duration,
         optimizers=build_optimizer(config.optimizer, _players(model)),
         schedulers=build_scheduler(config.optimizer),
@@ -299,8 +325,11 @@ def export_bundle(
 ) -> Path:
     """Write the run's result: EMA weights as a bundle. Call on rank 0."""
     folder = Path(config.out) / "bundle"
-    weights = model.net.state_dict() | ema.average
     training: dict[str, Any] = {"steps": steps, "weights": "ema", "config": to_dict(config)}
+    if isinstance(config, GeneratorRun) and config.lora is not None:
+        export_adapter(folder, config, ema.average, training)
+        return folder
+    weights = model.net.state_dict() | ema.average
     if isinstance(config, TokenizerRun):
         assert isinstance(model, TokenizerModel)
         training["random_assets"] = list(model.frozen.random_assets)

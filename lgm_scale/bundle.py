@@ -6,6 +6,7 @@
       merge_tree.safetensors     unless the tokenizer's length control has no tree
       generator.safetensors      generator bundles: EMA weights, beside the tokenizer they need
       latent_stats.safetensors
+      adapter_64.safetensors     changes for one token length, if any were trained
 
 No pickle: reading a bundle executes nothing. A file that does not match its hash is refused.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig, load_config, to_dict
 from lgm_scale.data.latents import STATS_NAME, TREE_NAME, LatentStats
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.merging import MergeTree
+from lgm_scale.merging import MergeAssignment, MergeTree
 from lgm_scale.models.dit import MergeDiT
+from lgm_scale.models.lora import Adapter, with_adapter
 from lgm_scale.models.tokenizer import Tokenizer
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "load_generator",
     "load_tokenizer",
     "read_bundle",
+    "save_adapted_bundle",
     "save_generator_bundle",
     "save_tokenizer_bundle",
     "tokenizer_id",
@@ -58,6 +61,23 @@ class GeneratorBundle:
     classes: tuple[str, ...]
     info: dict[str, Any]
     """Contents of bundle.json."""
+    adapters: dict[int, Adapter] = field(default_factory=dict)
+    """By token length; a length without one runs on `net` as it is."""
+    _adapted: dict[int, MergeDiT] = field(default_factory=dict, init=False, repr=False)
+
+    def network(self, num_tokens: int) -> MergeDiT:
+        """The network for K tokens: `net`, or a copy with K's adapter, made at its first use."""
+        if num_tokens not in self.adapters:
+            return self.net
+        if num_tokens not in self._adapted:
+            self._adapted[num_tokens] = with_adapter(self.net, self.adapters[num_tokens])
+        return self._adapted[num_tokens]
+
+    def velocity(
+        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment
+    ) -> Tensor:
+        """What the sampler integrates, at each length with its own network; see `MergeDiT`."""
+        return self.network(assignment.num_tokens)(z_t, t, labels, assignment)
 
 
 def file_hash(path: str | Path) -> str:
@@ -145,6 +165,36 @@ def save_generator_bundle(
     _finish(aside, folder, "generator", models, classes, training)
 
 
+def save_adapted_bundle(
+    folder: str | Path,
+    base: str | Path,
+    num_tokens: int,
+    adapter: Adapter,
+    training: dict[str, Any],
+) -> None:
+    """Write a copy of a generator bundle with one more adapter; the base's weights stay.
+
+    Args:
+        folder: Where to; replaced if it is a bundle already.
+        base: Generator bundle that the adapter was trained on; it may hold others.
+        num_tokens: Length that the adapter is for.
+        adapter: Its weights.
+        training: Anything about how the adapter came about.
+
+    Raises: CheckpointError if the base is no generator bundle.
+    """
+    info = read_bundle(base, "generator")
+    aside = _start(folder)
+    for name in info["files"]:
+        shutil.copyfile(Path(base) / name, aside / name)
+    file = f"adapter_{num_tokens}.safetensors"
+    _save_weights(adapter.weights, aside / file)
+    entry = {"file": file, "alpha": adapter.alpha, "training": training}
+    adapters = info.get("adapters", {}) | {str(num_tokens): entry}
+    classes = tuple(info["classes"])
+    _finish(aside, folder, "generator", info["models"], classes, info["training"], adapters)
+
+
 def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
 
@@ -166,6 +216,7 @@ def _finish(
     models: dict[str, Any],
     classes: tuple[str, ...],
     training: dict[str, Any],
+    adapters: dict[str, Any] | None = None,
 ) -> None:
     info = {
         "format": "lgm_scale.bundle",
@@ -175,7 +226,7 @@ def _finish(
         "classes": list(classes),
         "files": {path.name: file_hash(path) for path in sorted(aside.iterdir())},
         "training": training,
-    }
+    } | ({"adapters": adapters} if adapters else {})
     (aside / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n")
     if Path(folder).exists():
         shutil.rmtree(folder)
@@ -249,6 +300,7 @@ def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> Ge
             f"{folder}: the merge tree has {tree.num_base_tokens} tokens, the generator "
             f"{net.num_base_tokens}; they do not belong together"
         )
+    adapters = _load_adapters(info, folder, net)
     return GeneratorBundle(
         net=net.to(device),
         tokenizer=load_tokenizer(folder, device),
@@ -256,7 +308,22 @@ def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> Ge
         stats=LatentStats.load(Path(folder) / STATS_NAME),
         classes=tuple(info["classes"]),
         info=info,
+        adapters={k: adapter.to(device) for k, adapter in adapters.items()},
     )
+
+
+def _load_adapters(info: dict[str, Any], folder: str | Path, net: MergeDiT) -> dict[int, Adapter]:
+    adapters = {}
+    try:
+        for num_tokens, entry in info.get("adapters", {}).items():
+            if entry["file"] not in info["files"]:
+                raise CheckpointError(f"{entry['file']} is not among its files")
+            weights = load_file(str(Path(folder) / entry["file"]))
+            adapters[int(num_tokens)] = adapter = Adapter(weights, float(entry["alpha"]))
+            adapter.check(net)
+    except (CheckpointError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its adapters are damaged: {error}") from error
+    return adapters
 
 
 def _model_config(info: dict[str, Any], name: str, schema: type, folder: str | Path) -> Any:

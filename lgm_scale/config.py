@@ -173,6 +173,9 @@ class TrainConfig:
     global_batch_size: int
     device_microbatch_size: int | None = None
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
+    batch_scaling: Literal["constant_samples", "constant_tokens"] = "constant_samples"
+    """Generator, `constant_tokens`: batch and micro-batch sizes are those of the longest length,
+    and a step at K takes K_max / K times as many samples. The learning rate is not rescaled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +241,19 @@ class TokenizerRun(_Run):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Train low-rank changes to a frozen generator, for one token length."""
+
+    __pydantic_config__ = _STRICT
+    base: str
+    """Generator bundle to start from; the result is a copy of it with one more adapter."""
+    rank: int = 32
+    alpha: float = 32.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeneratorRun(_Run):
-    """Train a generator on latents."""
+    """Train a generator on latents, or with `lora` an adapter of one."""
 
     __pydantic_config__ = _STRICT
     task: Literal["generator"]
@@ -247,6 +261,7 @@ class GeneratorRun(_Run):
     """Bundle of the tokenizer that made the latents; its decoder goes into the final bundle."""
     model: GeneratorModelConfig
     objective: FlowConfig = field(default_factory=FlowConfig)
+    lora: LoRAConfig | None = None
 
 
 TrainingRun = TokenizerRun | GeneratorRun

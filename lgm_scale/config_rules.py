@@ -65,7 +65,7 @@ def load_training_run(
 def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> list[str]:
     """Every rule that the configuration breaks at this world size."""
     problems = [*_batch(config, world_size), *_lengths(config), *_numbers(config)]
-    problems += [*_optimizer(config), *_times(config)]
+    problems += [*_optimizer(config), *_times(config), *_batch_scaling(config)]
     if isinstance(config, TokenizerRun):
         problems += _tokenizer(config)
     else:
@@ -217,7 +217,41 @@ def _tokenizer(config: TokenizerRun) -> Iterator[str]:
         yield "model.pretrained_encoder: there is none of size tiny; use null, or size s, b or l"
 
 
+def _batch_scaling(config: TrainingRun) -> Iterator[str]:
+    if config.train.batch_scaling != "constant_tokens":
+        return
+    if isinstance(config, TokenizerRun):
+        yield (
+            "train.batch_scaling: constant_tokens is for generators; a tokenizer's step costs the "
+            "same at every length"
+        )
+    if config.lengths.weights is not None:
+        yield (
+            "train.batch_scaling: constant_tokens needs a cycle of lengths, or an epoch has no "
+            "known number of steps; drop lengths.weights"
+        )
+    longest = max(config.lengths.choices, default=1)
+    odd = sorted({k for k in config.lengths.choices if k < 1 or longest % k != 0})
+    if odd:
+        yield (
+            f"lengths.choices: {odd} do not divide the longest, {longest}; with "
+            "train.batch_scaling: constant_tokens a step takes whole batches"
+        )
+
+
+def _lora(config: GeneratorRun) -> Iterator[str]:
+    if config.lora is None:
+        return
+    if len(set(config.lengths.choices)) > 1:
+        lengths = ", ".join(map(str, sorted(set(config.lengths.choices))))
+        yield f"lengths.choices: {lengths}; an adapter (lora) is for one token length, name one"
+    for key, value in (("rank", config.lora.rank), ("alpha", config.lora.alpha)):
+        if value <= 0:
+            yield f"lora.{key}: {value} must be above 0"
+
+
 def _generator(config: GeneratorRun) -> Iterator[str]:
+    yield from _lora(config)
     model: Any = config.model
     for name in ("latent_dim", "num_base_tokens", "num_blocks", "num_classes"):
         if getattr(model, name) < 1:

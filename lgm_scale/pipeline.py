@@ -209,8 +209,8 @@ class LGMPipeline:
         net, stats = self.bundle.net, self.bundle.stats
         with self._autocast():
             latents = sample_latents(
-                net, self.bundle.tree, seed, indices, labels, net.null_label, num_tokens,
-                net.latent_dim, config, self.noise_scale, stats.contrasts, bar.update,
+                self.bundle.velocity, self.bundle.tree, seed, indices, labels, net.null_label,
+                num_tokens, net.latent_dim, config, self.noise_scale, stats.contrasts, bar.update,
             )  # fmt: skip
         return latents * stats.std.to(latents) + stats.mean.to(latents)
 

@@ -13,6 +13,8 @@ from lgm_scale.bundle import build_generator, build_tokenizer
 from lgm_scale.config import GeneratorRun, TokenizerRun, TrainingRun, to_dict
 from lgm_scale.flops import dit_flops, tokenizer_flops
 from lgm_scale.models.assets import build_frozen
+from lgm_scale.models.lora import add_adapter
+from lgm_scale.training.batch_scaling import loader_batches, steps_per_epoch
 from lgm_scale.training.length_schedule import LengthSchedule
 
 __all__ = ["describe"]
@@ -23,9 +25,11 @@ class Sizes:
     """Parameters: of the network that is the result, and of what only its training needs.
 
     All are float32; what is trained has a gradient and two moments, the network an average, too.
+    Of a network with an adapter, only the adapter is trained.
     """
 
     network: int
+    adapter: int = 0
     auxiliary: int = 0
     critic: int = 0
     frozen: int = 0
@@ -37,7 +41,8 @@ class Sizes:
             "critic's heads": self.critic,
             "frozen networks": self.frozen,
         }
-        return [
+        trained = f"  trained: the adapter's {self.adapter / 1e6:.2f} M, the rest is frozen"
+        return [trained] * bool(self.adapter) + [
             f"  for training only: {name} {count / 1e6:.1f} M"
             for name, count in parts.items()
             if count
@@ -64,7 +69,11 @@ def describe(config: TrainingRun, world_size: int) -> str:
     with torch.device("meta"):
         if isinstance(config, GeneratorRun):
             generator = build_generator(config.model)
-            sizes, forward = Sizes(_count(generator)), lambda k: dit_flops(generator, k)
+            forward = lambda k: dit_flops(generator, k)  # noqa: E731  as for tokenizers below
+            if config.lora is not None:
+                add_adapter(generator, config.lora.rank, config.lora.alpha)
+            adapter = sum(p.numel() for p in generator.parameters() if p.requires_grad)
+            sizes = Sizes(_count(generator), adapter if config.lora is not None else 0)
         else:
             tokenizer = build_tokenizer(config.model)
             cost = tokenizer_flops(tokenizer, config.model.size)
@@ -91,24 +100,28 @@ def _work(config: TrainingRun, forward) -> str:
         }
     else:
         shares = dict(zip(lengths.choices, schedule.probabilities, strict=True))
+    # Three forward passes' worth; a frozen network's weights need no gradient.
+    passes = 2 if isinstance(config, GeneratorRun) and config.lora is not None else 3
     lines = [
         "   K   share of steps   tokens per step   TFLOPs per step (network, forward and backward)"
     ]
-    lines += [
-        f"{k:4d}   {share:14.1%}   {batch * k:15,}   {3 * batch * forward(k) / 1e12:.4g}"
-        for k, share in sorted(shares.items())
-    ]
+    scaled = config.train.batch_scaling == "constant_tokens"
+    for k, share in sorted(shares.items()):
+        samples = batch * (loader_batches(schedule, k) if scaled else 1)
+        work = passes * samples * forward(k) / 1e12
+        lines.append(f"{k:4d}   {share:14.1%}   {samples * k:15,}   {work:.4g}")
     return "\n".join(lines)
 
 
 def _memory(sizes: Sizes, world_size: int) -> str:
     """State per GPU under DDP: every rank holds all of it. Activations come on top."""
-    trained = sizes.network + sizes.auxiliary + sizes.critic
+    averaged = sizes.adapter or sizes.network
+    trained = averaged + sizes.auxiliary + sizes.critic
     held = {
-        "weights": trained * 4,
+        "weights": (sizes.network + sizes.auxiliary + sizes.critic) * 4,
         "gradients": trained * 4,
         "optimizer": trained * 8,
-        "EMA": sizes.network * 4,
+        "EMA": averaged * 4,
         "frozen networks": sizes.frozen * 4,
     }
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
@@ -122,5 +135,8 @@ def _epoch(config: TrainingRun) -> str:
     samples = config.data.num_samples
     if samples is None:
         return "samples per epoch   unknown: set data.num_samples to have it checked"
-    steps = samples // config.train.global_batch_size
-    return f"samples per epoch   {samples:,} ({steps:,} steps)"
+    steps, most = samples // config.train.global_batch_size, ""
+    if config.train.batch_scaling == "constant_tokens":
+        schedule = LengthSchedule(config.lengths.choices)
+        steps, most = steps_per_epoch(schedule, steps), "at most "
+    return f"samples per epoch   {samples:,} ({most}{steps:,} steps)"

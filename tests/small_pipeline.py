@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,3 +114,64 @@ def _write(out: Path, values: dict[str, object]) -> Path:
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def random_generator(pipeline: SmallPipeline) -> Path:
+    """A generator bundle on the small tokenizer, random weights, legacy noise."""
+    from lgm_scale.bundle import build_generator, save_generator_bundle
+    from lgm_scale.config import GeneratorModelConfig
+    from lgm_scale.data.latents import STATS_NAME, LatentStats
+
+    config = GeneratorModelConfig(size="tiny", latent_dim=8, num_base_tokens=16, num_classes=17)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in build_generator(config).state_dict().items()
+    }
+    folder = pipeline.root / "random-generator"
+    stats = LatentStats.load(pipeline.latents / STATS_NAME)
+    classes = tuple(f"class {index}" for index in range(17))
+    training = {"steps": 0, "config": {"objective": {"noise_scale": "legacy"}}}
+    save_generator_bundle(folder, config, weights, stats, classes, pipeline.tokenizer, training)
+    return folder
+
+
+def train_in_process(
+    path: Path, *overrides: str, on_step: Callable[[int, dict], object] = lambda step, batch: None
+) -> Path:
+    """Run the training of a configuration, here. `on_step` sees each step's batch beforehand."""
+    from lgm_scale.config_rules import load_training_run
+    from lgm_scale.run_folder import RunFolder
+    from lgm_scale.train import train
+    from lgm_scale.training.callbacks import StepKeys
+
+    config = load_training_run(str(path), list(overrides), 1, has_gpu=False)
+    start = StepKeys.batch_start
+
+    def batch_start(self, state, logger):
+        start(self, state, logger)
+        on_step(state.batch["step"], state.batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepKeys, "batch_start", batch_start)
+        train(config, RunFolder(Path(config.out), config))
+    return Path(config.out)
+
+
+class Steps:
+    """An `on_step` that notes what each step got, and interrupts the run before step `stop`."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop = stop
+        self.seen: dict[int, tuple[int, list[int]]] = {}
+        """Step -> K and sample ids."""
+
+    def __call__(self, step: int, batch: dict) -> None:
+        if step == self.stop:
+            raise KeyboardInterrupt
+        self.seen[step] = (batch["num_tokens"], batch["sample_ids"].tolist())

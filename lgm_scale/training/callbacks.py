@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from composer.core import Callback, State, TimeUnit
@@ -47,12 +47,22 @@ class StepKeys(Callback):
         )
 
 
+class _Step(NamedTuple):
+    """A line to be, and what of it is still on the device."""
+
+    row: dict[str, Any]
+    terms: dict[str, Tensor]
+    groups: dict[str, Tensor]
+
+
 class MetricsLog(Callback):
     """One JSON line per step in `metrics.jsonl`, one console line per interval.
 
     Losses stay on the device until the end of an interval and come over in one transfer. With
-    several ranks they are averaged over the ranks then. A resume state is preceded by a flush,
-    and a resumed run drops the lines of steps that it runs again: the file holds each step once.
+    several ranks they are averaged over the ranks then. A group of samples (a part of the
+    timesteps) that had no sample in a step is left out of its line. A resume state is preceded
+    by a flush, and a resumed run drops the lines of steps that it runs again: the file holds each
+    step once.
 
     Args:
         path: The JSONL file; only rank 0 writes.
@@ -76,7 +86,7 @@ class MetricsLog(Callback):
         self.progress_bar = progress_bar
         self.labels = labels or {}
         self._bar: tqdm | None = None
-        self._pending: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+        self._pending: list[_Step] = []
         self._clock = 0.0
         self._run: tuple[State, Logger] | None = None
 
@@ -102,7 +112,7 @@ class MetricsLog(Callback):
             "lr": state.optimizers[0].param_groups[0]["lr"],
             **self.labels,
         }
-        self._pending.append((row, self.record.take()))
+        self._pending.append(_Step(row, self.record.take(), self.record.take_groups()))
         if self._bar is not None:
             self._bar.update()
         if len(self._pending) >= self.interval:
@@ -123,16 +133,26 @@ class MetricsLog(Callback):
         if not self._pending or self._run is None:
             return
         _, logger = self._run
-        values = torch.stack([term for _, terms in self._pending for term in terms.values()])
+        steps, self._pending = self._pending, []
+        values = torch.stack([term for step in steps for term in step.terms.values()])
+        sums = torch.cat(
+            [values.new_empty(0), *(p for step in steps for p in step.groups.values())]
+        )
         if dist.get_world_size() > 1:
             dist.all_reduce(values)
             values /= dist.get_world_size()
-        numbers = iter(values.tolist())  # the interval's one synchronisation
-        rows = [row | {name: next(numbers) for name in terms} for row, terms in self._pending]
-        self._pending = []
+            if sums.numel():
+                dist.all_reduce(sums)
+        numbers = iter(torch.cat((values, sums)).tolist())  # the interval's one synchronisation
+        rows = [step.row | {name: next(numbers) for name in step.terms} for step in steps]
+        groups = [{name: (next(numbers), next(numbers)) for name in s.groups} for s in steps]
+        means = [{name: s / n for name, (s, n) in pairs.items() if n} for pairs in groups]
         seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
-        for row in rows:
-            logger.log_metrics({f"loss/K={row['num_tokens']}": row["loss"]}, step=row["step"])
+        for row, parts in zip(rows, means, strict=True):
+            key = f"loss/K={row['num_tokens']}"
+            by_part = {name.replace("loss", key, 1): mean for name, mean in parts.items()}
+            logger.log_metrics({key: row["loss"]} | by_part, step=row["step"])
+        rows = [row | parts for row, parts in zip(rows, means, strict=True)]
         if dist.get_global_rank() == 0:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)

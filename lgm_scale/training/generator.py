@@ -22,15 +22,27 @@ from lgm_scale.objectives.flow import (
 from lgm_scale.randomness import Purpose, keyed_uniform
 from lgm_scale.training.record import LossRecord
 
-__all__ = ["GeneratorModel", "GeneratorOutput"]
+__all__ = ["TIMESTEP_BINS", "GeneratorModel", "GeneratorOutput", "timestep_bins"]
+
+TIMESTEP_BINS = tuple(f"loss/t={low:.2f}-{low + 0.25:.2f}" for low in (0.0, 0.25, 0.5, 0.75))
+"""Names of the four equal parts of [0, 1] by which the loss is reported, besides its mean."""
+
+
+def timestep_bins(t: Tensor) -> Tensor:
+    """Which of `TIMESTEP_BINS` a sample is in; t = 1 is in the last.
+
+    Shapes: t [B] in [0, 1] -> [B] int64.
+    """
+    return (t * len(TIMESTEP_BINS)).long().clamp(0, len(TIMESTEP_BINS) - 1)
 
 
 class GeneratorOutput(NamedTuple):
-    """Shapes: v_pred, v_target [B, K, D]."""
+    """Shapes: v_pred, v_target [B, K, D], t [B] in [0, 1]."""
 
     v_pred: Tensor
     v_target: Tensor
     assignment: MergeAssignment
+    t: Tensor
 
 
 class GeneratorModel(ComposerModel):
@@ -88,10 +100,11 @@ class GeneratorModel(ComposerModel):
         labels = torch.where(dropped, self.net.null_label, batch["labels"])
         z_merged = assignment.merge(z)  # [B, K, D]
         v_pred = self.net(interpolate(z_merged, noise, t), t, labels, assignment)
-        return GeneratorOutput(v_pred, velocity_target(z_merged, noise), assignment)
+        return GeneratorOutput(v_pred, velocity_target(z_merged, noise), assignment, t)
 
     def loss(self, outputs: GeneratorOutput, batch: dict[str, Any]) -> Tensor:
         """Mean over the batch of the size-weighted squared error."""
         loss = flow_loss(outputs.v_pred, outputs.v_target, outputs.assignment, self.noise_scale)
         self.record.add(len(loss), {"loss": loss.mean()})
+        self.record.add_groups(TIMESTEP_BINS, timestep_bins(outputs.t), loss)
         return loss.mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 __all__ = ["LossRecord"]
@@ -18,6 +19,7 @@ class LossRecord:
         self._sums: dict[str, Tensor] = {}
         self._samples = 0
         self._notes: dict[str, Tensor] = {}
+        self._groups: dict[str, Tensor] = {}
         self.latest: dict[str, Tensor] = {}
         """Terms of the last micro-batch."""
 
@@ -28,6 +30,25 @@ class LossRecord:
             weighted = term * num_samples
             self._sums[name] = self._sums[name] + weighted if name in self._sums else weighted
         self._samples += num_samples
+
+    def add_groups(self, names: tuple[str, ...], group: Tensor, values: Tensor) -> None:
+        """Note the values of a micro-batch's samples by group. No synchronisation.
+
+        Groups keep sums and counts, not means: over micro-batches and ranks, of which some have
+        no sample in a group, a mean of means would be wrong.
+
+        Shapes: group [B] int64 in [0, len(names)), values [B].
+        """
+        members = group[None, :] == torch.arange(len(names), device=group.device)[:, None]
+        values = values.detach().float()
+        sums = torch.where(members, values, 0.0).sum(-1)  # [G]; a NaN stays in its group
+        for name, pair in zip(names, torch.stack((sums, members.sum(-1).float()), -1), strict=True):
+            self._groups[name] = self._groups[name] + pair if name in self._groups else pair
+
+    def take_groups(self) -> dict[str, Tensor]:
+        """Sum and count of each group of the step, [2], and start anew."""
+        groups, self._groups = self._groups, {}
+        return groups
 
     def note(self, name: str, value: Tensor) -> None:
         """Note what a step has once, such as a gradient norm."""

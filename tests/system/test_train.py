@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from small_pipeline import ROOT, assert_user_error, run_command
+from small_pipeline import ROOT, assert_user_error, metrics, run_command
 
 from lgm_scale.build import build_dataset, build_loggers
 from lgm_scale.bundle import read_bundle
@@ -20,10 +19,6 @@ from lgm_scale.config_rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
 
 TRAIN = "lgm_scale/train.py"
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

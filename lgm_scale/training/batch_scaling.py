@@ -1,0 +1,107 @@
+"""More samples per step at small K, at the same tokens per step.
+
+The stream delivers batches of one size, which is what makes its order elastic and resumable. A
+step at K takes K_max / K of them in a row, K_max being the longest length of the run. K is a
+function of the step alone, so every rank takes equally many, and a resumed run takes those that
+it would have taken. The last step of an epoch takes what is left: every sample is visited as
+often as it would be without.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.core.data_spec import default_split_batch
+from composer.loggers import Logger
+from streaming import StreamingDataLoader
+from torch import Tensor
+
+from lgm_scale.training.length_schedule import LengthSchedule
+
+__all__ = ["LoaderStep", "ScaledLoader", "loader_batches", "split_by_tokens", "steps_per_epoch"]
+
+
+def loader_batches(schedule: LengthSchedule, num_tokens: int) -> int:
+    """How many of the stream's batches a step at K takes."""
+    return max(schedule.choices) // num_tokens
+
+
+def steps_per_epoch(schedule: LengthSchedule, num_batches: int) -> int:
+    """Steps that an epoch of `num_batches` of the stream's batches makes, at most.
+
+    An epoch may begin anywhere in the cycle of lengths; the worst beginning counts. The true
+    number differs by a few steps of one cycle.
+    """
+    cycle = [loader_batches(schedule, k) for k in schedule.choices]
+    rounds, rest = divmod(num_batches, sum(cycle))
+    most = 0
+    for first in range(len(cycle)):
+        left, steps = rest, 0
+        while left > 0:
+            left -= cycle[(first + steps) % len(cycle)]
+            steps += 1
+        most = max(most, steps)
+    return rounds * len(cycle) + most
+
+
+class ScaledLoader(StreamingDataLoader):
+    """A loader of batches for each step's length; `LoaderStep` tells it the step.
+
+    Args:
+        *args: Of `StreamingDataLoader`, whose batches are for the longest length.
+        schedule: Length of each step; a cycle.
+        **kwargs: As `args`.
+    """
+
+    def __init__(self, *args: Any, schedule: LengthSchedule, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.schedule = schedule
+        self.step = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Batches of one epoch. Nothing is drawn before its step."""
+        batches = super().__iter__()
+        while True:
+            count = loader_batches(self.schedule, self.schedule.num_tokens(self.step))
+            parts = list(itertools.islice(batches, count))
+            if not parts:
+                return
+            yield parts[0] if len(parts) == 1 else self._join(parts)
+
+    def __len__(self) -> int:
+        """Steps of an epoch, at most."""
+        return steps_per_epoch(self.schedule, super().__len__())
+
+    def _join(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        if not self.pin_memory:
+            return joined
+        return {name: value.pin_memory() for name, value in joined.items()}
+
+
+class LoaderStep(Callback):
+    """Tell a `ScaledLoader` for which step it is asked next, resumed or not."""
+
+    def __init__(self, loader: ScaledLoader) -> None:
+        self.loader = loader
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """Right before the loader is asked."""
+        self.loader.step = state.timestamp.batch.value
+
+
+def split_by_tokens(
+    schedule: LengthSchedule,
+) -> Callable[[dict[str, Any], int | float], Sequence[Any]]:
+    """A splitter into micro-batches of equal tokens: the configured size is for the longest K."""
+
+    def split(batch: dict[str, Any], microbatch_size: int | float) -> Sequence[Any]:
+        factor = loader_batches(schedule, batch["num_tokens"])
+        size = min(int(microbatch_size) * factor, len(batch["sample_ids"]))  # an epoch's last
+        return default_split_batch(batch, size)
+
+    return split
