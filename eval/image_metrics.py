@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lgm_scale.bundle import file_hash
 from lgm_scale.models.assets import load_perceptual
 from lgm_scale.training.tokenizer import to_unit_range
 
@@ -71,10 +72,13 @@ class PerceptualDistance:
     Args:
         path: VGG16 weights, as torchvision publishes them.
         device: Where to compute.
+
+    Raises: CheckpointError if the file is none of these weights.
     """
 
     def __init__(self, path: str | Path, device: torch.device | str) -> None:
         self.net, self.device = load_perceptual(str(path)), device
+        self.weights_hash = file_hash(path)
 
     @torch.inference_mode()
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ class InceptionFeatures:
     def __init__(
         self, path: str | Path, device: torch.device | str = "cpu", batch_size: int = 64
     ) -> None:
-        # torch-fidelity itself would unpickle anything: look with closed hands first.
+        # torch-fidelity unpickles whatever the file holds: refuse what is more than tensors first.
         read_weights(path)
         self.weights_hash = file_hash(path)
         self.device, self.batch_size = device, batch_size
@@ -58,7 +58,11 @@ class InceptionFeatures:
             ) from error
         try:
             net = create_feature_extractor(
-                NETWORK, [LAYER], cuda=False, feature_extractor_weights_path=str(path)
+                NETWORK,
+                [LAYER],
+                cuda=False,
+                verbose=False,
+                feature_extractor_weights_path=str(path),
             )
         except (RuntimeError, TypeError, UnpicklingError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -69,7 +73,7 @@ class InceptionFeatures:
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Features, float32 numbers as float64. Shapes: uint8 [B, 3, S, S] -> [B, 2048]."""
         parts = [np.empty((0, self.num_features))]
-        # Its own settings, whatever the caller's: TF32 moves features by a thousandth.
+        # Whatever the caller has set: neither shortened products nor sums chosen at run time.
         with torch.backends.cudnn.flags(benchmark=False, allow_tf32=False):
             for start in range(0, len(images), self.batch_size):
                 batch = torch.from_numpy(images[start : start + self.batch_size]).to(self.device)

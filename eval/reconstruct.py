@@ -40,6 +40,7 @@ from lgm_scale.models.assets import VGG16_URL, Asset
 
 __all__ = ["switched_off"]
 
+LPIPS_SIDE = 16  # VGG16 halves it four times
 PIXELS = "(x + 1) / 2, clipped to [0, 1], rounded to 8 bits"
 
 
@@ -61,16 +62,21 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def refuse_problems(args: argparse.Namespace, tokenizer: dict[str, Any]) -> None:
+def refuse_problems(args: argparse.Namespace, tree: MergeTree, image_size: int) -> None:
     """Raise ConfigError with everything that is wrong with the command line."""
     manifest = read_manifest(args.images, "images")
+    tokenizer = {
+        "num_codebooks": tree.num_blocks,
+        "num_base_tokens": tree.num_base_tokens,
+        "image_size": image_size,
+    }
     problems = [
         f"--{problem}"
         for found in (
             outside_lengths(args.lengths or (), tokenizer),
             repeated_lengths(args.lengths or ()),
             wrong_image_size(args.images, manifest, tokenizer),
-            _other_problems(args, manifest.num_samples),
+            _other_problems(args, manifest.num_samples, image_size),
         )
         for problem in found
     ]
@@ -83,11 +89,13 @@ def refuse_problems(args: argparse.Namespace, tokenizer: dict[str, Any]) -> None
         raise ConfigError(problems)
 
 
-def _other_problems(args: argparse.Namespace, count: int) -> Iterator[str]:
+def _other_problems(args: argparse.Namespace, count: int, image_size: int) -> Iterator[str]:
     if args.batch_size < 1:
         yield f"batch-size: {args.batch_size} must be 1 or more"
     if args.inception is not None and count < 2:
         yield f"images: {args.images} holds {count} image; rFID needs 2 or more"
+    if args.vgg16 is not None and image_size < LPIPS_SIDE:
+        yield f"vgg16: LPIPS needs {LPIPS_SIDE} pixels per side, the bundle makes {image_size}"
 
 
 def switched_off(vgg16: str | None, inception: str | None) -> dict[str, str]:
@@ -119,11 +127,11 @@ def main() -> int:
     """Check, load, reconstruct at each K, write."""
     args = parse_args(sys.argv[1:])
     off = switched_off(args.vgg16, args.inception)
-    info = read_bundle(args.bundle, "tokenizer")
-    refuse_problems(args, info["models"]["tokenizer"])
-    device = join_ranks()
-    tokenizer = load_tokenizer(args.bundle, device)
+    tokenizer = load_tokenizer(args.bundle)
     tree = MergeTree.load(Path(args.bundle) / TREE_NAME)
+    refuse_problems(args, tree, tokenizer.image_size)
+    device = join_ranks()
+    tokenizer = tokenizer.to(device)
     perceptual = PerceptualDistance(args.vgg16, device) if args.vgg16 else None
     features = (
         InceptionFeatures(args.inception, device, args.batch_size) if args.inception else None
@@ -145,18 +153,20 @@ def main() -> int:
             rows.append(measurement.at(k, reference))
             if first:
                 bar.write(headline(rows[-1]))
-    protocol = {
-        "bundle_files": {name: info["files"][name] for name in (TOKENIZER_NAME, TREE_NAME)},
-        "num_images": len(images),
-        "image_size": tokenizer.image_size,
-        "image_hashes_sha256": pixels_hash,
-        "pixels": PIXELS,
-        "batch_size": args.batch_size,
-        "device": device.type,
-        "metrics": describe_metrics(len(images), args.vgg16, features),
-        "off": off,
-    }
     if first:
+        files = read_bundle(args.bundle, "tokenizer")["files"]
+        protocol = {
+            "bundle_files": {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)},
+            "num_images": len(images),
+            "image_size": tokenizer.image_size,
+            "image_hashes_sha256": pixels_hash,
+            "pixels": PIXELS,
+            "precision": "float32, no TF32",
+            "batch_size": args.batch_size,
+            "device": device.type,
+            "metrics": describe_metrics(len(images), perceptual, features),
+            "off": off,
+        }
         write_results(Path(args.out), protocol, rows, time.perf_counter() - start)
     dist.barrier()
     return 0

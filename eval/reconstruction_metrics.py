@@ -22,7 +22,6 @@ from eval.image_metrics import PerceptualDistance, psnr, ssim
 from eval.inception import InceptionFeatures
 from eval.moments import Moments, frechet_distance, moments_of
 from eval.reconstructor import Images, Reconstructor
-from lgm_scale.bundle import file_hash
 
 __all__ = ["Measurement", "describe_metrics", "rfid_label"]
 
@@ -118,7 +117,7 @@ class Measurement:
 
 
 def describe_metrics(
-    num_images: int, vgg16: str | None, features: InceptionFeatures | None
+    num_images: int, perceptual: PerceptualDistance | None, features: InceptionFeatures | None
 ) -> dict[str, dict[str, Any]]:
     """Every metric that is on: its name for people, and how it is defined."""
     metrics: dict[str, dict[str, Any]] = {
@@ -133,11 +132,11 @@ def describe_metrics(
             "sample covariance, k1 0.01, k2 0.03, mean over channels",
         },
     }
-    if vgg16 is not None:
+    if perceptual is not None:
         metrics["lpips"] = {
             "label": "LPIPS (VGG16, rounded pixels)",
             "definition": "mean over images, version 0.1, rounded and clipped images in [-1, 1]",
-            "weights_sha256": file_hash(vgg16),
+            "weights_sha256": perceptual.weights_hash,
         }
     if features is not None:
         metrics["rfid_val"] = {
