@@ -9,17 +9,18 @@ import torch
 from torch import nn
 
 
-def save_random_vgg16(path: Path) -> nn.Module:
-    """Write VGG16's convolutions as torchvision names them; torchmetrics' LPIPS on the same."""
+def torchmetrics_lpips() -> nn.Module:
+    """LPIPS of torchmetrics on random convolutions, the same ones each time."""
     from torchmetrics.functional.image.lpips import _LPIPS
 
     torch.manual_seed(0)
-    lpips = _LPIPS(pretrained=True, net="vgg", pnet_rand=True).eval()
-    state = {
-        "features." + name.split(".", 1)[1]: value for name, value in lpips.net.state_dict().items()
-    }
-    torch.save(state, path)
-    return lpips
+    return _LPIPS(pretrained=True, net="vgg", pnet_rand=True).eval()
+
+
+def save_random_vgg16(path: Path) -> None:
+    """Write the convolutions of `torchmetrics_lpips`, named as torchvision names VGG16's."""
+    state = torchmetrics_lpips().net.state_dict()
+    torch.save({"features." + name.split(".", 1)[1]: value for name, value in state.items()}, path)
 
 
 def save_random_inception(path: Path) -> None:

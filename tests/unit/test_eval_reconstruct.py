@@ -1,183 +1,27 @@
-"""Reconstruction metrics against other implementations, and the command that takes them."""
+"""The reconstruction command: what it measures, what it refuses, and that ranks do not matter."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from random_weights import save_random_inception, save_random_vgg16
-from safetensors.torch import save_file
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.metrics import structural_similarity
 from small_pipeline import SmallPipeline, assert_user_error, run_command
-from torch import nn
 
 from eval import reconstruct
-from eval.features import FeatureExtractor
-from eval.image_metrics import PerceptualDistance, psnr, ssim
-from eval.inception import InceptionFeatures
+from eval.image_metrics import PerceptualDistance, psnr
 from eval.moments import frechet_distance, moments_of
 from eval.reconstruct import switched_off
-from eval.reconstruction_metrics import rfid_label
-from eval.reconstructor import StoredImages, load_images
-from lgm_scale.errors import CheckpointError, ConfigError, LGMError, MissingAssetError
-from lgm_scale.models.frozen import LPIPS
-
-
-def smooth_pairs(count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images with structure, and the same with noise of several strengths."""
-    rng = np.random.default_rng(3)
-    waves = np.linspace(0, 9, side)
-    base = 128 + 90 * np.sin(waves[:, None] + rng.uniform(0, 6, (count, 3, 1, 1))) * np.cos(waves)
-    noise = rng.normal(size=base.shape) * np.linspace(1, 60, count)[:, None, None, None]
-    a, b = (np.clip(x, 0, 255).round().astype(np.uint8) for x in (base, base + noise))
-    return a, b
-
-
-# --- metrics ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("side", [7, 32, 45])
-def test_ssim_is_that_of_scikit_image(side):
-    a, b = smooth_pairs(4, side)
-    expected = [
-        structural_similarity(x / 255, y / 255, channel_axis=0, data_range=1.0)
-        for x, y in zip(a, b, strict=True)
-    ]
-    assert max(expected) - min(expected) > 0.1
-    np.testing.assert_allclose(ssim(a, b), expected, atol=1e-9)
-
-
-def test_ssim_of_equal_images_is_one_and_of_constant_ones_is_known():
-    a, _ = smooth_pairs(2, 16)
-    np.testing.assert_allclose(ssim(a, a), 1, atol=1e-12)
-    dark, light = (np.full((1, 3, 9, 9), level, np.uint8) for level in (51, 102))
-    expected = (2 * 0.2 * 0.4 + 1e-4) / (0.2**2 + 0.4**2 + 1e-4)
-    assert ssim(dark, light) == pytest.approx(expected)
-
-
-def test_psnr_is_that_of_scikit_image():
-    a, b = smooth_pairs(4, 32)
-    expected = [peak_signal_noise_ratio(x, y) for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-6)
-
-
-@pytest.fixture(scope="session")
-def vgg16(tmp_path_factory) -> tuple[Path, nn.Module]:
-    path = tmp_path_factory.mktemp("vgg16") / "vgg16.pth"
-    return path, save_random_vgg16(path)
-
-
-def test_lpips_is_that_of_torchmetrics_on_rounded_pixels(vgg16):
-    path, theirs = vgg16
-    a, b = smooth_pairs(3, 32)
-    with torch.no_grad():
-        pair = [torch.from_numpy(images).float() / 127.5 - 1 for images in (a, b)]
-        expected = theirs(*pair).flatten()
-    found = PerceptualDistance(path, "cpu")(a, b)
-    assert found.dtype == np.float64
-    assert expected.max() > 1e-4
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-
-
-def test_vgg16_weights_that_do_not_fit_are_refused(tmp_path):
-    path = tmp_path / "vgg.safetensors"
-    save_file({"features.0.weight": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match="does not fit the network"):
-        PerceptualDistance(path, "cpu")
-    assert len(LPIPS().features) == 30
-
-
-# --- Inception --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def inception(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    save_random_inception(path)
-    return path
-
-
-@pytest.fixture(scope="session")
-def extractor(inception) -> InceptionFeatures:
-    return InceptionFeatures(inception)
-
-
-def test_inception_features_are_those_of_torch_fidelity(inception, extractor):
-    from torch_fidelity.utils import create_feature_extractor
-
-    space: FeatureExtractor = extractor
-    images, _ = smooth_pairs(3, 32)
-    theirs = create_feature_extractor(
-        "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=str(inception)
-    )
-    with torch.inference_mode():
-        (expected,) = theirs(torch.from_numpy(images))
-    found = space(images)
-    assert found.dtype == np.float64
-    assert found.shape == (3, 2048)
-    assert np.array_equal(found, expected.double().numpy())
-    assert np.abs(found[0] - found[2]).max() > 1e-3
-    assert space(images[:0]).shape == (0, 2048)
-    described = json.loads(json.dumps(space.describe()))
-    assert len(described["weights_sha256"]) == 64
-    assert "fid" not in (space.key + space.label).lower()
-
-
-def test_the_distance_is_that_of_torch_fidelity(extractor):
-    """Both lose digits where there are fewer images than features, hence the tolerance.
-
-    Of 256 features: eigenvalues of 2048 take ten seconds.
-    """
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
-    sides = [extractor(images)[:, :256] for images in smooth_pairs(6, 32)]
-    statistics = [fid_features_to_statistics(torch.from_numpy(x)) for x in sides]
-    expected = fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
-    found = frechet_distance(*(moments_of(x) for x in sides))
-    assert expected > 1e-3
-    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
-
-
-def test_inception_weights_that_are_none_are_refused(tmp_path):
-    path = tmp_path / "weights.pth"
-    torch.save({"fc.weight": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match="does not fit inception-v3-compat"):
-        InceptionFeatures(path)
-    path.write_text("<html>not found</html>")
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
-        InceptionFeatures(path)
-
-
-class Trap:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
-def test_a_weights_file_executes_nothing(tmp_path):
-    torch.save({"fc.weight": Trap(tmp_path / "sprung")}, tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match="cannot be read as weights"):
-        InceptionFeatures(tmp_path / "weights.pth")
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_the_label_says_the_count_and_that_the_rank_is_short():
-    assert rfid_label(50000, 2048) == "rFID on 50000 images"
-    assert rfid_label(544, 2048).startswith("rFID on 544 images (")
-    assert "rank deficient" in rfid_label(544, 2048)
-    assert "rank deficient" in rfid_label(2048, 2048)  # the mean takes one
-
-
-# --- the command ------------------------------------------------------------------------------
+from eval.reconstruction_metrics import Measurement, rfid_label
+from eval.reconstructor import Reconstructor, StoredImages, load_images
+from lgm_scale.bundle import load_tokenizer
+from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError
+from lgm_scale.merging import MergeTree
 
 
 def arguments(pipeline: SmallPipeline, out: Path, *more: object) -> list[str]:
@@ -220,18 +64,60 @@ def test_without_files_two_metrics_are_off_and_say_why(
         assert min(image.size) > 200
 
 
-def test_numbers_are_those_of_the_reconstructions(small_pipeline, tmp_path, monkeypatch, vgg16):
-    from eval.reconstructor import Reconstructor
-    from lgm_scale.bundle import load_tokenizer
-    from lgm_scale.merging import MergeTree
-
-    results = measured(
-        monkeypatch, small_pipeline, tmp_path / "out", "--lengths", 6, "--vgg16", vgg16[0]
-    )
+@pytest.fixture(scope="module")
+def reconstructor(small_pipeline) -> Reconstructor:
     tokenizer = load_tokenizer(small_pipeline.tokenizer)
     images, _ = load_images(str(small_pipeline.images), 32)
     tree = MergeTree.load(small_pipeline.tokenizer / "merge_tree.safetensors")
-    made = Reconstructor(tokenizer, tree, images, 16)(6)
+    return Reconstructor(tokenizer, tree, images, 16)
+
+
+class MeanColours:
+    """A feature space of three dimensions."""
+
+    key, label = "colours", "Frechet distance of mean colours"
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return images.mean(axis=(2, 3)).round(2)
+
+    def describe(self) -> dict:
+        return {}
+
+
+def test_the_distance_is_from_the_originals_to_their_reconstructions(reconstructor):
+    chunks: list[int] = []
+    measurement = Measurement(reconstructor, None, MeanColours(), chunks.append)
+    pixels_hash, reference = measurement.originals()
+    row = measurement.at(6, reference)
+    images = np.asarray(reconstructor.images[:])
+    sides = [MeanColours()(x) for x in (images, reconstructor(6))]
+    expected = frechet_distance(*(moments_of(x) for x in sides))
+    assert expected > 1
+    assert row["rfid_val"] == pytest.approx(expected, rel=1e-5)
+    assert sum(chunks) == 2 * len(images)
+    hashes = b"".join(hashlib.sha256(image.tobytes()).digest() for image in images)
+    assert pixels_hash == hashlib.sha256(hashes).hexdigest()
+
+
+def test_reconstructions_that_are_not_finite_are_named(reconstructor, monkeypatch):
+    real = Reconstructor.chunk
+
+    def broken(self, num_tokens, start, stop):
+        images, finite = real(self, num_tokens, start, stop)
+        return images, finite & (np.arange(start, stop) != 21)
+
+    monkeypatch.setattr(Reconstructor, "chunk", broken)
+    with pytest.raises(DataError, match=r"reconstructions at K = 8: images \[21\] of 68"):
+        Measurement(reconstructor, None, None, lambda _: None).at(8, None)
+
+
+def test_numbers_are_those_of_the_reconstructions(
+    small_pipeline, tmp_path, monkeypatch, vgg16_file, reconstructor
+):
+    results = measured(
+        monkeypatch, small_pipeline, tmp_path / "out", "--lengths", 6, "--vgg16", vgg16_file
+    )
+    images, made = np.asarray(reconstructor.images[:]), reconstructor(6)
     (row,) = results["rows"]
     similar = [
         structural_similarity(x, y, channel_axis=0) for x, y in zip(images, made, strict=True)
@@ -240,7 +126,7 @@ def test_numbers_are_those_of_the_reconstructions(small_pipeline, tmp_path, monk
     assert row["psnr_db"] == pytest.approx(psnr(images, made).mean(), rel=1e-12)
     assert row["ssim"] == pytest.approx(np.mean(similar), abs=1e-6)
     assert row["lpips"] == pytest.approx(
-        PerceptualDistance(vgg16[0], "cpu")(images, made).mean(), rel=1e-4
+        PerceptualDistance(vgg16_file, "cpu")(images, made).mean(), rel=1e-4
     )
     assert row["num_identical"] == 0
     protocol = results["protocol"]
@@ -273,10 +159,12 @@ def few_images(pipeline: SmallPipeline, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.system
-def test_two_ranks_give_the_same_bits(small_pipeline, tmp_path, monkeypatch, vgg16, inception):
+def test_two_ranks_give_the_same_bits(
+    small_pipeline, tmp_path, monkeypatch, vgg16_file, inception_file
+):
     few = few_images(small_pipeline, tmp_path)
     options = ["--images", few, "--batch-size", 1, "--lengths", 8]
-    options += ["--vgg16", vgg16[0], "--inception", inception]
+    options += ["--vgg16", vgg16_file, "--inception", inception_file]
     alone = measured(monkeypatch, small_pipeline, tmp_path / "alone", *options)
     done = run_command(
         "eval/reconstruct.py", *arguments(small_pipeline, tmp_path / "both", *options), ranks=2
@@ -292,6 +180,13 @@ def test_two_ranks_give_the_same_bits(small_pipeline, tmp_path, monkeypatch, vgg
     assert len(metric["features"]["weights_sha256"]) == 64
     assert all(row["rfid_val"] > 0 and math.isfinite(row["rfid_val"]) for row in both["rows"])
     assert both["protocol"]["off"] == {}
+
+
+def test_the_label_says_the_count_and_that_the_rank_is_short():
+    assert rfid_label(50000, 2048) == "rFID on 50000 images"
+    assert rfid_label(544, 2048).startswith("rFID on 544 images (")
+    assert "rank deficient" in rfid_label(544, 2048)
+    assert "rank deficient" in rfid_label(2048, 2048)  # the mean takes one
 
 
 # --- refusals ---------------------------------------------------------------------------------
