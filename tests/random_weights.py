@@ -19,7 +19,9 @@ def torchmetrics_lpips() -> nn.Module:
 
 def save_random_vgg16(path: Path) -> None:
     """Write the convolutions of `torchmetrics_lpips`, named as torchvision names VGG16's."""
-    state = torchmetrics_lpips().net.state_dict()
+    convolutions = torchmetrics_lpips().net
+    assert isinstance(convolutions, nn.Module)
+    state = convolutions.state_dict()
     torch.save({"features." + name.split(".", 1)[1]: value for name, value in state.items()}, path)
 
 
