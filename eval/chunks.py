@@ -10,11 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from composer.utils import dist
+import torch
+from composer.utils import dist, get_device
 
-__all__ = ["over_chunks", "own_chunks"]
+__all__ = ["join_ranks", "over_chunks", "own_chunks"]
 
 Arrays = dict[str, np.ndarray]
+
+
+def join_ranks() -> torch.device:
+    """Start working with the other ranks, in full float32 products; this rank's device."""
+    device = get_device(None)
+    dist.initialize_dist(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False  # it may choose other sums in each run
+    gpu = device.name == "gpu"
+    return torch.device("cuda", dist.get_local_rank()) if gpu else torch.device("cpu")
 
 
 def own_chunks(count: int, size: int) -> list[tuple[int, int]]:

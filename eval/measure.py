@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.utils import dist, get_device
+from composer.utils import dist
 from tqdm import tqdm
 
 from eval.cells import Cells, write_json
-from eval.chunks import over_chunks, own_chunks
+from eval.chunks import join_ranks, over_chunks, own_chunks
 from eval.features import FeatureExtractor, PixelPCA, images_hash
 from eval.generate import flops_per_image, noise_scale_of, refuse_broken, sample_images, sampler_of
+from eval.image_metrics import psnr
 from eval.moments import frechet_distance, moments_of
-from eval.reconstruct import Reconstructor, load_images, psnr
+from eval.reconstructor import Reconstructor, load_images
 from eval.sweep_config import SweepConfig
 from eval.training_loss import loss_per_length
 from lgm_scale import __version__
@@ -40,10 +41,7 @@ Measured = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 def measure(config: SweepConfig) -> None:
     """Do what is missing at each K and write results.json."""
-    device = get_device(None)
-    dist.initialize_dist(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    place = torch.device("cuda", dist.get_local_rank()) if device.name == "gpu" else "cpu"
+    place = join_ranks()
     losses = loss_per_length(config.metrics_log) if config.metrics_log else {}
     bundle = load_generator(config.bundle, place)
     images, labels = load_images(config.images, bundle.tokenizer.image_size)

@@ -1,145 +1,212 @@
-"""Validation images through the tokenizer at each K: PSNR, and the generator's floor.
+"""Validation images through the tokenizer at each K: PSNR, SSIM, LPIPS and rFID.
 
-    python -m eval.reconstruct --bundle BUNDLE --images MDS --out FILE.json [--lengths 8 16 ...]
+    composer eval/reconstruct.py --bundle BUNDLE --images MDS --out FOLDER [--lengths 8 16 ...]
+        [--vgg16 FILE] [--inception FILE]
 
-No generator can be closer to the validation images than their own reconstructions at that K.
+Writes reconstruction.json (numbers with their whole protocol) and reconstruction.png. The numbers
+do not depend on how many ranks work. LPIPS and rFID need weights that are never downloaded: without
+its file a metric is off. Exit status: 0 done, 2 for anything the user must mend.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from composer.utils import dist, get_device
+from composer.utils import dist
+from tqdm import tqdm
 
 from eval.cells import write_json
-from eval.chunks import over_chunks
-from eval.generate import decode_to_uint8, refuse_broken
-from lgm_scale.bundle import load_tokenizer, tokenizer_id
-from lgm_scale.data.images import ImageDataset
+from eval.chunks import join_ranks, own_chunks
+from eval.image_metrics import PerceptualDistance
+from eval.inception import WEIGHTS_URL, InceptionFeatures
+from eval.metric_curves import metric_curves
+from eval.reconstruction_metrics import Measurement, describe_metrics
+from eval.reconstructor import Reconstructor, StoredImages
+from eval.sweep_config import outside_lengths, repeated_lengths, wrong_image_size
+from eval.theme import LIGHT, to_png
+from lgm_scale import __version__
+from lgm_scale.bundle import TOKENIZER_NAME, load_tokenizer, read_bundle
 from lgm_scale.data.latents import TREE_NAME
 from lgm_scale.data.manifest import read_manifest
-from lgm_scale.errors import ConfigError, exit_on_user_error
+from lgm_scale.errors import ConfigError, MissingAssetError, exit_on_user_error
 from lgm_scale.merging import MergeTree
-from lgm_scale.models.tokenizer import Tokenizer
-from lgm_scale.training.tokenizer import to_unit_range
+from lgm_scale.models.assets import VGG16_URL, Asset
 
-__all__ = ["Reconstructor", "ignore", "load_images", "psnr"]
+__all__ = ["switched_off"]
 
-
-def ignore(_: int) -> None:
-    """Progress that nobody watches."""
-
-
-def load_images(folder: str, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All images of an MDS folder, in order: uint8 [M, 3, S, S], labels int64 [M]."""
-    count = read_manifest(folder, "images").num_samples
-    dataset = ImageDataset(folder, image_size=image_size, train=False, seed=0, batch_size=1)
-    items = [dataset[index] for index in range(count)]
-    images = torch.stack([item["images"] for item in items]).numpy()
-    return images, np.array([int(item["labels"]) for item in items])
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio per image, in dB, of rounded pixels and in float64.
-
-    Two equal images have none; they count as if a single value were one level off.
-
-    Shapes: uint8 [B, 3, S, S] x 2 -> float64 [B].
-    """
-    difference = a.astype(np.float64) - b.astype(np.float64)
-    error = np.square(difference).reshape(len(a), -1).mean(axis=1)
-    return 10 * np.log10(255.0**2 / error.clip(min=len(a) / max(1, a.size)))
-
-
-class Reconstructor:
-    """Encodes the images once, on first use, and decodes them at any K.
-
-    Args:
-        tokenizer: Frozen, in eval mode.
-        tree: Its merge tree.
-        images: uint8 [M, 3, S, S].
-        batch_size: Images per chunk.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, tree: MergeTree, images: np.ndarray, batch_size: int
-    ) -> None:
-        self.tokenizer, self.tree = tokenizer, tree
-        self.images, self.batch_size = images, batch_size
-        self.device = next(tokenizer.parameters()).device
-        self._latents: dict[int, torch.Tensor] = {}  # of this rank's chunks, by first image
-
-    @torch.inference_mode()
-    def _encode(self, start: int, stop: int) -> torch.Tensor:
-        if start not in self._latents:
-            batch = torch.from_numpy(self.images[start:stop]).to(self.device)
-            self._latents[start] = self.tokenizer.encode(to_unit_range(batch))
-        return self._latents[start]
-
-    @torch.inference_mode()
-    def __call__(self, num_tokens: int, done=ignore) -> np.ndarray:
-        """All images at K tokens: uint8 [M, 3, S, S], on every rank.
-
-        Raises: DataError naming images that are not finite.
-        """
-        assignment = self.tree.assignment(num_tokens, self.device)
-
-        def chunk(start: int, stop: int) -> dict[str, np.ndarray]:
-            z = assignment.unmerge(assignment.merge(self._encode(start, stop)))
-            images, finite = decode_to_uint8(self.tokenizer.decode(z))
-            return {"images": images, "finite": finite}
-
-        result = over_chunks(len(self.images), self.batch_size, chunk, done)
-        refuse_broken(result["finite"], f"reconstructions at K = {num_tokens}")
-        return result["images"]
+LPIPS_SIDE = 16  # VGG16 halves it four times
+PIXELS = "(x + 1) / 2, clipped to [0, 1], rounded to 8 bits"
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m eval.reconstruct",
-        description="PSNR of reconstructed images at each token count.",
+        prog="composer eval/reconstruct.py",
+        description="PSNR, SSIM, LPIPS and rFID of reconstructed images at each token count.",
     )
     parser.add_argument("--bundle", required=True, help="tokenizer or generator bundle")
     parser.add_argument("--images", required=True, metavar="MDS", help="from images_to_mds.py")
-    parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="for the JSON and picture")
     parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="K", help="default: N, N/2, ... to the least"
     )
+    parser.add_argument("--vgg16", metavar="FILE", help=f"for LPIPS, from {VGG16_URL}")
+    parser.add_argument("--inception", metavar="FILE", help=f"for rFID, from {WEIGHTS_URL}")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step and rank")
     return parser.parse_args(argv)
 
 
-def main() -> int:
-    """Load, reconstruct at each K, write."""
-    args = parse_args(sys.argv[1:])
+def refuse_problems(args: argparse.Namespace, tree: MergeTree, image_size: int) -> None:
+    """Raise ConfigError with everything that is wrong with the command line."""
+    manifest = read_manifest(args.images, "images")
+    tokenizer = {
+        "num_codebooks": tree.num_blocks,
+        "num_base_tokens": tree.num_base_tokens,
+        "image_size": image_size,
+    }
+    problems = [
+        f"--{problem}"
+        for found in (
+            outside_lengths(args.lengths or (), tokenizer),
+            repeated_lengths(args.lengths or ()),
+            wrong_image_size(args.images, manifest, tokenizer),
+            _other_problems(args, manifest.num_samples, image_size),
+        )
+        for problem in found
+    ]
+    if not problems:
+        try:  # now, not after the work
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problems = [f"--out: {args.out} cannot be a folder ({error.strerror}); choose another"]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _other_problems(args: argparse.Namespace, count: int, image_size: int) -> Iterator[str]:
     if args.batch_size < 1:
-        raise ConfigError(f"--batch-size: {args.batch_size} must be 1 or more")
-    device = get_device(None)
-    dist.initialize_dist(device)
-    place = torch.device("cuda", dist.get_local_rank()) if device.name == "gpu" else "cpu"
-    tokenizer = load_tokenizer(args.bundle, place)
+        yield f"batch-size: {args.batch_size} must be 1 or more"
+    if args.inception is not None and count < 2:
+        yield f"images: {args.images} holds {count} image; rFID needs 2 or more"
+    if args.vgg16 is not None and image_size < LPIPS_SIDE:
+        yield f"vgg16: LPIPS needs {LPIPS_SIDE} pixels per side, the bundle makes {image_size}"
+
+
+def switched_off(vgg16: str | None, inception: str | None) -> dict[str, str]:
+    """Metric -> the line that says why it is off, for every metric without its file.
+
+    Raises: MissingAssetError if a path that was given is no file.
+    """
+    files = {
+        "lpips": Asset("--vgg16", vgg16, VGG16_URL, "528 MB", "LPIPS"),
+        "rfid_val": Asset("--inception", inception, WEIGHTS_URL, "96 MB", "rFID"),
+    }
+    wrong = [
+        f"{file.key}: {file.path} is not a file; {file.unlocks} needs it (about {file.size}, from "
+        f"{file.url}), or leave {file.key} out"
+        for file in files.values()
+        if file.path is not None and not file.present
+    ]
+    if wrong:
+        raise MissingAssetError("\n".join(wrong))
+    return {
+        name: f"{file.unlocks} is off: give {file.key} the file {file.url.rsplit('/', 1)[-1]} "
+        f"(about {file.size}, from {file.url}) to switch it on"
+        for name, file in files.items()
+        if file.path is None
+    }
+
+
+def main() -> int:
+    """Check, load, reconstruct at each K, write."""
+    args = parse_args(sys.argv[1:])
+    off = switched_off(args.vgg16, args.inception)
+    tokenizer = load_tokenizer(args.bundle)
     tree = MergeTree.load(Path(args.bundle) / TREE_NAME)
-    lengths = args.lengths
-    if lengths is None:
-        lengths = [tree.num_base_tokens]
-        while lengths[0] // 2 >= tree.num_blocks:
-            lengths.insert(0, lengths[0] // 2)
-    for k in lengths:
-        tree.assignment(k)  # refuse a wrong K before the work
-    images, _ = load_images(args.images, tokenizer.image_size)
-    reconstruct = Reconstructor(tokenizer, tree, images, args.batch_size)
-    means = {str(k): float(psnr(images, reconstruct(k)).mean()) for k in lengths}
-    if dist.get_global_rank() == 0:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        result = {"tokenizer_id": tokenizer_id(args.bundle), "num_images": len(images)}
-        write_json(Path(args.out), result | {"psnr_db": means})
-        print("\n".join(f"K = {k:>4s}   {value:.2f} dB" for k, value in means.items()))
+    refuse_problems(args, tree, tokenizer.image_size)
+    device = join_ranks()
+    tokenizer = tokenizer.to(device)
+    perceptual = PerceptualDistance(args.vgg16, device) if args.vgg16 else None
+    features = (
+        InceptionFeatures(args.inception, device, args.batch_size) if args.inception else None
+    )
+    images = StoredImages(args.images, tokenizer.image_size)
+    lengths, first = sorted(args.lengths or default_lengths(tree)), dist.get_global_rank() == 0
+    own = sum(stop - start for start, stop in own_chunks(len(images), args.batch_size))
+    start = time.perf_counter()
+    with tqdm(
+        total=own * (len(lengths) + 1), desc="reconstruct", unit="img", disable=not first
+    ) as bar:
+        for line in off.values() if first else ():
+            bar.write(line)
+        reconstruct = Reconstructor(tokenizer, tree, images, args.batch_size)
+        measurement = Measurement(reconstruct, perceptual, features, bar.update)
+        pixels_hash, reference = measurement.originals()
+        rows = []
+        for k in lengths:
+            rows.append(measurement.at(k, reference))
+            if first:
+                bar.write(headline(rows[-1]))
+    if first:
+        files = read_bundle(args.bundle, "tokenizer")["files"]
+        protocol = {
+            "bundle_files": {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)},
+            "num_images": len(images),
+            "image_size": tokenizer.image_size,
+            "image_hashes_sha256": pixels_hash,
+            "pixels": PIXELS,
+            "precision": "float32, no TF32",
+            "batch_size": args.batch_size,
+            "device": device.type,
+            "metrics": describe_metrics(len(images), perceptual, features),
+            "off": off,
+        }
+        write_results(Path(args.out), protocol, rows, time.perf_counter() - start)
+    dist.barrier()
     return 0
+
+
+def default_lengths(tree: MergeTree) -> list[int]:
+    """N, N / 2, ... as far as the tree goes."""
+    lengths = [tree.num_base_tokens]
+    while lengths[-1] // 2 >= tree.num_blocks:
+        lengths.append(lengths[-1] // 2)
+    return lengths
+
+
+def headline(row: dict[str, Any]) -> str:
+    """A row for the console."""
+    parts = [f"K = {row['num_tokens']:4d}", f"PSNR {row['psnr_db']:.2f} dB"]
+    names = {"ssim": "SSIM", "lpips": "LPIPS", "rfid_val": "rFID"}
+    return "   ".join(
+        parts + [f"{text} {row[key]:.4f}" for key, text in names.items() if key in row]
+    )
+
+
+def write_results(
+    out: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], seconds: float
+) -> None:
+    """reconstruction.json and reconstruction.png."""
+    results = {
+        "format": "lgm_scale.reconstruction",
+        "version": 1,
+        "versions": {"lgm_scale": __version__, "torch": torch.__version__},
+        "protocol": protocol,
+        "rows": rows,
+        "run": {"ranks": dist.get_world_size(), "seconds": seconds},
+    }
+    write_json(out / "reconstruction.json", results)
+    labels = {name: metric["label"] for name, metric in protocol["metrics"].items()}
+    title = f"Reconstructions of {protocol['num_images']} validation images"
+    picture = to_png(metric_curves(rows, labels, title, LIGHT), LIGHT)
+    (out / "reconstruction.png").write_bytes(picture)
+    print(f"results: {out / 'reconstruction.json'}, {out / 'reconstruction.png'}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ comes in one ConfigError, before a network is built.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,14 @@ from lgm_scale.config import InvalidValues, load_config, read_yaml
 from lgm_scale.data.manifest import Manifest, read_manifest
 from lgm_scale.errors import ConfigError, LGMError
 
-__all__ = ["SweepConfig", "broken_rules", "load_sweep"]
+__all__ = [
+    "SweepConfig",
+    "broken_rules",
+    "load_sweep",
+    "outside_lengths",
+    "repeated_lengths",
+    "wrong_image_size",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +84,7 @@ def broken_rules(config: SweepConfig) -> list[str]:
     try:
         info = _read_info(config.bundle)
         models, classes = info["models"], list(info["classes"])
-        problems += _lengths(config, models)
+        problems += outside_lengths(config.lengths, models["tokenizer"])
     except (LGMError, KeyError, TypeError) as error:
         problems.append(f"bundle: {_one_line(error)}")
     try:
@@ -109,9 +116,7 @@ def _numbers(config: SweepConfig) -> Iterator[str]:
         )
     if not config.lengths:
         yield "lengths: is empty; list the token counts to sweep, for example [8, 16, 32]"
-    repeated = sorted({k for k in config.lengths if config.lengths.count(k) > 1})
-    if repeated:
-        yield f"lengths: {repeated} occur more than once; name each K once"
+    yield from repeated_lengths(config.lengths)
 
 
 def _sampler(config: SweepConfig) -> Iterator[str]:
@@ -144,9 +149,10 @@ def _read_info(folder: str) -> dict[str, Any]:
     return info
 
 
-def _lengths(config: SweepConfig, models: dict[str, Any]) -> Iterator[str]:
-    low, high = models["tokenizer"]["num_codebooks"], models["tokenizer"]["num_base_tokens"]
-    outside = [k for k in config.lengths if not low <= k <= high]
+def outside_lengths(lengths: Sequence[int], tokenizer: dict[str, Any]) -> Iterator[str]:
+    """The problem of K that the tokenizer's merge tree does not have."""
+    low, high = tokenizer["num_codebooks"], tokenizer["num_base_tokens"]
+    outside = [k for k in lengths if not low <= k <= high]
     if outside:
         yield (
             f"lengths: {outside} outside [{low}, {high}], the range of this bundle's merge tree "
@@ -154,16 +160,28 @@ def _lengths(config: SweepConfig, models: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _images(
-    config: SweepConfig, manifest: Manifest, tokenizer: dict[str, Any], classes: list[str] | None
-) -> Iterator[str]:
+def repeated_lengths(lengths: Sequence[int]) -> Iterator[str]:
+    """The problem of K that occur twice."""
+    repeated = sorted({k for k in lengths if lengths.count(k) > 1})
+    if repeated:
+        yield f"lengths: {repeated} occur more than once; name each K once"
+
+
+def wrong_image_size(folder: str, manifest: Manifest, tokenizer: dict[str, Any]) -> Iterator[str]:
+    """The problem of images that the tokenizer does not take as they are."""
     size = tokenizer.get("image_size")
     if size is not None and manifest.image_size != size:
         found = f"{manifest.image_size} pixels" if manifest.image_size else "several sizes"
         yield (
-            f"images: {config.images} holds images of {found}, the bundle makes {size}; convert "
-            f"them with --image-size {size}"
+            f"images: {folder} holds images of {found}, the bundle makes {size}; convert them "
+            f"with --image-size {size}"
         )
+
+
+def _images(
+    config: SweepConfig, manifest: Manifest, tokenizer: dict[str, Any], classes: list[str] | None
+) -> Iterator[str]:
+    yield from wrong_image_size(config.images, manifest, tokenizer)
     if classes is not None and list(manifest.classes) != classes:
         differing = sorted(set(classes) ^ set(manifest.classes))
         what = f"only one of them has {differing[:4]}" if differing else "their order differs"

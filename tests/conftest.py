@@ -8,8 +8,11 @@ import os
 # than they bring. Before torch is imported, and inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
+from random_weights import save_random_inception, save_random_vgg16
 from small_pipeline import SmallPipeline, run_command
 
 
@@ -45,3 +48,19 @@ def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> SmallPipeline:
     )
     assert result.returncode == 0, result.stderr
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def vgg16_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VGG16 with random weights."""
+    path = tmp_path_factory.mktemp("vgg16") / "vgg16.pth"
+    save_random_vgg16(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inception with random weights."""
+    path = tmp_path_factory.mktemp("inception") / "inception.pth"
+    save_random_inception(path)
+    return path

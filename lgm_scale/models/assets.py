@@ -22,11 +22,21 @@ from lgm_scale.config import TokenizerRun
 from lgm_scale.errors import CheckpointError, MissingAssetError
 from lgm_scale.models.frozen import LPIPS, CriticBackbone, Frozen, FrozenNets, Teacher
 
-__all__ = ["TEACHER_WIDTHS", "build_frozen", "load_pretrained", "needed_assets"]
+__all__ = [
+    "TEACHER_WIDTHS",
+    "VGG16_URL",
+    "Asset",
+    "build_frozen",
+    "load_perceptual",
+    "load_pretrained",
+    "needed_assets",
+    "read_weights",
+]
 
 TEACHER_WIDTHS = {"s": 384, "b": 768, "l": 1024}
 """Feature width of each DINOv2 size."""
 _SIZE_NAMES = {"s": "small", "b": "base", "l": "large"}
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 
 
@@ -50,9 +60,8 @@ def needed_assets(config: TokenizerRun) -> list[Asset]:
     """The files that this configuration needs; losses of weight 0 need none."""
     objective, assets, needed = config.objective, config.assets, []
     if objective.perceptual > 0:
-        url = "https://download.pytorch.org/models/vgg16-397923af.pth"
         unlocks = "the perceptual loss (objective.perceptual)"
-        needed.append(Asset("assets.vgg16", assets.vgg16, url, "528 MB", unlocks))
+        needed.append(Asset("assets.vgg16", assets.vgg16, VGG16_URL, "528 MB", unlocks))
     if objective.adversarial > 0:
         url = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
         unlocks = "the adversarial loss (objective.adversarial)"
@@ -141,7 +150,7 @@ def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:
         return assets[key].path if read and assets[key].present else None
 
     return FrozenNets(
-        perceptual=_perceptual(path_of("assets.vgg16")) if "assets.vgg16" in assets else None,
+        perceptual=load_perceptual(path_of("assets.vgg16")) if "assets.vgg16" in assets else None,
         teacher=_teacher(config, path_of("assets.dinov2_teacher"))
         if "assets.dinov2_teacher" in assets
         else None,
@@ -150,7 +159,11 @@ def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:
     )
 
 
-def _perceptual(path: str | None) -> Frozen:
+def load_perceptual(path: str | None) -> Frozen:
+    """LPIPS on VGG16 weights as torchvision publishes them; None for random ones.
+
+    Raises: CheckpointError.
+    """
     lpips = LPIPS()
     if path is not None:
         prefix = "features."

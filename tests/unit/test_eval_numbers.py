@@ -13,8 +13,8 @@ import torch
 from eval.cells import Cells
 from eval.features import PixelPCA, images_hash
 from eval.generate import decode_to_uint8, refuse_broken
+from eval.image_metrics import psnr
 from eval.moments import Moments, frechet_distance, moments_of
-from eval.reconstruct import psnr
 from eval.training_loss import loss_per_length
 from lgm_scale.errors import DataError
 
