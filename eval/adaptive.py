@@ -29,7 +29,14 @@ from lgm_scale.models.adaptive_length import psnr
 from lgm_scale.models.tokenizer import Tokenizer
 from lgm_scale.training.tokenizer import to_unit_range
 
-__all__ = ["AdaptiveSaving", "adaptive_saving", "default_lengths", "image_batches", "psnr_table"]
+__all__ = [
+    "AdaptiveSaving",
+    "adaptive_saving",
+    "default_lengths",
+    "image_batches",
+    "psnr_table",
+    "saving_line",
+]
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,9 @@ def _first_crossing(lengths: Sequence[int], values: np.ndarray, level: float) ->
     return float(lengths[first - 1] + part * (lengths[first] - lengths[first - 1]))
 
 
-def _line(saving: AdaptiveSaving) -> str:
+def saving_line(saving: AdaptiveSaving) -> str:
+    """A saving for the console."""
+
     def against(fixed: float | None) -> str:
         if fixed is None:
             return "none does"
@@ -158,7 +167,7 @@ def main() -> int:
     if not len(table):
         raise ConfigError(f"--images: {args.images} holds no images")
     savings = [adaptive_saving(table, lengths, target) for target in args.target_psnr]
-    print("\n".join(_line(saving) for saving in savings))
+    print("\n".join(saving_line(saving) for saving in savings))
     if args.out:
         result = {
             "num_images": len(table),

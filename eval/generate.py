@@ -13,7 +13,7 @@ from lgm_scale.bundle import GeneratorBundle
 from lgm_scale.errors import CheckpointError, DataError
 from lgm_scale.flops import sampling_flops
 from lgm_scale.objectives.flow import NoiseScale
-from lgm_scale.sampling import CFGRescale, SamplerConfig, initial_noise, sample
+from lgm_scale.sampling import CFGRescale, SamplerConfig, sample_latents
 
 __all__ = [
     "decode_to_uint8",
@@ -61,10 +61,11 @@ def sample_images(
     Shapes: indices [B] int64 -> uint8 [B, 3, S, S], and bool [B]: whether the image is finite.
     """
     net, device = bundle.net, bundle.net.pos_embed.device
-    assignment = bundle.tree.assignment(num_tokens, device)
-    noise = initial_noise(seed, indices, assignment, net.latent_dim, scale).to(device)
     labels = (indices % net.num_classes).to(device)
-    z = sample(bundle.velocity, noise, labels, net.null_label, assignment, sampler)
+    z = sample_latents(
+        bundle.velocity, bundle.tree, seed, indices, labels, net.null_label,
+        num_tokens, net.latent_dim, sampler, scale, bundle.stats.contrasts,
+    )  # fmt: skip
     z = z * bundle.stats.std.to(device) + bundle.stats.mean.to(device)  # [B, N, D]
     return decode_to_uint8(bundle.tokenizer.decode(z))
 

@@ -14,13 +14,16 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer.utils import dist
 from tqdm import tqdm
 
+from eval.adaptive import AdaptiveSaving, adaptive_saving, saving_line
 from eval.cells import write_json
 from eval.chunks import join_ranks, own_chunks
 from eval.image_metrics import PerceptualDistance
@@ -58,6 +61,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--vgg16", metavar="FILE", help=f"for LPIPS, from {VGG16_URL}")
     parser.add_argument("--inception", metavar="FILE", help=f"for rFID, from {WEIGHTS_URL}")
+    parser.add_argument(
+        "--target-psnr",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="DB",
+        help="also: the mean K saved by giving each image the smallest K that reaches this",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="images per step and rank")
     return parser.parse_args(argv)
 
@@ -138,6 +149,8 @@ def main() -> int:
     )
     images = StoredImages(args.images, tokenizer.image_size)
     lengths, first = sorted(args.lengths or default_lengths(tree)), dist.get_global_rank() == 0
+    if args.target_psnr:  # an image that never reaches the target keeps all its tokens
+        lengths = sorted({*lengths, tree.num_base_tokens})
     own = sum(stop - start for start, stop in own_chunks(len(images), args.batch_size))
     start = time.perf_counter()
     with tqdm(
@@ -167,9 +180,22 @@ def main() -> int:
             "metrics": describe_metrics(len(images), perceptual, features),
             "off": off,
         }
-        write_results(Path(args.out), protocol, rows, time.perf_counter() - start)
+        savings = _savings(measurement, lengths, args.target_psnr)
+        seconds = time.perf_counter() - start
+        write_results(Path(args.out), protocol, rows, savings, seconds)
     dist.barrier()
     return 0
+
+
+def _savings(
+    measurement: Measurement, lengths: list[int], targets: list[float]
+) -> list[AdaptiveSaving]:
+    """What choosing K per image saves at each target; printed, too."""
+    table = np.stack([measurement.psnr_of[k] for k in lengths], axis=1)  # [M, L]
+    savings = [adaptive_saving(table, lengths, target) for target in targets]
+    for saving in savings:
+        print(saving_line(saving))
+    return savings
 
 
 def default_lengths(tree: MergeTree) -> list[int]:
@@ -190,7 +216,11 @@ def headline(row: dict[str, Any]) -> str:
 
 
 def write_results(
-    out: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], seconds: float
+    out: Path,
+    protocol: dict[str, Any],
+    rows: list[dict[str, Any]],
+    savings: list[AdaptiveSaving],
+    seconds: float,
 ) -> None:
     """reconstruction.json and reconstruction.png."""
     results = {
@@ -199,6 +229,7 @@ def write_results(
         "versions": {"lgm_scale": __version__, "torch": torch.__version__},
         "protocol": protocol,
         "rows": rows,
+        "adaptive": [asdict(saving) for saving in savings],
         "run": {"ranks": dist.get_world_size(), "seconds": seconds},
     }
     write_json(out / "reconstruction.json", results)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,8 @@ class Measurement:
     perceptual: PerceptualDistance | None
     features: FeatureExtractor | None
     done: Callable[[int], object]
+    psnr_of: dict[int, np.ndarray] = field(default_factory=dict)
+    """PSNR of every image, in order, at every K measured so far."""
 
     @property
     def images(self) -> Images:
@@ -92,6 +94,7 @@ class Measurement:
 
         result = self._over_chunks(work)
         refuse_broken(result["finite"], f"reconstructions at K = {num_tokens}")
+        self.psnr_of[num_tokens] = result["psnr_db"]
         means = {
             name: math.fsum(result[name]) / len(result[name])
             for name in ("psnr_db", "ssim", "lpips")

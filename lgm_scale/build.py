@@ -36,7 +36,13 @@ from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.flops import dit_flops, tokenizer_flops
-from lgm_scale.models.assets import TEACHER_WIDTHS, build_frozen, load_pretrained
+from lgm_scale.models.assets import (
+    FROM_HUB,
+    TEACHER_WIDTHS,
+    build_frozen,
+    load_from_hub,
+    load_pretrained,
+)
 from lgm_scale.models.discriminator import CriticHeads
 from lgm_scale.models.lora import add_adapter
 from lgm_scale.models.tokenizer import AUXILIARY_SIZE, Decoder
@@ -149,7 +155,9 @@ def _build_tokenizer_model(config: TokenizerRun) -> TokenizerModel:
         )
     net = build_tokenizer(config.model)
     pretrained = config.model.pretrained_encoder
-    if pretrained is not None and "model.pretrained_encoder" not in frozen.random_assets:
+    if pretrained == FROM_HUB:
+        load_from_hub(net.encoder.vit, config.model.size)
+    elif pretrained is not None and "model.pretrained_encoder" not in frozen.random_assets:
         load_pretrained(net.encoder.vit, pretrained)
     return TokenizerModel(
         net,

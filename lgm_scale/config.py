@@ -55,7 +55,8 @@ class TokenizerModelConfig:
     dropped_tokens: Literal["zero", "learned"] = "zero"
     """What the decoder reads in place of a token that `length_control: truncate` dropped."""
     pretrained_encoder: str | None = None
-    """DINOv2 checkpoint of the encoder's size, from which training starts; null: from scratch."""
+    """DINOv2 checkpoint of the encoder's size, from which training starts; `hub`: download it
+    through timm; null: from scratch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,16 +23,20 @@ from lgm_scale.errors import CheckpointError, MissingAssetError
 from lgm_scale.models.frozen import LPIPS, CriticBackbone, Frozen, FrozenNets, Teacher
 
 __all__ = [
+    "FROM_HUB",
     "TEACHER_WIDTHS",
     "VGG16_URL",
     "Asset",
     "build_frozen",
+    "load_from_hub",
     "load_perceptual",
     "load_pretrained",
     "needed_assets",
     "read_weights",
 ]
 
+FROM_HUB = "hub"
+"""Value of model.pretrained_encoder that asks for a download."""
 TEACHER_WIDTHS = {"s": 384, "b": 768, "l": 1024}
 """Feature width of each DINOv2 size."""
 _SIZE_NAMES = {"s": "small", "b": "base", "l": "large"}
@@ -72,7 +76,7 @@ def needed_assets(config: TokenizerRun) -> list[Asset]:
         weight = {"s": "88 MB", "b": "346 MB", "l": "1.2 GB"}[size]
         unlocks = "the representation loss (objective.representation)"
         needed.append(Asset("assets.dinov2_teacher", assets.dinov2_teacher, url, weight, unlocks))
-    if config.model.pretrained_encoder is not None:
+    if config.model.pretrained_encoder not in (None, FROM_HUB):
         size = config.model.size
         url = f"{_DINOV2}/dinov2_vit{size}14/dinov2_vit{size}14_pretrain.pth"
         weight = {"s": "88 MB", "b": "346 MB", "l": "1.2 GB"}.get(size, "size unknown")
@@ -132,6 +136,22 @@ def load_pretrained(vit: VisionTransformer, path: str | Path) -> None:
     if result.missing_keys:
         names = ", ".join(result.missing_keys[:3])
         raise CheckpointError(f"{path}: {len(result.missing_keys)} weights are missing ({names})")
+
+
+def load_from_hub(vit: VisionTransformer, size: str) -> None:
+    """Load timm's DINOv2 of this size from the model hub: a download, asked for by the key's value.
+
+    Raises: MissingAssetError if the hub does not answer.
+    """
+    name = f"vit_{_SIZE_NAMES[size]}_patch14_dinov2.lvd142m"
+    try:
+        hub = timm.create_model(name, pretrained=True, num_classes=0)
+    except (OSError, RuntimeError, ValueError) as error:  # whatever the hub's client meets
+        raise MissingAssetError(
+            f"model.pretrained_encoder: hub was asked for timm/{name} and did not give it "
+            f"({error}); check the network, or give the path of the file instead"
+        ) from error
+    vit.load_state_dict(checkpoint_filter_fn(hub.state_dict(), vit))
 
 
 def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:

@@ -188,6 +188,34 @@ def test_pretrained_encoder_is_loaded_and_resampled(tmp_path, suffix):
     assert torch.nn.functional.cosine_similarity(token, expected, dim=0) > 0.9
 
 
+def test_the_hub_is_asked_only_when_told_to(tmp_path, monkeypatch):
+    torch.manual_seed(6)
+    source = timm.create_model("vit_small_patch14_dinov2", img_size=70, num_classes=0)
+    asked = []
+
+    def create_model(name: str, **options: object) -> torch.nn.Module:
+        asked.append((name, options["pretrained"]))
+        return source
+
+    model = dataclasses.replace(
+        run_of(tmp_path).model, size="s", image_size=64, patch_size=16, pretrained_encoder="hub"
+    )
+    config = run_of(tmp_path, model=model)
+    assert [asset.key for asset in assets.needed_assets(config)] == []
+    monkeypatch.setattr(assets.timm, "create_model", create_model)
+    net = build_model(config, None).net  # type: ignore[arg-type]
+    assert asked == [("vit_small_patch14_dinov2.lvd142m", True)]
+    theirs = source.state_dict()["blocks.11.mlp.fc2.weight"]
+    assert torch.equal(net.encoder.vit.state_dict()["blocks.11.mlp.fc2.weight"], theirs)
+
+    def offline(name: str, **options: object) -> torch.nn.Module:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(assets.timm, "create_model", offline)
+    with pytest.raises(MissingAssetError, match=r"pretrained_encoder: hub .*no route to host"):
+        build_model(config, None)  # type: ignore[arg-type]
+
+
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     vit = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0, depth=1)
     state = dict(vit.state_dict())
