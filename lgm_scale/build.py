@@ -48,6 +48,7 @@ from lgm_scale.models.lora import add_adapter
 from lgm_scale.models.tokenizer import AUXILIARY_SIZE, Decoder
 from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.parallel.collectives import mean_over_ranks
+from lgm_scale.parallel.compile import compile_blocks
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.ema import EMA
@@ -289,6 +290,8 @@ def build_trainer(
     state_folder = config.checkpoint.folder or str(Path(config.out) / "state")
     advice = f"Run it again from {state_folder} with a lower optimizer.lr, or look at the data."
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
+    if config.train.compile and isinstance(model, GeneratorModel):
+        compile_blocks(model.net, len(set(config.lengths.choices)))
     callbacks: list[Callback] = [
         StepKeys(lengths, config.lengths.per_sample),
         FiniteGuard(model.record, advice),  # before the EMA moves

@@ -174,6 +174,8 @@ class TrainConfig:
     global_batch_size: int
     device_microbatch_size: int | None = None
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
+    compile: bool = False
+    """Compile a generator's blocks, one graph per token length."""
     batch_scaling: Literal["constant_samples", "constant_tokens"] = "constant_samples"
     """Generator, `constant_tokens`: batch and micro-batch sizes are those of the longest length,
     and a step at K takes K_max / K times as many samples. The learning rate is not rescaled."""

@@ -70,6 +70,10 @@ def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> 
         problems += _tokenizer(config)
     else:
         problems += _generator(config)
+    if config.train.compile and (isinstance(config, TokenizerRun) or config.lora is not None):
+        problems.append(
+            "train.compile: true is for generators without lora, so far; set it to false"
+        )
     if has_gpu is False and config.train.precision == "amp_bf16":
         problems.append("train.precision: amp_bf16 needs a GPU and none is here; use fp32")
     return problems

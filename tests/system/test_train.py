@@ -92,6 +92,16 @@ def test_micro_batches_give_the_numbers_of_whole_batches(small_pipeline, undistu
         assert second["loss"] == pytest.approx(first["loss"], abs=1e-6)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_the_numbers_of_eager_ones(small_pipeline, undisturbed):
+    out = small_pipeline.root / "compiled"
+    result = run_command(TRAIN, small_pipeline.generator_config(out), "train.compile=true")
+    assert result.returncode == 0, result.stderr
+    assert "recompile_limit" not in result.stderr
+    for first, second in zip(metrics(undisturbed), metrics(out), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], abs=1e-5)
+
+
 def test_a_tokenizer_trains_and_its_bundle_loads(small_pipeline):
     out = small_pipeline.root / "tokenizer-run"
     result = run_command(TRAIN, small_pipeline.tokenizer_config(out), "logging.tensorboard=true")

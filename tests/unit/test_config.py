@@ -84,6 +84,7 @@ def test_recipes_build_with_the_expected_size(path):
         ("ema.decay=1.0", "ema.decay: 1.0 must be in [0, 1)"),
         ("objective.pixel=-1", "objective.pixel: -1.0 must be 0 or more"),
         ("seed=-1", "seed: -1 must be 0 or more"),
+        ("train.compile=true", "train.compile: true is for generators"),
     ],
 )
 def test_each_bad_value_has_its_message(override, text):
