@@ -40,6 +40,7 @@ from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, MissingAssetError, exit_on_user_error
 from lgm_scale.merging import MergeTree
 from lgm_scale.models.assets import VGG16_URL, Asset
+from lgm_scale.models.tokenizer import Tokenizer
 
 __all__ = ["switched_off"]
 
@@ -73,12 +74,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def refuse_problems(args: argparse.Namespace, tree: MergeTree, image_size: int) -> None:
+def refuse_problems(args: argparse.Namespace, net: Tokenizer, least: int) -> None:
     """Raise ConfigError with everything that is wrong with the command line."""
+    image_size = net.image_size
     manifest = read_manifest(args.images, "images")
     tokenizer = {
-        "num_codebooks": tree.num_blocks,
-        "num_base_tokens": tree.num_base_tokens,
+        "num_codebooks": least,
+        "num_base_tokens": net.num_base_tokens,
         "image_size": image_size,
     }
     problems = [
@@ -139,8 +141,11 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     off = switched_off(args.vgg16, args.inception)
     tokenizer = load_tokenizer(args.bundle)
-    tree = MergeTree.load(Path(args.bundle) / TREE_NAME)
-    refuse_problems(args, tree, tokenizer.image_size)
+    files = read_bundle(args.bundle, "tokenizer")["files"]
+    has_tree = TREE_NAME in files  # truncation and per-image merging have none
+    tree = MergeTree.load(Path(args.bundle) / TREE_NAME) if has_tree else None
+    least = tree.num_blocks if tree is not None else tokenizer.merging.min_tokens
+    refuse_problems(args, tokenizer, least)
     device = join_ranks()
     tokenizer = tokenizer.to(device)
     perceptual = PerceptualDistance(args.vgg16, device) if args.vgg16 else None
@@ -148,9 +153,10 @@ def main() -> int:
         InceptionFeatures(args.inception, device, args.batch_size) if args.inception else None
     )
     images = StoredImages(args.images, tokenizer.image_size)
-    lengths, first = sorted(args.lengths or default_lengths(tree)), dist.get_global_rank() == 0
+    size, first = tokenizer.num_base_tokens, dist.get_global_rank() == 0
+    lengths = sorted(args.lengths or default_lengths(least, size))
     if args.target_psnr:  # an image that never reaches the target keeps all its tokens
-        lengths = sorted({*lengths, tree.num_base_tokens})
+        lengths = sorted({*lengths, size})
     own = sum(stop - start for start, stop in own_chunks(len(images), args.batch_size))
     start = time.perf_counter()
     with tqdm(
@@ -167,9 +173,9 @@ def main() -> int:
             if first:
                 bar.write(headline(rows[-1]))
     if first:
-        files = read_bundle(args.bundle, "tokenizer")["files"]
+        used = (TOKENIZER_NAME, TREE_NAME)
         protocol = {
-            "bundle_files": {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)},
+            "bundle_files": {name: files[name] for name in used if name in files},
             "num_images": len(images),
             "image_size": tokenizer.image_size,
             "image_hashes_sha256": pixels_hash,
@@ -198,10 +204,10 @@ def _savings(
     return savings
 
 
-def default_lengths(tree: MergeTree) -> list[int]:
-    """N, N / 2, ... as far as the tree goes."""
-    lengths = [tree.num_base_tokens]
-    while lengths[-1] // 2 >= tree.num_blocks:
+def default_lengths(least: int, size: int) -> list[int]:
+    """N, N / 2, ... as far as the length control goes."""
+    lengths = [size]
+    while lengths[-1] // 2 >= max(least, 1):
         lengths.append(lengths[-1] // 2)
     return lengths
 

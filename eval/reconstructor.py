@@ -85,13 +85,13 @@ class Reconstructor:
 
     Args:
         tokenizer: Frozen, in eval mode.
-        tree: Its merge tree.
+        tree: Its merge tree; None for a length control without one.
         images: uint8, M times [3, S, S].
         batch_size: Images per chunk.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, tree: MergeTree, images: Images, batch_size: int
+        self, tokenizer: Tokenizer, tree: MergeTree | None, images: Images, batch_size: int
     ) -> None:
         self.tokenizer, self.tree = tokenizer, tree
         self.images, self.batch_size = images, batch_size
@@ -108,8 +108,12 @@ class Reconstructor:
     @torch.inference_mode()
     def chunk(self, num_tokens: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """One chunk at K tokens: uint8 [B, 3, S, S], and bool [B]: whether an image is finite."""
-        assignment = self.tree.assignment(num_tokens, self.device)
-        z = assignment.unmerge(assignment.merge(self._encode(start, stop)))
+        z = self._encode(start, stop)
+        if self.tree is None:
+            z = self.tokenizer.merging.full_length(z, num_tokens)
+        else:
+            assignment = self.tree.assignment(num_tokens, self.device)
+            z = assignment.unmerge(assignment.merge(z))
         return decode_to_uint8(self.tokenizer.decode(z))
 
     def __call__(self, num_tokens: int, done=ignore) -> np.ndarray:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 from small_pipeline import SmallPipeline, assert_user_error, run_command
@@ -19,7 +21,8 @@ from eval.moments import frechet_distance, moments_of
 from eval.reconstruct import switched_off
 from eval.reconstruction_metrics import Measurement, rfid_label
 from eval.reconstructor import Reconstructor, StoredImages, load_images
-from lgm_scale.bundle import load_tokenizer
+from lgm_scale.bundle import build_tokenizer, load_tokenizer, save_tokenizer_bundle
+from lgm_scale.config import TokenizerModelConfig
 from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError
 from lgm_scale.merging import MergeTree
 
@@ -147,6 +150,29 @@ def test_a_target_says_what_choosing_k_per_image_saves(
     assert (hard["reached"], hard["mean_tokens"]) == (0.0, 16.0)
     assert easy["mean_psnr"] == pytest.approx(results["rows"][0]["psnr_db"])
     assert "target -100.00 dB, reached by 100.0%: mean K 4.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("control", ["truncate", "tome", "none"])
+def test_length_controls_without_a_tree_are_measured_too(
+    small_pipeline, tmp_path, monkeypatch, control
+):
+    config = TokenizerModelConfig(
+        size="tiny",
+        image_size=32,
+        patch_size=8,
+        num_base_tokens=16,
+        latent_dim=8,
+        codebook_size=32,
+        length_control=control,
+    )
+    torch.manual_seed(1)
+    net = build_tokenizer(config)
+    save_tokenizer_bundle(tmp_path / "bundle", config, net.state_dict(), None, {})
+    pipeline = types.SimpleNamespace(tokenizer=tmp_path / "bundle", images=small_pipeline.images)
+    results = measured(monkeypatch, pipeline, tmp_path / "out")  # type: ignore[arg-type]
+    lengths = [row["num_tokens"] for row in results["rows"]]
+    assert lengths == {"truncate": [1, 2, 4, 8, 16], "tome": [4, 8, 16], "none": [16]}[control]
+    assert "merge_tree.safetensors" not in results["protocol"]["bundle_files"]
 
 
 def test_stored_images_are_those_of_the_data_set(small_pipeline):
