@@ -32,6 +32,7 @@ from lgm_scale.merging import MergeAssignment, MergeTree
 from lgm_scale.models.dit import MergeDiT
 from lgm_scale.models.lora import Adapter, with_adapter
 from lgm_scale.models.tokenizer import Tokenizer
+from lgm_scale.sampling import SamplerConfig
 
 __all__ = [
     "GeneratorBundle",
@@ -41,6 +42,7 @@ __all__ = [
     "save_adapted_bundle",
     "save_generator_bundle",
     "save_tokenizer_bundle",
+    "set_sampling_defaults",
     "tokenizer_id",
 ]
 
@@ -231,6 +233,27 @@ def _finish(
     if Path(folder).exists():
         shutil.rmtree(folder)
     aside.rename(folder)
+
+
+def set_sampling_defaults(folder: str | Path, defaults: dict[int, dict[str, Any]]) -> None:
+    """Store what a pipeline samples with at each K when a call names no settings.
+
+    Args:
+        folder: A generator bundle.
+        defaults: K -> fields of `SamplerConfig`, such as a sweep found best. Other K keep theirs.
+
+    Raises: ConfigError for settings without meaning; CheckpointError for no generator bundle.
+    """
+    info = read_bundle(folder, "generator")
+    for num_tokens, settings in defaults.items():
+        unknown = sorted(settings.keys() - SamplerConfig.__dataclass_fields__.keys())
+        if unknown:
+            raise ConfigError(f"sampling defaults at K = {num_tokens}: no setting {unknown[0]!r}")
+        SamplerConfig(**settings)
+    stored = info.get("sampling", {}) | {str(k): settings for k, settings in defaults.items()}
+    aside = Path(folder) / f"{INFO_NAME}.partial"
+    aside.write_text(json.dumps(info | {"sampling": stored}, indent=1) + "\n")
+    aside.replace(Path(folder) / INFO_NAME)
 
 
 def read_bundle(folder: str | Path, kind: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lgm_scale.bundle import GeneratorBundle, load_generator
-from lgm_scale.errors import ConfigError, LGMError
+from lgm_scale.errors import CheckpointError, ConfigError, LGMError
 from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.sampling import CFGRescale, SamplerConfig, sample_latents
 from lgm_scale.sampling.solver import check_nested
@@ -100,10 +100,16 @@ class LGMPipeline:
         return NoiseScale(objective.get("noise_scale", NoiseScale.CORRECTED.value))
 
     def default_config(self, num_tokens: int) -> SamplerConfig:
-        """Settings of a call at K tokens that names none."""
+        """Settings of a call at K tokens that names none: the bundle's own, where it has some."""
         if self.noise_scale == NoiseScale.LEGACY:  # per-position guidance needs merged noise
-            return SamplerConfig(cfg_scale=1.5, cfg_rescale=CFGRescale.NONE)
-        return SamplerConfig(cfg_scale=default_cfg_scale(self.num_base_tokens, num_tokens))
+            config = SamplerConfig(cfg_scale=1.5, cfg_rescale=CFGRescale.NONE)
+        else:
+            config = SamplerConfig(cfg_scale=default_cfg_scale(self.num_base_tokens, num_tokens))
+        stored = self.bundle.info.get("sampling", {}).get(str(num_tokens), {})
+        try:
+            return replace(config, **stored)
+        except (TypeError, ConfigError) as error:
+            raise CheckpointError(f"bundle.json: sampling at K = {num_tokens}: {error}") from error
 
     def __call__(
         self,

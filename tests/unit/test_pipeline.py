@@ -20,6 +20,7 @@ from lgm_scale.bundle import (
     build_tokenizer,
     save_generator_bundle,
     save_tokenizer_bundle,
+    set_sampling_defaults,
 )
 from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
 from lgm_scale.data.latents import LatentStats
@@ -277,3 +278,24 @@ def test_a_wrong_command_ends_with_status_2(tmp_path):
     assert done.returncode == 2
     assert "is no bundle" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_bundle_keeps_the_settings_of_each_length(bundle, tmp_path):
+    copy = tmp_path / "dit"
+    shutil.copytree(bundle, copy)
+    set_sampling_defaults(copy, {8: {"cfg_scale": 4.0, "num_steps": 7, "cfg_interval": [0.2, 0.9]}})
+    set_sampling_defaults(copy, {4: {"solver": "heun"}})
+    tuned, plain = LGMPipeline.from_bundle(copy, "cpu"), LGMPipeline.from_bundle(bundle, "cpu")
+    config = tuned.config(8)
+    assert (config.cfg_scale, config.num_steps, tuple(config.cfg_interval)) == (4.0, 7, (0.2, 0.9))
+    assert tuned.config(8, cfg_scale=2.0).cfg_scale == 2.0  # a call's own setting wins
+    assert tuned.config(4).solver is Solver.HEUN
+    assert tuned.config(16) == plain.config(16)
+    with pytest.raises(ConfigError, match="no setting 'steps'"):
+        set_sampling_defaults(copy, {8: {"steps": 5}})
+    with pytest.raises(ConfigError, match=r"cfg_scale: 0\.5 is below 1"):
+        set_sampling_defaults(copy, {8: {"cfg_scale": 0.5}})
+    info = json.loads((copy / "bundle.json").read_text())
+    (copy / "bundle.json").write_text(json.dumps(info | {"sampling": {"8": {"cfg_scale": 0}}}))
+    with pytest.raises(CheckpointError, match=r"(?s)sampling at K = 8: .*below 1"):
+        LGMPipeline.from_bundle(copy, "cpu").config(8)
