@@ -323,6 +323,9 @@ def build_trainer(
         save_folder=state_folder,
         save_interval=config.checkpoint.interval,
         save_num_checkpoints_to_keep=config.checkpoint.keep,
+        # A kill while a state is written leaves a file that no `latest` points to. The folder is
+        # this run's alone (`run_folder`), so writing that state again is right.
+        save_overwrite=True,
         autoresume=True,
         device="gpu" if torch.cuda.is_available() else "cpu",
         precision=config.train.precision,

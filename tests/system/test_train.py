@@ -54,6 +54,7 @@ def test_kill_9_and_the_same_command_again_change_nothing(small_pipeline, undist
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (out / "bundle").exists()
+    (out / "state" / "ep1-ba8-rank0.pt").write_bytes(b"torn")  # killed while writing the next one
     result = run_command(TRAIN, config)
     assert result.returncode == 0, result.stderr
     assert [row["loss"] for row in metrics(out)] == [row["loss"] for row in metrics(undisturbed)]
