@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+from collections.abc import Iterator
 
 # One thread per test process: on few cores, OpenMP threads that wait for each other cost more
 # than they bring. Before torch is imported, and inherited by the commands that tests start.
@@ -14,6 +17,29 @@ import pytest
 import torch
 from random_weights import save_random_inception, save_random_vgg16
 from small_pipeline import SmallPipeline, run_command
+from streaming.base.shared.memory import SharedMemory
+
+
+@pytest.fixture(autouse=True)
+def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Close what streaming opened in a test; it keeps a dozen files per data set to the end."""
+    opened: list[SharedMemory] = []
+    start = SharedMemory.__init__
+
+    def noted(self: SharedMemory, *args: object, **options: object) -> None:
+        start(self, *args, **options)  # type: ignore[arg-type]
+        opened.append(self)
+
+    monkeypatch.setattr(SharedMemory, "__init__", noted)
+    yield
+    if opened:
+        gc.collect()  # the data sets, whose arrays lie in this memory
+    for memory in opened:
+        try:
+            memory.cleanup()
+        except BufferError:  # still in use, by a fixture of wider scope: closed at the end
+            continue
+        atexit.unregister(memory.cleanup)
 
 
 @pytest.fixture(scope="session")
