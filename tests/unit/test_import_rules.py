@@ -57,6 +57,7 @@ TORCH_FREE = (
     "lgm_scale/errors.py",
     "lgm_scale/run_folder.py",
     "lgm_scale/data/manifest.py",
+    "lgm_scale/parallel/rules.py",
 )
 TORCH_LATER = ("lgm_scale/train.py",)
 
