@@ -67,7 +67,7 @@ def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> 
     """Every rule that the configuration breaks at this world size."""
     problems = [*_batch(config, world_size), *_lengths(config), *_numbers(config)]
     problems += [*_optimizer(config), *_times(config), *_batch_scaling(config)]
-    problems += parallel_rules(config, world_size)
+    problems += parallel_rules(config, world_size, has_gpu)
     if isinstance(config, TokenizerRun):
         problems += _tokenizer(config)
     else:

@@ -10,8 +10,8 @@ from lgm_scale.config import TokenizerRun, TrainingRun
 __all__ = ["parallel_rules"]
 
 
-def parallel_rules(config: TrainingRun, world_size: int) -> Iterator[str]:
-    """One line for each rule that is broken."""
+def parallel_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> Iterator[str]:
+    """One line for each rule that is broken; see `config_rules.broken_rules`."""
     parallel = config.parallel
     sections = {"fsdp": parallel.fsdp, "deepspeed": parallel.deepspeed}
     given = [name for name, section in sections.items() if section is not None]
@@ -33,12 +33,12 @@ def parallel_rules(config: TrainingRun, world_size: int) -> Iterator[str]:
     if parallel.timeout_seconds < 1:
         yield f"parallel.timeout_seconds: {parallel.timeout_seconds} must be 1 or more"
     if parallel.strategy == "fsdp":
-        yield from _fsdp(config, world_size)
+        yield from _fsdp(config, world_size, has_gpu)
     if parallel.strategy == "deepspeed":
         yield from _deepspeed(config)
 
 
-def _fsdp(config: TrainingRun, world_size: int) -> Iterator[str]:
+def _fsdp(config: TrainingRun, world_size: int, has_gpu: bool | None) -> Iterator[str]:
     fsdp = config.parallel.fsdp
     if fsdp is None:
         return
@@ -54,18 +54,19 @@ def _fsdp(config: TrainingRun, world_size: int) -> Iterator[str]:
                 f"{fsdp.shard}; drop it, or use hybrid"
             )
         return
+    if fsdp.version == 2 and has_gpu is False:
+        yield (
+            "parallel.fsdp.shard: hybrid needs a GPU under version 2 (torch 2.7 waits for a CUDA "
+            "event); use version: 1 here"
+        )
     if fsdp.group_size is None:
         return
-    if not 1 <= fsdp.group_size <= world_size:
+    if world_size % fsdp.group_size != 0 or not 2 <= fsdp.group_size <= world_size:
+        valid = [str(size) for size in range(2, world_size + 1) if world_size % size == 0]
         yield (
-            f"parallel.fsdp.group_size: {fsdp.group_size} ranks cannot share one copy on "
-            f"{world_size} ranks; use 1 to {world_size}"
-        )
-    elif world_size % fsdp.group_size != 0:
-        valid = [str(size) for size in range(1, world_size + 1) if world_size % size == 0]
-        yield (
-            f"parallel.fsdp.group_size: {fsdp.group_size} does not divide {world_size} ranks; "
-            f"valid: {', '.join(valid)}"
+            f"parallel.fsdp.group_size: {fsdp.group_size} of {world_size} ranks cannot share a "
+            f"copy: it must divide them, and 1 would be strategy: ddp; valid: "
+            f"{', '.join(valid) or 'none, use ddp'}"
         )
 
 
