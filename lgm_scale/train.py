@@ -19,6 +19,7 @@ from pathlib import Path
 from lgm_scale.config import TrainingRun
 from lgm_scale.config_rules import load_training_run
 from lgm_scale.errors import exit_on_user_error
+from lgm_scale.first_failure import first_failure_on_top
 from lgm_scale.run_folder import RunFolder
 
 log = logging.getLogger("lgm_scale")
@@ -78,7 +79,8 @@ def main() -> int:
         if rank == 0:
             print(f"run {config.run_name} is finished: {folder.bundle}")
         return 0
-    return train(config, folder)
+    with first_failure_on_top(folder.path / "failures"):
+        return train(config, folder)
 
 
 def train(config: TrainingRun, folder: RunFolder) -> int:

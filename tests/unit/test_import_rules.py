@@ -33,6 +33,7 @@ ORDER = [
     "objectives",
     "models",
     "data",
+    "first_failure",
     "nesting",
     "merging",
     "linkage",
@@ -56,6 +57,7 @@ PURE_MAY_NOT = ("composer", "torch.distributed", "streaming")
 TORCH_FREE = (
     "lgm_scale/config",
     "lgm_scale/errors.py",
+    "lgm_scale/first_failure.py",
     "lgm_scale/run_folder.py",
     "lgm_scale/data/manifest.py",
     "lgm_scale/parallel/rules.py",
