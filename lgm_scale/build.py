@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,14 @@ from lgm_scale.bundle import (
     save_tokenizer_bundle,
     tokenizer_id,
 )
-from lgm_scale.config import GeneratorRun, OptimizerConfig, TokenizerRun, TrainingRun, to_dict
+from lgm_scale.config import (
+    DeepSpeedConfig,
+    GeneratorRun,
+    OptimizerConfig,
+    TokenizerRun,
+    TrainingRun,
+    to_dict,
+)
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import ConfigError, DataError
@@ -237,7 +245,7 @@ def _players(model: TrainingModel) -> dict[str, list[nn.Module]]:
 
 def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
     threshold = config.optimizer.clip_norm
-    if threshold is None:
+    if threshold is None or config.parallel.strategy == "deepspeed":  # the engine clips
         return []
     if isinstance(model, TokenizerModel):
         return [PlayerClipping(model.players(), threshold, model.record)]
@@ -283,6 +291,19 @@ def build_data(config: TrainingRun, dataset: TrainingDataset, lengths: LengthSch
     )
 
 
+def _trainer_class(config: TrainingRun) -> Callable[..., Trainer]:
+    """Composer's trainer, or ours of the strategy."""
+    if config.parallel.strategy != "deepspeed":
+        return Trainer
+    from lgm_scale.parallel.deepspeed import DeepSpeedTrainer  # an extra: maybe not installed
+
+    return partial(
+        DeepSpeedTrainer,
+        zero=config.parallel.deepspeed or DeepSpeedConfig(),
+        clip_norm=config.optimizer.clip_norm,
+    )
+
+
 def build_trainer(
     config: TrainingRun, model: TrainingModel, dataset: TrainingDataset, ema: EMA
 ) -> Trainer:
@@ -309,7 +330,7 @@ def build_trainer(
     if isinstance(data.dataloader, ScaledLoader):
         callbacks.append(LoaderStep(data.dataloader))
     batch_size = config.train.global_batch_size // dist.get_world_size()
-    return Trainer(
+    return _trainer_class(config)(
         model=model,
         train_dataloader=data,
         max_duration=config.train.max_duration,

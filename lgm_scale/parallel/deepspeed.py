@@ -28,7 +28,14 @@ from lgm_scale.config import DeepSpeedConfig
 from lgm_scale.errors import ConfigError, DivergenceError
 from lgm_scale.parallel.pieces import Piece, fresh_adamw_state, plain_name
 
-__all__ = ["DeepSpeedTrainer", "reload", "zero_pieces"]
+__all__ = [
+    "DeepSpeedTrainer",
+    "EngineOptimizer",
+    "reload",
+    "settings",
+    "start_engine",
+    "zero_pieces",
+]
 
 # They read or write `p.grad` or `p.data`, where ZeRO leaves nothing, or nothing that is whole.
 _ALGORITHMS = {
@@ -76,11 +83,11 @@ class DeepSpeedTrainer(Trainer):
         """Composer's place for wrappers: after schedulers are bound, before a state is loaded."""
         (optimizer,) = self.state.optimizers
         bf16 = self.state.precision is Precision.AMP_BF16
-        self.zero_engine = _start_engine(
-            self.state.model, optimizer, _settings(self._zero, self._clip_norm, bf16)
+        self.zero_engine = start_engine(
+            self.state.model, optimizer, settings(self._zero, self._clip_norm, bf16)
         )
         self.state.model = _EngineModel(self.zero_engine)  # type: ignore[assignment]
-        self.state.optimizers = _EngineOptimizer(self.zero_engine, optimizer)
+        self.state.optimizers = EngineOptimizer(self.zero_engine, optimizer)
         self.state.serialized_attributes = [
             name for name in self.state.serialized_attributes if name not in ("model", "optimizers")
         ]
@@ -97,7 +104,7 @@ def _unfit(members: Any, unfit: dict[str, str]) -> Iterator[str]:
                 )
 
 
-def _settings(zero: DeepSpeedConfig, clip_norm: float | None, bf16: bool) -> dict[str, Any]:
+def settings(zero: DeepSpeedConfig, clip_norm: float | None, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's configuration. What it would choose differently from DDP is written out."""
     bucket = zero.bucket_mib * 2**20 // _BYTES
     sharding: dict[str, Any] = {
@@ -129,8 +136,14 @@ def _settings(zero: DeepSpeedConfig, clip_norm: float | None, bf16: bool) -> dic
     }
 
 
-def _start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Any) -> Any:
-    """The engine, which has taken model and optimizer over. Every rank must call it."""
+def start_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, configuration: dict[str, Any]
+) -> Any:
+    """The engine, which has taken model and optimizer over. Every rank must call it.
+
+    A model's `read_elsewhere`, if it has one, names pairs of a module and a weight of another one
+    that it reads.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
         # An operator for inference on CPUs: it would be compiled here, minutes long, on all ranks.
@@ -138,8 +151,11 @@ def _start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: 
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist.get_backend(), verbose=False)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=settings, dist_init_required=False
+        model=model, optimizer=optimizer, config=configuration, dist_init_required=False
     )
+    if engine.zero_optimization_stage() == 3 and hasattr(model, "read_elsewhere"):
+        for module, parameter in model.read_elsewhere():  # type: ignore[operator]
+            deepspeed.zero.register_external_parameter(module, parameter)
     return engine
 
 
@@ -164,7 +180,7 @@ class _EngineModel(nn.Module):
         return iter(())
 
 
-class _EngineOptimizer(torch.optim.Optimizer):
+class EngineOptimizer(torch.optim.Optimizer):
     """The optimizer as Composer calls it: its step is the engine's.
 
     The groups are those of the optimizer that the engine steps, so that Composer's schedulers,
@@ -330,6 +346,4 @@ def _partition(engine: Any, name: str, parameter: Any) -> Piece:
     optimizer = engine.optimizer
     group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
     flat = optimizer.fp32_partitioned_groups_flat[group]
-    return _FlatPiece(
-        name, parameter.ds_shape, start, numel, flat, offset, optimizer.optimizer
-    )
+    return _FlatPiece(name, parameter.ds_shape, start, numel, flat, offset, optimizer.optimizer)
