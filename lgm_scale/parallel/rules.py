@@ -97,8 +97,3 @@ def _deepspeed(config: TrainingRun) -> Iterator[str]:
             "parallel.strategy: deepspeed knows the norm of all gradients alone; set it to null, "
             "or use fsdp or ddp"
         )
-    if isinstance(config, TokenizerRun) and config.objective.adversarial > 0:
-        yield (
-            "parallel.strategy: deepspeed clips one norm over all parameters, and a tokenizer "
-            "with objective.adversarial > 0 has two players, each clipped on its own; use fsdp"
-        )
