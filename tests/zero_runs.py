@@ -31,6 +31,7 @@ from lgm_scale.parallel import deepspeed as zero
 from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.parallel.compile import compile_blocks
 from lgm_scale.parallel.pieces import Piece, gather, local_pieces
+from lgm_scale.parallel.zero_pieces import reload, zero_pieces
 from lgm_scale.training.generator import GeneratorModel
 
 BATCH, STEPS, HALF = 8, 20, 10
@@ -116,6 +117,7 @@ class Watch(Callback):
         self.model = model
         self.first = first
         self.pieces: list[Piece] = []
+        self.weights: list[torch.Tensor] = []
         self.average: list[torch.Tensor] = []
         self.losses: list[float] = []
         self.rates: list[float] = []
@@ -123,15 +125,15 @@ class Watch(Callback):
 
     def start(self, pieces: list[Piece]) -> None:
         self.pieces = pieces
-        self.average = [piece.weight().clone() for piece in pieces]
+        self.weights = [piece.weight() for piece in pieces]  # views, which steps must not cut off
+        self.average = [weight.clone() for weight in self.weights]
 
     def batch_start(self, state, logger) -> None:
         step = self.first + state.timestamp.batch.value
         state.batch |= {"step": step, "num_tokens": LENGTHS[step % len(LENGTHS)]}
 
     def batch_end(self, state, logger) -> None:
-        for average, piece in zip(self.average, self.pieces, strict=True):
-            average.lerp_(piece.weight(), 1 - EMA_DECAY)
+        torch._foreach_lerp_(self.average, self.weights, 1 - EMA_DECAY)
         self.losses.append(mean_over_ranks(self.model.record.take()["loss"]).item())
         self.rates.append(state.optimizers[0].param_groups[0]["lr"])
         if self.first + state.timestamp.batch.value == HALF:
@@ -163,22 +165,15 @@ def checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *inputs: checkpoint(function, *inputs, use_reentrant=False)
 
 
-def run(case: Case, world_size: int, folder: Path) -> dict[str, Any]:
-    """Train, and return what the tests read."""
+def options_of(case: Case, model: GeneratorModel, world_size: int) -> dict[str, Any]:
+    """Of Composer's trainer."""
     first = HALF if case.resume else 0
-    model = small_generator(seed=1 if case.resume else 0)
-    if case.checkpointing:
-        for block in model.net.blocks:
-            block.forward = checkpointed(block.forward)
-    if case.compile:
-        compile_blocks(model.net, len(LENGTHS), backend="aot_eager")
-    watch = Watch(model, first)
     config = OptimizerConfig(lr=1e-3, weight_decay=1e-2, warmup=5 if case.clip else 0)
     data = Latents(first)
     loader = DataLoader(
         data, BATCH // world_size, sampler=composer_dist.get_sampler(data, shuffle=False)
     )
-    options: dict[str, Any] = {
+    return {
         "model": model,
         "train_dataloader": DataSpec(
             loader, get_num_samples_in_batch=lambda batch: len(batch["sample_ids"])
@@ -186,13 +181,25 @@ def run(case: Case, world_size: int, folder: Path) -> dict[str, Any]:
         "max_duration": f"{STEPS - first}ba",
         "optimizers": build_optimizer(config, {"generator": [model.net]}),
         "schedulers": build_scheduler(config),
-        "callbacks": [watch],
+        "callbacks": [Watch(model, first)],
         "device": "cpu",
         "precision": "fp32",
         "progress_bar": False,
         "device_train_microbatch_size": BATCH // world_size // (4 if case.clip else 1),
         "seed": 0,
     }
+
+
+def run(case: Case, world_size: int, folder: Path) -> dict[str, Any]:
+    """Train, and return what the tests read."""
+    model = small_generator(seed=1 if case.resume else 0)
+    if case.checkpointing:
+        for block in model.net.blocks:
+            block.forward = checkpointed(block.forward)
+    if case.compile:
+        compile_blocks(model.net, len(LENGTHS), backend="aot_eager")
+    options = options_of(case, model, world_size)
+    (watch,) = options["callbacks"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     if case.stage == 0:
         clipping = GradientClipping("norm", case.clip) if case.clip else None
@@ -201,11 +208,12 @@ def run(case: Case, world_size: int, folder: Path) -> dict[str, Any]:
     else:
         sharding = DeepSpeedConfig(stage=case.stage, offload=case.offload, bucket_mib=1)  # type: ignore[arg-type]
         trainer = zero.DeepSpeedTrainer(zero=sharding, clip_norm=case.clip, **options)
-        watch.start(zero.zero_pieces(trainer.zero_engine, model))
-    found = {"before": before, "read": dict(gather(watch.pieces, watch.average))}
+        watch.start(zero_pieces(trainer.zero_engine, model))
+    found: dict[str, Any] = {"before": before, "read": dict(gather(watch.pieces, watch.average))}
+    found["cut"] = sum(0 < p.numel < torch.Size(p.shape).numel() for p in watch.pieces)
     if case.resume:
         fill(watch.pieces, torch.load(folder / f"{case.resume}.pt", weights_only=True)["middle"])
-        zero.reload(trainer.zero_engine)  # type: ignore[attr-defined]
+        reload(trainer.zero_engine)  # type: ignore[attr-defined]
     trainer.fit()
     trainer.close()
     found |= everything(watch.pieces)
@@ -229,7 +237,8 @@ def live_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
 
 
 def bytes_per_rank(stage: int) -> dict[str, int]:
-    """Of weights, of gradients between backward and step, and of moments after it."""
+    """Of weights as the model reads them and as the optimizer steps them, of gradients between
+    backward and step, and of moments."""
     model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
     engine = engine_of(model, stage)
     engine(torch.ones(2, 512)).square().mean().backward()
@@ -237,8 +246,10 @@ def bytes_per_rank(stage: int) -> dict[str, int]:
     gradients = [t for groups in kept for group in groups.values() for t in group or ()]
     found = {"gradients": live_bytes([*gradients, *(p.grad for p in model.parameters())])}
     engine.step()
-    states = [piece.optimizer_state() for piece in zero.zero_pieces(engine, model)]
-    found["optimizer"] = live_bytes(s[key] for s in states for key in ("exp_avg", "exp_avg_sq"))
+    pieces = zero_pieces(engine, model)
+    found["master"] = live_bytes(piece.weight() for piece in pieces)
+    states = [piece.optimizer_state() for piece in pieces]
+    found["moments"] = live_bytes(s[key] for s in states for key in ("exp_avg", "exp_avg_sq"))
     weights = [(p.data, getattr(p, "ds_tensor", None)) for p in model.parameters()]
     found["weights"] = live_bytes(tensor for both in weights for tensor in both)
     engine.destroy()
@@ -290,12 +301,29 @@ def tokenizer_run(stage: int, rank: int, world_size: int) -> dict[str, float]:
         (wrapped if stage else optimizer).step()
         for name, value in model.record.take().items():
             found[f"{step}.{name}"] = mean_over_ranks(value).item()
-    pieces = zero.zero_pieces(wrapped, model) if stage else local_pieces(model, optimizer)
+    pieces = zero_pieces(wrapped, model) if stage else local_pieces(model, optimizer)
     for name, weight in gather(pieces, [piece.weight() for piece in pieces]):
         found[name] = weight.abs().max().item()
     if stage:
         wrapped.destroy()
     return found
+
+
+def forgotten_weights(folder: Path) -> str:
+    """What a run says that Composer alone has resumed."""
+    for _ in range(2):
+        options = options_of(Case(2), small_generator(), 1) | {"max_duration": "2ba"}
+        saving = {"save_folder": str(folder / "saved"), "autoresume": True, "run_name": "run"}
+        sharding = DeepSpeedConfig(stage=2, bucket_mib=1)
+        trainer = zero.DeepSpeedTrainer(zero=sharding, **options, **saving)
+        try:
+            trainer.fit()
+        except AssertionError as error:
+            return str(error)
+        finally:
+            trainer.close()
+            trainer.zero_engine.destroy()
+    return ""
 
 
 def divergence(stage: int) -> str:
@@ -327,7 +355,9 @@ def worker(rank: int, world_size: int, port: int, folder: Path) -> None:
         case.name: lambda case=case: run(case, world_size, folder) for case in CASES[world_size]
     }
     jobs["bytes"] = lambda: {stage: bytes_per_rank(stage) for stage in STAGES}
-    if world_size > 1:
+    if world_size == 1:
+        jobs["forgotten"] = lambda: forgotten_weights(folder)
+    else:
         jobs["autocast"] = lambda: [autocast_losses(s, rank, world_size) for s in (0, *STAGES)]
         jobs["tokenizer"] = lambda: [tokenizer_run(s, rank, world_size) for s in (0, *STAGES)]
         jobs["divergence"] = lambda: [divergence(stage) for stage in STAGES]
