@@ -72,8 +72,8 @@ def _fsdp(config: TrainingRun, world_size: int) -> Iterator[str]:
 def _deepspeed(config: TrainingRun) -> Iterator[str]:
     if importlib.util.find_spec("deepspeed") is None:
         yield (
-            "parallel.strategy: deepspeed, but it is not installed; "
-            "pip install --no-build-isolation 'lgm-scale[deepspeed]', or use fsdp"
+            "parallel.strategy: deepspeed, but it is not installed; pip install setuptools wheel, "
+            "then pip install --no-build-isolation 'lgm-scale[deepspeed]', or use fsdp"
         )
     deepspeed = config.parallel.deepspeed or DeepSpeedConfig()
     if deepspeed.offload == "all" and deepspeed.stage != 3:

@@ -31,6 +31,7 @@ from zero_runs import (
 
 from lgm_scale.parallel.deepspeed import DeepSpeedTrainer
 
+pytestmark = pytest.mark.slow
 TOLERANCE = 1e-6
 
 
