@@ -50,7 +50,7 @@ STRATEGIES = {
         f"zero-{stage}": ParallelConfig(
             strategy="deepspeed", deepspeed=DeepSpeedConfig(stage=stage)
         )
-        for n in (1, 2, 3)
+        for stage in (1, 2, 3)
     },
 }
 
@@ -155,7 +155,7 @@ class Step:
     def state_bytes(self) -> int:
         """Weights, gradients and moments on this rank, after a backward pass."""
         if self.engine is not None:
-            from lgm_scale.parallel.deepspeed import zero_pieces
+            from lgm_scale.parallel.zero_pieces import zero_pieces
 
             pieces = zero_pieces(self.engine, self.model["net"])
         else:
