@@ -43,7 +43,7 @@ def installed(monkeypatch) -> None:
 def problems(config, **deepspeed) -> list[str]:
     section = DeepSpeedConfig(**deepspeed) if deepspeed else None
     parallel = ParallelConfig(strategy="deepspeed", deepspeed=section)
-    return list(parallel_rules(dataclasses.replace(config, parallel=parallel), 2))
+    return list(parallel_rules(dataclasses.replace(config, parallel=parallel), 2, None))
 
 
 @pytest.mark.parametrize("config", [GENERATOR, TOKENIZER], ids=["generator", "tokenizer"])
