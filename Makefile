@@ -43,9 +43,6 @@ quickstart: $(STAMP)
 test: $(STAMP) $(DEEPSPEED)
 	pytest
 
-test: $(STAMP) $(DEEPSPEED)
-	pytest -m "not servers"
-
 test-system: $(STAMP) $(DEEPSPEED)
 	pytest -m servers tests/system
 
