@@ -149,7 +149,7 @@ def measured_bytes(
         average: Of the moving average.
         gradients: Those that pieces do not know of: under ZeRO, `zero_pieces.live_gradients`.
     """
-    parts = [p.ds_tensor for p in model.parameters() if hasattr(p, "ds_tensor")]  # of ZeRO-3
+    parts = [vars(p)["ds_tensor"] for p in model.parameters() if hasattr(p, "ds_tensor")]  # ZeRO-3
     weights = [*model.parameters(), *parts, *(piece.weight() for piece in pieces)]
     known = [gradient for p in pieces if (gradient := p.gradient()) is not None]
     gradients = [*gradients, *known]
