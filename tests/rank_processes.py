@@ -6,9 +6,11 @@ they can be killed, and get signals.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -66,6 +68,10 @@ def wait_for(ranks: Sequence[BaseProcess], timeout: float = 300) -> list[int | N
     for process in ranks:
         process.join(max(0.1, deadline - time.monotonic()))
     late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for rank in late:
+        os.kill(ranks[rank].pid or 0, signal.SIGUSR1)  # where it hangs, into its log
+    if late:
+        time.sleep(2)
     for process in ranks:
         if process.is_alive():
             process.kill()
@@ -113,6 +119,7 @@ def _rank(
         os.dup2(sink, 1)
         os.dup2(sink, 2)
 
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     if prepare is not None:
         prepare()
 

@@ -67,9 +67,13 @@ class Folder(Storage):
 
     def names(self, prefix: str = "") -> list[str]:
         """See `Storage`."""
-        paths = (path for path in self.path.rglob("*") if path.is_file())
-        found = (path.relative_to(self.path).as_posix() for path in paths)
-        return sorted(n for n in found if n.startswith(prefix) and not n.startswith(".partial"))
+        found = []
+        # Another process may be deleting here: os.walk leaves out what is gone.
+        for folder, below, files in os.walk(self.path):
+            below[:] = [name for name in below if not name.startswith(".partial")]
+            top = Path(folder).relative_to(self.path)
+            found += [(top / name).as_posix() for name in files]
+        return sorted(name for name in found if name.startswith(prefix))
 
     def read(self, name: str) -> bytes:
         """See `Storage`."""

@@ -1,0 +1,46 @@
+"""FSDP2 with weights gathered in bfloat16: autocast's numbers, and inputs that stay as they are."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from composer.utils import dist, get_device
+from torch import nn
+
+from lgm_scale.config import FSDPConfig
+from lgm_scale.merging import MergeTree
+from lgm_scale.models.dit import MergeDiT
+from lgm_scale.parallel.fsdp import shard
+
+
+@pytest.fixture(autouse=True)
+def process_group():
+    dist.initialize_dist(get_device("cpu"))
+
+
+def test_gathered_bfloat16_is_autocast_and_rounds_no_input():
+    torch.manual_seed(0)
+    net = MergeDiT.from_size("tiny", 8, 16, 10)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    plain, model = copy.deepcopy(net), nn.ModuleDict({"net": net})
+    shard(model, FSDPConfig(), torch.bfloat16)
+    seen: list[torch.dtype] = []
+    model["net"].t_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    tree = MergeTree.from_embeddings(torch.randn(16, 4), 4)
+    z, t = torch.randn(4, 8, 8), torch.tensor([0.1234567, 0.5, 0.9, 0.7654321])
+    batch = (z, t, torch.tensor([0, 1, 2, 10]), tree.assignment(8, "cpu"))
+    outputs, gradients = [], []
+    for network in (plain, model["net"]):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(network(*batch).float())
+        outputs[-1].square().mean().backward()
+        (gradient,) = [p.grad for n, p in network.named_parameters() if n == "x_embed.weight"]
+        gradients.append(getattr(gradient, "full_tensor", lambda g=gradient: g)())
+    scale = outputs[0].abs().max()
+    assert (outputs[0] - outputs[1]).abs().max() < 0.02 * scale
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+    assert gradients[1].dtype == torch.float32
+    assert seen == [torch.float32]
