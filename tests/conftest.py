@@ -10,6 +10,8 @@ from collections.abc import Iterator
 # One thread per test process: on few cores, OpenMP threads that wait for each other cost more
 # than they bring. Before torch is imported, and inherited by the commands that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# DeepSpeed imports torch's compiler, which then starts processes that import torch once more.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from pathlib import Path
 
