@@ -56,7 +56,10 @@ TORCH_FREE = (
     "lgm_scale/config",
     "lgm_scale/errors.py",
     "lgm_scale/run_folder.py",
+    "lgm_scale/data/config.py",
     "lgm_scale/data/manifest.py",
+    "lgm_scale/data/mixture.py",
+    "lgm_scale/data/storage.py",
 )
 TORCH_LATER = ("lgm_scale/train.py",)
 
