@@ -168,7 +168,7 @@ class EpochDataset(StreamingDataset):
             runs.append(lengths)
         return np.concatenate(runs).astype(np.int64), np.concatenate(ids).astype(np.int64)
 
-    def read_sample(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """One sample as stored, but for its label, which is the run's.
 
         Raises: DataError for a label outside of the classes.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,7 +175,7 @@ class ImageDataset(EpochDataset):
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, torch.Tensor]:
         """Decode, crop and (in training) augment one sample."""
-        sample = self.read_sample(sample_id, retry)
+        sample: dict[str, Any] = super().get_item(sample_id, retry)
         image = decode_image(sample["image"], f"sample {sample_id} of {self.streams[0].local}")
         if self.train:
             rng = np.random.default_rng(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -194,7 +195,7 @@ class LatentDataset(EpochDataset):
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
         """Read one sample."""
-        sample = self.read_sample(sample_id, retry)
+        sample: dict[str, Any] = super().get_item(sample_id, retry)
         flipped = False
         if self.shuffle:
             key = [self.seed, int(Purpose.FLIP), self.epoch, int(sample_id)]
