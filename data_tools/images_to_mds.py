@@ -42,7 +42,9 @@ __all__ = ["convert_file", "convert_folder", "encode_jpeg", "list_source", "plan
 
 COLUMNS = {"image": "bytes", "label": "int"}
 JPEG_QUALITY = 95
-BYTES_PER_PIXEL = 0.8  # of a crop stored as JPEG, about; for the size of shards
+# Of a crop stored as JPEG, about; for the size of shards.
+BYTES_PER_PIXEL = 0.8
+HEADER_BYTES = 600
 NUM_LISTED = 10  # skipped files shown on the console
 
 
@@ -226,7 +228,7 @@ def plan_parts(files: Sequence[ImageFile], settings: Settings) -> list[tuple[Ima
     """Cut a listing into runs of about the size of a shard."""
     most = float("inf")
     if settings.image_size is not None:
-        most = settings.image_size**2 * BYTES_PER_PIXEL
+        most = settings.image_size**2 * BYTES_PER_PIXEL + HEADER_BYTES
     parts: list[list[ImageFile]] = []
     room = 0.0
     for file in files:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,6 +222,17 @@ class PartsFolder:
             path.replace(self.folder / made["basename"])
         return shard
 
+    def record_texts(self) -> dict[str, str]:
+        """The record files of this machine by name."""
+        names = sorted(name for name in os.listdir(self.folder) if _is_record(name))
+        return {name: (self.folder / name).read_text() for name in names}
+
+    def add_record_texts(self, texts: Mapping[str, str]) -> None:
+        """Take in record files of another machine."""
+        for name, text in texts.items():
+            if not (self.folder / name).exists():
+                _write_whole(self.folder / name, text.rstrip())
+
     def records(self) -> list[PartRecord]:
         """All records, in order. Raises: DataError if one is missing."""
         missing = sorted(set(range(self.num_parts)) - self.finished())
@@ -272,7 +284,7 @@ class PartsFolder:
             return
         for name in os.listdir(self.out):
             if _is_record(name) or name == PLAN_NAME:
-                Path(self.out, name).unlink()
+                Path(self.out, name).unlink(missing_ok=True)
 
 
 def _aside(out: Path) -> Path:
@@ -285,6 +297,6 @@ def _is_record(name: str) -> bool:
 
 def _write_whole(path: Path, text: str) -> None:
     """Write a file aside first, so that it is whole or absent."""
-    aside = path.with_name(f".{path.name}.aside")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.aside")
     aside.write_text(text + "\n")
     aside.replace(path)

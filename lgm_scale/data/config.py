@@ -14,6 +14,7 @@ __all__ = [
     "SourceConfig",
     "as_sources",
     "broken_data_rules",
+    "broken_source",
     "is_remote",
 ]
 
@@ -110,7 +111,7 @@ def broken_data_rules(data: DataConfig) -> Iterator[str]:
     if data.path is not None:
         named.insert(0, ("data", data.sources[0]))
     for name, source in named:
-        yield from _source(name, source)
+        yield from broken_source(source, name)
     yield from _unique([(name, source.cache or source.path) for name, source in named])
     positive = {"timeout": data.timeout, "retry_seconds": data.retry_seconds}
     if data.predownload is not None:
@@ -136,7 +137,8 @@ def _plain_or_mixture(data: DataConfig) -> Iterator[str]:
         yield "data.mixture: some sources have a proportion and some not; give one to all or none"
 
 
-def _source(name: str, source: SourceConfig) -> Iterator[str]:
+def broken_source(source: SourceConfig, name: str = "data") -> Iterator[str]:
+    """Rules of one source, whose keys are those of `name`."""
     if is_remote(source.path) and source.cache is None:
         yield (
             f"{name}.cache: missing; path {source.path} is object storage, name a local folder "

@@ -85,7 +85,7 @@ def test_two_ranks_write_the_same_latents(small_pipeline, stored, tmp_path):
         "data_tools/encode_latents.py",
         *("--tokenizer", small_pipeline.tokenizer),
         *("--images", small_pipeline.images),
-        *("--out", out, "--batch-size", "5"),
+        *("--out", out, "--batch-size", "5", "--shard-size", "5000"),
         ranks=2,
     )
     assert result.returncode == 0, result.stderr
