@@ -39,7 +39,8 @@ __all__ = ["CheckedLoader", "EpochDataset", "StreamOptions"]
 
 log = logging.getLogger("lgm_scale")
 
-_FAILED = 255  # a shard state that the streaming library does not use
+_PRESENT = 3  # the library's state of a shard that is in the cache
+_FAILED = 255  # a state that the library does not use
 _GRACE = 30.0  # seconds beyond the patience of a fetch, for decompression and a busy machine
 _LAST_PREFIX = 10**9
 
@@ -59,7 +60,7 @@ class StreamOptions:
     cache_limit: int | str | None = None
 
 
-_LOCAL = StreamOptions()
+_DEFAULTS = StreamOptions()
 
 
 class _ShardFailure(threading.Event):
@@ -98,7 +99,7 @@ class EpochDataset(StreamingDataset):
         shuffle: bool,
         seed: int,
         batch_size: int,
-        options: StreamOptions = _LOCAL,
+        options: StreamOptions = _DEFAULTS,
     ) -> None:
         self.sources = tuple(sources)
         self.patience = options.patience
@@ -128,6 +129,7 @@ class EpochDataset(StreamingDataset):
         self.epoch_size = sum(self.samples_taken)
         self.length = math.ceil(self.epoch_size / self._parallel_rank_world.num_ranks)
         self._failure: DataError | None = None
+        self._present: set[int] = set()
 
     manifest: Manifest
     views: list[View]
@@ -209,7 +211,13 @@ class EpochDataset(StreamingDataset):
         return ids
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch a shard; let the other workers and ranks of the node know if that fails."""
+        """Fetch a shard; let the other workers and ranks of the node know if that fails.
+
+        The library asks for every sample again, under a lock of the whole node. Where nothing is
+        ever evicted, a shard that was seen to be there needs no second look.
+        """
+        if shard_id in self._present:
+            return
         if self._shard_states[shard_id] == _FAILED:
             raise self._lost(shard_id)
         try:
@@ -217,6 +225,8 @@ class EpochDataset(StreamingDataset):
         except BaseException:
             self._shard_states[shard_id] = _FAILED
             raise
+        if not self.cache_limit and self._shard_states[shard_id] == _PRESENT:
+            self._present.add(shard_id)
 
     def _lost(self, shard_id: int) -> DataError:
         stream: Any = self.streams[self.stream_per_shard[shard_id]]

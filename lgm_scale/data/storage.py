@@ -107,28 +107,36 @@ def fetch(remote: str, local: Path, patience: Patience, expected: Expected | Non
     Raises: DataError naming the file and the cause; MissingFileError.
     """
     damages: list[str] = []
-    local.parent.mkdir(parents=True, exist_ok=True)
-    part = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.part")
+
+    def damaged(problem: str) -> None:
+        damages.append(problem)
+        if len(damages) > 1:
+            raise DataError(
+                f"{shown(remote)} {problem}, as it had when it was fetched before: the "
+                "stored file is damaged. Store it again (data_tools/verify_mds.py lists all "
+                "damaged shards)."
+            )
+        log.warning("%s %s; it is fetched once more", shown(remote), problem)
 
     def attempt() -> None:
-        _download(remote, part, patience.timeout)
+        try:
+            _download(remote, part, patience.timeout)
+        except Exception as error:
+            if type(error).__name__ == "FlexibleChecksumError":  # the S3 client's own check
+                damaged("has another checksum than the storage says")
+            raise
 
+    part = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.part")
     deadline = time.monotonic() + patience.retry_seconds
     try:
+        local.parent.mkdir(parents=True, exist_ok=True)
         while True:
             _persist(attempt, shown(remote), "fetched", patience, deadline, part)
             problem = expected.problem(part) if expected is not None else None
             if problem is None:
                 part.replace(local)
                 return
-            damages.append(problem)
-            if len(damages) > 1:
-                raise DataError(
-                    f"{shown(remote)} {problem}, and so it had when it was fetched before: the "
-                    "stored file is damaged. Store it again (data_tools/verify_mds.py lists all "
-                    "damaged shards)."
-                )
-            log.warning("%s %s; it is fetched once more", shown(remote), problem)
+            damaged(problem)
             part.unlink()
     except OSError as error:  # of our own handling of the part
         raise (_explain(error, shown(remote), "fetched", part) or error) from error
