@@ -20,6 +20,10 @@ CONFIG_NAME = "config.json"
 _FREE_KEYS = (
     "logging.",
     "data.num_workers",
+    "data.cache",  # and cache_limit
+    "data.predownload",
+    "data.timeout",
+    "data.retry_seconds",
     "checkpoint.interval",
     "checkpoint.keep",
 )

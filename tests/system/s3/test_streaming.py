@@ -131,7 +131,7 @@ def test_a_lost_shard_stops_the_epoch_and_nothing_is_lost_or_repeated(bucket, da
     begun = time.monotonic()
     match = "" if mode == "gone" else "shard.00005"
 
-    def read_on() -> None:
+    def read_on(loader: CheckedLoader) -> None:
         for batch in loader:
             seen.extend(batch["sample_ids"].tolist())
 
@@ -139,7 +139,7 @@ def test_a_lost_shard_stops_the_epoch_and_nothing_is_lost_or_repeated(bucket, da
         bucket.proxy.failing("reset" if mode == "gone" else mode, match=match),
         pytest.raises(DataError, match=rf"epoch 0 is not complete: .*{lost}"),
     ):
-        read_on()
+        read_on(loader)
     assert time.monotonic() - begun < 3 + 12
     assert len(seen) < NUM_IMAGES
     assert seen == whole[: len(seen)]
@@ -248,7 +248,7 @@ def test_a_training_stops_with_status_2_and_resumes_to_the_same_numbers(
     assert_user_error(stopped, "is not complete", "shard.00003.mds could not be fetched")
     assert SECRET not in stopped.stdout + stopped.stderr
     assert not (tmp_path / "disturbed" / "bundle").exists()
-    again = run_command(train, runs["disturbed"])
+    again = run_command(train, runs["disturbed"], "data.retry_seconds=30")
     assert again.returncode == 0, again.stderr
     assert metrics(tmp_path / "disturbed") == metrics(tmp_path / "undisturbed")
     assert not stored.exists()
