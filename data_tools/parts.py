@@ -191,18 +191,23 @@ class PartsFolder:
         aside = self.folder / f".part.{part:05}"
         shutil.rmtree(aside, ignore_errors=True)
         # One shard, whatever its size: the parts have been cut to size before.
-        with MDSWriter(
+        writer = MDSWriter(
             out=str(aside),
             columns=columns,
             compression=compression,
             hashes=["sha256"],
             size_limit=None,
             max_workers=1,
-        ) as writer:
+        )
+        try:
             for sample in samples:
                 writer.write(dict(sample))
-        shards = json.loads((aside / INDEX_NAME).read_text())["shards"]
-        result = replace(record(), shard=self._take_in(part, aside, shards[0]) if shards else None)
+            if writer.new_samples:
+                writer.flush_shard()
+        finally:  # not `finish`, which may sleep a second, and writes an index of its own
+            writer.executor.shutdown()
+        shard = self._take_in(part, aside, writer.shards[0]) if writer.shards else None
+        result = replace(record(), shard=shard)
         shutil.rmtree(aside)
         text = {"labels": result.labels, "facts": result.facts, "shard": result.shard}
         _write_whole(self.folder / f"part.{part:05}.json", json.dumps(text))

@@ -294,7 +294,7 @@ def renamed(objects: dict[str, bytes], folder: str) -> dict[str, bytes]:
 
 
 def test_a_killed_conversion_leaves_the_objects_of_an_undisturbed_one(bucket, source, tmp_path):
-    options = ["--shard-size", "1000", "--workers", "2", "--staging"]
+    options = ["--shard-size", "8000", "--workers", "2", "--staging"]
     program = [sys.executable, "data_tools/images_to_mds.py", str(source), "--out"]
     whole = [*program, f"{bucket.url}/whole", *options, str(tmp_path / "a")]
     subprocess.run(whole, cwd=ROOT, env=bucket.environment, check=True)
