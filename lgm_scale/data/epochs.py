@@ -90,6 +90,8 @@ class EpochDataset(StreamingDataset):
     """
 
     epoch: int = 0
+    completed: int = -1
+    """Last epoch that this process has seen the end of."""
 
     def __init__(
         self,
@@ -193,8 +195,8 @@ class EpochDataset(StreamingDataset):
         that is over, and a resumed run would go through that one a second time.
         """
         state = super().state_dict(num_samples, from_beginning)
-        if from_beginning and num_samples == 0:
-            state["epoch"] = self.next_epoch
+        if from_beginning and num_samples == 0 and state["epoch"] <= self.completed:
+            state["epoch"] = self.completed + 1
         return state
 
     # How it may fail
@@ -322,6 +324,7 @@ class EpochDataset(StreamingDataset):
                 "process, and nothing says why: the stream is not to be trusted. Run again, from "
                 "the last resume state"
             )
+        self.completed = self.epoch
 
 
 class CheckedLoader(StreamingDataLoader):
@@ -354,27 +357,33 @@ class CheckedLoader(StreamingDataLoader):
 
         Raises: DataError if batches are missing, with what a worker said.
         """
-        count, planned = 0, None
+        count, planned, epoch = 0, -1, -1
         try:
             for batch in super().__iter__():
-                planned = self._planned() if planned is None else planned
+                if planned < 0:
+                    epoch, planned = self._plan()
                 if count < planned:
                     count += 1
+                    if count == planned:  # Composer takes so many and asks for no more
+                        self.epochs.completed = epoch
                     yield batch
         except DataError as error:
             raise DataError(_without_traceback(error)) from None
         self.num_samples_yielded = count * (self.batch_size or 0)  # not what was dropped
-        planned = self._planned() if planned is None else planned
+        if planned < 0:
+            epoch, planned = self._plan()
         if count != planned:
             raise DataError(
                 f"epoch ended after {count:,} of {planned:,} batches of this rank, and no worker "
                 "says why. Run again, from the last resume state"
             )
+        self.epochs.completed = epoch
 
-    def _planned(self) -> int:
-        """Batches from where the epoch was begun, or resumed, to its end."""
-        begun = self.epochs.state_dict(0, from_beginning=False)["sample_in_epoch"]
-        return max(self.epochs.epoch_samples - begun, 0) // self._global_batch
+    def _plan(self) -> tuple[int, int]:
+        """The epoch, and its batches from where it was begun, or resumed, to its end."""
+        state = self.epochs.state_dict(0, from_beginning=False)
+        left = max(self.epochs.epoch_samples - state["sample_in_epoch"], 0)
+        return state["epoch"], left // self._global_batch
 
 
 def _without_traceback(error: DataError) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_pipeline import ROOT, Steps, assert_user_error, metrics, run_command, train_in_process
+from small_pipeline import ROOT, assert_user_error, metrics, run_command
 from test_images import write_images
 
 from data_tools.images_to_mds import convert_folder
@@ -252,23 +252,6 @@ def test_a_training_stops_with_status_2_and_resumes_to_the_same_numbers(
     assert again.returncode == 0, again.stderr
     assert metrics(tmp_path / "disturbed") == metrics(tmp_path / "undisturbed")
     assert not stored.exists()
-
-
-@pytest.mark.parametrize("interval", ["1ep", "4ba"])
-def test_a_resume_between_two_epochs_goes_on_with_the_next(small_pipeline, tmp_path, interval):
-    def config(name: str) -> Path:
-        train = {"max_duration": "20ba", "global_batch_size": 8, "precision": "fp32"}
-        changes = {"train": train, "checkpoint": {"interval": interval}}
-        return small_pipeline.generator_config(tmp_path / name, **changes)
-
-    whole = Steps()
-    train_in_process(config("whole"), on_step=whole)
-    stopped, resumed = Steps(stop=8), Steps()
-    with pytest.raises(KeyboardInterrupt):
-        train_in_process(config("resumed"), on_step=stopped)
-    train_in_process(config("resumed"), on_step=resumed)
-    assert {**stopped.seen, **resumed.seen} == whole.seen
-    assert min(resumed.seen) == 8
 
 
 def killed(command: list[str], environment: dict[str, str], ready) -> None:
