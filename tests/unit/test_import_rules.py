@@ -21,6 +21,7 @@ ORDER = [
     "sample",
     "pipeline",
     "release_import",
+    "checkpoint",
     "run_folder",
     "config_rules",
     "config",
@@ -32,6 +33,7 @@ ORDER = [
     "objectives",
     "models",
     "data",
+    "first_failure",
     "nesting",
     "merging",
     "linkage",
@@ -55,11 +57,16 @@ PURE_MAY_NOT = ("composer", "torch.distributed", "streaming")
 TORCH_FREE = (
     "lgm_scale/config",
     "lgm_scale/errors.py",
+    "lgm_scale/first_failure.py",
     "lgm_scale/run_folder.py",
     "lgm_scale/data/config.py",
     "lgm_scale/data/manifest.py",
     "lgm_scale/data/mixture.py",
     "lgm_scale/data/storage.py",
+    "lgm_scale/parallel/rules.py",
+    "lgm_scale/checkpoint/attempts.py",
+    "lgm_scale/checkpoint/manifest.py",
+    "lgm_scale/checkpoint/storage.py",
 )
 TORCH_LATER = ("lgm_scale/train.py",)
 
