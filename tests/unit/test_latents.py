@@ -10,7 +10,13 @@ import torch
 from small_pipeline import SmallPipeline, run_command
 from streaming import StreamingDataset
 
-from data_tools.encode_latents import batch_indices, check_coverage, main, plan_parts
+from data_tools.encode_latents import (
+    Encoder,
+    batch_indices,
+    check_coverage,
+    main,
+    plan_parts,
+)
 from data_tools.parts import PartRecord
 from lgm_scale.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.data.config import SourceConfig
@@ -197,3 +203,34 @@ def test_the_manifest_proves_that_every_image_was_encoded_once(small_pipeline):
         check_coverage(parts, short, source)
     with pytest.raises(DataError, match="other labels"):
         check_coverage(parts, records, replace(source, class_counts=(67,)))
+
+
+def test_an_interrupted_encoding_goes_on_where_it_was(small_pipeline, tmp_path, monkeypatch):
+    options = {
+        "tokenizer": small_pipeline.tokenizer,
+        "images": small_pipeline.images,
+        "shard-size": 8000,
+        "batch-size": 4,
+        "workers": 0,
+    }
+    assert encode(monkeypatch, **options, out=tmp_path / "whole") == 0
+    write, made = Encoder._write_part, []
+
+    def note(self, work, number, *rest) -> None:
+        if number == 2 and not made[2:]:
+            made.append(number)
+            raise KeyboardInterrupt
+        made.append(number)
+        write(self, work, number, *rest)
+
+    monkeypatch.setattr(Encoder, "_write_part", note)
+    with pytest.raises(KeyboardInterrupt):
+        encode(monkeypatch, **options, out=tmp_path / "stopped")
+    assert not (tmp_path / "stopped").exists()
+    with pytest.raises(LGMError, match=r"unfinished result of another .*batch_size"):
+        encode(monkeypatch, **options | {"batch-size": 5}, out=tmp_path / "stopped")
+    assert encode(monkeypatch, **options, out=tmp_path / "stopped") == 0
+    assert made == [0, 1, 2, 2, 3, 4]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "stopped").iterdir()}
+    assert len([name for name in files if name.startswith("shard.")]) == 5
