@@ -30,6 +30,7 @@ from data_tools.parts import PartRecord, PartsFolder
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import (
+    MAX_SCALE,
     ImageDataset,
     center_crop,
     decode_image,
@@ -66,8 +67,15 @@ def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
     blobs = [path.read_bytes() for path in files]
     numbers = range(len(blobs))
 
-    def loader(train: bool) -> Callable[[], object]:
-        data = ImageDataset(folder / "mds", image_size=SIDE, train=train, seed=0, batch_size=BATCH)
+    def loader(train: bool, max_scale: float = MAX_SCALE) -> Callable[[], object]:
+        data = ImageDataset(
+            folder / "mds",
+            image_size=SIDE,
+            train=train,
+            seed=0,
+            batch_size=BATCH,
+            max_scale=max_scale,
+        )
         return lambda: [data[i] for i in numbers]
 
     transform = v2.Compose(
@@ -77,6 +85,7 @@ def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
     candidates = {
         "bare JPEG decode (Pillow)": lambda: [decode_image(blob) for blob in blobs],
         "ours, evaluation": loader(train=False),
+        "ours, training without scaling": loader(train=True, max_scale=1.0),
         "ours, training (scale, crop, flip)": loader(train=True),
         "torchvision ImageFolder, the same kind of crop": lambda: [plain[i] for i in numbers],
     }
