@@ -1,6 +1,7 @@
 """The image folder, SRC/<class>/<image>: its images, in an order independent of the disk.
 
-Only names and sizes are looked at here; `data_tools.images_to_mds` opens the images.
+Only names and sizes are looked at here; `data_tools.images_to_mds` opens the images. A listing of
+another kind of source (`data_tools.tar_images`, `data_tools.parquet_images`) has the same form.
 """
 
 from __future__ import annotations
@@ -13,19 +14,28 @@ from pathlib import Path
 
 from lgm_scale.errors import DataError
 
-__all__ = ["ImageFile", "ImageFolder", "list_image_folder"]
+__all__ = ["ImageFile", "ImageFolder", "is_image_name", "list_image_folder"]
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One image of an image folder: its path, its name relative to SRC, its label."""
+    """One image of a source.
+
+    Args:
+        path: its file, or the archive that holds it.
+        name: relative to the source.
+        label: index of its class.
+        num_bytes: its size; for a row of a Parquet file an estimate.
+        position: where it begins in a tar file, in bytes; its row in a Parquet file.
+    """
 
     path: Path
     name: str
     label: int
     num_bytes: int
+    position: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,11 @@ class ImageFolder:
     num_ignored: int  # files that are not images
 
     def fingerprint(self) -> str:
-        """Hash of the relative names and sizes."""
-        digest = hashlib.sha256()
+        """Hash of the classes, and of the relative names, sizes and labels."""
+        digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for file in self.files:
-            digest.update(f"{file.name}\0{file.num_bytes}\n".encode(errors="surrogateescape"))
+            line = f"{file.name}\0{file.num_bytes}\0{file.label}\n"
+            digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
@@ -56,7 +67,7 @@ def list_image_folder(source: Path) -> ImageFolder:
         raise DataError(f"{source} {what}: give a folder with one sub-folder of images per class")
     entries = _visible(source)
     loose = [name for name, entry in entries if entry.is_file()]
-    loose_images = [name for name in loose if _is_image(name)]
+    loose_images = [name for name in loose if is_image_name(name)]
     if loose_images:
         raise DataError(
             f"{source} holds {len(loose_images)} images directly (such as {loose_images[0]}): "
@@ -86,7 +97,8 @@ def _visible(folder: Path) -> list[tuple[str, os.DirEntry[str]]]:
     )
 
 
-def _is_image(name: str) -> bool:
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image, by its name."""
     return name.lower().endswith(SUFFIXES)
 
 
@@ -111,7 +123,7 @@ def _list_class(folder: Path, class_name: str, label: int) -> tuple[list[ImageFi
     for name, entry in _visible(folder):
         if entry.is_dir():
             nested = nested or name
-        elif _is_image(name):
+        elif is_image_name(name):
             relative = f"{class_name}/{name}"
             size = os.stat(entry.path).st_size if os.path.exists(entry.path) else 0
             files.append(ImageFile(Path(entry.path), relative, label, size))

@@ -20,7 +20,6 @@ from composer.optim import (
     CosineAnnealingWithWarmupScheduler,
 )
 from composer.utils import dist
-from streaming import StreamingDataLoader
 from torch import Tensor, nn
 
 from lgm_scale.bundle import (
@@ -39,6 +38,7 @@ from lgm_scale.config import (
     TrainingRun,
     to_dict,
 )
+from lgm_scale.data.epochs import CheckedLoader, StreamOptions
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import ConfigError, DataError
@@ -89,44 +89,49 @@ TrainingDataset = ImageDataset | LatentDataset
 def build_dataset(config: TrainingRun) -> TrainingDataset:
     """The training set, checked against the model it is for. Raises: DataError."""
     batch_size = config.train.global_batch_size // dist.get_world_size()
+    data = config.data
+    options = StreamOptions(data.patience, data.predownload, data.cache_limit)
     if isinstance(config, TokenizerRun):
         dataset = ImageDataset(
-            config.data.path,
+            data.sources,
             image_size=config.model.image_size,
             train=True,
             seed=config.seed,
             batch_size=batch_size,
+            options=options,
         )
     else:
         dataset = LatentDataset(
-            config.data.path,
+            data.sources,
             shuffle=True,
             seed=config.seed,
             batch_size=batch_size,
             num_base_tokens=config.model.num_base_tokens,
             latent_dim=config.model.latent_dim,
             tokenizer_id=tokenizer_id(config.tokenizer),
+            options=options,
         )
     _check_counts(config, dataset)
     return dataset
 
 
 def _check_counts(config: TrainingRun, dataset: TrainingDataset) -> None:
-    found, wanted = dataset.num_samples, config.data.num_samples
+    where = " + ".join(source.path for source in config.data.sources)
+    found, wanted = dataset.epoch_samples, config.data.num_samples
     if wanted is not None and found != wanted:
         raise DataError(
-            f"{config.data.path} holds {found:,} samples, data.num_samples says {wanted:,}: "
+            f"{where} holds {found:,} samples, data.num_samples says {wanted:,}: "
             "the copy is not complete, or the key is wrong"
         )
     if found < config.train.global_batch_size:
         raise DataError(
-            f"{config.data.path} holds {found:,} samples, fewer than one batch of "
+            f"{where} holds {found:,} samples, fewer than one batch of "
             f"{config.train.global_batch_size:,}: lower train.global_batch_size"
         )
-    manifest = dataset.manifest
-    if isinstance(config, GeneratorRun) and manifest.num_classes != config.model.num_classes:  # type: ignore[union-attr]
+    classes = dataset.manifest.num_classes
+    if isinstance(config, GeneratorRun) and classes != config.model.num_classes:
         raise DataError(
-            f"{config.data.path} has {manifest.num_classes} classes, model.num_classes says "  # type: ignore[union-attr]
+            f"{where} has {classes} classes, model.num_classes says "
             f"{config.model.num_classes}: make them equal"
         )
 
@@ -276,14 +281,13 @@ def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
 def build_data(config: TrainingRun, dataset: TrainingDataset, lengths: LengthSchedule) -> DataSpec:
     """The loader of this rank's batches, and how they are counted and split."""
     scaled = config.train.batch_scaling == "constant_tokens"
-    loader_class = partial(ScaledLoader, schedule=lengths) if scaled else StreamingDataLoader
+    loader_class = partial(ScaledLoader, schedule=lengths) if scaled else CheckedLoader
     loader = loader_class(
         dataset,
         batch_size=config.train.global_batch_size // dist.get_world_size(),
         num_workers=config.data.num_workers,
         persistent_workers=config.data.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        drop_last=True,
     )
     return DataSpec(
         loader,

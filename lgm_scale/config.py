@@ -21,10 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from lgm_scale.data.config import DataConfig
 from lgm_scale.errors import ConfigError
 
 __all__ = [
     "AssetsConfig",
+    "DataConfig",
     "GeneratorRun",
     "RunConfig",
     "TokenizerObjectiveConfig",
@@ -119,17 +121,6 @@ class FlowConfig:
     timestep_mean: float = 0.0
     timestep_std: float = 1.0
     label_dropout: float = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """An MDS folder of images (tokenizer) or latents (generator)."""
-
-    __pydantic_config__ = _STRICT
-    path: str
-    num_samples: int | None = None
-    """How many samples there must be; a data set of another size is refused."""
-    num_workers: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,8 +408,12 @@ def _is_union_tag(part: int | str) -> bool:
 
 
 def _field_type(schema: type, name: int | str) -> Any:
-    """Type of a field; of an optional one, the type besides None."""
+    """Type of a field; of an optional one, the type besides None; of an entry, its tuple's."""
+    if isinstance(name, int):
+        return schema
     hint = typing.get_type_hints(schema).get(str(name))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0]
     if isinstance(hint, types.UnionType):
         return next(arg for arg in typing.get_args(hint) if arg is not type(None))
     return hint

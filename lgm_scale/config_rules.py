@@ -19,6 +19,7 @@ from lgm_scale.config import (
     load_config,
     read_yaml,
 )
+from lgm_scale.data.config import broken_data_rules
 from lgm_scale.errors import ConfigError
 from lgm_scale.parallel.rules import parallel_rules
 
@@ -67,6 +68,7 @@ def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> 
     """Every rule that the configuration breaks at this world size."""
     problems = [*_batch(config, world_size), *_lengths(config), *_numbers(config)]
     problems += [*_optimizer(config), *_times(config), *_batch_scaling(config)]
+    problems += broken_data_rules(config.data)
     problems += parallel_rules(config, world_size, has_gpu)
     if isinstance(config, TokenizerRun):
         problems += _tokenizer(config)

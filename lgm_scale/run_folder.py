@@ -22,6 +22,10 @@ METRICS_NAME = "metrics.jsonl"
 _FREE_KEYS = (
     "logging.",
     "data.num_workers",
+    "data.cache",  # and cache_limit
+    "data.predownload",
+    "data.timeout",
+    "data.retry_seconds",
     "checkpoint.interval",
     "checkpoint.keep",
     "parallel.",

@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from threading import Event
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from streaming import StreamingDataset
 
-from lgm_scale.data.manifest import Manifest, check_columns, check_shards, read_manifest
+from lgm_scale.data.config import SourceConfig, as_sources
+from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.errors import ConfigError, DataError
 
 __all__ = [
-    "EpochDataset",
     "ImageDataset",
     "center_crop",
     "decode_image",
@@ -32,7 +29,6 @@ __all__ = [
 ]
 
 MAX_SCALE = 1 / 0.8
-_FAILED = 255  # a shard state that the streaming library does not use
 _AUGMENTATION_STREAM = 0x696D67  # keeps these draws apart from other uses of (seed, epoch, sample)
 
 
@@ -132,80 +128,6 @@ def _resize_smaller_side(image: Image.Image, smaller: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-class _ShardFailure(Event):
-    """Set once any process of this node has failed to fetch a shard."""
-
-    def __init__(self, shard_states: Any) -> None:
-        super().__init__()
-        self._shard_states = shard_states  # in shared memory
-
-    def is_set(self) -> bool:
-        """Whether this process or another one of the node has failed."""
-        return super().is_set() or bool((self._shard_states.numpy() == _FAILED).any())
-
-
-class EpochDataset(StreamingDataset):
-    """A StreamingDataset that knows its epoch in every worker, and fails where a shard is lost.
-
-    Left to itself the library ends the epoch as if it were complete, in the worker that could not
-    fetch the shard, and waits for ever in the others. `epoch` is 0 before the first iteration.
-    """
-
-    epoch: int = 0
-
-    def _resume_incr_epoch(self) -> tuple[int, int]:
-        # The one place where each worker's copy learns the epoch, resumed or not. The public
-        # `next_epoch` is shared by the workers and changes while the others still read it.
-        self.epoch, sample_in_epoch = super()._resume_incr_epoch()
-        return self.epoch, sample_in_epoch
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch a shard; let the other workers and ranks of the node know if that fails."""
-        try:
-            super().prepare_shard(shard_id, blocking)
-        except BaseException:
-            self._shard_states[shard_id] = _FAILED
-            raise
-
-    # The library waits for both of its threads to report their exit; one that raised never does.
-
-    def _prepare_thread(self, it: Any) -> None:
-        try:
-            super()._prepare_thread(it)
-        except BaseException:
-            it.on_exit()
-            raise
-
-    def _ready_thread(self, it: Any) -> None:
-        try:
-            super()._ready_thread(it)
-        except BaseException:
-            it.on_exit()
-            raise
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Iterate over this worker's part of an epoch.
-
-        Raises: DataError if a shard could not be fetched, here or in another process of the node.
-        """
-        if not hasattr(self, "_event"):
-            self._event = _ShardFailure(self._shard_states)
-        cause = None
-        try:
-            yield from super().__iter__()
-        except Exception as error:
-            if not self._event.is_set():
-                raise
-            cause = error
-        if self._event.is_set():
-            where = ", ".join(str(stream.remote or stream.local) for stream in self.streams)
-            raise DataError(
-                f"Reading {where} failed in epoch {self.epoch}: a shard could not be fetched (the "
-                "cause is logged above). The epoch is incomplete; resume from the last checkpoint "
-                "once the storage answers."
-            ) from cause
-
-
 class ImageDataset(EpochDataset):
     """Images and labels from MDS shards written by `data_tools.images_to_mds`.
 
@@ -214,62 +136,38 @@ class ImageDataset(EpochDataset):
     image, centre-cropped only where its size is not S x S.
 
     Args:
-        local: MDS folder, or the cache folder when `remote` is given.
-        remote: where the shards come from; None if `local` is complete.
+        data: MDS folder, or sources with their classes and shares.
         image_size: S.
         train: shuffle, crop and flip at random.
-        seed: of the order and the augmentation.
+        seed: of the order and the augmentation, which depends on (seed, epoch, sample id) alone.
         batch_size: per device, as `StreamingDataset` needs it for the partition into batches.
         max_scale: largest scale before the random crop; 1 for no scaling.
-        predownload: samples to fetch ahead; None for streaming's default.
-        cache_limit: of `local`, like "100gb"; None for no limit.
-        download_retry: tries to fetch a shard, at least 1.
-        download_timeout: seconds per try.
+        options: cache and patience.
 
-    Raises: DataError if `local` (without `remote`) is not a complete MDS folder of images, or a
-        remote has other columns.
+    Raises: DataError if a source is no complete MDS folder of images.
     """
-
-    manifest: Manifest | None
 
     def __init__(
         self,
-        local: str | os.PathLike[str],
-        remote: str | None = None,
+        data: str | os.PathLike[str] | Sequence[SourceConfig],
         *,
         image_size: int,
         train: bool,
         seed: int,
         batch_size: int,
         max_scale: float = MAX_SCALE,
-        predownload: int | None = None,
-        cache_limit: int | str | None = None,
-        download_retry: int = 2,
-        download_timeout: float = 60,
+        options: StreamOptions | None = None,
     ) -> None:
         if max_scale < 1:
             raise ConfigError(f"max_scale is {max_scale}: an image must not become smaller than S")
-        self.manifest = None
-        if remote is None:
-            self.manifest = read_manifest(local, "images")
-            check_shards(local)
         super().__init__(
-            local=str(local),
-            remote=remote,
-            batch_size=batch_size,
+            as_sources(data),
+            "images",
             shuffle=train,
-            shuffle_seed=seed,
-            num_canonical_nodes=1,  # fixed: the order must not depend on the number of nodes
-            predownload=predownload,
-            cache_limit=cache_limit,
-            download_retry=download_retry,
-            download_timeout=download_timeout,
+            seed=seed,
+            batch_size=batch_size,
+            options=options or StreamOptions(),
         )
-        if remote is not None:
-            for shard in self.shards:
-                check_columns(getattr(shard, "column_names", ()), "images", remote)
-            if (Path(local) / "manifest.json").is_file():
-                self.manifest = read_manifest(local, "images")
         self.image_size = image_size
         self.train = train
         self.seed = seed
@@ -277,7 +175,7 @@ class ImageDataset(EpochDataset):
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, torch.Tensor]:
         """Decode, crop and (in training) augment one sample."""
-        sample = super().get_item(sample_id, retry)
+        sample: dict[str, Any] = super().get_item(sample_id, retry)
         image = decode_image(sample["image"], f"sample {sample_id} of {self.streams[0].local}")
         if self.train:
             rng = np.random.default_rng(

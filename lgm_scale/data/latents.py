@@ -8,8 +8,8 @@ tokenizer by the hash of its weights.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lgm_scale.data.images import EpochDataset
-from lgm_scale.data.manifest import Manifest, check_shards, read_manifest
+from lgm_scale.data.config import SourceConfig, as_sources
+from lgm_scale.data.epochs import EpochDataset, StreamOptions
+from lgm_scale.data.manifest import Manifest
+from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import DataError
 from lgm_scale.merging import MergeTree
 from lgm_scale.nesting import ContrastStats
 from lgm_scale.randomness import Purpose
 
-__all__ = ["LatentDataset", "LatentStats", "read_latent_manifest"]
+__all__ = ["LatentDataset", "LatentStats", "check_latents", "mixed_stats"]
 
 STATS_NAME = "latent_stats.safetensors"
 TREE_NAME = "merge_tree.safetensors"
@@ -71,35 +73,76 @@ class LatentStats:
             raise DataError(f"{path}: no readable latent statistics ({error})") from error
 
 
-def read_latent_manifest(
-    folder: str, num_base_tokens: int, latent_dim: int, tokenizer_id: str | None
-) -> Manifest:
+def check_latents(
+    where: str, manifest: Manifest, num_base_tokens: int, latent_dim: int, tokenizer_id: str | None
+) -> None:
     """Check a latent folder against the model and the tokenizer that will use it.
 
     Args:
-        folder: MDS folder of latents.
+        where: Its name, for messages.
+        manifest: Its manifest.
         num_base_tokens: N of the model.
         latent_dim: D of the model.
         tokenizer_id: Hash of the tokenizer's weights; None leaves the check out.
 
-    Raises: DataError if it is no latent folder, has other shapes or another tokenizer.
+    Raises: DataError if it has other shapes or another tokenizer.
     """
-    manifest = read_manifest(folder, "latents")
     found = (manifest.extra.get("num_base_tokens"), manifest.extra.get("latent_dim"))
     if found != (num_base_tokens, latent_dim):
         raise DataError(
-            f"{folder} holds latents of {found[0]} tokens x {found[1]} channels; the model wants "
+            f"{where} holds latents of {found[0]} tokens x {found[1]} channels; the model wants "
             f"{num_base_tokens} x {latent_dim}. Set model.num_base_tokens and model.latent_dim to "
             "the tokenizer's, or encode with another tokenizer"
         )
     made_by = manifest.extra.get("tokenizer_id")
     if tokenizer_id is not None and made_by != tokenizer_id:
         raise DataError(
-            f"{folder} was encoded by tokenizer {str(made_by)[:12]}, but the configured one is "
+            f"{where} was encoded by tokenizer {str(made_by)[:12]}, but the configured one is "
             f"{tokenizer_id[:12]}: its statistics and merge tree belong to another tokenizer. "
             "Encode again with this tokenizer, or point `tokenizer` to the one that was used"
         )
-    return manifest
+
+
+def _check_one_tokenizer(sources: Sequence[SourceConfig], manifests: Sequence[Manifest]) -> None:
+    """Raise DataError if the latents of a mixture come from several tokenizers."""
+    makers = [str(manifest.extra.get("tokenizer_id")) for manifest in manifests]
+    for source, maker in zip(sources, makers, strict=True):
+        if maker != makers[0]:
+            raise DataError(
+                f"data.mixture: {sources[0].path} was encoded by tokenizer {makers[0][:12]} and "
+                f"{source.path} by {maker[:12]}; latents of two tokenizers do not mix. Encode "
+                "one of them again"
+            )
+
+
+def mixed_stats(parts: Sequence[LatentStats], counts: Sequence[int]) -> LatentStats:
+    """Statistics of an epoch that takes `counts` samples from data of these statistics.
+
+    The moments of each part are those of all of its samples, also where a run leaves classes out.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    weights = [count / sum(counts) for count in counts]
+    mean, std = _mixed([(part.mean, part.std) for part in parts], weights)
+    stats = LatentStats(mean, std)
+    pairs = [
+        (part.contrasts.mean * part.std, part.contrasts.std * part.std)
+        for part in parts
+        if part.contrasts is not None
+    ]
+    if len(pairs) < len(parts):
+        return stats
+    return stats.with_contrasts(*_mixed(pairs, weights))
+
+
+def _mixed(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, ...]:
+    """Mean and standard deviation of a mixture of distributions given by theirs."""
+    means = [mean.double() for mean, _ in pairs]
+    mean = sum((w * m for w, m in zip(weights, means, strict=True)), torch.zeros_like(means[0]))
+    square = torch.zeros_like(mean)
+    for weight, part, (_, std) in zip(weights, means, pairs, strict=True):
+        square += weight * (std.double().square() + (part - mean).square())
+    return mean.float(), square.sqrt().float()
 
 
 class LatentDataset(EpochDataset):
@@ -108,18 +151,22 @@ class LatentDataset(EpochDataset):
     An item is {"latents": float16 [N, D], "labels": int64 [], "sample_ids": int64 []}.
 
     Args:
-        local: MDS folder of latents.
+        data: MDS folder of latents, or sources with their classes and shares.
         shuffle: Shuffle, and draw the flip; otherwise the unflipped latents in order.
         seed: Of order and flips; a flip depends on (seed, epoch, sample id) alone.
         batch_size: Per device.
         num_base_tokens: N, for the check.
         latent_dim: D, for the check.
-        tokenizer_id: See `read_latent_manifest`.
+        tokenizer_id: See `check_latents`.
+        options: Cache and patience.
+
+    Raises: DataError if a source is no complete MDS folder of such latents, or the tokenizers of
+        several differ.
     """
 
     def __init__(
         self,
-        local: str,
+        data: str | os.PathLike[str] | Sequence[SourceConfig],
         *,
         shuffle: bool,
         seed: int,
@@ -127,19 +174,24 @@ class LatentDataset(EpochDataset):
         num_base_tokens: int,
         latent_dim: int,
         tokenizer_id: str | None,
+        options: StreamOptions | None = None,
     ) -> None:
-        self.manifest = read_latent_manifest(local, num_base_tokens, latent_dim, tokenizer_id)
-        check_shards(local)
         super().__init__(
-            local=local,
-            batch_size=batch_size,
+            as_sources(data),
+            "latents",
             shuffle=shuffle,
-            shuffle_seed=seed,
-            num_canonical_nodes=1,  # fixed: the order must not depend on the number of nodes
+            seed=seed,
+            batch_size=batch_size,
+            options=options or StreamOptions(),
         )
+        for source, manifest in zip(self.sources, self.manifests, strict=True):
+            check_latents(source.path, manifest, num_base_tokens, latent_dim, tokenizer_id)
+        _check_one_tokenizer(self.sources, self.manifests)
         self.seed = seed
-        self.stats = LatentStats.load(Path(local) / STATS_NAME)
-        self.tree = MergeTree.load(Path(local) / TREE_NAME)
+        folders = [local_folder(source) for source in self.sources]
+        stats = [LatentStats.load(folder / STATS_NAME) for folder in folders]
+        self.stats = mixed_stats(stats, self.samples_taken)
+        self.tree = MergeTree.load(folders[0] / TREE_NAME)  # one tokenizer, one tree
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
         """Read one sample."""

@@ -1,8 +1,9 @@
 """What an MDS folder holds: `manifest.json` beside the shards, and the checks made with it.
 
 The manifest says what the shards cannot: which of our two kinds of data they are, the names of the
-classes and how many samples each has. Here are also the two habits of every command that writes a
-data set: a folder is complete or absent, and what does not fit is refused with a way out. No torch.
+classes and how many samples each has, and the hashes of the files beside the shards; the shards'
+own are in `index.json`. `labels.npy` has the label of every sample, in order, so that a class
+can be chosen without reading the shards. What does not fit is refused with a way out. No torch.
 """
 
 from __future__ import annotations
@@ -17,26 +18,35 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lgm_scale.errors import DataError
 
 __all__ = [
     "COLUMNS",
+    "INDEX_NAME",
+    "LABELS_NAME",
     "MANIFEST_NAME",
     "Manifest",
     "check_columns",
     "check_shards",
+    "parse_manifest",
+    "read_index",
+    "read_labels",
     "read_manifest",
     "write_manifest",
     "written_aside",
 ]
 
 MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.json"
+LABELS_NAME = "labels.npy"
 COLUMNS = {
     "images": frozenset({"image", "label"}),
     "latents": frozenset({"latents", "latents_flipped", "label"}),
 }
 _MAKE = {
-    "images": "python data_tools/images_to_mds.py IMAGE_FOLDER {folder}",
+    "images": "python data_tools/images_to_mds.py SRC --out {folder}",
     "latents": "composer data_tools/encode_latents.py (see its --help)",
 }
 
@@ -52,6 +62,7 @@ class Manifest:
         class_counts: samples of each class, in the same order.
         image_size: side of every (square) image, None where sizes differ.
         extra: whatever the command that wrote the folder wants to remember (JSON values).
+        files: SHA-256 of every file of the folder that is no shard; empty in an old folder.
     """
 
     kind: str
@@ -60,6 +71,7 @@ class Manifest:
     class_counts: tuple[int, ...]
     image_size: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -88,7 +100,7 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> Manifest:
     """
     folder = Path(folder)
     fix = f"Make it with: {_MAKE[kind].format(folder=folder)}"
-    shards = _read_index(folder, kind, fix)
+    shards = read_index(folder, kind, fix)
     for shard in shards:
         check_columns(shard.get("column_names", ()), kind, str(folder))
     path = folder / MANIFEST_NAME
@@ -97,7 +109,7 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> Manifest:
             f"{path} is missing: the folder holds MDS shards of {kind} but not the names of their "
             f"classes. {fix}"
         )
-    manifest = _parse_manifest(path, fix)
+    manifest = parse_manifest(path.read_text(), str(path), fix)
     if manifest.kind != kind:
         raise DataError(f"{path} says kind {manifest.kind!r}, but {kind!r} is needed here. {fix}")
     num_indexed = sum(int(shard["samples"]) for shard in shards)
@@ -137,7 +149,7 @@ def check_shards(folder: str | os.PathLike[str]) -> None:
     folders that are complete on this machine, not for a cache that fills up as training goes.
     """
     folder = Path(folder)
-    for shard in _read_index(folder, "images", ""):
+    for shard in read_index(folder):
         files = [info for info in (shard.get("raw_data"), shard.get("zip_data")) if info]
         sizes = [
             (folder / info["basename"]).stat().st_size
@@ -190,11 +202,11 @@ def written_aside(
     aside.replace(folder)
 
 
-def _read_index(folder: Path, kind: str, fix: str) -> list[dict[str, Any]]:
-    """List the shards of an MDS folder."""
+def read_index(folder: Path, kind: str = "images", fix: str = "") -> list[dict[str, Any]]:
+    """List the shards of an MDS folder. Raises: DataError."""
     if not folder.exists():
         raise DataError(f"{folder} does not exist: an MDS folder of {kind} is needed. {fix}")
-    path = folder / "index.json"
+    path = folder / INDEX_NAME
     if not path.is_file():
         nested = sorted(child.parent.name for child in folder.glob("*/index.json"))
         hint = f"Did you mean {folder / nested[0]}?" if nested else fix
@@ -209,10 +221,34 @@ def _read_index(folder: Path, kind: str, fix: str) -> list[dict[str, Any]]:
         ) from error
 
 
-def _parse_manifest(path: Path, fix: str) -> Manifest:
-    """Parse `manifest.json`."""
+def read_labels(folder: str | os.PathLike[str], manifest: Manifest) -> np.ndarray:
+    """Label of every sample, in order: [num_samples] int64.
+
+    Raises: DataError if they are missing or do not fit the manifest.
+    """
+    path = Path(folder) / LABELS_NAME
+    fix = f"Make it anew: {_MAKE[manifest.kind].format(folder=folder)}"
+    if not path.is_file():
+        raise DataError(f"{path} is missing: without it no class can be chosen. {fix}")
     try:
-        values = json.loads(path.read_text())
+        labels = np.load(path, allow_pickle=False).astype(np.int64)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged ({error}). {fix}") from error
+    if (
+        labels.ndim == 1
+        and len(labels)
+        and 0 <= labels.min() <= labels.max() < len(manifest.classes)
+    ):
+        counts = np.bincount(labels, minlength=len(manifest.classes))
+        if counts.tolist() == list(manifest.class_counts):
+            return labels
+    raise DataError(f"{path} does not fit {MANIFEST_NAME}: other counts of the classes. {fix}")
+
+
+def parse_manifest(text: str, path: str, fix: str = "") -> Manifest:
+    """Parse the contents of a `manifest.json`; `path` is for messages. Raises: DataError."""
+    try:
+        values = json.loads(text)
         size = values["image_size"]
         manifest = Manifest(
             kind=str(values["kind"]),
@@ -221,8 +257,9 @@ def _parse_manifest(path: Path, fix: str) -> Manifest:
             class_counts=tuple(int(count) for count in values["class_counts"]),
             image_size=None if size is None else int(size),
             extra=dict(values["extra"]),
+            files={str(k): str(v) for k, v in values.get("files", {}).items()},
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is damaged ({type(error).__name__}: {error}). Delete the folder. {fix}"
         ) from error

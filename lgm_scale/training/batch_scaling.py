@@ -17,9 +17,9 @@ import torch
 from composer.core import Callback, State
 from composer.core.data_spec import default_split_batch
 from composer.loggers import Logger
-from streaming import StreamingDataLoader
 from torch import Tensor
 
+from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.training.length_schedule import LengthSchedule
 
 __all__ = ["LoaderStep", "ScaledLoader", "loader_batches", "split_by_tokens", "steps_per_epoch"]
@@ -48,11 +48,11 @@ def steps_per_epoch(schedule: LengthSchedule, num_batches: int) -> int:
     return rounds * len(cycle) + most
 
 
-class ScaledLoader(StreamingDataLoader):
+class ScaledLoader(CheckedLoader):
     """A loader of batches for each step's length; `LoaderStep` tells it the step.
 
     Args:
-        *args: Of `StreamingDataLoader`, whose batches are for the longest length.
+        *args: Of `CheckedLoader`, whose batches are for the longest length.
         schedule: Length of each step; a cycle.
         **kwargs: As `args`.
     """

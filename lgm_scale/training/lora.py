@@ -49,7 +49,7 @@ def _differences(config: GeneratorRun, base: GeneratorBundle, tree: MergeTree) -
     if tokenizer_id(config.tokenizer) != base.info["files"][TOKENIZER_NAME]:
         yield f"tokenizer: {config.tokenizer} is not the tokenizer that the base was trained with"
     elif not torch.equal(tree.merges, base.tree.merges):
-        yield f"data.path: {config.data.path} has another merge tree than the base"
+        yield f"data: {config.data.sources[0].path} has another merge tree than the base"
     num_tokens = config.lengths.choices[0]
     if num_tokens in base.adapters:
         yield f"lengths.choices: the base has an adapter for {num_tokens} already"

@@ -165,3 +165,46 @@ def test_the_plan_names_work_and_memory():
     assert " 128            57.1%           131,072" in text
     assert "12.58 GiB" in text  # 20 bytes per parameter
     assert "1,281,167 (1,251 steps)" in text
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ({}, "data.path: missing; name an MDS folder"),
+        ({"path": "s3://b/x"}, "data.cache: missing; path s3://b/x is object storage"),
+        ({"path": "x", "cache": "y"}, "data.cache: has no effect, path x is local"),
+        ({"path": "x", "mixture": [{"path": "y"}]}, "data.mixture: has no place beside data.path"),
+        ({"mixture": [{"path": "x"}], "classes": ["a"]}, "data.classes: has no effect"),
+        (
+            {"mixture": [{"path": "x", "proportion": 1.0}, {"path": "y"}]},
+            "some sources have a proportion and some not",
+        ),
+        ({"mixture": [{"path": "x", "proportion": 0.0}]}, "data.mixture[0].proportion: 0.0"),
+        ({"mixture": [{"path": "x"}, {"path": "x"}]}, "data.mixture[1]: x is the folder of"),
+        ({"mixture": [{"pth": "x"}]}, "data.mixture.0.pth: unknown key; did you mean 'path'?"),
+        ({"path": "x", "classes": ["a", "b", "a"]}, "data.classes: a twice"),
+        ({"path": "x", "classes": []}, "data.classes: empty"),
+        ({"path": "x", "cache_limit": "much"}, "data.cache_limit: 'much' is no size"),
+        ({"path": "x", "retry_seconds": 0.0}, "data.retry_seconds: 0.0 must be above 0"),
+        ({"path": "x", "predownload": 0}, "data.predownload: 0 must be above 0"),
+    ],
+)
+def test_the_data_section_is_checked(tmp_path, data, text):
+    values = yaml.safe_load((ROOT / "yamls" / "dit_s.yaml").read_text()) | {"data": data}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError) as error:
+        load_training_run(str(path), [], 8, has_gpu=None)
+    assert any(text in problem for problem in error.value.problems), error.value.problems
+
+
+def test_data_that_make_sense_pass(tmp_path):
+    values = yaml.safe_load((ROOT / "yamls" / "dit_s.yaml").read_text())
+    plain = {"path": "gs://b/x", "cache": "c", "cache_limit": "1.5tb", "classes": ["a"]}
+    mixture = [{"path": "x", "proportion": 1.0, "rename": {"a": "b"}}]
+    mixture.append({"path": "s3://y", "cache": "c", "proportion": 2.0})
+    for data in (plain, {"mixture": mixture}):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(values | {"data": data}))
+        config = load_training_run(str(path), [], 8, has_gpu=None)
+        assert len(config.data.sources) == len(data.get("mixture", [1]))

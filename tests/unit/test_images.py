@@ -17,6 +17,8 @@ from PIL import Image
 from streaming import MDSWriter, StreamingDataLoader
 from torch.utils.data import DataLoader
 
+from lgm_scale.data.config import SourceConfig
+from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import ImageDataset, center_crop, decode_image, random_resized_crop
 from lgm_scale.data.manifest import (
     Manifest,
@@ -52,7 +54,7 @@ def write_images(folder: Path, num_samples: int, kind: str = "images") -> Path:
     return folder
 
 
-def dataset_of(folder: Path, **changes) -> ImageDataset:
+def dataset_of(folder: Path | list[SourceConfig], **changes) -> ImageDataset:
     values = {"image_size": SIZE, "train": True, "seed": 7, "batch_size": 4, **changes}
     return ImageDataset(folder, **values)
 
@@ -298,12 +300,12 @@ def test_a_lost_shard_is_an_error_not_a_short_epoch(tmp_path):
 @pytest.mark.parametrize(("num_workers", "lost"), [(0, 0), (0, -1), (2, -1), (2, 0)])
 def test_an_unreachable_shard_neither_ends_nor_hangs_an_epoch(tmp_path, num_workers, lost):
     folder = write_images(tmp_path / "mds", 24)
-    sorted(folder.glob("shard.*.mds"))[lost].unlink()
-    remote = {"remote": str(folder), "train": False, "download_retry": 1}
-    dataset = dataset_of(tmp_path / "cache", **remote)
+    shard = sorted(folder.glob("shard.*.mds"))[lost]
+    shard.unlink()
+    dataset = dataset_of([SourceConfig(path=str(folder), cache=str(tmp_path / "cache"))])
     timeout = 20 if num_workers else 0
-    loader = DataLoader(dataset, batch_size=4, num_workers=num_workers, timeout=timeout)
-    with pytest.raises(DataError, match="a shard could not be fetched"):
+    loader = CheckedLoader(dataset, batch_size=4, num_workers=num_workers, timeout=timeout)
+    with pytest.raises(DataError, match=rf"is not complete: .*{shard.name} could not be fetched"):
         list(loader)
 
 

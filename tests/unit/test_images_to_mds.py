@@ -100,7 +100,12 @@ def test_the_bytes_do_not_depend_on_workers_or_place(source, tmp_path):
     moved = source.rename(tmp_path / "moved")
     convert_folder(moved, tmp_path / "two", image_size=16, num_workers=2)
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
-    assert sorted(bytes_of(tmp_path / "one")) == ["index.json", "manifest.json", "shard.00000.mds"]
+    assert sorted(bytes_of(tmp_path / "one")) == [
+        "index.json",
+        "labels.npy",
+        "manifest.json",
+        "shard.00000.mds",
+    ]
 
 
 def test_a_finished_folder_is_skipped_and_another_refused(source, tmp_path):
@@ -108,10 +113,10 @@ def test_a_finished_folder_is_skipped_and_another_refused(source, tmp_path):
     convert_folder(source, target)
     before = bytes_of(target)
     assert "nothing to do" in convert_folder(source, target, num_workers=2)
-    with pytest.raises(DataError, match="not a finished result of images_to_mds"):
+    with pytest.raises(DataError, match=r"holds another data set \(image_size differ\)"):
         convert_folder(source, target, image_size=16)
     noise(9).save(source / "cat" / "new.jpg")
-    with pytest.raises(DataError, match="not a finished result"):
+    with pytest.raises(DataError, match=r"another data set \(fingerprint differ\)"):
         convert_folder(source, target)
     assert bytes_of(target) == before
     (tmp_path / "other").mkdir()
@@ -120,13 +125,13 @@ def test_a_finished_folder_is_skipped_and_another_refused(source, tmp_path):
         convert_folder(source, tmp_path / "other")
 
 
-def test_leftovers_of_an_interrupted_run_are_replaced(source, tmp_path):
+def test_foreign_leftovers_are_not_touched(source, tmp_path):
     aside = tmp_path / "mds.partial"
     aside.mkdir()
-    (aside / "shard.00000.mds").write_bytes(b"half")
-    convert_folder(source, tmp_path / "mds")
-    assert not aside.exists()
-    assert len(stored(tmp_path / "mds")) == 9
+    (aside / "thesis.tex").touch()
+    with pytest.raises(DataError, match="it holds something else"):
+        convert_folder(source, tmp_path / "mds")
+    assert (aside / "thesis.tex").exists()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -254,11 +259,11 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_command_fails_in_one_line(source, tmp_path):
     truncate(source / "dog" / "palette.png")
-    damaged = run_command(str(source), str(tmp_path / "mds"), "--workers", "2")
+    damaged = run_command(str(source), "--out", str(tmp_path / "mds"), "--workers", "2")
     assert damaged.returncode == 2
     assert "dog/palette.png cannot be read" in damaged.stderr
     assert "Traceback" not in damaged.stderr
-    missing = run_command(str(tmp_path / "nowhere"), str(tmp_path / "mds"))
+    missing = run_command(str(tmp_path / "nowhere"), "--out", str(tmp_path / "mds"))
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: ")
     assert missing.stderr.count("\n") == 1

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,19 @@ import torch
 from small_pipeline import SmallPipeline, run_command
 from streaming import StreamingDataset
 
-from data_tools.encode_latents import main
+from data_tools.encode_latents import (
+    Encoder,
+    batch_indices,
+    check_coverage,
+    main,
+    plan_parts,
+)
+from data_tools.parts import PartRecord
 from lgm_scale.bundle import load_tokenizer, tokenizer_id
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.images import ImageDataset
-from lgm_scale.data.latents import LatentDataset, LatentStats
+from lgm_scale.data.latents import LatentDataset, LatentStats, mixed_stats
+from lgm_scale.data.manifest import read_manifest, write_manifest
 from lgm_scale.errors import DataError, LGMError
 from lgm_scale.training.tokenizer import to_unit_range
 
@@ -85,7 +96,7 @@ def test_two_ranks_write_the_same_latents(small_pipeline, stored, tmp_path):
         "data_tools/encode_latents.py",
         *("--tokenizer", small_pipeline.tokenizer),
         *("--images", small_pipeline.images),
-        *("--out", out, "--batch-size", "5"),
+        *("--out", out, "--batch-size", "5", "--shard-size", "5000"),
         ranks=2,
     )
     assert result.returncode == 0, result.stderr
@@ -129,3 +140,97 @@ def test_a_finished_result_is_kept_and_bad_input_is_named(
         with pytest.raises(LGMError, match=text):
             encode(monkeypatch, **(fresh | changes))
     assert not Path(tmp_path / "x").exists()
+
+
+def stats_of(values: torch.Tensor, contrasts: torch.Tensor) -> LatentStats:
+    """Of latents [M, D] and contrasts [M, R, D]."""
+    stats = LatentStats(values.mean(0), values.std(0, correction=0))
+    return stats.with_contrasts(contrasts.mean(0), contrasts.std(0, correction=0))
+
+
+def test_statistics_of_a_mixture_are_those_of_its_samples():
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for size, shift in ((300, 0.0), (100, 2.0)):
+        values = torch.randn(size, 4, generator=generator) * (1 + shift) + shift
+        contrasts = torch.randn(size, 3, 4, generator=generator) - shift
+        parts.append((values, contrasts))
+    together = stats_of(*(torch.cat(pair) for pair in zip(*parts, strict=True)))
+    mixed = mixed_stats([stats_of(*part) for part in parts], [300, 100])
+    torch.testing.assert_close(mixed.mean, together.mean, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed.std, together.std, atol=1e-6, rtol=1e-5)
+    assert mixed.contrasts is not None
+    assert together.contrasts is not None
+    torch.testing.assert_close(mixed.contrasts.mean, together.contrasts.mean)
+    torch.testing.assert_close(mixed.contrasts.std, together.contrasts.std)
+    assert mixed_stats([mixed], [7]) is mixed
+
+
+def test_latents_of_two_tokenizers_do_not_mix(small_pipeline, tmp_path):
+    other = Path(shutil.copytree(small_pipeline.latents, tmp_path / "other"))
+    sources = [SourceConfig(path=str(path)) for path in (small_pipeline.latents, other)]
+    arguments = {"shuffle": True, "seed": 0, "batch_size": 4, "num_base_tokens": 16}
+    arguments |= {"latent_dim": 8, "tokenizer_id": None}
+    both = LatentDataset(sources, **arguments)
+    assert both.epoch_samples == 136
+    assert both.manifest.class_counts == tuple(2 * n for n in both.manifests[0].class_counts)
+    manifest = read_manifest(other, "latents")
+    write_manifest(other, replace(manifest, extra={**manifest.extra, "tokenizer_id": "f" * 64}))
+    with pytest.raises(DataError, match=r"by tokenizer .* by ffffffffffff; .* do not mix"):
+        LatentDataset(sources, **arguments)
+
+
+def test_the_manifest_proves_that_every_image_was_encoded_once(small_pipeline):
+    manifest = read_manifest(small_pipeline.latents, "latents")
+    images = read_manifest(small_pipeline.images, "images")
+    assert manifest.extra["coverage"] == [[0, 68]]
+    assert manifest.extra["images"]["num_samples"] == images.num_samples == 68
+    assert manifest.extra["tokenizer_id"] == tokenizer_id(small_pipeline.tokenizer)
+    assert manifest.class_counts == images.class_counts
+    parts = plan_parts(68, 100, 1000)
+    assert parts[0] == (0, 0, 10)
+    assert parts[-1] == (6, 60, 68)
+    assert batch_indices(parts[5:], 8) == [
+        list(range(50, 58)),
+        [58, 59],
+        list(range(60, 68)),
+    ]
+    records = [PartRecord([0] * (stop - start), {}) for _, start, stop in parts]
+    source = replace(images, classes=("a",), class_counts=(68,))
+    check_coverage(parts, records, source)
+    short = [*records[:-1], PartRecord([0] * 7, {})]
+    with pytest.raises(DataError, match="part 6 holds 7 latents of images 60 to 68"):
+        check_coverage(parts, short, source)
+    with pytest.raises(DataError, match="other labels"):
+        check_coverage(parts, records, replace(source, class_counts=(67,)))
+
+
+def test_an_interrupted_encoding_goes_on_where_it_was(small_pipeline, tmp_path, monkeypatch):
+    options = {
+        "tokenizer": small_pipeline.tokenizer,
+        "images": small_pipeline.images,
+        "shard-size": 8000,
+        "batch-size": 4,
+        "workers": 0,
+    }
+    assert encode(monkeypatch, **options, out=tmp_path / "whole") == 0
+    write, made = Encoder._write_part, []
+
+    def note(self, work, number, *rest) -> None:
+        if number == 2 and not made[2:]:
+            made.append(number)
+            raise KeyboardInterrupt
+        made.append(number)
+        write(self, work, number, *rest)
+
+    monkeypatch.setattr(Encoder, "_write_part", note)
+    with pytest.raises(KeyboardInterrupt):
+        encode(monkeypatch, **options, out=tmp_path / "stopped")
+    assert not (tmp_path / "stopped").exists()
+    with pytest.raises(LGMError, match=r"unfinished result of another .*batch_size"):
+        encode(monkeypatch, **options | {"batch-size": 5}, out=tmp_path / "stopped")
+    assert encode(monkeypatch, **options, out=tmp_path / "stopped") == 0
+    assert made == [0, 1, 2, 2, 3, 4]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "stopped").iterdir()}
+    assert len([name for name in files if name.startswith("shard.")]) == 5

@@ -225,7 +225,10 @@ class Gateway:
         return True
 
     def _spawn(self, name: str, *command: str) -> None:
-        """Start a daemon that is killed when this process ends, however it ends."""
+        """Start a daemon that is killed when this process ends, however it ends.
+
+        From the main thread: to Linux, the parent is the thread that started it.
+        """
         log = (self.folder / "log" / f"{name}.out").open("ab")
         self._running[name] = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *command],

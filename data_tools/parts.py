@@ -1,0 +1,307 @@
+"""A data set that is written part by part: one part, one MDS shard, one record of what is in it.
+
+The parts follow from the input alone, not from workers, ranks or interruptions. A part is finished
+when its record is in place, and is not made again; the index, the labels and the manifest are
+joined from the records at the end. So a killed command continues where it was, and its files are
+those of an undisturbed one, byte for byte. A local result is complete or absent: it is made in
+OUT.partial. In object storage the manifest comes last, and readers want it first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from streaming import MDSWriter
+from streaming.base.compression import is_compression
+
+from lgm_scale.data.config import Patience, is_remote
+from lgm_scale.data.manifest import (
+    INDEX_NAME,
+    LABELS_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    check_shards,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
+from lgm_scale.data.shards import digest_files
+from lgm_scale.data.storage import join, read_remote, shown, store
+from lgm_scale.errors import ConfigError, DataError
+
+__all__ = ["DEFAULT_SHARD_SIZE", "PartRecord", "PartsFolder", "check_shard_options"]
+
+DEFAULT_SHARD_SIZE = 64 << 20
+LARGEST_SHARD = 1 << 30  # an offset has 32 bits, and a shard is made in memory
+PLAN_NAME = "plan.json"
+
+
+def check_shard_options(shard_size: int, compression: str | None) -> None:
+    """Raise ConfigError for impossible shards."""
+    problems = []
+    if not 1 <= shard_size <= LARGEST_SHARD:
+        problems.append(f"--shard-size is {shard_size}: it must be 1 to {LARGEST_SHARD} bytes")
+    if compression is not None and not is_compression(compression):
+        problems.append(
+            f"--compression is {compression!r}: it must be an algorithm, or one with a level, "
+            "such as zstd or zstd:7"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """What a finished part holds.
+
+    Args:
+        labels: label of each of its samples.
+        facts: whatever else the command notes (JSON values).
+        shard: the shard's entry of the index; None for a part without samples.
+    """
+
+    labels: list[int]
+    facts: dict[str, Any]
+    shard: dict[str, Any] | None = None
+
+
+class PartsFolder:
+    """The unfinished result of one command. Workers and ranks may share it; it can be pickled.
+
+    Args:
+        out: where the result goes, a folder or object storage.
+        staging: local folder for what is unfinished, if `out` is object storage.
+        kind: "images" or "latents".
+        made_from: what determines the result (JSON values): another command's work is refused.
+        num_parts: how many parts there are.
+        patience: with object storage.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        staging: str | None,
+        kind: str,
+        made_from: dict[str, Any],
+        num_parts: int,
+        patience: Patience | None = None,
+    ) -> None:
+        if is_remote(out) and staging is None:
+            raise ConfigError(
+                f"--staging: missing; --out {shown(out)} is object storage, name a local folder "
+                "for what is unfinished (the command resumes from it)"
+            )
+        if not is_remote(out) and staging is not None:
+            raise ConfigError(f"--staging: has no effect, --out {out} is a local folder; drop it")
+        self.out, self.remote = out, is_remote(out)
+        self.folder = Path(staging) if staging is not None else _aside(Path(out))
+        self.kind = kind
+        self.made_from = json.loads(json.dumps(made_from))
+        self.num_parts = num_parts
+        self.patience = patience or Patience()
+
+    def already_finished(self) -> Manifest | None:
+        """The manifest of this very result, if it is there.
+
+        Raises: DataError if something else is.
+        """
+        if self.remote:
+            data = read_remote(join(self.out, MANIFEST_NAME), self.patience)
+            if data is None and read_remote(join(self.out, INDEX_NAME), self.patience) is None:
+                return None
+            manifest = None if data is None else parse_manifest(data.decode(), shown(self.out))
+        else:
+            folder = Path(self.out)
+            if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+                return None
+            manifest = None
+            if (folder / MANIFEST_NAME).is_file():
+                manifest = read_manifest(folder, self.kind)
+                check_shards(folder)
+        if manifest is None:
+            raise DataError(
+                f"{shown(self.out)} exists and is not a finished result of this command: it is "
+                "never overwritten. Choose another --out, or delete it"
+            )
+        there = manifest.extra.get("made_from", {})
+        other = sorted(k for k in self.made_from if there.get(k) != self.made_from[k])
+        if other:
+            raise DataError(
+                f"{shown(self.out)} holds another data set ({', '.join(other)} differ): it is "
+                "never overwritten. Choose another --out, or delete it"
+            )
+        self._clean_up()
+        return manifest
+
+    def open(self) -> None:
+        """Make the folder of the unfinished result, or continue with the one that is there.
+
+        Raises: DataError if it holds anything else.
+        """
+        plan = {"made_from": self.made_from, "num_parts": self.num_parts, "out": self.out}
+        path = self.folder / PLAN_NAME
+        if self.folder.exists() and not path.is_file() and any(self.folder.iterdir()):
+            raise DataError(
+                f"{self.folder} is where the unfinished result goes, but it holds something else: "
+                "move it away"
+            )
+        if path.is_file():
+            there = json.loads(path.read_text())
+            if there != plan:
+                was, now = there.get("made_from", {}), self.made_from
+                keys = sorted(k for k in now if was.get(k) != now[k]) or ["out"]
+                raise DataError(
+                    f"{self.folder} holds an unfinished result of another command "
+                    f"({', '.join(keys)} differ): finish that one, or delete the folder"
+                )
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(path, json.dumps(plan, indent=1))
+
+    def finished(self) -> set[int]:
+        """Parts whose record is in place."""
+        names = os.listdir(self.folder)
+        return {int(name.split(".")[1]) for name in names if _is_record(name)}
+
+    def write(
+        self,
+        part: int,
+        columns: dict[str, str],
+        samples: Iterable[Mapping[str, Any]],
+        record: Callable[[], PartRecord],
+        compression: str | None = None,
+    ) -> PartRecord:
+        """Make a part: its shard, and then its record.
+
+        Args:
+            part: its number.
+            columns: of the shard.
+            samples: in order.
+            record: called when all samples are written.
+            compression: of the shard.
+        """
+        aside = self.folder / f".part.{part:05}"
+        shutil.rmtree(aside, ignore_errors=True)
+        # One shard, whatever its size: the parts have been cut to size before.
+        writer = MDSWriter(
+            out=str(aside),
+            columns=columns,
+            compression=compression,
+            hashes=["sha256"],
+            size_limit=None,
+            max_workers=1,
+        )
+        try:
+            for sample in samples:
+                writer.write(dict(sample))
+            if writer.new_samples:
+                writer.flush_shard()
+        finally:  # not `finish`, which may sleep a second, and writes an index of its own
+            writer.executor.shutdown()
+        shard = self._take_in(part, aside, writer.shards[0]) if writer.shards else None
+        result = replace(record(), shard=shard)
+        shutil.rmtree(aside)
+        text = {"labels": result.labels, "facts": result.facts, "shard": result.shard}
+        _write_whole(self.folder / f"part.{part:05}.json", json.dumps(text))
+        return result
+
+    def _take_in(self, part: int, aside: Path, shard: dict[str, Any]) -> dict[str, Any]:
+        """Give a shard its number, and bring it to where it belongs."""
+        made = shard["zip_data"] or shard["raw_data"]
+        path = aside / made["basename"]
+        for info in filter(None, (shard["raw_data"], shard["zip_data"])):
+            info["basename"] = info["basename"].replace("shard.00000", f"shard.{part:05}", 1)
+        if self.remote:
+            renamed = path.with_name(made["basename"])
+            path.rename(renamed)
+            store(renamed, join(self.out, made["basename"]), self.patience)
+        else:
+            path.replace(self.folder / made["basename"])
+        return shard
+
+    def record_texts(self) -> dict[str, str]:
+        """The record files of this machine by name."""
+        names = sorted(name for name in os.listdir(self.folder) if _is_record(name))
+        return {name: (self.folder / name).read_text() for name in names}
+
+    def add_record_texts(self, texts: Mapping[str, str]) -> None:
+        """Take in record files of another machine."""
+        for name, text in texts.items():
+            if not (self.folder / name).exists():
+                _write_whole(self.folder / name, text.rstrip())
+
+    def records(self) -> list[PartRecord]:
+        """All records, in order. Raises: DataError if one is missing."""
+        missing = sorted(set(range(self.num_parts)) - self.finished())
+        if missing:
+            raise DataError(f"{self.folder}: part {missing[0]} is not finished; run again")
+        paths = [self.folder / f"part.{part:05}.json" for part in range(self.num_parts)]
+        return [PartRecord(**json.loads(path.read_text())) for path in paths]
+
+    def join(
+        self,
+        manifest: Manifest,
+        records: list[PartRecord],
+        more: Mapping[str, Callable[[Path], Any]],
+    ) -> Manifest:
+        """Write index, labels, further files and the manifest, and put the result in place.
+
+        Args:
+            manifest: complete but for `files`.
+            records: of all parts, in order.
+            more: further files by name, each with what writes it.
+        """
+        shards = [record.shard for record in records if record.shard is not None]
+        index = json.dumps({"version": 2, "shards": shards}, sort_keys=True)
+        _write_whole(self.folder / INDEX_NAME, index)
+        labels = [label for record in records for label in record.labels]
+        np.save(self.folder / LABELS_NAME, np.asarray(labels, np.int32))
+        for name, write in more.items():
+            write(self.folder / name)
+        names = [INDEX_NAME, LABELS_NAME, *more]
+        manifest = replace(manifest, files=digest_files(self.folder, names))
+        write_manifest(self.folder, manifest)
+        if self.remote:
+            for name in [*names, MANIFEST_NAME]:  # the manifest says that all is there
+                store(self.folder / name, join(self.out, name), self.patience)
+        else:
+            read_manifest(self.folder, self.kind)  # the shards hold what it counts
+            check_shards(self.folder)
+            if Path(self.out).is_dir():  # an empty one
+                Path(self.out).rmdir()
+            self.folder.replace(self.out)
+        self._clean_up()
+        return manifest
+
+    def _clean_up(self) -> None:
+        """Remove what only an unfinished result needs."""
+        if self.remote:
+            if (self.folder / PLAN_NAME).is_file():
+                shutil.rmtree(self.folder)
+            return
+        for name in os.listdir(self.out):
+            if _is_record(name) or name == PLAN_NAME:
+                Path(self.out, name).unlink(missing_ok=True)
+
+
+def _aside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+def _is_record(name: str) -> bool:
+    return name.startswith("part.") and name.endswith(".json")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file aside first, so that it is whole or absent."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.aside")
+    aside.write_text(text + "\n")
+    aside.replace(path)

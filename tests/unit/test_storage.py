@@ -1,0 +1,153 @@
+"""Files of object storage come whole, or there is an error that names the file and the cause.
+
+Against moto, the light S3 server; `tests/system/s3` does the same with a real one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from fault_proxy import FaultProxy
+from moto.server import ThreadedMotoServer
+
+from lgm_scale.data.config import Patience
+from lgm_scale.data.storage import (
+    Expected,
+    MissingFileError,
+    fetch,
+    join,
+    read_remote,
+    shown,
+    store,
+)
+from lgm_scale.errors import DataError
+
+DATA = bytes(range(256)) * 4000
+QUICK = Patience(timeout=1, retry_seconds=4)
+SECRET = "a-secret-that-no-message-shows"
+REMOTE = "s3://bucket/folder/x"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def proxy(server, monkeypatch) -> Iterator[FaultProxy]:
+    with FaultProxy(server) as proxy:
+        monkeypatch.setenv("S3_ENDPOINT_URL", proxy.endpoint)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        client = boto3.client("s3", endpoint_url=server)
+        client.create_bucket(Bucket="bucket")
+        client.put_object(Bucket="bucket", Key="folder/x", Body=DATA)
+        yield proxy
+
+
+EXPECTED = Expected(len(DATA), {"sha256": hashlib.sha256(DATA).hexdigest()})
+
+
+@pytest.mark.parametrize("mode", ["500", "503", "reset", "truncate", "hang", "flip"])
+def test_what_passes_is_outlasted(proxy, tmp_path, mode):
+    with proxy.failing(mode, first=1) as fault:
+        fetch(REMOTE, tmp_path / "x", QUICK, EXPECTED)
+        assert fault.done == 1
+    assert (tmp_path / "x").read_bytes() == DATA
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("mode", ["503", "hang", "trickle", "reset"])
+def test_what_stays_is_an_error_within_the_time(proxy, tmp_path, mode):
+    begun = time.monotonic()
+    with (
+        proxy.failing(mode),
+        pytest.raises(DataError, match=r"bucket/folder/x could not be fetched within 2 s .*tries"),
+    ):
+        fetch(REMOTE, tmp_path / "x", Patience(timeout=0.5, retry_seconds=2), EXPECTED)
+    assert time.monotonic() - begun < 4
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_server_may_be_gone_for_a_while(proxy, tmp_path):
+    proxy.go_away()
+    threading.Timer(2.0, proxy.come_back).start()
+    fetch(REMOTE, tmp_path / "x", Patience(1, 20), EXPECTED)
+    assert (tmp_path / "x").read_bytes() == DATA
+
+
+def test_a_damaged_file_is_fetched_twice_and_then_named(proxy, tmp_path):
+    with (
+        proxy.failing("flip") as fault,
+        pytest.raises(DataError, match=r"folder/x has another (sha256|checksum) .* is damaged"),
+    ):
+        fetch(REMOTE, tmp_path / "x", QUICK, EXPECTED)
+    assert fault.done == 2
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match="has 1,024,000 bytes instead of 7"):
+        fetch(REMOTE, tmp_path / "x", QUICK, Expected(7))
+
+
+@pytest.mark.parametrize(
+    ("remote", "text"),
+    [
+        ("s3://bucket/nowhere", "there is no such file"),
+        ("s3://no-bucket/x", "bucket does not exist"),
+    ],
+)
+def test_what_is_not_there_is_said_at_once(proxy, tmp_path, remote, text):
+    begun = time.monotonic()
+    with pytest.raises(MissingFileError, match=text):
+        fetch(remote, tmp_path / "x", QUICK)
+    assert time.monotonic() - begun < 3
+    assert read_remote(remote, QUICK) is None
+
+
+def test_an_expired_token_is_said_at_once(proxy, tmp_path):
+    with proxy.failing("expired"), pytest.raises(DataError, match=r"not valid any more .*Expired"):
+        fetch(REMOTE, tmp_path / "x", QUICK)
+
+
+def test_no_message_has_a_secret(proxy, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    texts = []
+    for mode in ("503", "expired", "reset"):
+        with proxy.failing(mode), pytest.raises(DataError) as error:
+            fetch(REMOTE, tmp_path / "x", Patience(0.5, 1))
+        texts.append(str(error.value))
+    assert SECRET not in "".join(texts) + caplog.text
+    assert shown("sftp://user:password@host/x?sig=1") == "sftp://host/x"
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    (tmp_path / "source").write_bytes(DATA)
+
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lgm_scale.data.storage.shutil.copyfile", full)
+    with pytest.raises(DataError, match=r"no space is left in .*cache"):
+        fetch(str(tmp_path / "source"), tmp_path / "cache" / "x", QUICK)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_files_are_stored_and_read_back(proxy, tmp_path):
+    (tmp_path / "y").write_bytes(DATA)
+    for folder in ("s3://bucket/out", str(tmp_path / "out")):
+        store(tmp_path / "y", join(folder, "y"), QUICK)
+        assert read_remote(join(folder, "y"), QUICK) == DATA
+    with pytest.raises(DataError, match="bucket does not exist"):
+        store(tmp_path / "y", "s3://no-bucket/y", QUICK)
