@@ -163,7 +163,7 @@ def test_the_plan_names_work_and_memory():
     text = describe(config, 64)
     assert "675.3 M" in text
     assert " 128            57.1%           131,072" in text
-    assert "12.58 GiB" in text  # 20 bytes per parameter
+    assert "> ddp                12.58" in text  # GiB: 20 bytes per parameter
     assert "1,281,167 (1,251 steps)" in text
 
 
