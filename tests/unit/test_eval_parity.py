@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from eval.chunks import Job
 from eval.engine import Engine
 from eval.image_work import OriginalsWork
-from eval.inception import NETWORK, InceptionFeatures
+from eval.inception import NETWORK, InceptionFeatures, register_network
 from eval.metrics import compute, describe_metrics, select, warn_few_images
 from eval.moments import frechet_distance, moments_of
 from eval.reference_files import Reference
@@ -86,6 +86,7 @@ class EarlyLayer:
     def __init__(self, path: Path) -> None:
         from torch_fidelity.utils import create_feature_extractor
 
+        register_network()
         self.net = create_feature_extractor(
             NETWORK, ["64"], cuda=False, verbose=False, feature_extractor_weights_path=str(path)
         )

@@ -83,7 +83,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path, where):
     trap = Trap(tmp_path / "sprung")
     values = trap if where == "top" else {"fid": {"mu": np.zeros(2048), "sigma": trap}}
     (tmp_path / "img.pkl").write_bytes(pickle.dumps(values))
-    with pytest.raises(DataError, match="it asks for .*which is not executed"):
+    with pytest.raises(DataError, match=r"it asks for .*which is not executed"):
         load_reference(tmp_path / "img.pkl")
     assert not (tmp_path / "sprung").exists()
 
@@ -146,7 +146,9 @@ def test_a_folder_an_npz_and_shards_give_the_same_images(tmp_path):
     pixels, _ = folder.read(range(6))
     assert identity["image_size"] == 16
     assert len(shards) == len(folder) == 6
-    assert torch.equal(shards.read([4, 1])[0], pixels[[4, 1]])
+    stored = shards.read([4, 1])[0].double()  # as JPEG: nearly the same
+    assert (stored - pixels[[4, 1]]).abs().mean() < 12
+    assert (stored - pixels[[1, 4]]).abs().mean() > 50
     np.savez(tmp_path / "s.npz", labels=np.zeros(2), arr_0=pixels.permute(0, 2, 3, 1).numpy())
     assert torch.equal(NpzImages(tmp_path / "s.npz").read([5, 0])[0], pixels[[5, 0]])
 
@@ -239,7 +241,7 @@ def test_a_missing_statistic_disables_its_metric_with_one_line(made, tmp_path, c
             reference=str(tmp_path / "r.safetensors"),
             cells=[{"num_tokens": 4}],
             metrics=["pixel_frechet", "fid", "kid"],
-        )  # fmt: skip
+        )
     )
     assert results is not None
     assert set(results["rows"][0]["metrics"]) == {"pixel_frechet"}
