@@ -37,7 +37,7 @@ from eval.reference_files import Reference
 from eval.results import gather_results, headline
 from eval.search import next_cells, winners
 from eval.spaces import Spaces, check_reference, load_reference_for
-from eval.sweep_config import Cell, SweepConfig, expand
+from eval.sweep_config import Cell, SearchConfig, SweepConfig, expand
 from eval.training_loss import loss_per_length
 from eval.work import Part, join_ranks
 from lgm_scale import __version__
@@ -213,60 +213,60 @@ class Sweep:
 
     # --- runs ---------------------------------------------------------------------------------
 
-    def _first_jobs(self) -> list[Job]:
-        """Everything that can be made before any number is known."""
-        cells, count = expand(self.config), self.config.num_images
-        if self.config.search is not None:
-            known = self._known(cells)
-            count = self.config.search.num_images
-            trying = next_cells(cells, known, self.config.search)
-            if not trying:
-                trying = winners(known, self.config.search.metric)
-                count = self.config.num_images
-            cells = trying
-        return [*self.reconstructions.jobs(self.lengths), *(self.job(c, count) for c in cells)]
-
-    def _known(self, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:
-        """Metrics of the cells that a search has tried."""
-        assert self.config.search is not None
-        if not self.reconstructions.ready(self.engine, needed=self.outer is None):
-            return {}
-        plans = [self.plan(cell, self.config.search.num_images) for cell in cells]
-        rows = [self.engine.rows.find(plan.name, plan.protocol) for plan in plans]
-        return {
-            cell: row["metrics"] for cell, row in zip(cells, rows, strict=True) if row is not None
-        }
-
     def make_part(self, part: Part) -> None:
         """Make this part of all chunks that can be made now."""
-        made = self.engine.make_chunks(
-            self._first_jobs(), part, f"part {part.index}/{part.count}", may_work=True
-        )
+        jobs = self._jobs_of_a_part()
+        made = self.engine.make_chunks(jobs, part, f"part {part.index}/{part.count}", True)
         self._say(
             f"part {part.index}/{part.count}: {made} images made, the rest was there. When all "
             "parts are done, the same command without `part` computes the numbers"
         )
 
+    def _jobs_of_a_part(self) -> list[Job]:
+        """Jobs whose rows are not there yet, as far as that can be known without the images."""
+        config, cells = self.config, expand(self.config)
+        base = self.reconstructions.jobs(self.lengths)
+        if not self.reconstructions.ready(self.engine, needed=self.outer is None):
+            count = config.search.num_images if config.search else config.num_images
+            trying = next_cells(cells, {}, config.search) if config.search else cells
+            return [*base, *(self.job(cell, count) for cell in trying)]
+        if config.search is None:
+            plans = [self.plan(cell, config.num_images) for cell in cells]
+        else:
+            known = self._known(cells, config.search)
+            plans = [
+                self.plan(cell, config.search.num_images)
+                for cell in next_cells(cells, known, config.search)
+            ] or [
+                self.plan(cell, config.num_images) for cell in winners(known, config.search.metric)
+            ]
+        return [*base, *(plan.job for plan in self.engine.open_plans(plans))]
+
+    def _known(self, cells: Sequence[Cell], search: SearchConfig) -> dict[Cell, dict[str, float]]:
+        """Metrics of the cells that a search has tried."""
+        plans = [self.plan(cell, search.num_images) for cell in cells]
+        rows = [self.engine.rows.find(plan.name, plan.protocol) for plan in plans]
+        return {
+            cell: row["metrics"] for cell, row in zip(cells, rows, strict=True) if row is not None
+        }
+
     def run(self, losses: dict[int, dict[str, Any]], reduce_only: bool = False) -> dict[str, Any]:
         """Make what is missing, and reduce. Results on every rank; rank 0 writes them."""
-        start = time.perf_counter()
-        config = self.config
-        warn_few_images(self._outline(config.num_images), self.spaces.outputs, config.num_images)
-        base = self.reconstructions.jobs(self.lengths)
-        cells, searched = expand(config), []
-        may_work = not reduce_only
-        if config.search is None:
-            jobs = [*base, *(self.job(cell, config.num_images) for cell in cells)]
-            self.engine.make_chunks(jobs, Part(), "sweep", may_work)
-        else:
-            self.engine.make_chunks(base, Part(), "reconstructions", may_work)
+        start, config, may_work = time.perf_counter(), self.config, not reduce_only
+        if self.engine.first:
+            outline, outputs = self._outline(config.num_images), self.spaces.outputs
+            warn_few_images(outline, outputs, config.num_images)
+        originals = self.reconstructions.jobs(())
+        self.engine.make_chunks(originals, Part(), "validation images", may_work)
         self.reconstructions.reduce(self.engine)
-        reconstructed = self._rows(self.reconstructions.plans(self.lengths))
+        cells, searched = expand(config), []
+        before, reconstructed = self.reconstructions.plans(self.lengths), []
         if config.search is not None:
-            searched, cells = self._search(cells, may_work)
-            final = [self.job(cell, config.num_images) for cell in cells]
-            self.engine.make_chunks(final, Part(), "best cells", may_work)
-        rows = self._rows([self.plan(cell, config.num_images) for cell in cells])
+            reconstructed, before = self._rows(before, "reconstructions", may_work), []
+            searched, cells = self._search(cells, config.search, may_work)
+        plans = [*before, *(self.plan(cell, config.num_images) for cell in cells)]
+        rows = self._rows(plans, "sweep", may_work)
+        reconstructed, rows = reconstructed + rows[: len(before)], rows[len(before) :]
         selection = self.selection(config.num_images)
         for line in selection.off.values():
             self._say(line)
@@ -297,25 +297,24 @@ class Sweep:
         )  # fmt: skip
 
     def _search(
-        self, cells: Sequence[Cell], may_work: bool
+        self, cells: Sequence[Cell], search: SearchConfig, may_work: bool
     ) -> tuple[list[dict[str, Any]], list[Cell]]:
-        search = self.config.search
-        assert search is not None
+        """Rows of the cells that were tried, and the best cells."""
         known: dict[Cell, dict[str, float]] = {}
         rows: list[dict[str, Any]] = []
         while trying := next_cells(cells, known, search):
-            jobs = [self.job(cell, search.num_images) for cell in trying]
-            self.engine.make_chunks(jobs, Part(), "search", may_work)
-            found = self._rows([self.plan(cell, search.num_images) for cell in trying])
+            plans = [self.plan(cell, search.num_images) for cell in trying]
+            found = self._rows(plans, "search", may_work)
             rows += found
             known |= {c: row["metrics"] for c, row in zip(trying, found, strict=True)}
         order = {cell: i for i, cell in enumerate(cells)}
         known = dict(sorted(known.items(), key=lambda item: order[item[0]]))
         return rows, winners(known, search.metric)
 
-    def _rows(self, plans: Sequence[RowPlan]) -> list[dict[str, Any]]:
-        """Rows of plans whose chunks are there."""
+    def _rows(self, plans: Sequence[RowPlan], what: str, may_work: bool) -> list[dict[str, Any]]:
+        """Rows of these plans: kept, or made through chunks and sums."""
         missing = self.engine.open_plans(plans)
+        self.engine.make_chunks([plan.job for plan in missing], Part(), what, may_work)
         self.engine.make_sums([(plan.job, plan.sums) for plan in missing])
         rows = self.engine.make_rows(plans)
         new = {plan.name for plan in missing}

@@ -29,7 +29,7 @@ from eval.files import write_aside, write_json
 from eval.image_metrics import PerceptualDistance
 from eval.inception import WEIGHTS_URL
 from eval.metric_curves import metric_curves
-from eval.reconstruction import ReconstructionPlans, output_folder
+from eval.reconstruction import ReconstructionPlans
 from eval.reference_files import load_reference
 from eval.results import headline
 from eval.spaces import Spaces, ValidationImages, check_reference, network_spaces
@@ -121,6 +121,18 @@ def _other_problems(args: argparse.Namespace, count: int, image_size: int) -> It
         yield f"images: {args.images} holds {count} image; rFID needs 2 or more"
     if args.vgg16 is not None and image_size < LPIPS_SIDE:
         yield f"vgg16: LPIPS needs {LPIPS_SIDE} pixels per side, the bundle makes {image_size}"
+
+
+def output_folder(out: str) -> Path:
+    """Make the folder of results now, not after the work. Raises: ConfigError."""
+    path = Path(out)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: {out} cannot be a folder ({error.strerror}); choose another"
+        ) from error
+    return path
 
 
 def main() -> int:

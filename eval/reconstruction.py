@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -314,13 +313,3 @@ def _rank(count: int, moments: Moments) -> str:
         f" ({count_name(count)} images in {len(moments.mean)} dimensions: rank deficient, compares "
         "only with the same images)"
     )
-
-
-def output_folder(out: str) -> Path:
-    """Make the folder of results now, not after the work. Raises: DataError."""
-    path = Path(out)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{out} cannot be a folder ({error.strerror}); choose another") from error
-    return path

@@ -208,6 +208,10 @@ def test_features_can_be_given_up_when_numbers_are_there(made, swept, tmp_path, 
     measure(sweep_config(made, out, keep_features=False))
     assert not list((out / "chunks").glob("samples*"))
     assert numbers_of(out) == numbers_of(swept)
+    sampled.clear()
+    for changes in ({}, {"part": "0/2"}):
+        measure(sweep_config(made, out, keep_features=False, **changes))
+    assert sampled == [], "numbers that are there need no images"
 
 
 # --- parts ------------------------------------------------------------------------------------
