@@ -1,7 +1,7 @@
 """Where an evaluation spends its time and memory.
 
-    python -m benchmarks.evaluation [--inception FILE] [--bundle BUNDLE --images MDS]
-        [--num-images 50000] [--threads 1]
+    python -m benchmarks.evaluation [--inception FILE] [--bundle BUNDLE] [--num-images 50000]
+        [--threads 1]
 
 Three tables: features through the evaluator against the bare network (alternating, same process);
 the statistics of a cell, from synthetic features of Inception's size, in a process of its own,
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -85,25 +86,34 @@ def statistics(num_images: int, folder: Path) -> None:
     job = Job("synthetic", {"benchmark": num_images}, num_images, 250, work)
     engine = Engine(folder, device, quiet=True)
     engine.make_chunks([job], Part(), "", may_work=True)
-    base, start = peak_megabytes(), time.perf_counter()
+    base, clock = peak_megabytes(), Clock()
     engine.make_sums([(job, ("inception_pool",))])
-    sums = time.perf_counter() - start
-    start = time.perf_counter()
+    laps = {"sums": clock.lap()}
     moments = engine.moments(job, ("inception_pool",))["inception_pool"]
-    merged = time.perf_counter() - start
+    laps["merge"] = clock.lap()
     reference = Moments(moments.mean + 0.01, moments.covariance * 1.1 + 1e-3 * np.eye(DIM), None)
-    start = time.perf_counter()
-    distance = frechet_distance(moments, reference)
-    both = time.perf_counter() - start
-    peak = peak_megabytes()
-    print(json.dumps({"sums": sums, "merge": merged, "distance": both, "base": base, "peak": peak,
-                      "value": distance}))  # fmt: skip
+    clock.lap()
+    frechet_distance(moments, reference)
+    laps["distance"] = clock.lap()
+    print(json.dumps({"laps": laps, "base": base, "peak": peak_megabytes()}))
+
+
+class Clock:
+    """Seconds of the wall and of the processor; on a shared machine only the latter compare."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter(), time.process_time()
+
+    def lap(self) -> tuple[float, float]:
+        """Both since the last lap."""
+        now = time.perf_counter(), time.process_time()
+        found = now[0] - self.since[0], now[1] - self.since[1]
+        self.since = now
+        return found
 
 
 def statistics_in_a_process(num_images: int, threads: int) -> None:
     """The same in a fresh process, whose memory is its own."""
-    import os
-
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.evaluation", "--child", folder]
         command += ["--num-images", str(num_images)]
@@ -112,25 +122,30 @@ def statistics_in_a_process(num_images: int, threads: int) -> None:
             command, capture_output=True, text=True, check=True, env=os.environ | limits
         )
     found = json.loads(done.stdout.splitlines()[-1])
+    laps = found["laps"]
+    final = [sum(pair) for pair in zip(laps["merge"], laps["distance"], strict=True)]
     rows = [
-        [f"sums of {num_images} x {DIM}, dealt over ranks", f"{found['sums']:.2f} s"],
-        ["final: put sums together", f"{found['merge']:.2f} s"],
-        ["final: distance, both routes", f"{found['distance']:.2f} s"],
-        ["final reduction", f"{found['merge'] + found['distance']:.2f} s"],
-        ["peak memory, of which imports and one chunk", f"{found['peak']:.0f} MB, "
-         f"{found['base']:.0f} MB"],
-    ]  # fmt: skip
-    print_table([f"statistics, {threads} thread(s)", "measured"], rows)
+        [name, f"{wall:.2f} s", f"{cpu:.2f} s"]
+        for name, (wall, cpu) in {
+            f"sums of {num_images} x {DIM}, dealt over ranks": laps["sums"],
+            "final: put sums together": laps["merge"],
+            "final: distance, both routes": laps["distance"],
+            "final reduction": final,
+        }.items()
+    ]
+    print_table([f"statistics, {threads} thread(s)", "wall", "processor"], rows)
+    print(f"peak memory {found['peak']:.0f} MB; imports and making chunks {found['base']:.0f} MB")
 
 
-def shares(bundle: str, images: str, weights: Path) -> None:
+def shares(bundle: str, weights: Path) -> None:
     """Share of every stage in a small sweep of a bundle, and what the ranks waited for."""
     from eval.measure import measure
     from eval.sweep_config import load_sweep
 
     with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/unused.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))
         values = {
-            "bundle": bundle, "images": images, "out": f"{folder}/out", "metrics": ["is"],
+            "bundle": bundle, "reference": f"{folder}/unused.npz", "out": f"{folder}/out", "metrics": ["is"],
             "inception": str(weights), "num_images": 32, "chunk_size": 16, "batch_size": 16,
             "cells": [{"num_tokens": 64, "cfg_scale": 1.5}],
         }  # fmt: skip
@@ -140,14 +155,10 @@ def shares(bundle: str, images: str, weights: Path) -> None:
         results = measure(load_sweep(str(path), []))
         wall = time.perf_counter() - start
     assert results is not None
-    parts = [row["run"]["seconds"] for row in (*results["rows"], *results["reconstructions"])]
-    sampling = parts[0]
-    busy = sum(sum(part.values()) for part in parts)
-    rows = [[name, f"{value:.2f} s", f"{value / sum(sampling.values()):.1%}"]
-            for name, value in sampling.items()]  # fmt: skip
-    rows.append(["everything else of the run (loading, originals, statistics, files)",
-                 f"{wall - busy:.2f} s", ""])  # fmt: skip
-    print_table(["stage of the samples", "seconds", "share"], rows)
+    stages = dict(results["rows"][0]["run"]["seconds"])
+    stages["loading, files, scores, waiting"] = wall - sum(stages.values())
+    rows = [[name, f"{value:.2f} s", f"{value / wall:.1%}"] for name, value in stages.items()]
+    print_table(["stage of 32 samples at K = 64", "wall", "share"], rows)
 
 
 def main() -> int:
@@ -155,7 +166,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__)
     parser.add_argument("--inception", help="weights; default: random ones")
     parser.add_argument("--bundle", help="generator bundle, for the shares of a sweep")
-    parser.add_argument("--images", help="its validation images")
     parser.add_argument("--num-images", type=int, default=50_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)
@@ -163,8 +173,6 @@ def main() -> int:
     if args.child:
         statistics(args.num_images, Path(args.child))
         return 0
-    if (args.bundle is None) != (args.images is None):
-        parser.error("--bundle and --images go together")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +182,7 @@ def main() -> int:
         features_against_bare_network(weights, device)
         statistics_in_a_process(args.num_images, args.threads)
         if args.bundle:
-            shares(args.bundle, args.images, weights)
+            shares(args.bundle, weights)
     return 0
 
 

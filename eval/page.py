@@ -115,8 +115,9 @@ def _tradeoff_caption(rows: Sequence[Row]) -> str:
         )
     if rows[0]["names"][key] == PUBLISHED_NAME:
         text += (
-            " Hollow circles are published by the methods' authors, not measured here; their "
-            "speeds are those of another device."
+            " Hollow circles are published by the methods' authors, not measured here: their "
+            "operations are counted by their own conventions, their speeds are those of another "
+            "device."
         )
     return text
 

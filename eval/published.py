@@ -20,14 +20,17 @@ class PublishedPoint:
     tflops: float
     images_per_second: float | None = None
     """On one RTX 3090 in float32."""
+    above: bool = False
+    left: bool = False
+    """Where its name stands beside the marker of its operations, so that names do not overlap."""
 
 
 POINTS = (
     PublishedPoint("LGM-XL, K = 32, 25 steps", 2.89, 1.08, 6.12),
     PublishedPoint("LGM-XL, K = 128, 25 steps", 2.03, 2.88, 1.95),
     PublishedPoint("LGM-XL, K = 32, 100 steps", 2.54, 4.33, 2.04),
-    PublishedPoint("LGM-XL, K = 128, 100 steps", 1.86, 11.51, 0.36),
+    PublishedPoint("LGM-XL, K = 128, 100 steps", 1.86, 11.51, 0.36, left=True),
     PublishedPoint("SoftVQ-B-32", 2.51, 10.8),
-    PublishedPoint("Semanticist-L-32", 2.57, 11.2),
-    PublishedPoint("FlexTok d18-d18", 2.02, 7.45),
+    PublishedPoint("Semanticist-L-32", 2.57, 11.2, above=True),
+    PublishedPoint("FlexTok d18-d18", 2.02, 7.45, above=True),
 )

@@ -92,14 +92,14 @@ def tradeoff_figure(
             [value * factor for value in x], y, marker="D", markersize=4, linewidth=1.2,
             linestyle=(0, (4, 2)), color=theme.muted, label="reconstructions at the same K",
         )  # fmt: skip
-    if name == PUBLISHED_NAME:
-        _published(left, right, theme)
     devices = sorted({name for row in rows for name in row["run"]["devices"]})
     _dress(left, f"{unit} per image (network and decoder)", theme)
     _dress(right, f"images per second on one device ({', '.join(devices)})", theme)
-    left.set_ylim(bottom=0)
-    left.margins(x=0.1, y=0.15)
+    left.margins(x=0.1)
     right.margins(x=0.16)
+    if name == PUBLISHED_NAME:
+        _published(left, right, theme)
+    left.set_ylim(0, left.get_ylim()[1] * 1.08)
     figure.text(0.065, 0.935, f"{name}; lower is better", color=theme.ink, size=12)
     legend = left.legend(facecolor=theme.paper, edgecolor="none", fontsize=9.5, loc="best")
     for text in legend.get_texts():
@@ -142,21 +142,22 @@ def _floor(
 def _published(left: Axes, right: Axes, theme: Theme) -> None:
     style: dict[str, Any] = {
         "s": 42, "facecolors": "none", "edgecolors": theme.muted, "linewidths": 1.3, "zorder": 1,
+        "label": "published, not measured by us (speeds: RTX 3090)",
     }  # fmt: skip
-    left.scatter(
-        [point.tflops for point in POINTS], [point.fid for point in POINTS],
-        label="published (not measured by us)", **style,
-    )  # fmt: skip
-    fast = [(p.images_per_second, p.fid) for p in POINTS if p.images_per_second is not None]
-    right.scatter(*zip(*fast, strict=True), **style)
-    for point in POINTS:
-        note: dict[str, Any] = {
-            "xytext": (6, -9), "textcoords": "offset points", "color": theme.muted, "size": 8,
-        }  # fmt: skip
-        left.annotate(point.label, (point.tflops, point.fid), **note)
-        if point.images_per_second is not None:
-            where = (point.images_per_second, point.fid)
-            right.annotate(f"{point.label} (RTX 3090)", where, **note)
+    places = {
+        left: [(point, point.tflops) for point in POINTS],
+        right: [(p, p.images_per_second) for p in POINTS if p.images_per_second is not None],
+    }
+    for axes, points in places.items():
+        axes.scatter([x for _, x in points], [point.fid for point, _ in points], **style)
+        for point, x in points:
+            to_left = point.left and axes is left
+            place = (-7 if to_left else 7, 6 if point.above else -9)
+            axes.annotate(
+                point.label, (x, point.fid), xytext=place, textcoords="offset points",
+                ha="right" if to_left else "left", color=theme.muted, size=8,
+            )  # fmt: skip
+        axes.set_xlim(right=axes.get_xlim()[1] * 1.5)  # room for the names
 
 
 def _dress(axes: Axes, label: str, theme: Theme) -> None:

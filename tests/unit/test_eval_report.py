@@ -149,7 +149,10 @@ def test_published_points_stand_beside_published_metrics_alone(swept):
 
     def texts(rows) -> list[str]:
         figure = tradeoff_figure(rows, [], LIGHT)
-        return [text.get_text() for axes in figure.axes for text in axes.texts]
+        legend = figure.axes[0].get_legend()
+        assert legend is not None
+        found = [text for axes in figure.axes for text in axes.texts] + legend.get_texts()
+        return [text.get_text() for text in found]
 
     assert not any("LGM-XL" in text for text in texts(rows))
     renamed = json.loads(json.dumps(rows))
