@@ -145,7 +145,8 @@ def shares(bundle: str, weights: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/unused.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))
         values = {
-            "bundle": bundle, "reference": f"{folder}/unused.npz", "out": f"{folder}/out", "metrics": ["is"],
+            "bundle": bundle, "reference": f"{folder}/unused.npz", "out": f"{folder}/out",
+            "metrics": ["is"],
             "inception": str(weights), "num_images": 32, "chunk_size": 16, "batch_size": 16,
             "cells": [{"num_tokens": 64, "cfg_scale": 1.5}],
         }  # fmt: skip

@@ -60,6 +60,11 @@ def assets() -> list[EvalAsset]:
     ]  # fmt: skip
 
 
+def _expected(asset: EvalAsset) -> str:
+    known = asset.hash_prefix
+    return f"its sha256 begins with {known}" if known else "no hash is published with it"
+
+
 def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
     """State and detail of one file: ("there" | "missing" | "wrong" | "not given", ...)."""
     if path is None:
@@ -110,7 +115,7 @@ def report(values: Mapping[str, Any]) -> tuple[str, list[str]]:
             f"{asset.key:10s} {state}",
             f"    unlocks  {asset.unlocks}",
             f"    found    {detail}",
-            f"    from     {asset.url} ({asset.size})",
+            f"    from     {asset.url} ({asset.size}; {_expected(asset)})",
         ]
     return "\n".join(lines), bad
 

@@ -272,6 +272,7 @@ def test_preflight_lists_every_file_with_state_hash_and_use(
     assert "not the published weights" in text
     assert "statistics of inception_spatial" in text
     assert "15 images of 16 pixels" in text
+    assert "its sha256 begins with 6726825d" in text
     assert text.count("unlocks") == text.count("https://") + 1 == 5
     monkeypatch.setattr("sys.argv", ["preflight", "--strict"])
     assert preflight.main() == 0  # nothing is given: nothing is wrong

@@ -244,6 +244,15 @@ def test_a_part_that_is_done_makes_nothing(made, tmp_path, sampled):
     assert sampled == first
 
 
+def test_a_part_is_not_reduced(made, tmp_path, monkeypatch):
+    from eval import sweep
+
+    path = sweep_file(made, tmp_path / "report")
+    monkeypatch.setattr("sys.argv", ["sweep", str(path), "part=0/2", "--reduce"])
+    with pytest.raises(ConfigError, match="part: 0/2 and --reduce exclude each other"):
+        sweep.main()
+
+
 # --- the door to ADM's evaluator --------------------------------------------------------------
 
 
