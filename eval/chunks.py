@@ -177,5 +177,5 @@ def _checksum(arrays: Arrays) -> str:
     for name in sorted(arrays):
         values = arrays[name]
         total.update(f"{name} {values.dtype} {values.shape}".encode())
-        total.update(np.ascontiguousarray(values).tobytes())
+        total.update(np.ascontiguousarray(values).data)
     return total.hexdigest()

@@ -182,8 +182,9 @@ class EvaluationDuringTraining(Callback):
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Leave torch's global generators as they were."""
-    with torch.random.fork_rng():
+    """Leave torch's global generators as they were, those of this rank's device too."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
         yield
 
 

@@ -13,6 +13,7 @@ from functools import reduce
 
 import numpy as np
 import torch
+from scipy.linalg import eigvalsh
 
 from lgm_scale.errors import DataError
 
@@ -105,17 +106,17 @@ def frechet_distance(a: Moments, b: Moments, name: str = "distance") -> float:
 
 
 def symmetric_distance(a: Moments, b: Moments) -> float:
-    """The same by symmetric matrices alone: the eigenvalues of R' B R, where A = R R'.
+    """The same from a symmetric eigenvalue problem, A B x = w x reduced by a Cholesky factor.
 
-    R is Cholesky's factor, or the square root by eigenvalues where A has not full rank.
+    Where B has not full rank: the eigenvalues of R' B R with R the square root of A.
     """
     try:
-        root = np.linalg.cholesky(a.covariance)
+        values = eigvalsh(a.covariance, b.covariance, type=2, driver="gv", check_finite=False)
     except np.linalg.LinAlgError:
         values, vectors = np.linalg.eigh(a.covariance)
         root = vectors * np.sqrt(values.clip(min=0))
-    inner = root.T @ b.covariance @ root
-    values = np.linalg.eigvalsh((inner + inner.T) / 2)
+        inner = root.T @ b.covariance @ root
+        values = np.linalg.eigvalsh((inner + inner.T) / 2)
     return _distance(a, b, float(np.sqrt(values.clip(min=0)).sum()))
 
 
