@@ -288,6 +288,17 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluate the average of the weights while it is trained, with the sweep's own evaluator."""
+
+    __pydantic_config__ = _STRICT
+    sweep: str
+    """YAML file with the keys of a sweep (`eval/sweep_config.py`); bundle and out are the run's."""
+    interval: str
+    """A time string, such as 5000ba or 1ep."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeneratorRun(_Run):
     """Train a generator on latents, or with `lora` an adapter of one."""
 
@@ -298,6 +309,7 @@ class GeneratorRun(_Run):
     model: GeneratorModelConfig
     objective: FlowConfig = field(default_factory=FlowConfig)
     lora: LoRAConfig | None = None
+    evaluation: EvaluationConfig | None = None
 
 
 TrainingRun = TokenizerRun | GeneratorRun
@@ -422,7 +434,12 @@ def _field_type(schema: type, name: int | str) -> Any:
 def _fields_at(schema: type, path: list[int | str]) -> list[str]:
     """Names of the fields of the dataclass at `path`."""
     for part in path:
-        schema = _field_type(schema, part)
+        if isinstance(part, int):  # an entry of tuple[Entry, ...]
+            schema = (typing.get_args(schema) or (schema,))[0]
+        else:
+            schema = _field_type(schema, part)
+        if typing.get_origin(schema) is tuple:
+            continue
         if not dataclasses.is_dataclass(schema):
             return []
     return [entry.name for entry in dataclasses.fields(schema)]

@@ -15,16 +15,19 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from small_pipeline import SmallPipeline, assert_user_error, run_command
 
-from eval import reconstruct
-from eval.image_metrics import PerceptualDistance, psnr
+from eval import image_work, reconstruct
+from eval.engine import Engine
+from eval.image_metrics import PerceptualDistance
+from eval.image_work import StoredImages, encode
+from eval.image_work import reconstruct as reconstruct_images
 from eval.moments import frechet_distance, moments_of
-from eval.reconstruct import switched_off
-from eval.reconstruction_metrics import Measurement, rfid_label
-from eval.reconstructor import Reconstructor, StoredImages, load_images
+from eval.reconstruction import ReconstructionPlans
+from eval.spaces import Spaces, ValidationImages
 from lgm_scale.bundle import build_tokenizer, load_tokenizer, save_tokenizer_bundle
 from lgm_scale.config import TokenizerModelConfig
 from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError
 from lgm_scale.merging import MergeTree
+from lgm_scale.pixels import psnr, to_uint8
 
 
 def arguments(pipeline: SmallPipeline, out: Path, *more: object) -> list[str]:
@@ -32,7 +35,7 @@ def arguments(pipeline: SmallPipeline, out: Path, *more: object) -> list[str]:
         *("--bundle", str(pipeline.tokenizer)),
         *("--images", str(pipeline.images)),
         *("--out", str(out)),
-        *("--batch-size", "16"),
+        *("--batch-size", "16", "--chunk-size", "20"),
         *map(str, more),
     ]
 
@@ -47,71 +50,104 @@ def test_without_files_two_metrics_are_off_and_say_why(
     small_pipeline, tmp_path, monkeypatch, capsys
 ):
     results = measured(monkeypatch, small_pipeline, tmp_path / "out")
-    assert set(results["protocol"]["metrics"]) == {"psnr_db", "ssim"}
     assert [row["num_tokens"] for row in results["rows"]] == [4, 8, 16]
-    assert all("lpips" not in row and "rfid_val" not in row for row in results["rows"])
-    off = results["protocol"]["off"]
+    assert all(set(row["metrics"]) == {"psnr_db", "ssim"} for row in results["rows"])
+    off = results["off"]
     for name, parts in {
-        "lpips": ("LPIPS is off", "--vgg16", "https://download.pytorch.org/models/vgg16-"),
-        "rfid_val": ("rFID is off", "--inception", "weights-inception-2015-12-05-6726825d.pth"),
+        "lpips": ("LPIPS is off", "vgg16", "eval.preflight"),
+        "rfid_val": ("rFID is off", "inception", "eval.preflight"),
     }.items():
         assert all(part in off[name] for part in parts)
         assert "\n" not in off[name]
     printed = capsys.readouterr()
-    assert all(line in printed.out + printed.err for line in off.values())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "reconstruction.json",
-        "reconstruction.png",
-    }
+    assert all(line in printed.out for line in off.values())
     with Image.open(tmp_path / "out" / "reconstruction.png") as image:
         assert min(image.size) > 200
 
 
-@pytest.fixture(scope="module")
-def reconstructor(small_pipeline) -> Reconstructor:
-    tokenizer = load_tokenizer(small_pipeline.tokenizer)
-    images, _ = load_images(str(small_pipeline.images), 32)
-    tree = MergeTree.load(small_pipeline.tokenizer / "merge_tree.safetensors")
-    return Reconstructor(tokenizer, tree, images, 16)
-
-
 class MeanColours:
-    """A feature space of three dimensions."""
+    """A feature space of three dimensions, in place of Inception's pool features."""
 
-    key, label = "colours", "Frechet distance of mean colours"
+    outputs = {"inception_pool": 3}  # noqa: RUF012
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        return images.mean(axis=(2, 3)).round(2)
+    def __call__(self, images: torch.Tensor) -> dict[str, np.ndarray]:
+        return {"inception_pool": images.float().mean((2, 3)).numpy()}
 
     def describe(self) -> dict:
-        return {}
+        return {"space": "inception", "weights_sha256": "colours"}
 
 
-def test_the_distance_is_from_the_originals_to_their_reconstructions(reconstructor):
-    chunks: list[int] = []
-    measurement = Measurement(reconstructor, None, MeanColours(), chunks.append)
-    pixels_hash, reference = measurement.originals()
-    row = measurement.at(6, reference)
-    images = np.asarray(reconstructor.images[:])
-    sides = [MeanColours()(x) for x in (images, reconstructor(6))]
+@pytest.fixture(scope="module")
+def reconstructor(small_pipeline) -> ReconstructionPlans:
+    images = ValidationImages.open(str(small_pipeline.images), 32)
+    return ReconstructionPlans(
+        tokenizer=load_tokenizer(small_pipeline.tokenizer),
+        tree=MergeTree.load(small_pipeline.tokenizer / "merge_tree.safetensors"),
+        files={},
+        images=images,
+        spaces=Spaces([MeanColours()], images),
+        perceptual=None,
+        reference=None,
+        chunk_size=20,
+        batch_size=16,
+        metrics=("fid",),
+    )
+
+
+def pairs(plans: ReconstructionPlans, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All originals and their reconstructions, without chunks."""
+    assert plans.images is not None
+    images, _ = plans.images.stored.read(range(68))
+    z = encode(plans.tokenizer, images)
+    made = reconstruct_images(plans.tokenizer, plans.tree, z, num_tokens, 68)
+    return images, to_uint8(made)
+
+
+def test_the_distance_is_from_the_originals_to_their_reconstructions(reconstructor, tmp_path):
+    engine = Engine(tmp_path, torch.device("cpu"), quiet=True)
+    rows, savings = reconstruct.measure(reconstructor, engine, [6], [])
+    sides = [MeanColours()(x)["inception_pool"] for x in pairs(reconstructor, 6)]
     expected = frechet_distance(*(moments_of(x) for x in sides))
     assert expected > 1
-    assert row["rfid_val"] == pytest.approx(expected, rel=1e-5)
-    assert sum(chunks) == 2 * len(images)
-    hashes = b"".join(hashlib.sha256(image.tobytes()).digest() for image in images)
-    assert pixels_hash == hashlib.sha256(hashes).hexdigest()
+    assert rows[0]["metrics"]["rfid_val"] == pytest.approx(expected, rel=1e-5)
+    assert "against validation images" in rows[0]["names"]["rfid_val"]
+    assert savings == []
 
 
-def test_reconstructions_that_are_not_finite_are_named(reconstructor, monkeypatch):
-    real = Reconstructor.chunk
+def test_reconstructions_that_are_not_finite_are_named(reconstructor, monkeypatch, tmp_path):
+    real = image_work.finite_images
+    seen: list[int] = []
 
-    def broken(self, num_tokens, start, stop):
-        images, finite = real(self, num_tokens, start, stop)
-        return images, finite & (np.arange(start, stop) != 21)
+    def broken(pixels):
+        seen.append(len(pixels))
+        finite = real(pixels)
+        if sum(seen) == 36:  # the second chunk's first batch: images 20 to 35
+            finite[1] = False
+        return finite
 
-    monkeypatch.setattr(Reconstructor, "chunk", broken)
-    with pytest.raises(DataError, match=r"reconstructions at K = 8: images \[21\] of 68"):
-        Measurement(reconstructor, None, None, lambda _: None).at(8, None)
+    monkeypatch.setattr(image_work, "finite_images", broken)
+    engine = Engine(tmp_path, torch.device("cpu"), quiet=True)
+    with pytest.raises(DataError, match=r"reconstructions at K = 8: 1 of 20 .*: \[21\]"):
+        reconstruct.measure(reconstructor, engine, [8], [])
+
+
+def test_an_interrupted_measurement_goes_on(small_pipeline, tmp_path, monkeypatch):
+    first = measured(monkeypatch, small_pipeline, tmp_path / "out", "--lengths", 8)
+    (folder,) = (tmp_path / "out" / "chunks").glob("reconstructions*")
+    (folder / "00000020-00000040.safetensors").unlink()
+    (row,) = (tmp_path / "out" / "rows").glob("*.json")
+    row.unlink()
+    calls = []
+    real = image_work.reconstruct
+
+    def counted(*args):
+        calls.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(image_work, "reconstruct", counted)
+    again = measured(monkeypatch, small_pipeline, tmp_path / "out", "--lengths", 8)
+    assert calls == [16, 4]
+    assert again["rows"][0]["metrics"] == first["rows"][0]["metrics"]
 
 
 def test_numbers_are_those_of_the_reconstructions(
@@ -120,23 +156,28 @@ def test_numbers_are_those_of_the_reconstructions(
     results = measured(
         monkeypatch, small_pipeline, tmp_path / "out", "--lengths", 6, "--vgg16", vgg16_file
     )
-    images, made = np.asarray(reconstructor.images[:]), reconstructor(6)
+    originals, reconstructed = pairs(reconstructor, 6)
+    images, made = originals.numpy(), reconstructed.numpy()
     (row,) = results["rows"]
+    metrics, protocol = row["metrics"], row["protocol"]
     similar = [
         structural_similarity(x, y, channel_axis=0) for x, y in zip(images, made, strict=True)
     ]
     assert row["num_tokens"] == 6
-    assert row["psnr_db"] == pytest.approx(psnr(images, made).mean(), rel=1e-12)
-    assert row["ssim"] == pytest.approx(np.mean(similar), abs=1e-6)
-    assert row["lpips"] == pytest.approx(
-        PerceptualDistance(vgg16_file, "cpu")(images, made).mean(), rel=1e-4
+    assert metrics["psnr_db"] == pytest.approx(
+        float(psnr(originals, reconstructed).mean()), rel=1e-12
+    )
+    assert metrics["ssim"] == pytest.approx(np.mean(similar), abs=1e-6)
+    assert metrics["lpips"] == pytest.approx(
+        PerceptualDistance(vgg16_file, "cpu")(originals, reconstructed).mean(), rel=1e-4
     )
     assert row["num_identical"] == 0
-    protocol = results["protocol"]
     assert protocol["num_images"] == len(images)
-    assert "rounded pixels" in protocol["metrics"]["lpips"]["label"]
-    assert len(protocol["metrics"]["lpips"]["weights_sha256"]) == 64
-    assert set(protocol["bundle_files"]) == {"tokenizer.safetensors", "merge_tree.safetensors"}
+    assert "rounded pixels" in row["names"]["lpips"]
+    assert len(protocol["lpips"]) == 64
+    assert set(protocol["weights"]) == {"tokenizer.safetensors", "merge_tree.safetensors"}
+    hashes = b"".join(hashlib.sha256(image.tobytes()).digest() for image in images)
+    assert protocol["images_sha256"] == hashlib.sha256(hashes).hexdigest()
 
 
 def test_a_target_says_what_choosing_k_per_image_saves(
@@ -148,7 +189,7 @@ def test_a_target_says_what_choosing_k_per_image_saves(
     easy, hard = results["adaptive"]
     assert (easy["reached"], easy["mean_tokens"]) == (1.0, 4.0)
     assert (hard["reached"], hard["mean_tokens"]) == (0.0, 16.0)
-    assert easy["mean_psnr"] == pytest.approx(results["rows"][0]["psnr_db"])
+    assert easy["mean_psnr"] == pytest.approx(results["rows"][0]["metrics"]["psnr_db"])
     assert "target -100.00 dB, reached by 100.0%: mean K 4.0" in capsys.readouterr().out
 
 
@@ -172,23 +213,24 @@ def test_length_controls_without_a_tree_are_measured_too(
     results = measured(monkeypatch, pipeline, tmp_path / "out")  # type: ignore[arg-type]
     lengths = [row["num_tokens"] for row in results["rows"]]
     assert lengths == {"truncate": [1, 2, 4, 8, 16], "tome": [4, 8, 16], "none": [16]}[control]
-    assert "merge_tree.safetensors" not in results["protocol"]["bundle_files"]
+    assert "merge_tree.safetensors" not in results["rows"][0]["protocol"]["weights"]
 
 
 def test_stored_images_are_those_of_the_data_set(small_pipeline):
-    images, _ = load_images(str(small_pipeline.images), 32)
     stored = StoredImages(str(small_pipeline.images), 32)
-    assert len(stored) == len(images)
-    assert np.array_equal(stored[5:9], images[5:9])
-    assert stored[5:9] is stored[5:9]  # read once
+    assert len(stored) == 68
+    images, labels = stored.read([5, 67])
+    assert images.shape == (2, 3, 32, 32)
+    assert torch.equal(images[1], stored.dataset[67]["images"])
+    assert labels.tolist() == [1, 16]
 
 
 def few_images(pipeline: SmallPipeline, folder: Path) -> Path:
     """Four images: Inception takes a sixth of a second for each."""
     from data_tools.images_to_mds import convert_folder
 
-    images, _ = load_images(str(pipeline.images), 32)
-    for index, image in enumerate(images[:4]):
+    images, _ = StoredImages(str(pipeline.images), 32).read(range(4))
+    for index, image in enumerate(images.numpy()):
         (folder / "photos" / "thing").mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(image.transpose(1, 2, 0))
         picture.save(folder / "photos" / "thing" / f"{index}.png")
@@ -211,21 +253,14 @@ def test_two_ranks_give_the_same_bits(
     assert done.returncode == 0, done.stderr[-3000:]
     both = json.loads((tmp_path / "both" / "reconstruction.json").read_text())
     assert both["run"]["ranks"] == 2
-    assert both["rows"] == alone["rows"]
-    assert both["protocol"] == alone["protocol"]
-    assert [row["num_tokens"] for row in both["rows"]] == [8]
-    metric = both["protocol"]["metrics"]["rfid_val"]
-    assert metric["label"].startswith("rFID on 4 images (")
-    assert len(metric["features"]["weights_sha256"]) == 64
-    assert all(row["rfid_val"] > 0 and math.isfinite(row["rfid_val"]) for row in both["rows"])
-    assert both["protocol"]["off"] == {}
-
-
-def test_the_label_says_the_count_and_that_the_rank_is_short():
-    assert rfid_label(50000, 2048) == "rFID on 50000 images"
-    assert rfid_label(544, 2048).startswith("rFID on 544 images (")
-    assert "rank deficient" in rfid_label(544, 2048)
-    assert "rank deficient" in rfid_label(2048, 2048)  # the mean takes one
+    (here,), (there,) = both["rows"], alone["rows"]
+    assert (here["metrics"], here["protocol"]) == (there["metrics"], there["protocol"])
+    assert here["num_tokens"] == 8
+    assert "not FID" in here["names"]["rfid_val"]
+    assert "rank deficient" in here["names"]["rfid_val"]
+    assert here["metrics"]["rfid_val"] > 0
+    assert math.isfinite(here["metrics"]["rfid_val"])
+    assert both["off"] == {}
 
 
 # --- refusals ---------------------------------------------------------------------------------
@@ -285,15 +320,6 @@ def test_a_given_path_that_is_no_file_is_refused(small_pipeline, tmp_path, monke
     assert isinstance(error, MissingAssetError)
     assert f"{option}: {tmp_path / 'gone.pth'} is not a file" in str(error)
     assert "https://" in str(error)
-
-
-def test_files_that_are_there_switch_their_metrics_on(tmp_path):
-    (tmp_path / "file").touch()
-    path = str(tmp_path / "file")
-    assert set(switched_off(None, None)) == {"lpips", "rfid_val"}
-    assert set(switched_off(path, None)) == {"rfid_val"}
-    assert set(switched_off(None, path)) == {"lpips"}
-    assert switched_off(path, path) == {}
 
 
 @pytest.mark.system
