@@ -1,0 +1,172 @@
+"""What Slurm starts for every rank: the job object that Submitit keeps, and its supervision.
+
+One task of Slurm per rank, and in it one child process that does the work. So Slurm itself sees
+the end of every rank and takes the others down at once, ranks have logs of their own, and the
+child's exit status arrives unchanged. The parent imports no torch; it knows the signals of Slurm
+from the first moment, long before a trainer is ready for them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import submitit
+from submitit.helpers import DelayedSubmission
+
+from launchers import scheduler
+from launchers.attempts import STOPPED_STATUS, Attempts, Verdict, last_step
+
+__all__ = ["RankTask", "master_port", "rank_environment"]
+
+_STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+
+
+def master_port(job_id: int, restart: int) -> int:
+    """Port of the rendezvous, below the range of ephemeral ports; another one at every start."""
+    return 10_000 + (job_id * 17 + restart) % 20_000
+
+
+def rank_environment(
+    *, rank: int, world_size: int, local_rank: int, local_world_size: int, address: str, port: int
+) -> dict[str, str]:
+    """What every launcher of PyTorch sets for a rank."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "NODE_RANK": str(rank // local_world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a rank that waits for a dead one must end
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+@dataclass
+class RankTask:
+    """Run one rank of a job; picklable, and the same for all of them.
+
+    Args:
+        command: Program and arguments.
+        directory: Where it runs: where the job was submitted, so that relative paths hold.
+        env: Additions to the environment.
+        temporary: Node-local folder for the job's TMPDIR.
+        grace_seconds: How long a child that was asked to stop may take.
+        metrics: The run's metrics.jsonl, or None.
+        saves_on_request: The child answers SIGUSR2 and SIGTERM by saving; another one is ended
+            by them.
+    """
+
+    command: tuple[str, ...]
+    directory: str
+    env: dict[str, str]
+    temporary: str
+    grace_seconds: int
+    metrics: str | None
+    saves_on_request: bool
+    _asked_at: float | None = field(default=None, init=False, repr=False)
+    _signal: str = field(default="", init=False, repr=False)
+
+    def __call__(self) -> None:
+        """Run the child to its end. Ends the process with the child's status."""
+        slurm = submitit.JobEnvironment()
+        requeue_by_submitit = signal.getsignal(signal.SIGUSR2)  # calls `checkpoint`, then Slurm
+        for number in _STOP_SIGNALS:
+            signal.signal(number, self._ask_to_stop)
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        attempts = Attempts(Path(slurm.paths.folder) / slurm.job_id)
+        rank = slurm.global_rank
+        print(f"=== start {restart}: rank {rank} of {slurm.num_tasks} on {slurm.hostname} ===")
+        if rank == 0:
+            attempts.started(restart, list(slurm.hostnames))
+        status = self._run(slurm, restart)
+        attempts.rank_ended(restart, rank, slurm.hostname, status)
+        if status == 0:
+            return
+        stopped = status == STOPPED_STATUS or self._asked_at is not None
+        if not stopped or status == 2:
+            raise SystemExit(status if status > 0 else 128 - status)
+        if rank != 0:
+            return  # rank 0 speaks to Slurm; a failure here would make Slurm kill it
+        if self._asked_at is None or not callable(requeue_by_submitit):
+            raise SystemExit(STOPPED_STATUS)
+        saved = "state saved" if status == STOPPED_STATUS else f"ended with status {status}"
+        reason, step = f"{self._signal}, {saved}", last_step(_path(self.metrics))
+        if scheduler.state(slurm.job_id) != "RUNNING":
+            attempts.judged(restart, Verdict("cancelled", reason, requeue=False, step=step))
+            raise SystemExit(STOPPED_STATUS)
+        attempts.judged(restart, Verdict("stopped", reason, requeue=True, step=step))
+        requeue_by_submitit(signal.SIGUSR2, None)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Submitit asks what to run after a requeue: the same, which resumes by itself.
+
+        The child has saved and ended by now.
+        """
+        fresh = RankTask(
+            *(self.command, self.directory, self.env, self.temporary, self.grace_seconds),
+            *(self.metrics, self.saves_on_request),
+        )
+        return DelayedSubmission(fresh)
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._asked_at is None:
+            self._asked_at, self._signal = time.monotonic(), signal.Signals(number).name
+            print(f"=== {self._signal}: saving, then starting again ===")
+
+    def _run(self, slurm: Any, restart: int) -> int:
+        # Slurm's number of the job; for an element of an array, a number of its own.
+        job, local_size = slurm.raw_job_id, slurm.num_tasks // slurm.num_nodes
+        temporary = Path(self.temporary) / f"lgm-{job}-{restart}"
+        temporary.mkdir(mode=0o700, parents=True, exist_ok=True)
+        environment = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+        environment |= rank_environment(
+            rank=slurm.global_rank,
+            world_size=slurm.num_tasks,
+            local_rank=slurm.local_rank,
+            local_world_size=local_size,
+            address=slurm.hostnames[0],
+            port=master_port(int(job), restart),
+        )
+        child = subprocess.Popen(
+            self.command,
+            cwd=self.directory,
+            env=environment | self.env,
+            preexec_fn=self._deafen if self.saves_on_request else None,
+        )
+        try:
+            return self._wait(child)
+        finally:
+            if slurm.local_rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _wait(self, child: subprocess.Popen) -> int:
+        while True:
+            try:
+                return child.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                pass
+            if self._asked_at is not None:
+                # Again every second: Slurm's own signal came before the child could listen.
+                late = time.monotonic() - self._asked_at > self.grace_seconds
+                child.send_signal(signal.SIGKILL if late else signal.SIGUSR2)
+
+    @staticmethod
+    def _deafen() -> None:
+        """In the child, before it becomes another program: a signal must not end a trainer that
+        has yet to install its handlers."""
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text is not None else None
