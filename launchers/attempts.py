@@ -41,6 +41,9 @@ class RankEnd:
     rank: int
     host: str
     status: int
+    asked: str
+    """Signal that had asked it to stop before, or nothing. Slurm asks ranks to stop when a job is
+    preempted or cancelled, and when another rank has failed."""
     time: float
 
 
@@ -70,6 +73,7 @@ class Attempt:
     def first_failure(self) -> RankEnd | None:
         """The rank whose end brought the others down."""
         failed = [end for end in self.ends if end.status not in (0, STOPPED_STATUS)]
+        failed = [end for end in failed if not end.asked or end.status == USER_ERROR_STATUS]
         return failed[0] if failed else None
 
 
@@ -83,9 +87,9 @@ class Attempts:
         """Note a start; by rank 0."""
         self._write(f"{restart:05d}-start.json", {"nodes": nodes, "time": time.time()})
 
-    def rank_ended(self, restart: int, rank: int, host: str, status: int) -> None:
+    def rank_ended(self, restart: int, rank: int, host: str, status: int, asked: str) -> None:
         """Note a rank's end; by what started it."""
-        end = RankEnd(rank, host, status, time.time())
+        end = RankEnd(rank, host, status, asked, time.time())
         self._write(f"{restart:05d}-rank{rank:05d}.json", asdict(end))
 
     def judged(self, restart: int, verdict: Verdict) -> None:
@@ -146,8 +150,12 @@ def judge(history: list[Attempt], step: int | None, status: int) -> Verdict:
     failure = current.first_failure()
     if failure is None and status == 0:
         return Verdict("done", "finished", requeue=False, step=step)
-    if failure is None and any(end.status == STOPPED_STATUS for end in current.ends):
-        return Verdict("stopped", "asked to stop, state saved", requeue=True, step=step)
+    stopped = [end for end in current.ends if end.asked or end.status == STOPPED_STATUS]
+    if failure is None and stopped:
+        saved = all(end.status in (0, STOPPED_STATUS) for end in current.ends)
+        asked = stopped[0].asked or "a signal"
+        reason = f"{asked}, {'state saved' if saved else 'ended before it had saved'}"
+        return Verdict("stopped", reason, requeue=True, step=step)
     if failure is None:
         what = f"the job's step ended with status {status}, and no rank left a record"
     elif failure.status == USER_ERROR_STATUS:

@@ -89,18 +89,14 @@ class RankTask:
         if rank == 0:
             attempts.started(restart, list(slurm.hostnames))
         status = self._run(slurm, restart)
-        attempts.rank_ended(restart, rank, slurm.hostname, status)
-        if status == 0:
-            return
-        stopped = status == STOPPED_STATUS or self._asked_at is not None
-        if not stopped or status == 2:
-            raise SystemExit(status if status > 0 else 128 - status)
-        if rank != 0:
+        attempts.rank_ended(restart, rank, slurm.hostname, status, self._signal)
+        if status == 0 or (status == STOPPED_STATUS and rank != 0):
             return  # rank 0 speaks to Slurm; a failure here would make Slurm kill it
-        if self._asked_at is None or not callable(requeue_by_submitit):
-            raise SystemExit(STOPPED_STATUS)
-        saved = "state saved" if status == STOPPED_STATUS else f"ended with status {status}"
-        reason, step = f"{self._signal}, {saved}", last_step(_path(self.metrics))
+        if status != STOPPED_STATUS or not self._signal or not callable(requeue_by_submitit):
+            # `batch_end` judges: another rank may have failed, and Slurm asked this one to stop.
+            raise SystemExit(status if status > 0 else 128 - status)
+        step = last_step(Path(self.metrics) if self.metrics is not None else None)
+        reason = f"{self._signal}, state saved"
         if scheduler.state(slurm.job_id) != "RUNNING":
             attempts.judged(restart, Verdict("cancelled", reason, requeue=False, step=step))
             raise SystemExit(STOPPED_STATUS)
@@ -121,7 +117,7 @@ class RankTask:
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self._asked_at is None:
             self._asked_at, self._signal = time.monotonic(), signal.Signals(number).name
-            print(f"=== {self._signal}: saving, then starting again ===")
+            print(f"=== {self._signal}: asked to stop ===")
 
     def _run(self, slurm: Any, restart: int) -> int:
         # Slurm's number of the job; for an element of an array, a number of its own.
@@ -166,7 +162,3 @@ class RankTask:
         has yet to install its handlers."""
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-
-
-def _path(text: str | None) -> Path | None:
-    return Path(text) if text is not None else None

@@ -13,6 +13,7 @@ and compute on the CPU. Needs root, and Debian's packages of PACKAGES.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -191,9 +192,12 @@ class VirtualCluster:
         self._start_network()
         self._background("slurmctld", "slurmctld", "-D")
         for node in self.nodes:
-            # A node sees its own host name and the addresses of the others. Not `ip netns exec`:
-            # that one mounts another /sys, in which slurmd misses the control groups.
-            inside = f"mount --bind {self.folder}/hosts /etc/hosts; hostname {node}; exec slurmd -D"
+            # A node has its own host name and shared memory, and knows the others' addresses. Not
+            # `ip netns exec`: that one mounts another /sys, where slurmd misses control groups.
+            inside = (
+                f"mount --bind {self.folder}/hosts /etc/hosts && mount -t tmpfs node /dev/shm && "
+                f"hostname {node} && exec slurmd -D"
+            )
             self._background(
                 *(node, "nsenter", f"--net=/run/netns/{self._namespace(node)}"),
                 *("unshare", "--uts", "--mount", "sh", "-c", inside),
@@ -362,10 +366,8 @@ def _succeeds(command: tuple[str, ...], environment: dict[str, str]) -> bool:
 
 
 def _kill(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _alive(pid: int) -> bool:
