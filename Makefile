@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY = passive
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test test-system lint clean
 
 help:
 	@echo "make quickstart   install, then the whole pipeline on demo photographs (minutes, no GPU)"
 	@echo "make test         all tests that this machine can run"
+	@echo "make test-system  tests against real servers, installed through apt (as root)"
 	@echo "make lint         ruff and pyright"
 	@echo "make clean        delete runs/quickstart"
 	@echo "Add VENV=path to use an environment elsewhere, PYTHON=... to choose the interpreter."
@@ -33,6 +34,9 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	pytest
+
+test-system: $(STAMP)
+	pytest -m servers tests/system
 
 lint: $(STAMP)
 	ruff check .
