@@ -49,7 +49,7 @@ class RankEnd:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of an attempt: done, stopped, failed, cancelled or wrong; and what is next."""
+    """What came of an attempt: done, stopped, failed or wrong; and what is next."""
 
     outcome: str
     reason: str

@@ -98,7 +98,8 @@ class RankTask:
         step = last_step(Path(self.metrics) if self.metrics is not None else None)
         reason = f"{self._signal}, state saved"
         if scheduler.state(slurm.job_id) != "RUNNING":
-            attempts.judged(restart, Verdict("cancelled", reason, requeue=False, step=step))
+            # Cancelled, or requeued by hand: Slurm knows what is next.
+            attempts.judged(restart, Verdict("stopped", reason, requeue=False, step=step))
             raise SystemExit(STOPPED_STATUS)
         attempts.judged(restart, Verdict("stopped", reason, requeue=True, step=step))
         requeue_by_submitit(signal.SIGUSR2, None)
@@ -158,7 +159,6 @@ class RankTask:
 
     @staticmethod
     def _deafen() -> None:
-        """In the child, before it becomes another program: a signal must not end a trainer that
-        has yet to install its handlers."""
+        """In the child, before it becomes a trainer: no signal may end it before it listens."""
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)

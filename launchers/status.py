@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,13 +68,12 @@ def _launch(folder: Path, count: int) -> list[str]:
         try:
             stretches = scheduler.accounting(job_id)
             live = scheduler.live_jobs(job_id=job_id)
-            known = live[0].state if live else stretches[-1].state if stretches else "not known"
-            place = f", {live[0].nodes}" if live else f", {stretches[-1].nodes}" if stretches else ""
+            last = live[-1:] or stretches[-1:]
+            known = f"{last[0].state}, {last[0].nodes}" if last else "unknown to Slurm"
         except scheduler.SlurmError as error:
-            stretches, known, place = [], f"not known ({error})", ""
-            if attempts and attempts[-1].nodes:
-                place = f", last on {','.join(attempts[-1].nodes)}"
-        told.append(f"state      {known}, job {job_id}{place}")
+            stretches, verdict = [], attempts[-1].verdict if attempts else None
+            known = f"{verdict.outcome if verdict else 'started'} (from records: {error})"
+        told.append(f"state      {known}, job {job_id}")
         restarts = [attempt for attempt in attempts if attempt.restart > 0]
         told.append(f"restarts   {len(restarts)}")
         told += [_attempt(attempt, stretches) for attempt in attempts]

@@ -219,19 +219,20 @@ class VirtualCluster:
         database = self.folder / "database"
         database.mkdir()
         tables = "".join((Path("/usr/share/mysql") / name).read_text() for name in SYSTEM_TABLES)
-        small = ["--innodb-log-file-size=16M", "--user=root"]
+        small = [f"--datadir={database}", "--innodb-log-file-size=16M", "--user=root"]
         subprocess.run(
-            ["mariadbd", "--no-defaults", "--bootstrap", f"--datadir={database}", *small]
-            + ["--skip-grant-tables"],
+            ["mariadbd", "--no-defaults", "--bootstrap", "--skip-grant-tables", *small],
             input=f"CREATE DATABASE mysql;\nUSE mysql;\n{tables}",
-            text=True, check=True, capture_output=True,
+            text=True,
+            check=True,
+            capture_output=True,
         )  # fmt: skip
         (self.folder / "start.sql").write_text(
             "CREATE DATABASE slurm_acct;\n"
             "GRANT ALL ON slurm_acct.* TO slurm@localhost IDENTIFIED BY 'slurm';\n"
         )
         self._background(
-            *("mariadbd", "mariadbd", "--no-defaults", f"--datadir={database}", *small),
+            *("mariadbd", "mariadbd", "--no-defaults", *small),
             *("--bind-address=127.0.0.1", f"--port={port}", f"--socket={run}/mariadb.socket"),
             *("--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900"),
             *("--performance-schema=OFF", f"--init-file={self.folder}/start.sql"),
@@ -257,15 +258,17 @@ class VirtualCluster:
     def _write_configuration(self, host: str, controller: int, dbd_port: int) -> None:
         folder = self.folder
         nodes = "\n".join(
-            f"NodeName=n{k} NodeAddr={self.network}.{k} CPUs=8 RealMemory=16000 Gres=gpu:{self.gpus}"
-            for k in range(1, self.num_nodes + 1)
+            f"NodeName={node} NodeAddr={self.network}.{k} CPUs=8 RealMemory=16000 "
+            f"Gres=gpu:{self.gpus}"
+            for k, node in enumerate(self.nodes, start=1)
         )
         names = f"NodeName=n[1-{self.num_nodes}]"
         for number in range(self.gpus):  # Slurm counts files, and opens none
             (folder / f"gpu{number}").touch()
         devices = f"File={folder}/gpu[0-{self.gpus - 1}]"
         (folder / "gres.conf").write_text(f"AutoDetect=off\n{names} Name=gpu {devices}\n")
-        # cred_expire: a requeued job waits for its old credential to end, two minutes by default.
+        # cred_expire: a requeued job waits for its old credential to end, two minutes by default,
+        # and Slurm takes that default for values below 5.
         # Packages of Debian have no systemd-free cgroup plugin that works in a container.
         (folder / "slurm.conf").write_text(f"""\
 ClusterName=virtual

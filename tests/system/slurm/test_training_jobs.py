@@ -1,0 +1,123 @@
+"""Training under a real Slurm: whatever happens to the nodes, the numbers are the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from desk import STEPS, Desk, Job
+
+pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
+
+
+def test_two_nodes_give_the_numbers_of_one(desk: Desk, undisturbed: list[float]):
+    job = desk.train("runs/plain")
+    # The job runs a copy of the code: what happens to the checkout now is none of its business.
+    train = desk.folder / "lgm_scale" / "train.py"
+    code = train.read_text()
+    try:
+        train.write_text("raise SystemExit('edited')\n")
+        assert job.wait() == "COMPLETED", job.log()
+    finally:
+        train.write_text(code)
+    assert len(undisturbed) == STEPS
+    assert job.losses() == undisturbed
+    status = desk.status(job.out)
+    assert "restarts   0" in status
+    assert f"step       {STEPS} of {STEPS}" in status
+    assert "finished" in status
+
+
+def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
+    """One run, stopped in five ways, at other steps each time."""
+    job = desk.train("runs/stopped")
+    cluster = desk.cluster
+    job.reach(40)
+    cluster.run("scancel", "--signal=USR2", job.id)
+    job.restarted(1)
+    job.reach(90)
+    cluster.run("scontrol", "requeue", job.id)
+    job.restarted(2)
+    job.reach(140)
+    cluster.run("scancel", "--signal=TERM", job.id)
+    job.restarted(3)
+    job.reach(190)
+    urgent = ["--partition=high", f"--nodes={cluster.num_nodes}", "--exclusive"]
+    cluster.run("sbatch", *urgent, "--output=/dev/null", "--wrap=sleep 1")
+    job.restarted(4)
+    job.reach(240)
+    killed_at = time.monotonic()
+    os.kill(job.trainer_on(job.nodes()[1]), signal.SIGKILL)
+    job.until(lambda: job.state() != "RUNNING", "go down after a rank was killed", 15)
+    down_after = time.monotonic() - killed_at
+    assert job.wait() == "COMPLETED", job.log()
+    assert job.losses() == undisturbed
+    assert down_after < 10  # seconds
+    status = desk.status(job.out)
+    assert "restarts   5" in status, status
+    for words in ("SIGUSR2, state saved", "SIGTERM, state saved", "ended first: signal 9"):
+        assert words in status, status
+
+
+def test_a_config_error_is_told_once_and_not_requeued(desk: Desk):
+    job = desk.train("runs/wrong", "data.path=/nowhere")
+    assert job.wait() == "FAILED", job.log()
+    log = job.log()
+    assert log.count("error: ") == 1, log
+    assert "/nowhere does not exist" in log
+    assert "Traceback" not in log
+    assert "the user must mend something; not started again" in log
+    shown = desk.cluster.run("scontrol", "--oneliner", "show", "job", job.id)
+    assert " Restarts=0 " in shown
+    assert " ExitCode=2:0 " in shown
+
+
+def test_three_failures_at_one_step_are_enough(desk: Desk):
+    """The checkout has a bug that strikes at step 20, on one rank."""
+    source = desk.folder / "lgm_scale" / "training" / "callbacks.py"
+    code = source.read_text()
+    head = "    def batch_start(self, state: State, logger: Logger) -> None:\n"
+    assert code.count(head) >= 1
+    body = "if state.timestamp.batch.value == 20 and dist.get_global_rank() == 1:"
+    start = code.index(head)
+    docstring_end = code.index('"""', code.index('"""', start) + 3) + 4
+    bug = f"        {body}\n            raise ArithmeticError('the bug')\n"
+    try:
+        source.write_text(code[:docstring_end] + bug + code[docstring_end:])
+        job = desk.train("runs/bug")
+    finally:
+        source.write_text(code)
+    assert job.wait() == "FAILED", job.log()
+    log = job.log()
+    assert log.count("=== start ") == 3, log
+    assert "rank 1 on n2 failed first" in log
+    assert "ArithmeticError: the bug" in log  # rank 1's, in the top-level log
+    assert "3 failures in a row after step 20, giving up; not started again" in log
+    assert "restarts   2" in desk.status(job.out)
+
+
+def test_a_live_run_is_not_joined(desk: Desk):
+    job = desk.train("runs/live")
+    again = ["--cluster", "virtual.yaml", "--config", "yamls/quickstart/dit.yaml"]
+    again += ["--nodes", "2", "--gpus-per-node", "1"]
+    again += desk.overrides("runs/live", "run_name=live")
+    refused = desk.run("launchers/slurm.py", *again)
+    assert refused.returncode == 2
+    assert f"a live job has this name: {job.id}" in refused.stderr
+    taken = desk.run("launchers/slurm.py", *again, "--take-over")
+    assert taken.returncode == 0, taken.stderr
+    job.wait("CANCELLED")
+    successor = Job(desk, job.out, [taken.stdout.split("submitted ")[1].split(":")[0]])
+    desk.cluster.run("scancel", successor.id)
+    successor.wait("CANCELLED")
+
+
+def test_slurm_says_what_it_dislikes(desk: Desk):
+    common = ["--cluster", "virtual.yaml", "--config", "yamls/quickstart/dit.yaml"]
+    common += desk.overrides("runs/refused", "run_name=refused")
+    unknown = desk.run("launchers/slurm.py", *common, "--partition", "nowhere")
+    assert unknown.returncode == 2
+    assert "invalid partition specified: nowhere" in unknown.stderr
+    assert "Traceback" not in unknown.stderr
