@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.algorithms import GradientClipping
 from composer.core import Algorithm, Callback, DataSpec
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.optim import (
@@ -22,7 +21,7 @@ from composer.optim import (
 )
 from composer.utils import dist
 from streaming import StreamingDataLoader
-from torch import nn
+from torch import Tensor, nn
 
 from lgm_scale.bundle import (
     build_generator,
@@ -31,7 +30,16 @@ from lgm_scale.bundle import (
     save_tokenizer_bundle,
     tokenizer_id,
 )
-from lgm_scale.config import GeneratorRun, OptimizerConfig, TokenizerRun, TrainingRun, to_dict
+from lgm_scale.checkpoint.resume import Resume
+from lgm_scale.checkpoint.saver import StateSaver
+from lgm_scale.config import (
+    FSDPConfig,
+    GeneratorRun,
+    OptimizerConfig,
+    TokenizerRun,
+    TrainingRun,
+    to_dict,
+)
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import ConfigError, DataError
@@ -47,8 +55,17 @@ from lgm_scale.models.discriminator import CriticHeads
 from lgm_scale.models.lora import add_adapter
 from lgm_scale.models.tokenizer import AUXILIARY_SIZE, Decoder
 from lgm_scale.objectives.flow import NoiseScale
+from lgm_scale.parallel.activation_checkpointing import checkpoint_blocks
 from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.parallel.compile import compile_blocks
+from lgm_scale.parallel.fsdp import (
+    FSDP2Trainer,
+    composer_fsdp1,
+    fsdp1_on_cpu,
+    shard_group,
+    transformer_blocks,
+)
+from lgm_scale.parallel.pieces import local_pieces
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.ema import EMA
@@ -57,6 +74,7 @@ from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.lora import export_adapter, load_base
 from lgm_scale.training.players import PlayerClipping, parameters_of
+from lgm_scale.training.stopping import StopRequest
 from lgm_scale.training.throughput import Throughput
 from lgm_scale.training.tokenizer import TokenizerModel
 
@@ -237,11 +255,9 @@ def _players(model: TrainingModel) -> dict[str, list[nn.Module]]:
 
 def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
     threshold = config.optimizer.clip_norm
-    if threshold is None:
+    if threshold is None or config.parallel.strategy == "deepspeed":  # which clips by itself
         return []
-    if isinstance(model, TokenizerModel):
-        return [PlayerClipping(model.players(), threshold, model.record)]
-    return [GradientClipping(clipping_type="norm", clipping_threshold=threshold)]
+    return [PlayerClipping(_players(model), threshold, model.record)]
 
 
 def _labels(model: TrainingModel) -> dict[str, Any]:
@@ -284,32 +300,42 @@ def build_data(config: TrainingRun, dataset: TrainingDataset, lengths: LengthSch
 
 
 def build_trainer(
-    config: TrainingRun, model: TrainingModel, dataset: TrainingDataset, ema: EMA
+    config: TrainingRun,
+    model: TrainingModel,
+    dataset: TrainingDataset,
+    ema: EMA,
+    resume: Resume,
+    stop: StopRequest,
 ) -> Trainer:
-    """Composer's trainer, resuming by itself from the run's own folder."""
-    state_folder = config.checkpoint.folder or str(Path(config.out) / "state")
-    advice = f"Run it again from {state_folder} with a lower optimizer.lr, or look at the data."
+    """Composer's trainer under the run's strategy. `resume` is bound to it, and not begun."""
+    where = resume.storage.root
+    advice = f"Run it again from {where} with a lower optimizer.lr, or look at the data."
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
+    checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
     if config.train.compile and isinstance(model, GeneratorModel):
         compile_blocks(model.net, len(set(config.lengths.choices)))
+    metrics = Path(config.out) / "metrics.jsonl"
     callbacks: list[Callback] = [
         StepKeys(lengths, config.lengths.per_sample),
         FiniteGuard(model.record, advice),  # before the EMA moves
         ema,
         MetricsLog(
-            Path(config.out) / "metrics.jsonl",
+            metrics,
             config.logging.interval,
             model.record,
             config.logging.progress_bar,
             _labels(model),
         ),
         _throughput(config, model),
+        stop,
+        StateSaver(resume, config.checkpoint.interval, stop, {metrics.name: metrics}),
     ]
     data = build_data(config, dataset, lengths)
     if isinstance(data.dataloader, ScaledLoader):
         callbacks.append(LoaderStep(data.dataloader))
     batch_size = config.train.global_batch_size // dist.get_world_size()
-    return Trainer(
+    trainer = _start_trainer(
+        config,
         model=model,
         train_dataloader=data,
         max_duration=config.train.max_duration,
@@ -320,35 +346,65 @@ def build_trainer(
         loggers=build_loggers(config),
         run_name=config.run_name,
         progress_bar=False,  # Composer's prints a line per step into a log file
-        save_folder=state_folder,
-        save_interval=config.checkpoint.interval,
-        save_num_checkpoints_to_keep=config.checkpoint.keep,
-        # A kill while a state is written leaves a file that no `latest` points to. The folder is
-        # this run's alone (`run_folder`), so writing that state again is right.
-        save_overwrite=True,
-        autoresume=True,
         device="gpu" if torch.cuda.is_available() else "cpu",
         precision=config.train.precision,
         device_train_microbatch_size=config.train.device_microbatch_size or batch_size,
         seed=config.seed,
     )
+    pieces = local_pieces(model, trainer.state.optimizers[0])
+    ema.start(pieces)
+    resume.bind(model, pieces, ema)
+    return trainer
+
+
+def _start_trainer(config: TrainingRun, **arguments: Any) -> Trainer:
+    """The trainer of the configured strategy."""
+    parallel = config.parallel
+    if parallel.strategy == "ddp":
+        return Trainer(**arguments)
+    fsdp = parallel.fsdp or FSDPConfig()
+    if fsdp.version == 2:
+        compute = torch.bfloat16 if config.train.precision == "amp_bf16" else torch.float32
+        return FSDP2Trainer(fsdp=fsdp, compute=compute, **arguments)
+    with fsdp1_on_cpu():
+        trainer = Trainer(
+            parallelism_config=composer_fsdp1(fsdp, arguments["model"]),  # type: ignore[arg-type]
+            **arguments,
+        )
+    for algorithm in trainer.state.algorithms:
+        if isinstance(algorithm, PlayerClipping):
+            algorithm.shard_group = shard_group(arguments["model"])
+    return trainer
 
 
 def export_bundle(
-    config: TrainingRun, model: TrainingModel, dataset: TrainingDataset, ema: EMA, steps: int
+    config: TrainingRun,
+    model: TrainingModel,
+    dataset: TrainingDataset,
+    average: dict[str, Tensor],
+    steps: int,
 ) -> Path:
-    """Write the run's result: EMA weights as a bundle. Call on rank 0."""
+    """Write the run's result: EMA weights as a bundle. Call on rank 0.
+
+    Args:
+        config: The run.
+        model: As trained, under whatever strategy; only what is no weight is read.
+        dataset: The training set.
+        average: Whole averaged weights, by their names in the network.
+        steps: How many made them.
+    """
     folder = Path(config.out) / "bundle"
     training: dict[str, Any] = {"steps": steps, "weights": "ema", "config": to_dict(config)}
     if isinstance(config, GeneratorRun) and config.lora is not None:
-        export_adapter(folder, config, ema.average, training)
+        export_adapter(folder, config, average, training)
         return folder
-    weights = model.net.state_dict() | ema.average
     if isinstance(config, TokenizerRun):
         assert isinstance(model, TokenizerModel)
         training["random_assets"] = list(model.frozen.random_assets)
-        model.net.load_state_dict(weights)
-        tree = model.net.merge_tree() if model.net.merging.has_tree else None
+        net = build_tokenizer(config.model)  # a plain one: the trained one may be sharded
+        weights = net.state_dict() | average
+        net.load_state_dict(weights)
+        tree = net.merge_tree() if net.merging.has_tree else None
         network = dataclasses.replace(config.model, pretrained_encoder=None)
         save_tokenizer_bundle(folder, network, weights, tree, training)
     else:
@@ -356,7 +412,7 @@ def export_bundle(
         save_generator_bundle(
             folder,
             config.model,
-            weights,
+            average,
             dataset.stats,
             dataset.manifest.classes,
             config.tokenizer,

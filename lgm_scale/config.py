@@ -163,6 +163,9 @@ class EMAConfig:
 
     __pydantic_config__ = _STRICT
     decay: float = 0.9999
+    """Per step, whatever `interval` is."""
+    interval: int = 1
+    """Steps between updates; one update then weighs as much as that many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,11 +210,50 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How state is spread over ranks."""
+class FSDPConfig:
+    """Fully sharded data parallelism; every transformer block is a unit of its own."""
 
     __pydantic_config__ = _STRICT
-    strategy: Literal["ddp"] = "ddp"
+    version: Literal[1, 2] = 2
+    shard: Literal["full", "grad_op", "hybrid"] = "full"
+    """`full`: weights are gathered for each block's forward and backward. `grad_op`: they stay
+    from forward to backward. `hybrid`: `full` inside groups of `group_size`, copies across."""
+    group_size: int | None = None
+    """Ranks that share one copy under `hybrid`; null: those of one node."""
+    reduce: Literal["fp32", "compute"] = "fp32"
+    """Gradients are averaged in float32, or in the dtype of `train.precision`."""
+    cpu_offload: bool = False
+    """Keep shards, gradients and optimizer on the host; version 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """ZeRO, by DeepSpeed."""
+
+    __pydantic_config__ = _STRICT
+    stage: Literal[1, 2, 3] = 2
+    """What is sharded: 1 the optimizer, 2 gradients as well, 3 weights as well."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What the host keeps; `all` is the optimizer and, at stage 3, the weights."""
+    bucket_mib: int = 200
+    """Gradients that are reduced at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How state is spread over ranks. A strategy's section goes with that strategy alone."""
+
+    __pydantic_config__ = _STRICT
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    fsdp: FSDPConfig | None = None
+    """null: the defaults, with `strategy: fsdp`."""
+    deepspeed: DeepSpeedConfig | None = None
+    """null: the defaults, with `strategy: deepspeed`."""
+    activation_checkpointing: float = 0.0
+    """Share of the blocks, evenly spread, whose activations are computed again in the backward
+    pass instead of being kept."""
+    timeout_seconds: int = 300
+    """How long a rank waits for the others before the run fails."""
 
 
 @dataclass(frozen=True, kw_only=True)

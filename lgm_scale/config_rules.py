@@ -20,6 +20,7 @@ from lgm_scale.config import (
     read_yaml,
 )
 from lgm_scale.errors import ConfigError
+from lgm_scale.parallel.rules import parallel_rules
 
 __all__ = ["broken_rules", "load_training_run"]
 
@@ -66,6 +67,7 @@ def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> 
     """Every rule that the configuration breaks at this world size."""
     problems = [*_batch(config, world_size), *_lengths(config), *_numbers(config)]
     problems += [*_optimizer(config), *_times(config), *_batch_scaling(config)]
+    problems += parallel_rules(config, world_size, has_gpu)
     if isinstance(config, TokenizerRun):
         problems += _tokenizer(config)
     else:
@@ -165,6 +167,8 @@ def _numbers(config: TrainingRun) -> Iterator[str]:
             yield f"{key}: {value} must be 0 or more"
     if not 0 <= config.ema.decay < 1:
         yield f"ema.decay: {config.ema.decay} must be in [0, 1)"
+    if config.ema.interval < 1:
+        yield f"ema.interval: {config.ema.interval} must be 1 or more"
 
 
 def _optimizer(config: TrainingRun) -> Iterator[str]:

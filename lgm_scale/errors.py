@@ -18,6 +18,7 @@ __all__ = [
     "DivergenceError",
     "LGMError",
     "MissingAssetError",
+    "SupersededError",
     "exit_on_user_error",
 ]
 
@@ -37,6 +38,11 @@ class ConfigError(LGMError):
         where = f" in {source}" if source else ""
         head = f"{count} problem{'s' if count > 1 else ''}{where}:"
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+        self._source = source
+
+    def __reduce__(self) -> tuple:
+        """Ranks tell each other their errors: copied by its parts, not by its text."""
+        return ConfigError, (self.problems, self._source)
 
 
 class DataError(LGMError):
@@ -53,6 +59,10 @@ class MissingAssetError(LGMError):
 
 class DivergenceError(LGMError):
     """A run whose losses are no numbers any more."""
+
+
+class SupersededError(LGMError):
+    """A process that was thought dead, while another took over its run."""
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> None:

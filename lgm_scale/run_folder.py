@@ -6,22 +6,25 @@ that differ, because resuming would silently mix two runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
-from lgm_scale.config import TrainingRun, to_dict
+from lgm_scale.config import TrainingRun, load_config, to_dict
 from lgm_scale.errors import ConfigError
 
 __all__ = ["RunFolder"]
 
 CONFIG_NAME = "config.json"
+METRICS_NAME = "metrics.jsonl"
 
 _FREE_KEYS = (
     "logging.",
     "data.num_workers",
     "checkpoint.interval",
     "checkpoint.keep",
+    "parallel.",
 )
 """Keys that do not change what a run computes, and so may change between resumes. (The micro-batch
 is none of them: some losses of a tokenizer are nonlinear in it.)"""
@@ -55,13 +58,28 @@ class RunFolder:
             there = json.loads(path.read_text())
         except ValueError as error:
             raise ConfigError(f"{path} is damaged ({error}); choose another `out`") from error
-        differing = _differences(there, to_dict(self.config))
+        differing = differing_keys(there, self.config)
         if differing:
             raise ConfigError(
-                [f"{key}: {was!r} there, {now!r} here" for key, was, now in differing],
+                differing,
                 f"out: {self.path} holds a run with another configuration; choose another `out` "
                 "or delete it",
             )
+
+
+def differing_keys(there: dict[str, Any], config: TrainingRun) -> list[str]:
+    """One line for each key in which a recorded configuration differs; free keys left out.
+
+    A key that the record does not know, because it is younger, counts with its default.
+    """
+    with contextlib.suppress(ConfigError):  # it has keys that are gone; they will be told
+        there = to_dict(load_config(there, type(config)))
+    old, new = _flatten(there), _flatten(to_dict(config))
+    return [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
+    ]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -72,13 +90,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Keys, with both values, in which two configurations differ; free keys left out."""
-    old, new = _flatten(there), _flatten(here)
-    return [
-        (key, old.get(key), new.get(key))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
-    ]

@@ -1,76 +1,60 @@
 """Exponential moving average of the weights.
 
-Elementwise on whatever part of a parameter this rank holds, in float32, with one foreach kernel
-and no communication. The average is never swapped into the model: it has its own key in the
-resume state and is what export and evaluation read. (Composer's own EMA fails under FSDP.)
+Elementwise on the pieces of parameters that this rank holds, in float32, with one foreach kernel
+and no communication, under every strategy. The average is never swapped into the model: it has
+its own place in the resume state and is what export and evaluation read, gathered one parameter
+at a time. (Composer's own EMA fails under FSDP.)
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
-from torch import Tensor, nn
+from torch import Tensor
 
-from lgm_scale.errors import CheckpointError
+from lgm_scale.parallel.pieces import Piece, gather
 
 __all__ = ["EMA"]
 
 
-def _local(parameter: Tensor) -> Tensor:
-    """The part of a parameter on this rank, detached; a DTensor's local shard."""
-    parameter = parameter.detach()
-    to_local = getattr(parameter, "to_local", None)
-    return to_local() if to_local is not None else parameter
-
-
 class EMA(Callback):
-    """Average of the trainable parameters of `module`, updated after every optimizer step.
+    """Average of the trainable parameters below `prefix`, updated after optimizer steps.
 
     Args:
-        module: Whose parameters are averaged.
-        decay: Weight of the past; 0 copies the parameters.
+        decay: Weight of the past after one step; 0 copies the parameters.
+        interval: Steps between updates; the past then weighs decay ** interval.
+        prefix: Of the names of averaged parameters in the model; dropped from the names here.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, decay: float, interval: int = 1, prefix: str = "net.") -> None:
         self.decay = decay
-        self.parameters = {
-            name: parameter
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
-        self.average: dict[str, Tensor] = {}
+        self.interval = interval
+        self.prefix = prefix
+        self.pieces: list[Piece] = []
+        self.average: list[Tensor] = []
+        """float32 [numel] for each of `pieces`."""
 
-    def _start(self) -> None:
-        self.average = {
-            name: _local(parameter).float().clone() for name, parameter in self.parameters.items()
-        }
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        """Start from the weights, unless a resume has brought an average."""
-        if not self.average:
-            self._start()
-        for name, parameter in self.parameters.items():
-            self.average[name] = self.average[name].to(parameter.device)
+    def start(self, pieces: Sequence[Piece]) -> None:
+        """Begin at the weights of this rank's pieces; once the strategy has been applied."""
+        self.pieces = [p for p in pieces if p.trainable and p.name.startswith(self.prefix)]
+        self.average = [piece.weight().float().clone() for piece in self.pieces]
 
     @torch.no_grad()
     def batch_end(self, state: State, logger: Logger) -> None:
         """One step of the average."""
-        current = [_local(parameter).float() for parameter in self.parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1.0 - self.decay)
+        if state.timestamp.batch.value % self.interval == 0:
+            current = [piece.weight().float() for piece in self.pieces]
+            torch._foreach_lerp_(self.average, current, 1.0 - self.decay**self.interval)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The average, for the resume state."""
-        return {"average": self.average}
+    def full_weights(self) -> dict[str, Tensor]:
+        """The average as whole tensors on the host. Every rank must call it.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the average of a resume state.
-
-        Raises: CheckpointError if it belongs to another model.
+        Shapes: name in the averaged module -> float32, the parameter's shape.
         """
-        loaded = state["average"]
-        if loaded.keys() != self.parameters.keys():
-            raise CheckpointError("EMA: the resume state belongs to another model")
-        self.average = dict(loaded)
+        return {
+            name.removeprefix(self.prefix): whole
+            for name, whole in gather(self.pieces, self.average)
+        }

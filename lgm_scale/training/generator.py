@@ -62,6 +62,8 @@ class GeneratorModel(ComposerModel):
 
     latent_mean: Tensor
     latent_std: Tensor
+    # Given by the data. They are in the resume state, so that it never meets another data set.
+    fixed_buffers = ("latent_mean", "latent_std", "merge_tree")
 
     def __init__(
         self,
@@ -86,7 +88,6 @@ class GeneratorModel(ComposerModel):
         self.record = LossRecord()
         self.register_buffer("latent_mean", mean.float())
         self.register_buffer("latent_std", std.float())
-        # Kept in the resume state, so that a state never meets another tree.
         self.register_buffer("merge_tree", tree.merges.clone())
 
     def forward(self, batch: dict[str, Any]) -> GeneratorOutput:

@@ -47,14 +47,18 @@ def test_kill_9_and_the_same_command_again_change_nothing(small_pipeline, undist
         [sys.executable, TRAIN, config], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 240
-    while not (out / "state" / "latest-rank0.pt").exists():  # written after step 4
+    first = out / "state" / "ba00000004-a0001" / "manifest.json"
+    while not first.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (out / "bundle").exists()
-    (out / "state" / "ep1-ba8-rank0.pt").write_bytes(b"torn")  # killed while writing the next one
+    torn = out / "state" / "ba00000008-a0001"  # killed while writing the next one
+    torn.mkdir(exist_ok=True)
+    (torn / "rank-00000.safetensors").write_bytes(b"torn")
+    (torn / "manifest.json").unlink(missing_ok=True)
     result = run_command(TRAIN, config)
     assert result.returncode == 0, result.stderr
     assert [row["loss"] for row in metrics(out)] == [row["loss"] for row in metrics(undisturbed)]

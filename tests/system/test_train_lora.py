@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from small_pipeline import Steps, metrics, random_generator, train_in_process
 
-from lgm_scale.build import build_dataset, build_model
+from lgm_scale.build import build_dataset, build_model, build_optimizer
 from lgm_scale.bundle import GENERATOR_NAME, load_generator, read_bundle
 from lgm_scale.config_rules import load_training_run
 from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.parallel.pieces import local_pieces
 from lgm_scale.plan import describe
 from lgm_scale.training.ema import EMA
 
@@ -87,7 +88,9 @@ def loaded(path: Path, *overrides: str):
 def test_the_average_is_of_the_adapter_alone(small_pipeline, base):
     config = loaded(lora_config(small_pipeline, base, "lora-model"))
     model = build_model(config, build_dataset(config))
-    names = EMA(model.net, 0.9).parameters.keys()
+    ema = EMA(0.9)
+    ema.start(local_pieces(model, build_optimizer(config.optimizer, {"generator": [model.net]})))
+    names = ema.full_weights().keys()
     assert names == {name for name, _ in model.net.named_parameters() if "lora_" in name}
     assert len(names) == 4 * 4 * 2
     expected = load_file(base / GENERATOR_NAME)["blocks.0.attn.qkv.weight"]

@@ -24,7 +24,6 @@ from lgm_scale.config import (
 from lgm_scale.errors import CheckpointError, MissingAssetError
 from lgm_scale.models import assets
 from lgm_scale.models.frozen import Frozen
-from lgm_scale.training.ema import EMA
 
 
 def run_of(tmp_path, objective=None, **changes) -> TokenizerRun:
@@ -108,9 +107,8 @@ def test_random_assets_are_labelled_everywhere(tmp_path, caplog):
     )
     model = build_model(config, None)  # type: ignore[arg-type]
     assert "RANDOM WEIGHTS stand in for assets.vgg16" in caplog.text
-    ema = EMA(model.net, 0.9)
-    ema._start()
-    folder = export_bundle(config, model, None, ema, 1)  # type: ignore[arg-type]
+    average = dict(model.net.named_parameters())
+    folder = export_bundle(config, model, None, average, 1)  # type: ignore[arg-type]
     info = json.loads((folder / "bundle.json").read_text())
     assert info["training"]["random_assets"] == ["assets.vgg16"]
 
@@ -118,9 +116,8 @@ def test_random_assets_are_labelled_everywhere(tmp_path, caplog):
 def test_a_bundle_without_random_assets_says_so_and_holds_the_tokenizer_alone(tmp_path):
     config = run_of(tmp_path)
     model = build_model(config, None)  # type: ignore[arg-type]
-    ema = EMA(model.net, 0.9)
-    ema._start()
-    folder = export_bundle(config, model, None, ema, 1)  # type: ignore[arg-type]
+    average = dict(model.net.named_parameters())
+    folder = export_bundle(config, model, None, average, 1)  # type: ignore[arg-type]
     info = json.loads((folder / "bundle.json").read_text())
     assert info["training"]["random_assets"] == []
     assert info["models"]["tokenizer"]["pretrained_encoder"] is None

@@ -12,6 +12,7 @@ from small_tokenizer import OPTIMIZER, small_batch, small_model
 
 from lgm_scale.build import build_optimizer
 from lgm_scale.errors import DivergenceError
+from lgm_scale.parallel.pieces import local_pieces
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.players import PlayerClipping
@@ -41,7 +42,9 @@ class Poison(Callback):
 
 def fit(tmp_path, poison: Poison):
     model = small_model()
-    ema = EMA(model.net, 0.5)
+    ema = EMA(0.5)
+    optimizer = build_optimizer(OPTIMIZER, model.players())
+    ema.start(local_pieces(model, optimizer))
     trainer = Trainer(
         model=model,
         train_dataloader=DataSpec(
@@ -49,7 +52,7 @@ def fit(tmp_path, poison: Poison):
             get_num_samples_in_batch=lambda batch: len(batch["images"]),
         ),
         max_duration="6ba",
-        optimizers=build_optimizer(OPTIMIZER, model.players()),
+        optimizers=optimizer,
         algorithms=[PlayerClipping(model.players(), 1.0, model.record)],
         callbacks=[FiniteGuard(model.record, "Advice."), ema, poison],
         save_folder=str(tmp_path),

@@ -21,6 +21,7 @@ ORDER = [
     "sample",
     "pipeline",
     "release_import",
+    "checkpoint",
     "run_folder",
     "config_rules",
     "config",
@@ -57,6 +58,10 @@ TORCH_FREE = (
     "lgm_scale/errors.py",
     "lgm_scale/run_folder.py",
     "lgm_scale/data/manifest.py",
+    "lgm_scale/parallel/rules.py",
+    "lgm_scale/checkpoint/attempts.py",
+    "lgm_scale/checkpoint/manifest.py",
+    "lgm_scale/checkpoint/storage.py",
 )
 TORCH_LATER = ("lgm_scale/train.py",)
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from lgm_scale.config import TokenizerObjectiveConfig
-from lgm_scale.errors import CheckpointError
 from lgm_scale.merging import MergeTree
 from lgm_scale.models.dit import MergeDiT
 from lgm_scale.models.tokenizer import Tokenizer
 from lgm_scale.objectives.flow import NoiseScale
+from lgm_scale.parallel.pieces import local_pieces
 from lgm_scale.training.callbacks import StepKeys
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.generator import GeneratorModel
@@ -156,22 +156,23 @@ def test_record_weighs_micro_batches_by_their_samples():
     assert record.take() == {}
 
 
-def test_ema_follows_its_formula_and_resumes():
-    module = nn.Linear(3, 2)
-    module.bias.requires_grad_(False)
-    ema = EMA(module, decay=0.75)
-    ema.fit_start(None, None)  # type: ignore[arg-type]
-    expected = module.weight.detach().clone()
-    for value in (1.0, 2.0, 4.0):
-        nn.init.constant_(module.weight, value)
-        ema.batch_end(None, None)  # type: ignore[arg-type]
-        expected = 0.75 * expected + 0.25 * value
-    assert set(ema.average) == {"weight"}
-    torch.testing.assert_close(ema.average["weight"], expected)
-    assert not torch.equal(module.weight, expected)  # never swapped in
-    again = EMA(module, decay=0.75)
-    again.load_state_dict(ema.state_dict())
-    again.fit_start(None, None)  # type: ignore[arg-type]
-    assert torch.equal(again.average["weight"], ema.average["weight"])
-    with pytest.raises(CheckpointError, match="another model"):
-        EMA(nn.Linear(3, 2), 0.5).load_state_dict(ema.state_dict())
+@pytest.mark.parametrize("interval", [1, 3])
+def test_ema_follows_its_formula(interval):
+    model = nn.ModuleDict({"net": nn.Linear(3, 2), "critic": nn.Linear(3, 2)})
+    layer = model["net"]
+    layer.bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW([layer.weight])
+    ema = EMA(0.75, interval)
+    ema.start(local_pieces(model, optimizer))
+    expected = layer.weight.detach().clone()
+    for step, value in enumerate((1.0, 2.0, 4.0, 8.0), start=1):
+        nn.init.constant_(layer.weight, value)
+        state = SimpleNamespace(timestamp=SimpleNamespace(batch=SimpleNamespace(value=step)))
+        ema.batch_end(state, None)  # type: ignore[arg-type]
+        if step % interval == 0:
+            past = 0.75**interval
+            expected = past * expected + (1 - past) * value
+    average = ema.full_weights()
+    assert set(average) == {"weight"}
+    torch.testing.assert_close(average["weight"], expected)
+    assert not torch.equal(layer.weight, expected)  # never swapped in

@@ -1,0 +1,111 @@
+"""What a state says of itself: whose it is, its step, and its files with their checksums."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lgm_scale.errors import CheckpointError
+
+__all__ = ["MANIFEST_NAME", "Manifest", "StateFile", "StateName", "file_sha256"]
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, order=True)
+class StateName:
+    """Step and attempt of a state: the name of its folder."""
+
+    step: int
+    attempt: int
+
+    def __str__(self) -> str:
+        return f"ba{self.step:08d}-a{self.attempt:04d}"
+
+    @classmethod
+    def parse(cls, name: str) -> StateName | None:
+        """The state that a folder's name stands for; None for other names."""
+        match = re.fullmatch(r"ba(\d{8,})-a(\d{4,})", name)
+        return cls(int(match[1]), int(match[2])) if match else None
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """A file of a state, and which pieces of parameters it holds.
+
+    Args:
+        name: Below the state's folder.
+        size: Bytes.
+        sha256: Of its content.
+        pieces: (index of the parameter, first element, how many).
+    """
+
+    name: str
+    size: int
+    sha256: str
+    pieces: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json.
+
+    Args:
+        run_id: Drawn when the run began; a state is read by its own run only.
+        step: Steps done.
+        attempt: Which start of the run wrote it.
+        world_size: Ranks that wrote it.
+        strategy: They ran this one; it may be read under another.
+        parameters: Name and shape of each, in the model's order.
+        scalars: Everything that is no tensor: times, learning rates, place in the data.
+        files: Of the tensors.
+    """
+
+    run_id: str
+    step: int
+    attempt: int
+    world_size: int
+    strategy: str
+    parameters: list[list[Any]]
+    scalars: dict[str, Any]
+    files: list[StateFile]
+    format: int = FORMAT
+
+    def to_bytes(self) -> bytes:
+        """JSON with a checksum of its own."""
+        body = json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        digest = hashlib.sha256(body.encode()).hexdigest()
+        return f'{{"sha256": "{digest}",\n"body": {body}}}\n'.encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Manifest:
+        """Read and check. Raises: CheckpointError if it is damaged or of another format."""
+        try:
+            whole = json.loads(content)
+            body = json.dumps(whole["body"], separators=(",", ":"))
+            if hashlib.sha256(body.encode()).hexdigest() != whole["sha256"]:
+                raise CheckpointError(f"{MANIFEST_NAME} does not have its checksum")
+            values = whole["body"]
+            if values["format"] != FORMAT:
+                raise CheckpointError(
+                    f"{MANIFEST_NAME} has format {values['format']}, this version reads {FORMAT}"
+                )
+            files = [StateFile(**entry) for entry in values.pop("files")]
+            return cls(**values, files=files)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{MANIFEST_NAME} is damaged: {error!r}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+"""A run comes in and goes out: whose state this is, and where its result goes.
+
+With state in object storage, the result and the log go there as well, and come back from there:
+a run needs nothing from the disk of a machine that is gone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from lgm_scale.checkpoint.resume import open_run
+from lgm_scale.checkpoint.storage import Storage, open_storage
+from lgm_scale.config import to_dict
+from lgm_scale.errors import ConfigError
+from lgm_scale.parallel.agreement import on_rank_zero
+from lgm_scale.run_folder import METRICS_NAME, RunFolder, differing_keys
+
+__all__ = ["EnteredRun", "enter_run", "leave_result"]
+
+_RESULT = "result.json"
+_BUNDLE = "bundle/"
+
+
+@dataclass(frozen=True)
+class EnteredRun:
+    """A run that may go on here."""
+
+    run_id: str
+    finished: bool
+    storage: Storage
+
+
+def enter_run(folder: RunFolder) -> EnteredRun:
+    """Make sure that folder and state belong to this very run. On all ranks.
+
+    Raises: ConfigError with the keys that differ; CheckpointError.
+    """
+    storage = open_storage(folder.config.checkpoint.folder or str(folder.path / "state"))
+    run = on_rank_zero(lambda: _enter(folder, storage))
+    return EnteredRun(run["run_id"], run["finished"], storage)
+
+
+def _enter(folder: RunFolder, storage: Storage) -> dict:
+    folder.claim()
+    config = folder.config
+    run = open_run(storage, config.run_name, to_dict(config))
+    there = dict(run["config"])
+    if storage.remote:
+        there["out"] = config.out  # another machine may put it elsewhere
+    differing = differing_keys(there, config)
+    if differing:
+        raise ConfigError(
+            differing,
+            f"checkpoint.folder: {storage.root} holds the state of a run with another "
+            "configuration; choose another folder",
+        )
+    finished = storage.remote and _fetch_result(storage, folder)
+    return {"run_id": run["run_id"], "finished": finished}
+
+
+def _fetch_result(storage: Storage, folder: RunFolder) -> bool:
+    """Bring log and, of a finished run, the bundle to `out`; whether it is finished."""
+    names = storage.names()
+    metrics = folder.path / METRICS_NAME
+    if METRICS_NAME in names and not metrics.exists():
+        metrics.write_bytes(storage.read(METRICS_NAME))
+    if _RESULT not in names:
+        return False
+    bundle = [name for name in names if name.startswith(_BUNDLE)]
+    # bundle.json last: a bundle without it is none.
+    for name in sorted(bundle, key=lambda name: name.endswith("bundle.json")):
+        path = folder.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(storage.read(name))
+    return True
+
+
+def leave_result(storage: Storage, folder: RunFolder, steps: int) -> None:
+    """Put bundle and log beside the state in object storage. Call on rank 0."""
+    if not storage.remote:
+        return
+    for path in sorted(folder.bundle.rglob("*")):
+        if path.is_file():
+            storage.write(_BUNDLE + path.relative_to(folder.bundle).as_posix(), path.read_bytes())
+    metrics = folder.path / METRICS_NAME
+    if metrics.is_file():
+        storage.write(METRICS_NAME, metrics.read_bytes())
+    storage.write(_RESULT, (json.dumps({"steps": steps}) + "\n").encode())

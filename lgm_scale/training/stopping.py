@@ -1,0 +1,78 @@
+"""Stop when somebody asks for it: a signal to any rank, agreed on by all, at a step boundary."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from composer.core import Callback, State
+from composer.loggers import Logger
+
+__all__ = ["STOP_SIGNALS", "StopRequest"]
+
+log = logging.getLogger("lgm_scale")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+"""Sent by schedulers before they take the machine away."""
+
+
+class StopRequest(Callback):
+    """Whether all ranks have agreed to stop after the step that has just ended.
+
+    Ranks must stop at the same step, and a signal reaches them at different moments, or one of
+    them only. So each sends its flag around at the end of every step, on the host and without
+    waiting, and looks at the answer one step later, when it has long been there. A rank whose
+    peers are gone learns it here, too: its answer never comes, and it fails.
+
+    Args:
+        timeout_seconds: How long it waits for an answer.
+    """
+
+    def __init__(self, timeout_seconds: int) -> None:
+        self.agreed = False
+        self._asked = False
+        self._timeout = timedelta(seconds=timeout_seconds)
+        self._group: Any = None
+        self._flag = torch.zeros((), dtype=torch.int32)
+        self._work: Any = None
+
+    def listen(self) -> None:
+        """Take the signals over; in the main thread, once ranks can talk to each other."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Send this rank's flag, and look at the answer to the last one."""
+        if self._group is None:
+            self.agreed = self._asked
+        else:
+            answered = self._answer()
+            self._flag = torch.tensor(int(self._asked), dtype=torch.int32)
+            self._work = dist.all_reduce(
+                self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+            )
+            self.agreed = answered
+        if self.agreed:
+            log.warning("asked to stop: saving after step %d", state.timestamp.batch.value)
+
+    def _answer(self) -> bool:
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._flag.item())
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Leave no message behind."""
+        if self._group is not None:
+            self._answer()
