@@ -1,0 +1,149 @@
+"""One run under every strategy: the same numbers, a share of the bytes, and moves between them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rank_processes import rewound, run_ranks
+from safetensors.torch import load_file
+from small_pipeline import SmallPipeline, metrics
+
+STEPS, LAST_STATE = 20, 8
+TOLERANCE = 1e-6
+
+FSDP1 = ["parallel.strategy=fsdp", "parallel.fsdp.version=1"]
+FSDP2 = ["parallel.strategy=fsdp"]
+STRATEGIES = {
+    "ddp": [],
+    "fsdp1": FSDP1,
+    "fsdp2": FSDP2,
+    "fsdp1-grad_op-recompute": [
+        *FSDP1,
+        "parallel.fsdp.shard=grad_op",
+        "parallel.activation_checkpointing=0.5",
+    ],
+    "fsdp2-grad_op-recompute": [
+        *FSDP2,
+        "parallel.fsdp.shard=grad_op",
+        "parallel.activation_checkpointing=1.0",
+    ],
+    "fsdp2-offload": [*FSDP2, "parallel.fsdp.cpu_offload=true"],
+}
+
+
+def config(pipeline: SmallPipeline, out: Path) -> Path:
+    """20 steps with clipping, a cosine, and three epochs' borders in them."""
+    return pipeline.generator_config(
+        out,
+        run_name="strategies",
+        train={"max_duration": f"{STEPS}ba", "global_batch_size": 8, "precision": "fp32"},
+        optimizer={"lr": 1e-3, "clip_norm": 0.5, "schedule": "cosine", "warmup": 3},
+        checkpoint={"interval": "4ba", "keep": 10},
+    )
+
+
+def losses(out: Path) -> list[float]:
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    return [row["loss"] for row in rows]
+
+
+def assert_same_run(out: Path, expected: Path, tolerance: float = TOLERANCE) -> None:
+    """Losses, gradient norms and averaged weights."""
+    torch.testing.assert_close(losses(out), losses(expected), rtol=0, atol=tolerance)
+    norms = [[row["gradient_norm_generator"] for row in metrics(run)] for run in (out, expected)]
+    torch.testing.assert_close(*norms, rtol=10 * tolerance, atol=0)
+    weights, wanted = (
+        load_file(run / "bundle" / "generator.safetensors") for run in (out, expected)
+    )
+    assert weights.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def folder(small_pipeline):
+    path = small_pipeline.root / "strategies"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(small_pipeline, folder):
+    """Every strategy on two ranks, and one process alone."""
+    run_ranks(1, [(config(small_pipeline, folder / "one"), [])], folder / "one-log")
+    jobs = [(config(small_pipeline, folder / name), keys) for name, keys in STRATEGIES.items()]
+    run_ranks(2, jobs, folder / "two-log")
+    return {name: folder / name for name in ("one", *STRATEGIES)}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_strategy_does_not_change_the_run(runs, name):
+    assert_same_run(runs[name], runs["one"])
+
+
+def test_weights_do_move(runs):
+    first, last = losses(runs["one"])[0], losses(runs["one"])[-1]
+    assert abs(first - last) > 1e-3
+
+
+MOVES = {
+    "2 ddp to 1": ("ddp", 1, []),
+    "1 to 2 ddp": ("one", 2, []),
+    "1 to 2 fsdp2": ("one", 2, FSDP2),
+    "2 fsdp2 to 1": ("fsdp2", 1, []),
+    "2 fsdp1 to 1 fsdp1": ("fsdp1", 1, FSDP1),
+    "2 fsdp1 to 2 fsdp2": ("fsdp1", 2, FSDP2),
+    "2 fsdp2 to 2 fsdp1": ("fsdp2", 2, FSDP1),
+    "2 ddp to 4 fsdp2": ("ddp", 4, FSDP2),
+    "2 fsdp2 to 4 fsdp2": ("fsdp2", 4, FSDP2),
+    "2 fsdp1 to 4 hybrid": (
+        "fsdp1",
+        4,
+        [*FSDP1, "parallel.fsdp.shard=hybrid", "parallel.fsdp.group_size=2"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def moved(small_pipeline, folder, runs):
+    """Each run, taken up after its second state on other ranks or under another strategy."""
+    outs = {}
+    for world_size in (1, 2, 4):
+        jobs = []
+        for move, (source, ranks, keys) in MOVES.items():
+            if ranks == world_size:
+                out = folder / move.replace(" ", "-")
+                rewound(runs[source], out, LAST_STATE)
+                jobs.append((config(small_pipeline, out), keys))
+                outs[move] = out
+        run_ranks(world_size, jobs, folder / f"moves-{world_size}-log")
+    return outs
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_moves_to_other_ranks_and_strategies(runs, moved, move):
+    assert_same_run(moved[move], runs["one"])
+    attempts = sorted((moved[move] / "state" / "attempts").iterdir())
+    assert json.loads(attempts[-1].read_text())["resumed_step"] == LAST_STATE
+
+
+@pytest.fixture(scope="module")
+def continued(small_pipeline, folder, runs):
+    """Runs taken up after their second state, on the same ranks."""
+    outs = {
+        name: rewound(runs[name], folder / f"again-{name}", LAST_STATE)
+        for name in ("ddp", "fsdp1", "fsdp2")
+    }
+    jobs = [(config(small_pipeline, out), STRATEGIES[name]) for name, out in outs.items()]
+    run_ranks(2, jobs, folder / "again-log")
+    return outs
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp1", "fsdp2"])
+def test_the_same_ranks_go_on_bit_by_bit(runs, continued, name):
+    assert losses(continued[name]) == losses(runs[name])
+    assert_same_run(continued[name], runs[name], tolerance=0)

@@ -1,0 +1,133 @@
+"""Training runs in real rank processes over gloo, without paying for the imports each time.
+
+Ranks are forked from a server that has imported everything. They are processes of their own:
+they can be killed, and get signals.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import shutil
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+Job = tuple[Path, list[str]]
+"""A configuration file and overrides."""
+
+_FORKS = mp.get_context("forkserver")
+_FORKS.set_forkserver_preload(["rank_imports"])
+
+
+def _ensure_server() -> None:
+    """Start the server; it looks for what to import in PYTHONPATH alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+
+
+def start_ranks(world_size: int, jobs: Sequence[Job], log: Path | None = None) -> list[BaseProcess]:
+    """Start `world_size` ranks that train every job in turn.
+
+    A rank exits with the status of its last job. What it says goes to `<log>-<rank>.txt`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        _FORKS.Process(target=_rank, args=(rank, world_size, port, list(jobs), log), daemon=True)
+        for rank in range(world_size)
+    ]
+    _ensure_server()
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def wait_for(ranks: Sequence[BaseProcess], timeout: float = 300) -> list[int | None]:
+    """Exit statuses; negative for signals. Raises: TimeoutError, with everything killed."""
+    deadline = time.monotonic() + timeout
+    for process in ranks:
+        process.join(max(0.1, deadline - time.monotonic()))
+    late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    if late:
+        raise TimeoutError(f"ranks {late} did not end")
+    return [process.exitcode for process in ranks]
+
+
+def run_ranks(world_size: int, jobs: Sequence[Job], log: Path, timeout: float = 300) -> None:
+    """Train every job on `world_size` ranks; all must succeed."""
+    statuses = wait_for(start_ranks(world_size, jobs, log), timeout)
+    if any(statuses):
+        said = "\n".join(path.read_text()[-3000:] for path in log.parent.glob(log.name + "-*.txt"))
+        raise AssertionError(f"ranks ended with {statuses}:\n{said}")
+
+
+def _rank(rank: int, world_size: int, port: int, jobs: list[Job], log: Path | None) -> None:
+    import torch
+
+    from lgm_scale.config_rules import load_training_run
+    from lgm_scale.errors import exit_on_user_error
+    from lgm_scale.run_folder import RunFolder
+    from lgm_scale.train import train
+
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    if log is not None:
+        sink = os.open(f"{log}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+
+    def main() -> int:
+        status = 0
+        for path, overrides in jobs:
+            config = load_training_run(str(path), overrides, world_size, has_gpu=False)
+            status = train(config, RunFolder(Path(config.out), config))
+        return status
+
+    try:
+        exit_on_user_error(main)
+    except SystemExit as end:
+        _leave(int(end.code or 0))
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(status: int) -> None:
+    """End at once: threads of process groups with a dead peer would hold a normal exit up."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def states(out: Path) -> list[str]:
+    """Names of the states of a run that are sealed, oldest first."""
+    return sorted(path.parent.name for path in (out / "state").glob("ba*/manifest.json"))
+
+
+def rewound(out: Path, copy: Path, step: int) -> Path:
+    """A copy of a finished run as it was right after the state of `step` was written."""
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "bundle")
+    for path in (copy / "state").glob("ba*"):
+        if int(path.name[2:10]) > step:
+            shutil.rmtree(path)
+    assert states(copy)[-1].startswith(f"ba{step:08d}")
+    for record in (copy / "config.json", copy / "state" / "run.json"):
+        record.write_text(record.read_text().replace(f'"{out}"', f'"{copy}"'))
+    return copy
