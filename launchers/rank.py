@@ -147,18 +147,32 @@ class RankTask:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _wait(self, child: subprocess.Popen) -> int:
+        told = False
         while True:
             try:
                 return child.wait(timeout=1)
             except subprocess.TimeoutExpired:
                 pass
-            if self._asked_at is not None:
-                # Again every second: Slurm's own signal came before the child could listen.
-                late = time.monotonic() - self._asked_at > self.grace_seconds
-                child.send_signal(signal.SIGKILL if late else signal.SIGUSR2)
+            if self._asked_at is None:
+                continue
+            if time.monotonic() - self._asked_at > self.grace_seconds:
+                child.kill()
+            elif not told and _listens(child.pid):  # Slurm's own signal may have come too early
+                child.send_signal(signal.SIGUSR2)
+                told = True
 
     @staticmethod
     def _deafen() -> None:
         """In the child, before it becomes a trainer: no signal may end it before it listens."""
         for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+
+
+def _listens(pid: int) -> bool:
+    """Whether a process has a handler of its own for SIGUSR2."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1)

@@ -74,7 +74,7 @@ from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.lora import export_adapter, load_base
 from lgm_scale.training.players import PlayerClipping, parameters_of
-from lgm_scale.training.stopping import StopRequest
+from lgm_scale.training.stopping import StopRequest, ignore_stop_signals
 from lgm_scale.training.throughput import Throughput
 from lgm_scale.training.tokenizer import TokenizerModel
 
@@ -289,6 +289,7 @@ def build_data(config: TrainingRun, dataset: TrainingDataset, lengths: LengthSch
         batch_size=config.train.global_batch_size // dist.get_world_size(),
         num_workers=config.data.num_workers,
         persistent_workers=config.data.num_workers > 0,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )
