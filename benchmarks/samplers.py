@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.features import PixelPCA
-from eval.generate import flops_per_image, noise_scale_of, sample_images
+from eval.generate import noise_scale_of, sample_images
+from eval.image_work import StoredImages
 from eval.moments import frechet_distance, moments_of
-from eval.reconstructor import load_images
+from eval.pixel_pca import PixelPCA
 from lgm_scale.bundle import load_generator
 from lgm_scale.errors import DataError, exit_on_user_error
+from lgm_scale.flops import sampling_flops
+from lgm_scale.pipeline import LGMPipeline
 from lgm_scale.sampling import SamplerConfig
 
 IMAGES = "runs/quickstart/data/images/val"
@@ -87,18 +89,21 @@ def trained_bundle(seed: int) -> Path:
 def measure(seed: int, rows: list[Candidate]) -> np.ndarray:
     """Distance and GFLOPs per image of every candidate: [candidates, 2]."""
     bundle = load_generator(trained_bundle(seed))
-    scale = noise_scale_of(bundle, "runs/samplers")
-    images, _ = load_images(IMAGES, bundle.tokenizer.image_size)
-    space = PixelPCA.fit(images, NUM_COMPONENTS)
-    reference = moments_of(space(images))
+    noise_scale_of(bundle, "runs/samplers")
+    pipe, size = LGMPipeline(bundle), bundle.info["models"]["tokenizer"]["size"]
+    stored = StoredImages(IMAGES, bundle.tokenizer.image_size)
+    images, _ = stored.read(range(len(stored)))
+    space = PixelPCA.fit(images.numpy(), NUM_COMPONENTS)
+    reference = moments_of(space(images)["pixel_pca"])
     results = []
     for row in tqdm(rows, desc=f"seed {seed}", unit="sampler"):
         parts = [
-            sample_images(bundle, indices, row.num_tokens, row.config, scale, seed)[0]
+            space(sample_images(pipe, indices, row.num_tokens, row.config, seed)[0])["pixel_pca"]
             for indices in torch.arange(NUM_IMAGES).split(BATCH)
         ]
-        distance = frechet_distance(moments_of(space(np.concatenate(parts))), reference)
-        results.append((distance, flops_per_image(bundle, row.num_tokens, row.config) / 1e9))
+        distance = frechet_distance(moments_of(np.concatenate(parts)), reference)
+        flops = sampling_flops(bundle.net, bundle.tokenizer, size, row.num_tokens, row.config)
+        results.append((distance, flops / 1e9))
     return np.array(results)
 
 

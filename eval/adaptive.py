@@ -25,8 +25,8 @@ from lgm_scale.bundle import load_tokenizer
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, exit_on_user_error
-from lgm_scale.models.adaptive_length import psnr
 from lgm_scale.models.tokenizer import Tokenizer
+from lgm_scale.pixels import psnr, to_uint8
 from lgm_scale.training.tokenizer import to_unit_range
 
 __all__ = [
@@ -72,9 +72,11 @@ def image_batches(
 
 
 def default_lengths(tokenizer: Tokenizer) -> list[int]:
-    """Powers of two from the least K (4 at least) to N, and N; N alone where nothing is shorter."""
-    size, least = tokenizer.num_base_tokens, max(tokenizer.merging.min_tokens, 4)
-    return sorted({size, *(k for k in (2**n for n in range(20)) if least <= k < size)})
+    """N, N / 2, ... as far as the length control goes, ascending."""
+    lengths = [tokenizer.num_base_tokens]
+    while lengths[-1] // 2 >= max(tokenizer.merging.min_tokens, 1):
+        lengths.append(lengths[-1] // 2)
+    return lengths[::-1]
 
 
 @torch.inference_mode()
@@ -83,10 +85,10 @@ def psnr_table(tokenizer: Tokenizer, folder: str | Path, lengths: Sequence[int])
     device = next(tokenizer.parameters()).device
     rows = []
     for batch in image_batches(folder, tokenizer.image_size):
-        images = to_unit_range(batch.to(device))
-        z = tokenizer.encode(images)
+        images = batch.to(device)
+        z = tokenizer.encode(to_unit_range(images))
         decoded = (tokenizer.decode(tokenizer.merging.full_length(z, k)) for k in lengths)
-        rows.append(torch.stack([psnr(images, each) for each in decoded], dim=1).cpu())
+        rows.append(torch.stack([psnr(images, to_uint8(each)) for each in decoded], dim=1).cpu())
     return torch.cat(rows).numpy()
 
 
@@ -149,7 +151,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--images", required=True, metavar="MDS", help="from images_to_mds.py")
     parser.add_argument("--target-psnr", required=True, type=float, nargs="+", metavar="DB")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", metavar="K", help="default: powers of two and N"
+        "--lengths", type=int, nargs="+", metavar="K", help="default: N, N/2, ... to the least"
     )
     parser.add_argument("--out", metavar="FILE", help="JSON file to write")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The merge tree, and quality against work."""
+"""The merge tree: its dendrogram, and the clusters at every K."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from eval.theme import Theme
 from lgm_scale.merging import MergeTree
 
-__all__ = ["merge_tree_figure", "tradeoff_figure"]
+__all__ = ["merge_tree_figure"]
 
 PANELS_PER_ROW = 6
 
@@ -164,49 +164,3 @@ def _clusters(axes: Axes, tree: MergeTree, num_tokens: int, theme: Theme) -> Non
     )
     axes.set_title(f"K = {num_tokens}", color=theme.ink, size=12, pad=20)
     axes.text(0.5, 1.03, note, transform=axes.transAxes, color=theme.muted, size=9.5, ha="center")
-
-
-def tradeoff_figure(rows: list[dict[str, Any]], label: str, theme: Theme) -> Figure:
-    """Distance of samples against GFLOPs per image, and of reconstructions as their floor."""
-    rows = sorted(rows, key=lambda row: row["num_tokens"])
-    work = [row["samples"]["gflops_per_image"] for row in rows]
-    samples = [row["samples"]["distance"] for row in rows]
-    floor = [row["reconstructions"]["distance"] for row in rows]
-    figure = Figure(figsize=(8.6, 5.0), dpi=160)
-    axes = figure.add_axes((0.1, 0.135, 0.865, 0.735))
-    axes.plot(
-        work, samples, marker="o", markersize=8, linewidth=1.8, color=theme.accent, label="samples"
-    )
-    axes.plot(
-        work, floor, marker="D", markersize=5, linewidth=1.3, linestyle=(0, (4, 2)),
-        color=theme.second, label="reconstructions at the same K: the floor",
-    )  # fmt: skip
-    for row, x, y in zip(rows, work, samples, strict=True):
-        last = row is rows[-1]  # the others stand beside the line, which mostly falls
-        axes.annotate(
-            f"K = {row['num_tokens']}", (x, y), xytext=(5, 10) if last else (5, 8),
-            textcoords="offset points", ha="center" if last else "left", color=theme.ink, size=11,
-        )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_ylim(0, max(samples + floor) * 1.15)
-    low, high = min(work), max(work)
-    stretch = max(1.15, (high / low) ** 0.07)
-    axes.set_xlim(low / stretch, high * stretch)
-    axes.set_xticks(work, [f"{value:.3g}" for value in work])
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("GFLOPs per image (all network evaluations and the decoder)", size=11)
-    axes.set_title(label, color=theme.ink, size=11.5, loc="left", pad=12)
-    axes.grid(axis="y", color=theme.rule, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_facecolor("none")
-    axes.tick_params(colors=theme.muted, labelsize=10)
-    axes.xaxis.label.set_color(theme.ink)
-    for name, spine in axes.spines.items():
-        spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(theme.rule)
-    legend = axes.legend(
-        facecolor=theme.paper, edgecolor="none", framealpha=1, fontsize=10.5, loc="best"
-    )
-    for text in legend.get_texts():
-        text.set_color(theme.ink)
-    return figure

@@ -1,6 +1,7 @@
-"""How far a reconstruction is from its original, image by image: PSNR, SSIM, LPIPS.
+"""How far a reconstruction is from its original, image by image: SSIM and LPIPS.
 
-All three see 8-bit pixels, rounded and clipped: the images that people would see and keep.
+Like PSNR (in `lgm_scale.pixels`) they see 8-bit pixels, rounded and clipped: the images that people
+would see and keep.
 """
 
 from __future__ import annotations
@@ -12,29 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eval.features import network_flags, one_by_one
 from lgm_scale.bundle import file_hash
 from lgm_scale.models.assets import load_perceptual
 from lgm_scale.training.tokenizer import to_unit_range
 
-__all__ = ["SSIM_WINDOW", "PerceptualDistance", "psnr", "ssim"]
+__all__ = ["SSIM_WINDOW", "PerceptualDistance", "ssim"]
 
 SSIM_WINDOW = 7
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio per image, in dB, of rounded pixels and in float64.
-
-    Two equal images have none; they count as if a single value were one level off.
-
-    Shapes: uint8 [B, 3, S, S] x 2 -> float64 [B].
-    """
-    difference = a.astype(np.float64) - b.astype(np.float64)
-    error = np.square(difference).reshape(len(a), -1).mean(axis=1)
-    return 10 * np.log10(255.0**2 / error.clip(min=len(a) / max(1, a.size)))
-
-
 @torch.inference_mode()
-def ssim(a: np.ndarray, b: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
+def ssim(a: Tensor, b: Tensor) -> np.ndarray:
     """Structural similarity per image, in float64: the mean over channels and whole windows.
 
     A uniform 7 x 7 window that never leaves the image, sample covariance (49 / 48), k1 = 0.01,
@@ -43,8 +33,8 @@ def ssim(a: np.ndarray, b: np.ndarray, device: torch.device | str = "cpu") -> np
     Shapes: uint8 [B, 3, S, S] x 2, S >= 7 -> float64 [B].
     Source: Wang et al. 2004; equal to scikit-image's `structural_similarity` with its defaults.
     """
-    pairs = zip(torch.from_numpy(a).to(device), torch.from_numpy(b).to(device), strict=True)
-    return np.array([float(_ssim_map(x, y).mean()) for x, y in pairs], dtype=np.float64)
+    values = [_ssim_map(x, y).mean() for x, y in zip(a, b, strict=True)]
+    return torch.stack(values).cpu().numpy() if values else np.empty(0)
 
 
 def _ssim_map(a: Tensor, b: Tensor) -> Tensor:
@@ -77,11 +67,14 @@ class PerceptualDistance:
     """
 
     def __init__(self, path: str | Path, device: torch.device | str) -> None:
-        self.net, self.device = load_perceptual(str(path)), device
+        self.device = torch.device(device)
+        self.net = load_perceptual(str(path))
         self.weights_hash = file_hash(path)
 
     @torch.inference_mode()
-    def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def __call__(self, a: Tensor, b: Tensor) -> np.ndarray:
         """Distance per image. Shapes: uint8 [B, 3, S, S] x 2 -> float64 [B]."""
-        pair = [to_unit_range(torch.from_numpy(images).to(self.device)) for images in (a, b)]
-        return self.net(*pair).double().cpu().numpy()
+        pairs = zip(*(one_by_one(images.to(self.device)) for images in (a, b)), strict=True)
+        with network_flags():
+            found = [self.net(to_unit_range(x), to_unit_range(y)).double() for x, y in pairs]
+        return torch.cat(found).cpu().numpy() if found else np.empty(0)

@@ -1,250 +1,331 @@
-"""The measurement at every K: samples and reconstructions against the validation images.
+"""The measurement of a sweep: its jobs, its rows, and results.json.
 
-Every rank takes part in the work; rank 0 decides what is done already, and writes.
+`measure` is the command's work; `Sweep` is the same for whoever has a pipeline already, such as
+a callback during training.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from composer.utils import dist
-from tqdm import tqdm
 
-from eval.cells import Cells, write_json
-from eval.chunks import join_ranks, over_chunks, own_chunks
-from eval.features import FeatureExtractor, PixelPCA, images_hash
-from eval.generate import flops_per_image, noise_scale_of, refuse_broken, sample_images, sampler_of
-from eval.image_metrics import psnr
-from eval.moments import frechet_distance, moments_of
-from eval.reconstructor import Reconstructor, load_images
-from eval.sweep_config import SweepConfig
+from eval.chunks import Job
+from eval.engine import Engine, RowPlan
+from eval.files import write_json
+from eval.generate import SampleWork, noise_scale_of, sampler_of, work_of
+from eval.image_metrics import PerceptualDistance
+from eval.metrics import (
+    METRICS,
+    Selection,
+    compute,
+    describe_metrics,
+    metric_name,
+    select,
+    warn_few_images,
+)
+from eval.npz import write_samples
+from eval.reconstruction import ReconstructionPlans
+from eval.reference_files import Reference
+from eval.results import gather_results, headline
+from eval.search import next_cells, winners
+from eval.spaces import Spaces, check_reference, load_reference_for
+from eval.sweep_config import Cell, SweepConfig, expand
 from eval.training_loss import loss_per_length
+from eval.work import Part, join_ranks
 from lgm_scale import __version__
-from lgm_scale.bundle import TOKENIZER_NAME, GeneratorBundle, load_generator
-from lgm_scale.config import to_dict
+from lgm_scale.bundle import TOKENIZER_NAME, load_generator
 from lgm_scale.data.latents import TREE_NAME
+from lgm_scale.pipeline import LGMPipeline
+from lgm_scale.sampling.solver import check_nested
 
 __all__ = ["Sweep", "measure"]
 
-MAX_SAMPLES_SHOWN = 20
-MAX_RECONSTRUCTIONS_SHOWN = 8
-
-Measured = tuple[dict[str, Any], dict[str, np.ndarray]]
-"""Numbers and pictures of a cell."""
+NUM_SHOWN = 20
+PIXELS = "(x + 1) / 2, clipped to [0, 1], {} to 8 bits"
 
 
-def measure(config: SweepConfig) -> None:
-    """Do what is missing at each K and write results.json."""
-    place = join_ranks()
+def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | None:
+    """Do what is missing; results on every rank, or None if this was a part.
+
+    Args:
+        config: Of the sweep.
+        reduce_only: Make no image: refuse if a chunk is missing.
+    """
     losses = loss_per_length(config.metrics_log) if config.metrics_log else {}
-    bundle = load_generator(config.bundle, place)
-    images, labels = load_images(config.images, bundle.tokenizer.image_size)
-    fitted: list[Any] = [None]
-    if dist.get_global_rank() == 0:
-        fitted = [PixelPCA.fit(images, config.num_components)]
-    dist.broadcast_object_list(fitted)  # so that all ranks project alike, to the bit
-    sweep = Sweep(config, bundle, fitted[0], images, labels)
-    rows = sweep.run()
-    if dist.get_global_rank() == 0:
-        sweep.write_results(rows, losses)
+    device = join_ranks()
+    bundle = load_generator(config.bundle, device)
+    noise_scale_of(bundle, config.bundle)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    files = bundle.info["files"]
+    tokenizer = {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)}
+    sweep = Sweep(config, LGMPipeline(bundle, dtype), files, tokenizer)
+    if config.part is not None:
+        sweep.make_part(Part.parse(config.part))
+        return None
+    return sweep.run(losses, reduce_only)
 
 
 class Sweep:
-    """One generator at many K.
+    """One generator at many cells.
 
     Args:
-        config: The sweep.
-        bundle: The generator, on its device.
-        features: The space in which images are compared.
-        images: Validation images, uint8 [M, 3, S, S].
-        labels: Their classes, [M].
+        config: The sweep; its bundle is not read here.
+        pipe: The generator, on its device.
+        weights: What identifies its weights: hashes of files; JSON values.
+        tokenizer: The same for its tokenizer and tree alone.
+        spaces: Feature spaces, where they are loaded already.
+        quiet: No progress bar, no lines.
     """
 
     def __init__(
         self,
         config: SweepConfig,
-        bundle: GeneratorBundle,
-        features: FeatureExtractor,
-        images: np.ndarray,
-        labels: np.ndarray,
+        pipe: LGMPipeline,
+        weights: dict[str, Any],
+        tokenizer: dict[str, Any],
+        spaces: Spaces | None = None,
+        quiet: bool = False,
     ) -> None:
-        self.config, self.bundle, self.features = config, bundle, features
-        self.images, self.labels = images, labels
-        self.images_hash = images_hash(images)
-        self.sampler = sampler_of(config)
-        self.noise_scale = noise_scale_of(bundle, config.bundle)
-        self.cells = Cells(Path(config.out) / "cells")
-        self.writes = dist.get_global_rank() == 0
-        self.reference = moments_of(features(images))
-        self.reconstruct = Reconstructor(bundle.tokenizer, bundle.tree, images, config.batch_size)
-
-    def protocols(self, num_tokens: int) -> dict[str, dict[str, Any]]:
-        """Everything that the two cells of a K depend on, by kind of cell."""
-        config, files = self.config, self.bundle.info["files"]
-        common = {
-            "lgm_scale": __version__,
-            "num_tokens": num_tokens,
-            "pixels": "(x + 1) / 2, clipped to [0, 1], rounded to 8 bits",
-            "features": self.features.describe(),
-            "reference": {
-                "num_images": len(self.images),
-                "image_size": int(self.images.shape[-1]),
-                "class_counts": np.bincount(
-                    self.labels, minlength=len(self.bundle.classes)
-                ).tolist(),
-                "pixels_sha256": self.images_hash,
-            },
-        }
-        sampling = {
-            "solver": "euler",
-            "num_steps": config.num_steps,
-            "cfg_scale": config.cfg_scale,
-            "cfg_interval": list(config.cfg_interval),
-            "cfg_rescale": config.cfg_rescale,
-            "timestep_shift": config.timestep_shift,
-            "noise_scale": self.noise_scale.value,
-            "seed": config.seed,
-            "num_images": config.num_images,
-            "labels": "image index mod number of classes",
-        }
-        tokenizer = {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)}
-        return {
-            "reconstructions": common | {"bundle_files": tokenizer},
-            "samples": common | sampling | {"bundle_files": files},
-        }
-
-    def run(self) -> list[dict[str, Any]]:
-        """One row per K, measured now or kept; the same on every rank."""
-        plan = [(k, *item) for k in self.config.lengths for item in self.protocols(k).items()]
-        kept: list[Any] = [
-            {(k, kind): self.cells.find(_name(kind, k), protocol) for k, kind, protocol in plan}
-        ]
-        dist.broadcast_object_list(kept)
-        numbers: dict[tuple[int, str], dict[str, Any] | None] = kept[0]
-        missing = [kind for (_, kind), known in numbers.items() if known is None]
-        total = sum(self._own_images(kind) for kind in missing)
-        kinds: dict[str, Callable[[int, tqdm], Measured]] = {
-            "reconstructions": self._reconstructions,
-            "samples": self._samples,
-        }
-        quiet = not self.writes or total == 0
-        with tqdm(total=total, desc="sweep", unit="img", disable=quiet) as bar:
-            for k, kind, protocol in plan:
-                found = numbers[k, kind]
-                state = "kept"
-                if found is None:
-                    bar.set_description(f"K = {k}, {kind}")
-                    found, pictures = kinds[kind](k, bar)
-                    state = "done"
-                    if self.writes:
-                        self.cells.save(_name(kind, k), protocol, found, pictures)
-                numbers[k, kind] = found
-                if self.writes:
-                    bar.write(f"K = {k:4d}   {kind:15s} {state}   {_headline(found)}")
-        return [
-            {"num_tokens": k} | {kind: numbers[k, kind] for kind in kinds}
-            for k in self.config.lengths
-        ]
-
-    def _own_images(self, kind: str) -> int:
-        count = len(self.images) if kind == "reconstructions" else self.config.num_images
-        return sum(stop - start for start, stop in own_chunks(count, self.config.batch_size))
-
-    def _reconstructions(self, num_tokens: int, bar: tqdm) -> Measured:
-        start = time.perf_counter()
-        images = self.reconstruct(num_tokens, bar.update)
-        numbers = {
-            "psnr_db": float(psnr(self.images, images).mean()),
-            "distance": self._distance(self.features(images)),
-            "num_images": len(images),
-            "seconds": time.perf_counter() - start,
-        }
-        shown = self._one_per_class()
-        labels = self.labels[shown]
-        return numbers, {"originals": self.images[shown], "images": images[shown], "labels": labels}
-
-    def _samples(self, num_tokens: int, bar: tqdm) -> Measured:
-        num_shown = min(MAX_SAMPLES_SHOWN, len(self.bundle.classes), self.config.num_images)
-        pictures: list[np.ndarray] = []
-
-        def chunk(start: int, stop: int) -> dict[str, np.ndarray]:
-            indices = torch.arange(start, stop)
-            images, finite = sample_images(
-                self.bundle, indices, num_tokens, self.sampler, self.noise_scale, self.config.seed
+        self.config, self.pipe, self.weights, self.quiet = config, pipe, weights, quiet
+        bundle = pipe.bundle
+        for cell in expand(config):  # what cannot work is told before any work
+            contrasts = bundle.stats.contrasts
+            check_nested(
+                sampler_of(cell), cell.num_tokens, bundle.tree, pipe.noise_scale, contrasts
             )
-            if start < num_shown:
-                pictures.append(images[: num_shown - start])
-            return {"features": self.features(images), "finite": finite}
+        self.engine = Engine(Path(config.out), pipe.device, quiet)
+        self.spaces = spaces or Spaces.load(config, bundle.tokenizer.image_size, pipe.device)
+        self.outer = load_reference_for(config)
+        check_reference(self.outer, self.spaces, bundle.tokenizer.image_size)
+        self.work = SampleWork(
+            pipe=pipe,
+            spaces=self.spaces.all,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            truncate=config.quantise == "truncate",
+            num_shown=min(NUM_SHOWN, config.num_images),
+            keep_pixels=config.save_npz,
+        )
+        self.reconstructions = ReconstructionPlans(
+            tokenizer=bundle.tokenizer,
+            tree=bundle.tree,
+            files=tokenizer,
+            images=self.spaces.images,
+            spaces=self.spaces,
+            perceptual=PerceptualDistance(config.vgg16, pipe.device) if config.vgg16 else None,
+            reference=self.outer,
+            chunk_size=config.chunk_size,
+            batch_size=config.batch_size,
+            metrics=config.metrics,
+        )
 
-        start = time.perf_counter()
-        result = over_chunks(self.config.num_images, self.config.batch_size, chunk, bar.update)
-        refuse_broken(result["finite"], f"samples at K = {num_tokens}")
-        numbers = {
-            "distance": self._distance(result["features"]),
-            "gflops_per_image": flops_per_image(self.bundle, num_tokens, self.sampler) / 1e9,
-            "num_forwards": self.sampler.num_forwards(),
-            "num_images": self.config.num_images,
-            "seconds": time.perf_counter() - start,
-            "ranks": dist.get_world_size(),
-            "device": self.bundle.net.pos_embed.device.type,
+    # --- plans --------------------------------------------------------------------------------
+
+    @property
+    def lengths(self) -> list[int]:
+        """Every K of the sweep."""
+        return sorted({cell.num_tokens for cell in expand(self.config)})
+
+    @property
+    def reference(self) -> Reference:
+        """What samples are compared with; of validation images, once their chunks are there."""
+        return self.outer if self.outer is not None else self.reconstructions.validation
+
+    def job(self, cell: Cell, num_images: int) -> Job:
+        """The samples of a cell."""
+        config = self.config
+        protocol = {
+            "kind": "samples",
+            "lgm_scale": __version__,
+            "weights": self.weights,
+            "cell": asdict(cell),
+            "noise_scale": self.pipe.noise_scale.value,
+            "seed": config.seed,
+            "labels": "image index mod number of classes",
+            "pixels": PIXELS.format({"round": "rounded", "truncate": "cut"}[config.quantise]),
+            "precision": config.precision,
+            "features": self.spaces.describe(),
+            "pixels_kept": "all" if config.save_npz else NUM_SHOWN,
         }
-        # Chunks are dealt to the ranks in turn: take the ranks' lists in turn, too.
-        turns = itertools.zip_longest(*dist.all_gather_object(pictures))
-        first = [images for turn in turns for images in turn if images is not None]
-        return numbers, {"images": np.concatenate(first)}
+        name = f"samples-k{cell.num_tokens:04d}-w{cell.cfg_scale:g}-s{cell.num_steps}"
+        return Job(name, protocol, num_images, config.chunk_size, partial(self.work, cell))
 
-    def _distance(self, features: np.ndarray) -> float:
-        return frechet_distance(moments_of(features), self.reference)
+    def plan(self, cell: Cell, num_images: int) -> RowPlan:
+        """The row of a cell at a number of images."""
+        selection = self.selection(num_images)
+        job = self.job(cell, num_images)
+        protocol = {
+            **job.protocol,
+            "num_images": num_images,
+            "reference": self.reference.description,
+            "metrics": describe_metrics(selection, num_images, self.reference),
+            "selected": list(selection.on),
+        }
+        finish = partial(self._finish, cell, selection)
+        name = f"{job.name}-n{num_images}"
+        return RowPlan(name, job, protocol, selection.moment_features, finish, cell.label)
 
-    def _one_per_class(self) -> list[int]:
-        """The first validation image of a few classes, spread over all that there are."""
-        present = sorted(set(self.labels.tolist()))
-        count = min(MAX_RECONSTRUCTIONS_SHOWN, len(present))
-        spread = [present[i * len(present) // count] for i in range(count)]
-        return [int((self.labels == label).argmax()) for label in spread]
+    def selection(self, num_images: int) -> Selection:
+        """Metrics of samples."""
+        return select(self.config.metrics, self.spaces.outputs, self.reference, num_images)
 
-    def write_results(self, rows: list[dict[str, Any]], losses: dict[int, dict[str, Any]]) -> None:
-        """Gather results.json, and put the merge tree with the cells."""
-        out = Path(self.config.out)
-        self.bundle.tree.save(out / "cells" / TREE_NAME)
-        results = {
-            "format": "lgm_scale.sweep",
-            "versions": {"lgm_scale": __version__, "torch": torch.__version__},
-            "distance": {"key": self.features.key, "label": self.features.label},
-            "config": to_dict(self.config),
-            "classes": list(self.bundle.classes),
-            "num_base_tokens": self.bundle.tree.num_base_tokens,
-            "parameters": {
-                "generator": sum(p.numel() for p in self.bundle.net.parameters()),
-                "tokenizer": sum(p.numel() for p in self.bundle.tokenizer.parameters()),
+    def _finish(
+        self, cell: Cell, selection: Selection, plan: RowPlan, engine: Engine
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        moments = engine.moments(plan.job, plan.sums)
+        numbers = compute(
+            selection, moments, partial(engine.features, plan.job), self.reference, engine.device
+        )
+        seconds, devices = engine.seconds(plan.job)
+        making = seconds["sampling"] + seconds["decoding"]
+        count = plan.job.count
+        names = {
+            key: metric_name(key, count, self.spaces.described(METRICS[key].feature), "g")
+            for key in selection.on
+        }
+        row = {
+            "kind": "samples",
+            "cell": asdict(cell),
+            "label": cell.label,
+            "num_images": count,
+            "metrics": numbers,
+            "names": names,
+            "work": work_of(self.pipe.bundle, cell),
+            "run": {
+                "seconds": seconds,
+                "devices": devices,
+                "images_per_second": count / making,
+                "sampling_share": making / math.fsum(seconds.values()),
             },
-            "training_steps": self.bundle.info["training"].get("steps"),
-            "rows": [
-                row
-                | {
-                    "training_loss": losses.get(row["num_tokens"]),
-                    "protocol": self.protocols(row["num_tokens"]),
-                }
-                for row in rows
-            ],
         }
-        write_json(out / "results.json", results)
+        if self.config.save_npz and count == self.config.num_images:
+            row["npz"] = str(write_samples(engine, plan.job, Path(self.config.out), plan.name))
+        shown = min(self.work.num_shown, count)
+        return row, {"images": engine.first_arrays(plan.job, "pixels", shown)}
 
+    # --- runs ---------------------------------------------------------------------------------
 
-def _name(kind: str, num_tokens: int) -> str:
-    return f"{kind}_k{num_tokens:04d}"
+    def _first_jobs(self) -> list[Job]:
+        """Everything that can be made before any number is known."""
+        cells, count = expand(self.config), self.config.num_images
+        if self.config.search is not None:
+            known = self._known(cells)
+            count = self.config.search.num_images
+            trying = next_cells(cells, known, self.config.search)
+            if not trying:
+                trying = winners(known, self.config.search.metric)
+                count = self.config.num_images
+            cells = trying
+        return [*self.reconstructions.jobs(self.lengths), *(self.job(c, count) for c in cells)]
 
+    def _known(self, cells: Sequence[Cell]) -> dict[Cell, dict[str, float]]:
+        """Metrics of the cells that a search has tried."""
+        assert self.config.search is not None
+        if not self.reconstructions.ready(self.engine, needed=self.outer is None):
+            return {}
+        plans = [self.plan(cell, self.config.search.num_images) for cell in cells]
+        rows = [self.engine.rows.find(plan.name, plan.protocol) for plan in plans]
+        return {
+            cell: row["metrics"] for cell, row in zip(cells, rows, strict=True) if row is not None
+        }
 
-def _headline(numbers: dict[str, Any]) -> str:
-    parts = [f"distance {numbers['distance']:8.2f}"]
-    if "psnr_db" in numbers:
-        parts.append(f"PSNR {numbers['psnr_db']:.2f} dB")
-    else:
-        parts.append(f"{numbers['gflops_per_image']:.3g} GFLOPs per image")
-    return "   ".join([*parts, f"{numbers['seconds']:.1f} s"])
+    def make_part(self, part: Part) -> None:
+        """Make this part of all chunks that can be made now."""
+        made = self.engine.make_chunks(
+            self._first_jobs(), part, f"part {part.index}/{part.count}", may_work=True
+        )
+        self._say(
+            f"part {part.index}/{part.count}: {made} images made, the rest was there. When all "
+            "parts are done, the same command without `part` computes the numbers"
+        )
+
+    def run(self, losses: dict[int, dict[str, Any]], reduce_only: bool = False) -> dict[str, Any]:
+        """Make what is missing, and reduce. Results on every rank; rank 0 writes them."""
+        start = time.perf_counter()
+        config = self.config
+        warn_few_images(self._outline(config.num_images), self.spaces.outputs, config.num_images)
+        base = self.reconstructions.jobs(self.lengths)
+        cells, searched = expand(config), []
+        may_work = not reduce_only
+        if config.search is None:
+            jobs = [*base, *(self.job(cell, config.num_images) for cell in cells)]
+            self.engine.make_chunks(jobs, Part(), "sweep", may_work)
+        else:
+            self.engine.make_chunks(base, Part(), "reconstructions", may_work)
+        self.reconstructions.reduce(self.engine)
+        reconstructed = self._rows(self.reconstructions.plans(self.lengths))
+        if config.search is not None:
+            searched, cells = self._search(cells, may_work)
+            final = [self.job(cell, config.num_images) for cell in cells]
+            self.engine.make_chunks(final, Part(), "best cells", may_work)
+        rows = self._rows([self.plan(cell, config.num_images) for cell in cells])
+        selection = self.selection(config.num_images)
+        for line in selection.off.values():
+            self._say(line)
+        results = gather_results(
+            config=config,
+            bundle=self.pipe.bundle,
+            weights=self.weights,
+            reference=self.reference,
+            off=selection.off | self.reconstructions.off,
+            rows=rows,
+            searched=searched,
+            reconstructions=reconstructed,
+            losses=losses,
+            run={"ranks": dist.get_world_size(), "seconds": time.perf_counter() - start},
+        )
+        if self.engine.first:
+            out = Path(config.out)
+            self.pipe.bundle.tree.save(out / "rows" / TREE_NAME)
+            write_json(out / "results.json", results)
+        dist.barrier()
+        return results
+
+    def _outline(self, num_images: int) -> Selection:
+        """Metrics as far as they are known before the validation images were seen."""
+        return select(
+            self.config.metrics, self.spaces.outputs, self.reconstructions.outline(self.outer),
+            num_images,
+        )  # fmt: skip
+
+    def _search(
+        self, cells: Sequence[Cell], may_work: bool
+    ) -> tuple[list[dict[str, Any]], list[Cell]]:
+        search = self.config.search
+        assert search is not None
+        known: dict[Cell, dict[str, float]] = {}
+        rows: list[dict[str, Any]] = []
+        while trying := next_cells(cells, known, search):
+            jobs = [self.job(cell, search.num_images) for cell in trying]
+            self.engine.make_chunks(jobs, Part(), "search", may_work)
+            found = self._rows([self.plan(cell, search.num_images) for cell in trying])
+            rows += found
+            known |= {c: row["metrics"] for c, row in zip(trying, found, strict=True)}
+        order = {cell: i for i, cell in enumerate(cells)}
+        known = dict(sorted(known.items(), key=lambda item: order[item[0]]))
+        return rows, winners(known, search.metric)
+
+    def _rows(self, plans: Sequence[RowPlan]) -> list[dict[str, Any]]:
+        """Rows of plans whose chunks are there."""
+        missing = self.engine.open_plans(plans)
+        self.engine.make_sums(missing)
+        rows = self.engine.make_rows(plans)
+        new = {plan.name for plan in missing}
+        for plan, row in zip(plans, rows, strict=True):
+            state = "done" if plan.name in new else "kept"
+            self._say(f"{plan.title:32s} {state}   {headline(row)}")
+        self.engine.clean(plans, self.config.keep_features)
+        dist.barrier()
+        return rows
+
+    def _say(self, line: str) -> None:
+        if self.engine.first and not self.quiet:
+            print(line, flush=True)

@@ -3,73 +3,57 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from eval.theme import DARK, LIGHT, Theme
+from eval.metrics import METRICS
+from eval.page_style import SCRIPT, STYLE
+from eval.results import columns, tables_of
+from eval.tradeoff import PUBLISHED_NAME, main_metric
 
-__all__ = ["render_page"]
+__all__ = ["Pictures", "render_page"]
 
-
-def _variables(theme: Theme) -> str:
-    names = ("page", "paper", "ink", "muted", "rule", "accent")
-    return " ".join(f"--{name}: {getattr(theme, name)};" for name in names)
-
-
-STYLE = f"""
-:root {{ color-scheme: light dark; {_variables(LIGHT)} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0; background: var(--page); color: var(--ink);
-  font: 17px/1.6 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }}
-main {{ max-width: 1120px; margin: 0 auto; padding: 48px 24px 72px; }}
-h1 {{ font-size: 34px; line-height: 1.2; margin: 0 0 12px; }}
-h2 {{ font-size: 23px; margin: 56px 0 10px; }}
-p {{ max-width: 46em; margin: 0 0 14px; }}
-.lead {{ font-size: 19px; }}
-.muted, figcaption {{ color: var(--muted); font-size: 15px; }}
-figure {{ margin: 18px 0 0; background: var(--paper); border: 1px solid var(--rule);
-  border-radius: 10px; padding: 12px; }}
-figure img {{ display: block; width: 100%; height: auto; margin: 0 auto; }}
-figcaption {{ border-top: 1px solid var(--rule); margin-top: 12px; padding: 10px 8px 2px; }}
-.scroll {{ overflow-x: auto; background: var(--paper); border: 1px solid var(--rule);
-  border-radius: 10px; margin-top: 18px; }}
-table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
-table {{ font-size: 16px; }}
-th, td {{ text-align: right; padding: 10px 12px; white-space: nowrap; }}
-thead th {{ font-size: 14px; font-weight: 600; line-height: 1.35; color: var(--muted);
-  vertical-align: bottom; border-bottom: 2px solid var(--rule); }}
-tbody tr + tr td, tbody tr + tr th {{ border-top: 1px solid var(--rule); }}
-.facts th {{ font-weight: 600; text-align: left; width: 14em; }}
-.facts td {{ text-align: left; white-space: normal; overflow-wrap: anywhere; }}
-pre {{ background: var(--paper); border: 1px solid var(--rule); border-radius: 10px;
-  padding: 16px 18px; margin: 18px 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 14.5px/1.7 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }}
-"""
+Pictures = dict[str, tuple[bytes, bytes]]
+"""Name -> PNG for light and for dark."""
+Results = dict[str, Any]
+Row = dict[str, Any]
 
 
-def render_page(results: dict[str, Any], pictures: dict[str, tuple[bytes, bytes]]) -> str:
-    """The page. Pictures come as PNG for light and for dark, by name."""
-    rows = sorted(results["rows"], key=lambda row: row["num_tokens"])
-    size = results["num_base_tokens"]
+def render_page(results: Results, pictures: Pictures, sheets: dict[int, bytes]) -> str:
+    """The page.
+
+    Args:
+        results: See `eval.results`.
+        pictures: By name.
+        sheets: More samples, by K.
+    """
+    rows, compared = results["rows"], results.get("compared")
     parts = [
-        "<h1>One generator, every token count</h1>",
-        _lead(rows, size),
+        f"<h1>{'Sweeps compared' if compared else 'One generator, every token count'}</h1>",
+        _compared(compared) if compared else _lead(results),
         "<h2>Numbers</h2>",
-        _numbers(rows),
-        f'<p class="muted" style="margin-top:12px">{_table_note(results, rows)}</p>',
-        "<h2>Quality against work</h2>",
-        _figure("tradeoff", pictures, _tradeoff_caption(rows), "860px"),
-        "<h2>Samples</h2>",
-        _figure("samples", pictures, _SAMPLES.format(count=len(rows)), "100%"),
-        "<h2>What merging keeps</h2>",
-        _figure("reconstructions", pictures, _RECONSTRUCTIONS, "920px"),
-        "<h2>What is merged</h2>",
-        _figure("merge_tree", pictures, _TREE.format(size=size), "100%"),
-        "<h2>How it was measured</h2>",
-        _facts(results, rows),
+        *_tables(results),
+        "<h2>Quality against work and speed</h2>",
+        _figure("tradeoff", pictures, _tradeoff_caption(rows)),
     ]
-    if results["config"]["commands"]:
+    if "samples" in pictures:
+        parts += ["<h2>Samples</h2>", _figure("samples", pictures, _SAMPLES)]
+        parts += [_sheet(k, data) for k, data in sheets.items()]
+    if "reconstructions" in pictures:
+        parts += [
+            "<h2>What merging keeps</h2>",
+            _reconstruction_table(results["reconstructions"]),
+            _figure("reconstructions", pictures, _RECONSTRUCTIONS),
+        ]
+    if "merge_tree" in pictures:
+        caption = _TREE.format(size=results["num_base_tokens"])
+        parts += ["<h2>What is merged</h2>", _figure("merge_tree", pictures, caption)]
+    parts += ["<h2>How it was measured</h2>", _facts(results)]
+    if results["off"]:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in results["off"].values())
+        parts.append(f'<ul class="muted">{lines}</ul>')
+    if results["config"]["commands"] and not compared:
         commands = "\n".join(escape(line) for line in results["config"]["commands"])
         parts += ["<h2>Commands</h2>", f"<pre>{commands}</pre>"]
     return (
@@ -77,14 +61,15 @@ def render_page(results: dict[str, Any], pictures: dict[str, tuple[bytes, bytes]
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Sweep over token counts</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
+        + '\n</main>\n<dialog aria-label="picture in full size"><img src="data:," alt=""></dialog>'
+        + f"\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
 _SAMPLES = (
-    "One column per class, one row per K, chosen by index and not by eye. A column starts from one "
-    "noise, merged like the tokens: its {count} images are attempts at one picture with fewer or "
-    "more of them."
+    "One column per class, one row per K (the cell with the smallest distance), chosen by index "
+    "and not by eye. A column starts from one noise, merged like the tokens: its images are "
+    "attempts at one picture with fewer or more of them. Click for full size."
 )
 _RECONSTRUCTIONS = (
     "Validation images, and what the tokenizer gives back from K tokens; PSNR is the mean over all "
@@ -98,42 +83,189 @@ _TREE = (
 )
 
 
-def _lead(rows: list[dict[str, Any]], size: int) -> str:
-    lengths = ", ".join(str(row["num_tokens"]) for row in rows)
+def _lead(results: Results) -> str:
+    lengths = sorted({row["cell"]["num_tokens"] for row in results["rows"]})
     return (
-        '<p class="lead">An image is '
-        f"{size} tokens, and a learned tree says which of them to merge. One diffusion transformer "
-        f"generates at every token count K; here at K = {lengths}, with the same weights.</p>"
+        f'<p class="lead">An image is {results["num_base_tokens"]} tokens, and a learned tree says '
+        "which of them to merge. One diffusion transformer generates at every token count K; here "
+        f"at K = {', '.join(map(str, lengths))}, with the same weights.</p>"
     )
 
 
-def _change(before: float, after: float, digits: str = ".1f") -> str:
-    verb = "falls" if after < before else "rises" if after > before else "stays"
-    return f"{verb} from {before:{digits}} to {after:{digits}}"
-
-
-def _tradeoff_caption(rows: list[dict[str, Any]]) -> str:
-    low, high = rows[0], rows[-1]
-    if low is high:
-        return "One K only: sweep more lengths to see a trade-off."
-    factor = high["samples"]["gflops_per_image"] / low["samples"]["gflops_per_image"]
-    return (
-        f"From K = {low['num_tokens']} to K = {high['num_tokens']} an image takes {factor:.1f} "
-        "times the work; the distance of the samples to the validation images "
-        f"{_change(low['samples']['distance'], high['samples']['distance'])}, that of the "
-        "reconstructions, the floor for any generator on this tokenizer, "
-        f"{_change(low['reconstructions']['distance'], high['reconstructions']['distance'])}. "
-        "Lower is better."
+def _compared(compared: dict[str, str]) -> str:
+    lines = "".join(
+        f"<li><b>{escape(name)}</b>: {escape(path)}</li>" for name, path in compared.items()
     )
+    return f"<p>All were measured in the same way.</p><ul>{lines}</ul>"
 
 
-def _table_note(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def _tradeoff_caption(rows: Sequence[Row]) -> str:
+    key = main_metric(rows)
+    if key is None:
+        return "No distance was measured."
+    ordered = sorted(rows, key=lambda row: row["work"]["tflops_per_image"])
+    low, high = ordered[0], ordered[-1]
+    text = "Lower is better."
+    if low is not high:
+        factor = high["work"]["tflops_per_image"] / low["work"]["tflops_per_image"]
+        text = (
+            f"From {low['label']} to {high['label']} an image takes {factor:.1f} times the work, "
+            f"and the distance goes from {low['metrics'][key]:.4g} to {high['metrics'][key]:.4g}. "
+            + text
+        )
+    if rows[0]["names"][key] == PUBLISHED_NAME:
+        text += (
+            " Hollow circles are published by the methods' authors, not measured here; their "
+            "speeds are those of another device."
+        )
+    return text
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def _tables(results: Results) -> list[str]:
+    parts = []
+    for rows in tables_of([*results["rows"], *results["searched"]]):
+        if rows[0] in results["searched"]:
+            parts.append(
+                f"<h3>Search, {rows[0]['num_images']} images</h3><p>Only to find the guidance: "
+                "these numbers do not compare with those of more images.</p>"
+            )
+        parts.append(_sample_table(rows, results["training_loss"]))
+        parts.append(f'<p class="muted" style="margin-top:12px">{_note(results, rows)}</p>')
+    return parts
+
+
+def short_name(row: Row, key: str) -> str:
+    """A metric's name in the head of a table; an unpublished one has a star for the note."""
+    if key.endswith("_std"):
+        return "±"
+    full = row["names"].get(key, key)
+    metric = METRICS.get(key)
+    if metric is None or len(full) <= 20:
+        return full
+    return f"{metric.name}*"
+
+
+def _sample_table(rows: Sequence[Row], losses: dict[str, Any]) -> str:
+    settings = ["num_tokens", "cfg_scale", "num_steps"]
+    settings += [
+        name
+        for name in ("cfg_interval", "cfg_rescale", "timestep_shift", "solver",
+                     "uncond_num_tokens", "length_schedule")
+        if len({str(row["cell"][name]) for row in rows}) > 1
+    ]  # fmt: skip
+    titles = {"num_tokens": "K", "cfg_scale": "guidance", "num_steps": "points"}
+    keys = columns(rows)
+    with_loss = any(str(row["cell"]["num_tokens"]) in losses for row in rows)
+    heads = [titles.get(name, name.replace("_", " ")) for name in settings]
+    if any(row.get("run_name") for row in rows):
+        heads.insert(0, "sweep")
+    heads += [next(short_name(row, key) for row in rows if key in row["metrics"]) for key in keys]
+    heads += [
+        "GFLOPs<br>per image",
+        "rows<br>per image",
+        "images<br>per second",
+        "share in<br>sampling",
+    ]
+    heads += ["training loss,<br>last / first 20"] if with_loss else []
+    best = {key: _best(rows, key) for key in keys}
+    lines = []
+    for row in rows:
+        cells = [_cell(row["run_name"])] if row.get("run_name") else []
+        cells += [_cell(row["cell"][name]) for name in settings]
+        cells += [
+            _number(row["metrics"].get(key), ".4g", row["metrics"].get(key) == best[key])
+            for key in keys
+        ]
+        cells += [
+            _number(row["work"]["tflops_per_image"] * 1e3, ".4g"),
+            _number(row["work"]["rows"], "d"),
+            _number(row["run"]["images_per_second"], ".3g"),
+            _number(row["run"]["sampling_share"], ".1%"),
+        ]
+        if with_loss:
+            cells.append(_loss(losses.get(str(row["cell"]["num_tokens"]))))
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return _table(heads, lines)
+
+
+def _reconstruction_table(rows: Sequence[Row]) -> str:
+    keys = columns(rows)
+    heads = ["K", *(rows[0]["names"].get(key, key).split(", against")[0] for key in keys)]
+    short = [head if len(head) <= 34 else _wrapped(head, rows[0], key)
+             for head, key in zip(heads, ["", *keys], strict=True)]  # fmt: skip
+    lines = []
+    for row in rows:
+        cells = [_number(row["num_tokens"], "d")]
+        cells += [_number(row["metrics"][key], ".4g") for key in keys]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    notes = [text for key, text in rows[0]["names"].items() if key not in ("psnr_db", "ssim")]
     note = (
-        f"Distance: {escape(results['distance']['label'])}; lower is better, and it compares only "
-        f"runs on the same validation images, with the same number of samples (here "
-        f"{rows[0]['samples']['num_images']} per K)."
+        f'<p class="muted" style="margin-top:12px">{escape("; ".join(notes))}.</p>' if notes else ""
     )
-    if any(row["training_loss"] for row in rows):
+    return _table(short, lines) + note
+
+
+def _wrapped(head: str, row: Row, key: str) -> str:
+    name = METRICS[key[1:].rsplit("_", 1)[0]].name
+    against = "validation" if key.endswith("_val") else "reference"
+    return f"{name}*,<br>against {against}"
+
+
+def _table(heads: Sequence[str], lines: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col"><button>{name}</button></th>' for name in heads)
+    return (
+        f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _best(rows: Sequence[Row], key: str) -> float | None:
+    values = [row["metrics"][key] for row in rows if key in row["metrics"]]
+    if key not in METRICS or len(values) < 2:
+        return None
+    return min(values) if METRICS[key].better == "lower" else max(values)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        text = ", ".join(
+            ":".join(f"{part:g}" for part in each) if isinstance(each, list) else f"{each:g}"
+            for each in value
+        )
+        return f"<td>{escape(text) or '-'}</td>"
+    if value is None:
+        return "<td>-</td>"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return f'<td data-value="{escape(text)}">{escape(text)}</td>'
+
+
+def _number(value: float | None, digits: str, best: bool = False) -> str:
+    if value is None:
+        return '<td data-value="">-</td>'
+    mark = ' class="best"' if best else ""
+    return f'<td data-value="{value}"{mark}>{value:{digits}}</td>'
+
+
+def _loss(loss: dict[str, Any] | None) -> str:
+    if loss is None:
+        return '<td data-value="">not trained</td>'
+    return f'<td data-value="{loss["ratio"]}">{loss["last20"]:.3f} / {loss["first20"]:.3f}</td>'
+
+
+def _note(results: Results, rows: Sequence[Row]) -> str:
+    named = {key: name for row in rows for key, name in row["names"].items()}
+    parts = [
+        f"{'*' if len(name) > 20 else ''}{escape(name)} ({METRICS[key].better} is better)"
+        for key, name in named.items()
+    ]
+    reference = rows[0]["protocol"]["reference"].get("name", results["reference"]["name"])
+    note = f"Against {escape(reference)}: "
+    note += "; ".join(parts) + ". Distances compare only under one protocol and with one number of "
+    note += "images. Click a head to sort."
+    if any(str(row["cell"]["num_tokens"]) in results["training_loss"] for row in rows):
         note += (
             " Training loss: means over the first and the last 20 steps at that K; it grows with K "
             "by construction, so read each row for itself."
@@ -141,80 +273,63 @@ def _table_note(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     return note
 
 
-def _numbers(rows: list[dict[str, Any]]) -> str:
-    heads = [
-        "K", "GFLOPs<br>per image", "network runs<br>per image", "seconds", "images<br>per second",
-        "distance", "distance,<br>reconstructed", "PSNR, re-<br>constructed",
-        "training loss,<br>first and last 20", "last /<br>first",
-    ]  # fmt: skip
-    with_loss = any(row["training_loss"] for row in rows)
-    heads = heads if with_loss else heads[:8]
-    lines = []
-    for row in rows:
-        samples, floor, loss = row["samples"], row["reconstructions"], row["training_loss"]
-        cells = [
-            f"{samples['gflops_per_image']:.3g}",
-            str(samples["num_forwards"]),
-            f"{samples['seconds']:.1f}",
-            f"{samples['num_images'] / samples['seconds']:.1f}",
-            f"{samples['distance']:.2f}",
-            f"{floor['distance']:.2f}",
-            f"{floor['psnr_db']:.2f} dB",
-        ]
-        if with_loss:
-            cells += (
-                [f"{loss['first20']:.3f}, {loss['last20']:.3f}", f"{loss['ratio']:.2f}"]
-                if loss
-                else ["not trained", ""]
-            )
-        lines.append(
-            f"<tr><th>{row['num_tokens']}</th>"
-            + "".join(f"<td>{cell}</td>" for cell in cells)
-            + "</tr>"
-        )
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+# --- facts and figures ------------------------------------------------------------------------
 
 
-def _facts(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    config, versions = results["config"], results["versions"]
-    protocol = rows[0]["protocol"]["samples"]
-    low, high = config["cfg_interval"]
-    parameters = results["parameters"]
-    guidance = f"scale {config['cfg_scale']}, for t in [{low}, {high}], {config['cfg_rescale']}"
-    devices = sorted({f"{row['samples']['ranks']} x {row['samples']['device']}" for row in rows})
-    explained = protocol["features"]["explained_variance"]
+def _facts(results: Results) -> str:
+    config, versions, rows = results["config"], results["versions"], results["rows"]
+    protocol, parameters = rows[0]["protocol"], results["parameters"]
+    devices = sorted({name for row in rows for name in row["run"]["devices"]})
+    reference = results["reference"]
+    identity = reference.get("sha256") or reference.get("images_sha256") or ""
+    spaces = "; ".join(
+        f"{space['space']}"
+        + (f", weights {space['weights_sha256'][:16]}" if "weights_sha256" in space else "")
+        + (f", {space['explained_variance']:.1%} of the variance" if "explained_variance" in space
+           else "")
+        for space in protocol["features"]
+    )  # fmt: skip
     facts = {
         "Generator": f"{parameters['generator']:,} parameters, {results['training_steps']} steps",
         "Tokenizer": f"{parameters['tokenizer']:,} parameters",
-        "Solver": f"Euler, {config['num_steps']} grid points ({config['num_steps'] - 1} steps), "
-        f"timestep shift {config['timestep_shift']}",
-        "Guidance": guidance if config["cfg_scale"] > 1 else "off",
-        "Noise": f"{protocol['noise_scale']}, seed {config['seed']}, one stream per image index",
-        "Samples": f"{config['num_images']} per K, class = index mod {len(results['classes'])}",
-        "Distance": f"{results['distance']['label']}; they hold {explained:.1%} of the variance",
-        "Reference": f"{protocol['reference']['num_images']} validation images, pixels "
-        f"{protocol['reference']['pixels_sha256'][:16]}",
-        "Ran on": ", ".join(devices),
+        "Noise": f"{protocol['noise_scale']}, seed {protocol['seed']}, one stream per image index",
+        "Samples": f"{rows[0]['num_images']} per cell, class = index mod {len(results['classes'])}",
+        "Pixels": protocol["pixels"],
+        "Feature spaces": spaces,
+        "Reference": f"{reference['name']}, {identity[:16]}",
+        "Ran on": f"{', '.join(devices)}; {results['run']['ranks']} ranks at the end",
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+    if results.get("compared"):
+        for name in ("Generator", "Tokenizer", "Noise"):
+            del facts[name]
+    elif config["search"]:
+        search = config["search"]
+        facts["Search"] = (
+            f"{search['metric']} on {search['num_images']} images; a line of scales ends after "
+            f"{search['patience']} in a row that are worse by {search['margin']}"
+        )
     lines = "".join(
         f"<tr><th>{key}</th><td>{escape(text)}</td></tr>" for key, text in facts.items()
     )
     return f'<div class="scroll"><table class="facts"><tbody>{lines}</tbody></table></div>'
 
 
-def _figure(
-    name: str, pictures: dict[str, tuple[bytes, bytes]], caption: str, max_width: str
-) -> str:
-    light, dark = (
-        "data:image/png;base64," + base64.b64encode(data).decode() for data in pictures[name]
-    )
+def _figure(name: str, pictures: Pictures, caption: str) -> str:
+    light, dark = (_data(data) for data in pictures[name])
     return (
         f'<figure><picture><source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-        f'<img src="{light}" alt="{escape(name.replace("_", " "))}" style="max-width:{max_width}">'
+        f'<img src="{light}" alt="{escape(name.replace("_", " "))}">'
         f"</picture><figcaption>{escape(caption)}</figcaption></figure>"
     )
+
+
+def _sheet(num_tokens: int, data: bytes) -> str:
+    return (
+        f"<details><summary>More samples at K = {num_tokens}</summary>"
+        f'<figure><img src="{_data(data)}" alt="samples at K = {num_tokens}"></figure></details>'
+    )
+
+
+def _data(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from eval.theme import Theme
 
-__all__ = ["image_grid"]
+__all__ = ["contact_sheet", "image_grid"]
 
 TILE = 128  # least side of an image in the picture, in pixels
 GAP = 6
@@ -74,3 +77,24 @@ def image_grid(
         else:
             text.set(ha="center")
     return figure
+
+
+def contact_sheet(images: np.ndarray, across: int = 10) -> bytes:
+    """Images row by row, transparent between them, pixel for pixel: a PNG.
+
+    Shapes: uint8 [M, 3, S, S].
+    """
+    side = images.shape[-1]
+    factor = max(1, -(-TILE // side)) if side < TILE else 1
+    tile, across = side * factor, min(across, len(images))
+    down = -(-len(images) // across)
+    size = (down * (tile + GAP) - GAP, across * (tile + GAP) - GAP)
+    canvas = np.zeros((*size, 4), dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = (i // across) * (tile + GAP), (i % across) * (tile + GAP)
+        big = image.transpose(1, 2, 0).repeat(factor, axis=0).repeat(factor, axis=1)
+        canvas[y : y + tile, x : x + tile, :3] = big
+        canvas[y : y + tile, x : x + tile, 3] = 255
+    data = io.BytesIO()
+    Image.fromarray(canvas, "RGBA").save(data, "png", optimize=True)
+    return data.getvalue()

@@ -1,11 +1,16 @@
-"""Measure one generator at many token counts, and write a report.
+"""Measure one generator at many token counts and sampler settings, and write a report.
 
     composer eval/sweep.py CONFIG.yaml [key=value ...] [--dry-run]
-    composer -n 8 eval/sweep.py CONFIG.yaml num_images=50000
+    composer -n 8 eval/sweep.py yamls/eval_sweep.yaml bundle=runs/dit_xl/bundle
 
-For every K: sample images, compare them with the validation images, count the work. A finished K
-is kept with its whole protocol: the same command again redoes only what differs. Image i is the
-same image at any number of ranks. Exit status: 0 done, 2 for anything the user must mend.
+For every cell: sample images, extract features, compare with a reference, count the work. What is
+done is kept: the same command again makes what is missing, after any interruption and with any
+number of ranks, and gives the same numbers. Independent jobs share a sweep like this, in any order:
+
+    eval/sweep.py CONFIG.yaml part=0/16 ... part=15/16    make every 16th chunk, and stop
+    eval/sweep.py CONFIG.yaml --reduce                    numbers and report; makes no image
+
+Exit status: 0 done, 2 for anything the user must mend.
 """
 
 from __future__ import annotations
@@ -15,26 +20,34 @@ import os
 import sys
 from pathlib import Path
 
-from eval.sweep_config import SweepConfig, load_sweep
+from eval.sweep_config import SweepConfig, expand, load_sweep
 from lgm_scale.config import to_dict
-from lgm_scale.errors import exit_on_user_error
+from lgm_scale.errors import ConfigError, exit_on_user_error
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="composer eval/sweep.py",
-        description="Sample at every token count, compare with validation images, write a report. "
-        "The same command again keeps what is done.",
-        epilog="Keys and defaults are in eval/sweep_config.py. `python -m eval.report OUT` draws "
-        "the report again.",
+        description="Sample at every token count and setting, compare with a reference, write a "
+        "report. The same command again keeps what is done.",
+        epilog="Keys and defaults are in eval/sweep_config.py. `python -m eval.preflight CONFIG` "
+        "lists the files that metrics need; `python -m eval.report OUT` draws the report again.",
     )
-    parser.add_argument("config", help="YAML file, for example yamls/quickstart/sweep.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key")
+    parser.add_argument("config", help="YAML file, for example yamls/eval_sweep.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="override a key; part=i/n makes only every n-th chunk, for several jobs",
+    )  # fmt: skip
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="validate, print configuration and work per K, and stop: no images are made",
+        help="validate, print configuration and work per cell, and stop: no images are made",
+    )
+    parser.add_argument(
+        "--reduce",
+        action="store_true",
+        help="numbers and report from finished chunks; refuse to make one that is missing",
     )
     return parser.parse_intermixed_args(argv)
 
@@ -43,6 +56,8 @@ def main() -> int:
     """Validate, measure, report."""
     args = parse_args(sys.argv[1:])
     config = load_sweep(args.config, args.overrides)
+    if args.reduce and config.part is not None:
+        raise ConfigError(f"part: {config.part} and --reduce exclude each other; drop one", None)
     rank = int(os.environ.get("RANK", "0"))
     if args.dry_run:
         if rank == 0:
@@ -53,27 +68,33 @@ def main() -> int:
     from eval.measure import measure
     from eval.report import write_report
 
-    measure(config)
-    if rank == 0:
+    finished = measure(config, args.reduce) is not None
+    if finished and rank == 0:
         print(f"report: {write_report(Path(config.out))}")
     dist.barrier()
     return 0
 
 
 def describe(config: SweepConfig) -> str:
-    """Resolved configuration, and the work at each K."""
+    """Resolved configuration, and the work of each cell."""
     import yaml
 
-    from eval.generate import flops_per_image, noise_scale_of, sampler_of
+    from eval.generate import noise_scale_of, work_of
     from lgm_scale.bundle import load_generator
 
-    bundle, sampler = load_generator(config.bundle), sampler_of(config)
+    bundle = load_generator(config.bundle)
     noise_scale_of(bundle, config.bundle)
-    lines = ["   K   forwards per image   GFLOPs per image   TFLOPs in all"]
-    for k in config.lengths:
-        flops = flops_per_image(bundle, k, sampler)
-        total = config.num_images * flops / 1e12
-        lines.append(f"{k:4d}   {sampler.num_forwards():18d}   {flops / 1e9:16.4g}   {total:13.4g}")
+    lines = [f"{'cell':44s} rows per image   TFLOPs per image   PFLOPs in all"]
+    total = 0.0
+    for cell in expand(config):
+        work = work_of(bundle, cell)
+        petaflops = config.num_images * work["tflops_per_image"] / 1e3
+        total += petaflops
+        lines.append(
+            f"{cell.label:44s} {work['rows']:14d}   {work['tflops_per_image']:16.4g}   "
+            f"{petaflops:13.4g}"
+        )
+    lines.append(f"{'sum':44s} {'':14s}   {'':16s}   {total:13.4g}")
     return yaml.safe_dump(to_dict(config), sort_keys=False) + "\n" + "\n".join(lines)
 
 

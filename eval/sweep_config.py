@@ -1,207 +1,225 @@
-"""Configuration of a sweep over token counts, and its rules. Free of torch.
+"""Configuration of a sweep. Free of torch.
 
 Precedence: defaults here, then the YAML file, then `key=value` overrides. `load_sweep` reads,
-type-checks and compares the configuration with the bundle and the images it names; every problem
-comes in one ConfigError, before a network is built.
+type-checks and compares the configuration with the files it names; every problem comes in one
+ConfigError, before a network is built.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from pydantic import ConfigDict
 
 from lgm_scale.config import InvalidValues, load_config, read_yaml
-from lgm_scale.data.manifest import Manifest, read_manifest
-from lgm_scale.errors import ConfigError, LGMError
+from lgm_scale.errors import ConfigError
 
-__all__ = [
-    "SweepConfig",
-    "broken_rules",
-    "load_sweep",
-    "outside_lengths",
-    "repeated_lengths",
-    "wrong_image_size",
-]
+__all__ = ["METRIC_KEYS", "Cell", "CellsConfig", "SearchConfig", "SweepConfig", "load_sweep"]
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+METRIC_KEYS = (
+    "fid", "sfid", "is", "kid", "precision", "recall", "fd_dinov2", "pixel_frechet",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSection:
+    """Sampler settings; a list means every one of its values. Defaults are the published ones."""
+
+    __pydantic_config__ = _STRICT
+    cfg_scale: tuple[float, ...] = (1.0,)
+    """Guidance; 1 is off."""
+    cfg_interval: tuple[tuple[float, float], ...] = ((0.15, 1.0),)
+    cfg_rescale: tuple[Literal["none", "per_position"], ...] = ("per_position",)
+    num_steps: tuple[int, ...] = (25,)
+    """Points of the time grid: 25 points are 24 Euler steps."""
+    timestep_shift: tuple[float, ...] = (0.2,)
+    solver: tuple[Literal["euler", "heun"], ...] = ("euler",)
+    uncond_num_tokens: tuple[int | None, ...] = (None,)
+    """Coarse guidance: tokens of the unconditional branch; null: as many as the step has."""
+    length_schedule: tuple[tuple[tuple[float, int], ...], ...] = ((),)
+    """Growing length: [t, K] pairs; the last K is the cell's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellsConfig(SamplerSection):
+    """One entry of `cells`: every combination of its values is a cell."""
+
+    __pydantic_config__ = _STRICT
+    num_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Find the guidance first, on few images; the best cell of each K is run on `num_images`.
+
+    Scales rise; a line of scales stops where guidance has clearly gone too far.
+    """
+
+    __pydantic_config__ = _STRICT
+    num_images: int = 10_000
+    metric: Literal["fid", "fd_dinov2", "pixel_frechet"] = "fid"
+    margin: float = 0.1
+    """A scale counts as worse when the metric is above the line's best by more than this."""
+    patience: int = 3
+    """Worse scales in a row that end a line."""
+    max_is: float | None = 350.0
+    """An Inception Score that ends a line; null: none does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """A sweep: `num_images` samples at each K of `lengths`, compared with validation images."""
+    """A sweep over cells: token counts and sampler settings."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = _STRICT
     bundle: str
     """Generator bundle."""
-    images: str
-    """MDS folder of validation images, of the tokenizer's size and the generator's classes."""
     out: str
-    """Folder of the report; finished lengths are kept below it."""
-    lengths: tuple[int, ...]
-    num_images: int
-    """Samples per K; image i has class i mod num_classes."""
+    """Folder of the report; finished work is kept below it."""
+    cells: tuple[CellsConfig, ...]
+    """Entries with num_tokens and sampler settings, each a value or a list of values."""
+    sampler: SamplerSection = field(default_factory=SamplerSection)
+    """Settings of every cell that does not say otherwise."""
+    num_images: int = 50_000
+    """Samples per cell; image i has class i mod num_classes."""
+    search: SearchConfig | None = None
+    metrics: tuple[
+        Literal["fid", "sfid", "is", "kid", "precision", "recall", "fd_dinov2", "pixel_frechet"],
+        ...,
+    ] = METRIC_KEYS
+    """Those without their file or statistics are off, each with one line."""
+    reference: str | None = None
+    """Statistics to compare with: ADM's npz, another npz with mu and sigma, EDM2's pkl, or a file
+    of `python -m eval.reference`. Null: the images of `images`."""
+    images: str | None = None
+    """MDS folder of validation images, for reconstructions (rFID, PSNR, SSIM, LPIPS)."""
+    inception: str | None = None
+    """weights-inception-2015-12-05-6726825d.pth, for FID, sFID, IS, KID, precision, recall."""
+    dinov2: str | None = None
+    """dinov2_vitl14_pretrain.pth, for FD-DINOv2."""
+    vgg16: str | None = None
+    """vgg16-397923af.pth, for LPIPS of reconstructions."""
+    num_components: int = 0
+    """Principal components of the validation pixels, for a distance without any weights; 0: off."""
     seed: int = 0
-    batch_size: int = 68
-    num_steps: int = 25
-    """Points of the time grid: 25 points are 24 Euler steps."""
-    cfg_scale: float = 1.0
-    cfg_interval: tuple[float, float] = (0.15, 1.0)
-    cfg_rescale: Literal["none", "per_position"] = "per_position"
-    timestep_shift: float = 0.2
-    num_components: int = 48
-    """Principal components of validation pixels in which distributions are compared."""
+    quantise: Literal["round", "truncate"] = "round"
+    """How pixels become 8 bits; `truncate` is how the release and ADM stored their samples."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the generator's and decoder's matrix products; features are always float32."""
+    chunk_size: int = 250
+    """Images per file of finished work: what an interruption can lose per rank."""
+    batch_size: int = 50
+    """Images at once."""
+    save_npz: bool = False
+    """Keep the samples of every final cell as an npz of ADM's form, in the order of the images."""
+    keep_features: bool = True
+    """Keep the features of finished cells: about 20 kB per image with Inception."""
     metrics_log: str | None = None
     """metrics.jsonl of the generator's training, for its loss at each K."""
     commands: tuple[str, ...] = ()
     """Shown in the report: the commands that made all this."""
+    part: str | None = None
+    """i/n: make only every n-th chunk, from the i-th on, and stop before any number is computed.
+    For several independent jobs; the same command without it does what is left, and reduces."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a sweep: a token count and complete sampler settings."""
+
+    num_tokens: int
+    cfg_scale: float
+    cfg_interval: tuple[float, float]
+    cfg_rescale: str
+    num_steps: int
+    timestep_shift: float
+    solver: str
+    uncond_num_tokens: int | None
+    length_schedule: tuple[tuple[float, int], ...]
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of `SamplerConfig`."""
+        values = asdict(self)
+        del values["num_tokens"]
+        return values
+
+    @property
+    def label(self) -> str:
+        """Short, for people: what differs from plain Euler at one length."""
+        parts = [f"K = {self.num_tokens}", f"w = {self.cfg_scale:g}"]
+        if self.cfg_scale > 1 and self.cfg_interval != (0.15, 1.0):
+            parts.append(f"t in [{self.cfg_interval[0]:g}, {self.cfg_interval[1]:g}]")
+        parts.append(f"{self.num_steps} points")
+        if self.solver != "euler":
+            parts.append(self.solver)
+        if self.uncond_num_tokens is not None:
+            parts.append(f"uncond at {self.uncond_num_tokens}")
+        if self.length_schedule:
+            parts.append("grows " + " ".join(f"{t:g}:{k}" for t, k in self.length_schedule))
+        return ", ".join(parts)
+
+
+def expand(config: SweepConfig) -> list[Cell]:
+    """All cells, in the order of the entries and of their lists."""
+    names = [entry.name for entry in fields(Cell)]
+    return [
+        Cell(*values)
+        for entry in config.cells
+        for values in itertools.product(*(getattr(entry, name) for name in names))
+    ]
 
 
 def load_sweep(path: str, overrides: list[str]) -> SweepConfig:
     """Read and validate a sweep. Raises: ConfigError with every problem."""
-    values = read_yaml(path, overrides)
+    from eval.sweep_rules import broken_rules
+
+    return check_sweep(read_yaml(path, overrides), path, broken_rules)
+
+
+def check_sweep(values: dict[str, Any], source: str, rules: Any) -> SweepConfig:
+    """Type-check plain values, and hear the rules. Raises: ConfigError with every problem."""
+    values = with_lists(values)
     problems: list[str] = []
     try:
-        config = load_config(values, SweepConfig, path)
+        config = load_config(values, SweepConfig, source)
     except InvalidValues as error:
         problems, config = error.problems, error.rest
     if config is not None:
         told = {problem.split(":")[0] for problem in problems}
-        found = broken_rules(config)
-        problems += [problem for problem in found if problem.split(":")[0] not in told]
-    if problems:
-        raise ConfigError(problems, path)
-    assert config is not None
+        problems += [item for item in rules(config) if item.split(":")[0] not in told]
+    if problems or config is None:
+        raise ConfigError(problems, source)
     return config
 
 
-def broken_rules(config: SweepConfig) -> list[str]:
-    """Every rule that the configuration breaks, alone and against the files it names."""
-    problems = [*_numbers(config), *_sampler(config)]
-    models, classes = {}, None
-    try:
-        info = _read_info(config.bundle)
-        models, classes = info["models"], list(info["classes"])
-        problems += outside_lengths(config.lengths, models["tokenizer"])
-    except (LGMError, KeyError, TypeError) as error:
-        problems.append(f"bundle: {_one_line(error)}")
-    try:
-        manifest = read_manifest(config.images, "images")
-        problems += _images(config, manifest, models.get("tokenizer", {}), classes)
-    except LGMError as error:
-        problems.append(f"images: {_one_line(error)}")
-    if Path(config.out).exists() and not Path(config.out).is_dir():
-        problems.append(f"out: {config.out} is a file; choose a folder")
-    if config.metrics_log is not None and not Path(config.metrics_log).is_file():
-        problems.append(
-            f"metrics_log: {config.metrics_log} is not a file; give the metrics.jsonl of the "
-            "generator's training, or leave the key out"
-        )
-    return problems
+def with_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """Single values as lists of one, and `sampler`'s values in every entry of `cells`."""
+    sampler = values.get("sampler")
+    if isinstance(sampler, dict):
+        sampler = {key: _as_list(key, value) for key, value in sampler.items()}
+        values = values | {"sampler": sampler}
+    if isinstance(values.get("cells"), list):
+        common = sampler if isinstance(sampler, dict) else {}
+        cells = [
+            common | {key: _as_list(key, value) for key, value in entry.items()}
+            if isinstance(entry, dict)
+            else entry
+            for entry in values["cells"]
+        ]
+        values = values | {"cells": cells}
+    return values
 
 
-def _numbers(config: SweepConfig) -> Iterator[str]:
-    for key in ("batch_size", "num_components"):
-        if getattr(config, key) < 1:
-            yield f"{key}: {getattr(config, key)} must be 1 or more"
-    if config.num_images < 2:
-        yield f"num_images: {config.num_images} have no covariance; needs 2 or more"
-    elif config.num_images <= config.num_components:
-        yield (
-            f"num_images: {config.num_images} images cannot fill {config.num_components} "
-            "dimensions, and the distance would be wrong; make it larger than num_components, or "
-            "lower num_components"
-        )
-    if not config.lengths:
-        yield "lengths: is empty; list the token counts to sweep, for example [8, 16, 32]"
-    yield from repeated_lengths(config.lengths)
+_DEPTH = {"cfg_interval": 1, "length_schedule": 2}
+"""How deep the lists of one value are nested."""
 
 
-def _sampler(config: SweepConfig) -> Iterator[str]:
-    lo, hi = config.cfg_interval
-    if config.num_steps < 2:
-        yield f"num_steps: {config.num_steps} grid points; needs 2 or more"
-    if not config.cfg_scale >= 1:
-        yield f"cfg_scale: {config.cfg_scale} is below 1; 1 turns guidance off"
-    if not 0 <= lo <= hi <= 1:
-        yield f"cfg_interval: [{lo}, {hi}] must be ordered and inside [0, 1]"
-    if not config.timestep_shift > 0:
-        yield f"timestep_shift: {config.timestep_shift} must be above 0"
-
-
-def _read_info(folder: str) -> dict[str, Any]:
-    """bundle.json without its weights; those are checked when they are loaded."""
-    path = Path(folder) / "bundle.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} is no bundle: it has no bundle.json. Train a generator first, or give the "
-            "`bundle` folder of its run"
-        )
-    try:
-        info = json.loads(path.read_text())
-        kind = info["kind"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
-    if kind != "generator":
-        raise ConfigError(f"{folder} is a {kind} bundle; a generator bundle is needed here")
-    return info
-
-
-def outside_lengths(lengths: Sequence[int], tokenizer: dict[str, Any]) -> Iterator[str]:
-    """The problem of K that the tokenizer's merge tree does not have."""
-    low, high = tokenizer["num_codebooks"], tokenizer["num_base_tokens"]
-    outside = [k for k in lengths if not low <= k <= high]
-    if outside:
-        yield (
-            f"lengths: {outside} outside [{low}, {high}], the range of this bundle's merge tree "
-            f"({low} blocks that never merge, {high} base tokens)"
-        )
-
-
-def repeated_lengths(lengths: Sequence[int]) -> Iterator[str]:
-    """The problem of K that occur twice."""
-    repeated = sorted({k for k in lengths if lengths.count(k) > 1})
-    if repeated:
-        yield f"lengths: {repeated} occur more than once; name each K once"
-
-
-def wrong_image_size(folder: str, manifest: Manifest, tokenizer: dict[str, Any]) -> Iterator[str]:
-    """The problem of images that the tokenizer does not take as they are."""
-    size = tokenizer.get("image_size")
-    if size is not None and manifest.image_size != size:
-        found = f"{manifest.image_size} pixels" if manifest.image_size else "several sizes"
-        yield (
-            f"images: {folder} holds images of {found}, the bundle makes {size}; convert them "
-            f"with --image-size {size}"
-        )
-
-
-def _images(
-    config: SweepConfig, manifest: Manifest, tokenizer: dict[str, Any], classes: list[str] | None
-) -> Iterator[str]:
-    yield from wrong_image_size(config.images, manifest, tokenizer)
-    if classes is not None and list(manifest.classes) != classes:
-        differing = sorted(set(classes) ^ set(manifest.classes))
-        what = f"only one of them has {differing[:4]}" if differing else "their order differs"
-        yield (
-            f"images: {config.images} has {manifest.num_classes} classes and the bundle "
-            f"{len(classes)}, and they are not the same ({what}); take images of the same classes"
-        )
-    if manifest.num_samples < 2:
-        yield f"images: {config.images} holds {manifest.num_samples} image; needs 2 or more"
-    elif manifest.num_samples <= config.num_components:
-        yield (
-            f"num_components: {config.num_components} components cannot be fitted to "
-            f"{manifest.num_samples} images; choose fewer than there are images"
-        )
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error as one line of a list."""
-    if isinstance(error, ConfigError):
-        return "; ".join(error.problems)
-    if isinstance(error, LGMError):
-        return str(error)
-    return f"its bundle.json is damaged ({type(error).__name__}: {error})"
+def _as_list(key: str, value: Any) -> Any:
+    depth, inner = 0, value
+    while isinstance(inner, list):
+        depth, inner = depth + 1, inner[0] if inner else None
+    if key == "length_schedule" and value == []:
+        return [[]]
+    return value if depth > _DEPTH.get(key, 0) else [value]

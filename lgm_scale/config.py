@@ -427,7 +427,12 @@ def _field_type(schema: type, name: int | str) -> Any:
 def _fields_at(schema: type, path: list[int | str]) -> list[str]:
     """Names of the fields of the dataclass at `path`."""
     for part in path:
-        schema = _field_type(schema, part)
+        if isinstance(part, int):  # an entry of tuple[Entry, ...]
+            schema = (typing.get_args(schema) or (schema,))[0]
+        else:
+            schema = _field_type(schema, part)
+        if typing.get_origin(schema) is tuple:
+            continue
         if not dataclasses.is_dataclass(schema):
             return []
     return [entry.name for entry in dataclasses.fields(schema)]

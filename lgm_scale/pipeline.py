@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lgm_scale.bundle import GeneratorBundle, load_generator
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
 from lgm_scale.objectives.flow import NoiseScale
+from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.sampling import CFGRescale, SamplerConfig, sample_latents
 from lgm_scale.sampling.solver import check_nested
 
@@ -154,10 +155,10 @@ class LGMPipeline:
             total=steps, desc=f"K={num_tokens}", unit="step", disable=not progress_bar
         ) as bar:
             for start in range(0, len(labels), size):
-                part = torch.tensor(labels[start : start + size], device=self.device)
+                part = torch.tensor(labels[start : start + size])
                 indices = torch.arange(start, start + len(part)) + first_index
-                latents = self._latents(part, indices, num_tokens, seed, config, bar)
-                chunks.append(self._decode(latents))
+                latents = self.latents(part, indices, num_tokens, seed, config, bar.update)
+                chunks.append(self._pictures(latents))
         images = np.concatenate(chunks) if chunks else self._decode_nothing()
         return [Image.fromarray(image) for image in images] if output == "pil" else images
 
@@ -208,29 +209,43 @@ class LGMPipeline:
         rows = _BATCH_ROWS.get(self.device.type, _BATCH_ROWS["cpu"])
         return max(1, min(rows, rows * 256 // num_tokens))
 
-    def _latents(
-        self, labels: Tensor, indices: Tensor, num_tokens: int, seed: int, config: Any, bar: tqdm
+    @torch.inference_mode()
+    def latents(
+        self,
+        labels: Tensor,
+        indices: Tensor,
+        num_tokens: int,
+        seed: int,
+        config: SamplerConfig,
+        on_step: Callable[[], object] | None = None,
     ) -> Tensor:
-        """Latents as the decoder reads them. Shapes: labels, indices [B] -> [B, N, D]."""
+        """Latents of the images with these indices, as the decoder reads them.
+
+        Shapes: labels, indices int64 [B] -> [B, N, D] on the pipeline's device.
+        """
         net, stats = self.bundle.net, self.bundle.stats
         with self._autocast():
             latents = sample_latents(
-                self.bundle.velocity, self.bundle.tree, seed, indices, labels, net.null_label,
-                num_tokens, net.latent_dim, config, self.noise_scale, stats.contrasts, bar.update,
+                self.bundle.velocity, self.bundle.tree, seed, indices, labels.to(self.device),
+                net.null_label, num_tokens, net.latent_dim, config, self.noise_scale,
+                stats.contrasts, on_step,
             )  # fmt: skip
         return latents * stats.std.to(latents) + stats.mean.to(latents)
 
     @torch.inference_mode()
-    def _decode(self, latents: Tensor) -> np.ndarray:
-        """Pixels. Shapes: [B, N, D] -> uint8 [B, S, S, 3]."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels in about [-1, 1]. Shapes: [B, N, D] -> float32 [B, 3, S, S]."""
         with self._autocast():
-            pixels = self.bundle.tokenizer.decode(latents).float()
-        if not torch.isfinite(pixels).all():
+            return self.bundle.tokenizer.decode(latents).float()
+
+    def _pictures(self, latents: Tensor) -> np.ndarray:
+        """Images to hand out. Shapes: [B, N, D] -> uint8 [B, S, S, 3]."""
+        pixels = self.decode(latents)
+        if not finite_images(pixels).all():
             raise LGMError(
                 f"images are not finite in {self.dtype}: the weights are damaged, or need float32"
             )
-        levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return levels.permute(0, 2, 3, 1).cpu().numpy()
+        return to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy()
 
     def _decode_nothing(self) -> np.ndarray:
         side = self.bundle.tokenizer.image_size

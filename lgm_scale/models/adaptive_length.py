@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lgm_scale.errors import ConfigError
+from lgm_scale.pixels import psnr, to_uint8
 
-__all__ = ["LengthChoice", "choose_length", "psnr"]
+__all__ = ["LengthChoice", "choose_length"]
 
 
 class LengthChoice(NamedTuple):
@@ -23,21 +24,6 @@ class LengthChoice(NamedTuple):
     num_tokens: Tensor
     psnr: Tensor
     reached: Tensor
-
-
-def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, of pixels clipped and rounded to 8 bits.
-
-    Two equal images have none; they count as if a single value were one level off.
-
-    Shapes: [B, 3, S, S] in [-1, 1], twice -> [B] float64.
-    """
-    pixels, other = (
-        ((values.float() + 1) * 127.5).round().clamp(0, 255).flatten(1).double()
-        for values in (images, reconstruction)
-    )
-    error = (pixels - other).square().mean(1)
-    return 10 * torch.log10(255.0**2 / error.clamp_min(1 / pixels.shape[1]))
 
 
 def choose_length(
@@ -70,11 +56,12 @@ def choose_length(
     num_tokens = torch.full((len(images),), size, device=z.device)
     best = torch.zeros(len(images), dtype=torch.float64, device=z.device)
     reached = torch.zeros(len(images), dtype=torch.bool, device=z.device)
+    originals = to_uint8(images)
     for k in candidates:
         open_ones = (~reached).nonzero()[:, 0]
         if not len(open_ones):
             break
-        value = psnr(images[open_ones], reconstruct(z[open_ones], k))
+        value = psnr(originals[open_ones], to_uint8(reconstruct(z[open_ones], k)))
         best[open_ones] = value
         hit = open_ones[value >= target_psnr]
         num_tokens[hit], reached[hit] = k, True

@@ -11,12 +11,17 @@ import torch
 
 from eval import adaptive
 from eval.adaptive import adaptive_saving, default_lengths
+from lgm_scale import pixels
 from lgm_scale.bundle import load_tokenizer
 from lgm_scale.errors import ConfigError
-from lgm_scale.models.adaptive_length import choose_length, psnr
+from lgm_scale.models.adaptive_length import choose_length
 from lgm_scale.models.tokenizer import Tokenizer
 
 N = 16
+
+
+def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    return pixels.psnr(pixels.to_uint8(images), pixels.to_uint8(others))
 
 
 def tokenizer(length_control: str = "lgm") -> Tokenizer:

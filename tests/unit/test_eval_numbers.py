@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from eval.cells import Cells
+
 from eval.features import PixelPCA, images_hash
 from eval.generate import decode_to_uint8, refuse_broken
 from eval.image_metrics import psnr

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from eval.reconstruction_metrics import Measurement, rfid_label
+from eval.reconstructor import Reconstructor, StoredImages, load_images
 from PIL import Image
 from skimage.metrics import structural_similarity
 from small_pipeline import SmallPipeline, assert_user_error, run_command
@@ -19,8 +21,6 @@ from eval import reconstruct
 from eval.image_metrics import PerceptualDistance, psnr
 from eval.moments import frechet_distance, moments_of
 from eval.reconstruct import switched_off
-from eval.reconstruction_metrics import Measurement, rfid_label
-from eval.reconstructor import Reconstructor, StoredImages, load_images
 from lgm_scale.bundle import build_tokenizer, load_tokenizer, save_tokenizer_bundle
 from lgm_scale.config import TokenizerModelConfig
 from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError

@@ -32,6 +32,7 @@ ORDER = [
     "sampling",
     "objectives",
     "models",
+    "pixels",
     "data",
     "nesting",
     "merging",
@@ -49,6 +50,7 @@ PURE = (
     "lgm_scale/merging.py",
     "lgm_scale/linkage.py",
     "lgm_scale/nesting.py",
+    "lgm_scale/pixels.py",
 )
 PURE_MAY_NOT = ("composer", "torch.distributed", "streaming")
 # ... and these are read before the slow import of torch, to report a wrong config at once. The

@@ -1,0 +1,42 @@
+"""Between what networks see, pixels in [-1, 1], and the 8-bit images that people keep.
+
+The only place where pixels are rounded: pipeline, evaluation and the choice of K agree on it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["finite_images", "psnr", "to_uint8"]
+
+
+def to_uint8(pixels: Tensor, truncate: bool = False) -> Tensor:
+    """Eight bits per value: (x + 1) / 2, clipped to [0, 1], times 255, rounded (half to even).
+
+    Args:
+        pixels: Any shape, [-1, 1]; NaN becomes 0, see `finite_images`.
+        truncate: Cut the fraction off instead, as some published samples were stored: half a
+            level darker on average.
+
+    Shapes: any -> the same, uint8, on the same device.
+    """
+    levels = ((pixels.float().nan_to_num() + 1) / 2).clamp(0, 1).mul(255)
+    return (levels.trunc() if truncate else levels.round()).to(torch.uint8)
+
+
+def finite_images(pixels: Tensor) -> Tensor:
+    """Whether each image has neither NaN nor infinity. Shapes: [B, ...] -> bool [B]."""
+    return pixels.isfinite().flatten(1).all(1)
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio per pair of 8-bit images, in dB and in float64.
+
+    Two equal images have none; they count as if a single value were one level off.
+
+    Shapes: uint8 [B, ...] x 2 -> float64 [B].
+    """
+    difference = images.flatten(1).double() - others.flatten(1).double()
+    error = difference.square().mean(1)
+    return 10 * torch.log10(255.0**2 / error.clamp_min(1 / max(1, difference.shape[1])))
