@@ -96,6 +96,11 @@ class Attempts:
         """Note what came of it."""
         self._write(f"{restart:05d}-end.json", asdict(verdict) | {"time": time.time()})
 
+    def superseded(self, restart: int) -> bool:
+        """Whether the job has started again since: whoever asks was cut off, and is late."""
+        starts = [int(path.name.split("-")[0]) for path in self.folder.glob("[0-9]*-start.json")]
+        return max(starts, default=0) > restart
+
     def read(self) -> list[Attempt]:
         """All attempts, in order."""
         found: dict[int, Attempt] = {}

@@ -32,12 +32,19 @@ def main(argv: list[str]) -> int:
     job_id = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else raw
     attempts = Attempts(folder / job_id)
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if attempts.superseded(restart):
+        print("=== cut off, and replaced since ===", flush=True)
+        return status
     history = attempts.read()
     if not history or history[-1].restart != restart:
         history.append(Attempt(restart))
     if history[-1].verdict is not None:  # it was stopped, and is on its way
         return status
-    if scheduler.state(job_id) != "RUNNING":  # cancelled, or requeued by Slurm itself
+    try:
+        if scheduler.state(job_id) != "RUNNING":  # cancelled, or requeued by Slurm itself
+            return status
+    except scheduler.SlurmError as error:
+        print(f"=== Slurm does not answer: {error} ===", flush=True)
         return status
     verdict = judge(history, last_step(metrics), status)
     failure = history[-1].first_failure()

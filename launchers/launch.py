@@ -6,13 +6,12 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
 
-from launchers import scheduler
 from launchers.cluster import Cluster, minutes
 from launchers.frozen_code import FrozenCode
 from launchers.jobs import Job
@@ -20,7 +19,7 @@ from launchers.rank import RankTask, rank_environment
 from launchers.run_log import LAUNCH_NAME
 from lgm_scale.errors import LGMError
 
-__all__ = ["Launch", "SubmissionError", "refuse_live", "world_size"]
+__all__ = ["Launch", "SubmissionError", "world_size"]
 
 _FOREVER = 1_000_000
 """Times that Submitit may requeue; `attempts.judge` has the say."""
@@ -248,31 +247,3 @@ class Launch:
             "teardown": [" ".join(end)],
             "additional_parameters": more,
         }
-
-
-def refuse_live(launch: Launch, take_over: bool) -> Launch:
-    """Look for a live job of the same name, and refuse it or end it.
-
-    Args:
-        launch: The job to be submitted.
-        take_over: End the live job; the new one starts when it is gone.
-
-    Raises: SubmissionError if there is one, or without Slurm.
-    """
-    try:
-        live = scheduler.live_jobs(name=launch.job.name)
-        live = [job for job in live if job.state != "COMPLETING"]
-        if live and not take_over:
-            jobs = ", ".join(f"{job.job_id} ({job.state}, {job.nodes})" for job in live)
-            raise SubmissionError(
-                f"{launch.job.name}: a live job has this name: {jobs}. Two of them would write "
-                "one run; wait for it, choose another run_name and out, or give --take-over to "
-                "end it and go on from its last state"
-            )
-        for job in live:
-            scheduler.cancel(job.job_id)
-    except scheduler.SlurmError as error:
-        raise SubmissionError(
-            f"{error}; submit from a login node, or look at the job with --dry-run"
-        ) from error
-    return replace(launch, after_any=tuple(job.job_id for job in live))

@@ -97,6 +97,8 @@ class RankTask:
             raise SystemExit(status if status > 0 else 128 - status)
         step = last_step(Path(self.metrics) if self.metrics is not None else None)
         reason = f"{self._signal}, state saved"
+        if attempts.superseded(restart):
+            raise SystemExit(STOPPED_STATUS)
         if scheduler.state(slurm.job_id) != "RUNNING":
             # Cancelled, or requeued by hand: Slurm knows what is next.
             attempts.judged(restart, Verdict("stopped", reason, requeue=False, step=step))

@@ -56,11 +56,10 @@ def _run(*command: str) -> str:
     return result.stdout
 
 
-def live_jobs(*, name: str | None = None, job_id: str | None = None) -> list[LiveJob]:
-    """Own jobs that wait, run or end, of a name or an id. Raises: SlurmError."""
-    command = ["squeue", "--noheader", "--format=%i|%j|%T|%R"]
-    command += [f"--name={name}", f"--user={getpass.getuser()}"] if name is not None else []
-    command += [f"--jobs={job_id}"] if job_id is not None else []
+def live_jobs(job_id: str | None = None) -> list[LiveJob]:
+    """Jobs that wait, run or end: one, or all of this user. Raises: SlurmError."""
+    which = f"--jobs={job_id}" if job_id is not None else f"--user={getpass.getuser()}"
+    command = ["squeue", "--noheader", "--format=%i|%j|%T|%R", which]
     try:
         lines = _run(*command).splitlines()
     except SlurmError as error:
@@ -72,7 +71,7 @@ def live_jobs(*, name: str | None = None, job_id: str | None = None) -> list[Liv
 
 def state(job_id: str) -> str | None:
     """RUNNING, COMPLETING, ... or None for a job that Slurm's controller has forgotten."""
-    found = live_jobs(job_id=job_id)
+    found = live_jobs(job_id)
     return found[0].state if found else None
 
 

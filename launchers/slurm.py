@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from typing import Any
 
 from launchers.cluster import Cluster, load_cluster
-from launchers.jobs import KINDS, Job, describe_job
-from launchers.launch import Launch, refuse_live, world_size
+from launchers.jobs import KINDS, describe_job
+from launchers.launch import Launch, world_size
 from launchers.save_interval import check_save_interval
+from launchers.submission import describe, refuse_live, submit, with_join
 from lgm_scale.errors import exit_on_user_error
 
 
@@ -68,7 +68,8 @@ def main() -> int:
     if args.dry_run:
         print("\n".join(text for launch in launches for text in describe(launch)))
         return 0
-    submit(launches, args.take_over)
+    submit([refuse_live(launch, args.take_over) for launch in launches])
+    print(f"python launchers/status.py {launches[0].job.out}")
     return 0
 
 
@@ -80,47 +81,6 @@ def plan(args: Any, cluster: Cluster) -> list[Launch]:
         inputs_exist=not args.after,
     )
     return with_join(Launch(job, cluster, args.nodes, tuple(args.after)))
-
-
-def with_join(launch: Launch) -> list[Launch]:
-    """The launch, and after an array the job that joins its parts."""
-    if not launch.job.parts:
-        return [launch]
-    join = replace(launch.job, parts=(), name=f"{launch.job.name}-join")
-    return [launch, replace(launch, job=join, nodes=1)]
-
-
-def submit(launches: list[Launch], take_over: bool) -> list[str]:
-    """Submit launches, each after the one before; ids of the last. Raises: SubmissionError."""
-    checked = [refuse_live(launch, take_over) for launch in launches]
-    before: list[str] = []
-    for launch in checked:
-        launch = replace(launch, after=(*launch.after, *before))
-        ids = launch.submit()
-        before = sorted({job_id.split("_")[0] for job_id in ids})
-        what = f"{launch.job.kind} {launch.job.name}"
-        print(f"submitted {before[0]}: {what}, {_size(launch)}, into {launch.folder}", flush=True)
-    print(f"python launchers/status.py {launches[0].job.out}")
-    return before
-
-
-def _size(launch: Launch) -> str:
-    size = f"{launch.num_nodes} node{'s' * (launch.num_nodes > 1)} x {launch.ranks_per_node} ranks"
-    return f"{len(launch.job.parts)} jobs of {size}" if launch.job.parts else size
-
-
-def describe(launch: Launch) -> list[str]:
-    """Text of a dry run."""
-    job: Job = launch.job
-    return [
-        f"# {job.kind} {job.name}: {_size(launch)}",
-        f"# records, logs and the copy of the code: {launch.folder}",
-        "",
-        launch.script(),
-        f"# what the {launch.num_ranks} ranks run (MASTER_PORT is the job's):",
-        *launch.rank_lines(),
-        "",
-    ]
 
 
 if __name__ == "__main__":

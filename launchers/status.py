@@ -67,7 +67,7 @@ def _launch(folder: Path, count: int) -> list[str]:
         attempts = Attempts(folder / job_id).read()
         try:
             stretches = scheduler.accounting(job_id)
-            live = scheduler.live_jobs(job_id=job_id)
+            live = scheduler.live_jobs(job_id)
             last = live[-1:] or stretches[-1:]
             known = f"{last[0].state}, {last[0].nodes}" if last else "unknown to Slurm"
         except scheduler.SlurmError as error:

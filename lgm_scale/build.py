@@ -326,6 +326,7 @@ def build_trainer(
             model.record,
             config.logging.progress_bar,
             _labels(model),
+            resume.attempts.check,
         ),
         _throughput(config, model),
         stop,

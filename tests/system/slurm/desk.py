@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -37,14 +38,12 @@ class Desk:
             cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
 
-    def train(self, out: str, *args: str) -> Job:
-        """Submit the quickstart's generator on two nodes, shrunk, with a rank on each."""
-        name = Path(out).name
-        return self.submit(
-            out,
-            *("--nodes", "2", "--gpus-per-node", "1", "--config", CONFIG),
-            *self.overrides(out, f"run_name={name}", *args),
-        )
+    def train(self, out: str, *overrides: str, nodes: int = 2, exclude: str = "") -> Job:
+        """Submit the quickstart's generator, shrunk, with one rank on each node."""
+        options = ["--nodes", str(nodes), "--gpus-per-node", "1", "--config", CONFIG]
+        options += ["--exclude", exclude] if exclude else []
+        name = f"run_name={Path(out).name}"
+        return self.submit(out, *options, *self.overrides(out, name, *overrides))
 
     def overrides(self, out: str, *more: str) -> list[str]:
         """What shrinks the quickstart's generator."""
@@ -63,6 +62,15 @@ class Desk:
         assert result.returncode == 0, result.stderr + result.stdout
         ids = re.findall(r"submitted (\d+):", result.stdout)
         return Job(self, self.folder / out, ids)
+
+    def processes(self, node: str, word: bytes) -> list[int]:
+        """Ids of processes on a node with this word in their command line."""
+        found = []
+        for pid in self.cluster.processes_on(node):
+            with contextlib.suppress(OSError):  # it has just ended
+                if word in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
 
     def status(self, out: Path) -> str:
         """What `launchers/status.py` says of a run."""
@@ -140,13 +148,14 @@ class Job:
         path = self.folder / f"{job_id or self.id}_{rank}_log.out"
         return path.read_text() if path.exists() else "(no log)"
 
-    def trainer_on(self, node: str) -> int:
-        """Process id of the trainer on a node."""
-        for pid in self.desk.cluster.processes_on(node):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if any(word.endswith(b"lgm_scale/train.py") for word in words):
-                return pid
-        raise AssertionError(f"no trainer on {node}")
+    def trainers_on(self, node: str) -> list[int]:
+        """Process ids of this run's trainer on a node and of its data workers, the trainer first.
+
+        Workers are forks: they have its command line.
+        """
+        found = self.desk.processes(node, f"out={self.out.relative_to(self.desk.folder)}".encode())
+        assert found, f"no trainer of {self.out} on {node}"
+        return sorted(found)
 
     def losses(self) -> list[float]:
         """Of every step, in order."""

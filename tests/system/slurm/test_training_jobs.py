@@ -49,7 +49,7 @@ def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
     job.restarted(4)
     job.reach(240)
     killed_at = time.monotonic()
-    os.kill(job.trainer_on(job.nodes()[1]), signal.SIGKILL)
+    os.kill(job.trainers_on(job.nodes()[1])[0], signal.SIGKILL)
     job.until(lambda: job.state() != "RUNNING", "go down after a rank was killed", 15)
     down_after = time.monotonic() - killed_at
     assert job.wait() == "COMPLETED", job.log()
@@ -59,6 +59,44 @@ def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
     assert "restarts   5" in status, status
     for words in ("SIGUSR2, state saved", "SIGTERM, state saved", "ended first: signal 9"):
         assert words in status, status
+
+
+def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undisturbed: list[float]):
+    """Two runs lose a node at once: one of two nodes, and the only one, which comes back later."""
+    cluster, patience = desk.cluster, 15  # seconds
+    pair = desk.train("runs/pair", f"parallel.timeout_seconds={patience}", exclude="n3")
+    lonely = desk.train("runs/lonely", nodes=1, exclude="n1,n2")
+    try:
+        lonely.reach(40)
+        (stale, *_), lost_at = lonely.trainers_on("n3"), time.monotonic()
+        os.kill(stale, signal.SIGSTOP)  # it must still be there when its successor runs
+        cluster.link("n3", up=False)
+        pair.reach(40)
+        cut_at = time.monotonic()
+        cluster.link("n2", up=False)
+        pair.until(lambda: "=== failed: rank 0 on n1" in pair.log(), "fail", 3 * patience)
+        assert time.monotonic() - cut_at < patience + 15  # and the seconds of failing
+        pair.restarted(1)
+        lonely.restarted(1)
+        assert pair.nodes() == ["n1", "n4"]
+        assert lonely.nodes() == ["n4"]
+        second = lonely.out / "state" / "attempts" / "0002.json"
+        lonely.until(second.exists, "be resumed")
+        os.kill(stale, signal.SIGCONT)
+        assert pair.wait() == "COMPLETED", pair.log()
+        assert lonely.wait() == "COMPLETED", lonely.log()
+    finally:
+        for node in ("n2", "n3"):
+            cluster.link(node, up=True)
+    assert pair.losses() == undisturbed
+    assert lonely.losses() == pytest.approx(undisturbed, abs=1e-3)  # one rank: sums differ
+    late = lonely.log()
+    assert "this is attempt 1 of the run, and attempt 2 has taken over since" in late
+    states = [path.name for path in (lonely.out / "state").glob("ba*")]
+    assert all(name.endswith("-a0002") for name in states), states
+    assert "ended by Slurm: NODE_FAIL" in desk.status(lonely.out)
+    print(f"lost a node for {time.monotonic() - lost_at:.0f} s")
+    cluster.wait_until_idle()
 
 
 def test_a_config_error_is_told_once_and_not_requeued(desk: Desk):
