@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
@@ -48,13 +48,19 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """Stages by name."""
-
+class _File:
     __pydantic_config__ = _STRICT
-    stages: dict[str, Stage]
+    stages: dict[str, dict[str, Any]]
     cluster: str = "default"
     """Of `yamls/cluster/`, or a YAML file."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages by name, and where they run."""
+
+    stages: dict[str, Stage]
+    cluster: str
 
 
 def main() -> int:
@@ -70,7 +76,7 @@ def main() -> int:
     parser.add_argument("--take-over", action="store_true", help="end live jobs of these runs")
     parser.add_argument("--dry-run", action="store_true", help="check, print graph and scripts")
     args = parser.parse_args()
-    pipeline = load_config(read_yaml(args.pipeline), Pipeline, args.pipeline)
+    pipeline = load_pipeline(args.pipeline)
     order = ordered(pipeline.stages, args.pipeline)
     chosen = from_stage(pipeline.stages, order, args.first)
     launches = plan(pipeline, chosen, args.cluster)
@@ -81,6 +87,20 @@ def main() -> int:
         return 0
     submit_all(pipeline.stages, launches, args.take_over)
     return 0
+
+
+def load_pipeline(path: str) -> Pipeline:
+    """Read a pipeline. Raises: ConfigError with the problems of every stage."""
+    file = load_config(read_yaml(path), _File, path)
+    stages, problems = {}, []
+    for name, values in file.stages.items():
+        try:
+            stages[name] = load_config(values, Stage)
+        except ConfigError as error:
+            problems += [f"stages.{name}.{problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(problems, path)
+    return Pipeline(stages, file.cluster)
 
 
 def ordered(stages: dict[str, Stage], source: str) -> list[str]:
