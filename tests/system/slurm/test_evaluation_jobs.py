@@ -19,7 +19,7 @@ def test_an_array_with_a_kill_gives_the_table_of_one_process(desk: Desk):
     small = desk.pipeline
     common = [
         *(f"bundle={random_generator(small)}", f"images={small.images}", "num_images=204"),
-        *("cells=[{num_tokens:[4,8,16]}]", "chunk_size=17", "batch_size=17", "num_components=8"),
+        *("cells=[{num_tokens: [4, 8, 16]}]", "chunk_size=17", "batch_size=17", "num_components=8"),
         *("sampler.cfg_rescale=none", "metrics_log=null", "commands=[]"),
     ]
     config = "yamls/quickstart/sweep.yaml"
