@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError
 
 from launchers.cluster import Cluster, minutes
 from launchers.frozen_code import FrozenCode
 from launchers.jobs import Job
-from launchers.rank import RankTask, rank_environment
+from launchers.ranks import rank_environment
 from launchers.run_log import LAUNCH_NAME
+from launchers.task import RankTask
 from lgm_scale.errors import LGMError
 
 __all__ = ["Launch", "SubmissionError", "world_size"]
@@ -159,7 +161,7 @@ class Launch:
                 f"Slurm's {error.filename} is not installed here; submit from a login node, or "
                 "look at the job with --dry-run"
             ) from error
-        except submitit.core.utils.FailedJobError as error:
+        except FailedJobError as error:
             raise SubmissionError(f"Slurm refused the job: {error}") from error
         ids = [job.job_id for job in jobs]
         self._describe(ids, code, folder)

@@ -17,7 +17,7 @@ from launchers.attempts import STOPPED_STATUS
 from launchers.cluster import CLUSTERS, load_cluster, minutes
 from launchers.frozen_code import FrozenCode
 from launchers.jobs import TOOLS, describe_job
-from launchers.rank import master_port
+from launchers.ranks import master_port
 from launchers.save_interval import interval_steps
 from lgm_scale.errors import ConfigError
 from lgm_scale.train import STOPPED_STATUS as TRAINER_STOPPED_STATUS

@@ -81,8 +81,12 @@ def _free_port() -> int:
 
 def _free_network() -> str:
     """First three numbers of a network that no interface here is in."""
-    routes = subprocess.run(["ip", "-4", "addr"], capture_output=True, text=True, check=True).stdout
-    return next(net for net in (f"10.77.{k}" for k in range(100, 200)) if f"{net}." not in routes)
+    shown = subprocess.run(["ip", "addr"], capture_output=True, text=True, check=True).stdout
+    return next(
+        f"10.77.{k}"
+        for k in range(100, 200)
+        if f"10.77.{k}." not in shown and f"lgmv{k}-" not in shown
+    )
 
 
 def _wait(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
@@ -156,9 +160,7 @@ class VirtualCluster:
 
     def down(self) -> None:
         """End everything that belongs to this cluster."""
-        for node in self.nodes:  # jobs first: they are nobody's children once slurmd is gone
-            for pid in self.processes_on(node):
-                _kill(pid, signal.SIGKILL)
+        self._end_processes_on_nodes()  # jobs first: slurmd starts and ends them
         for pid in reversed(self.processes.values()):
             _kill(-pid, signal.SIGTERM)
         for pid in self.processes.values():
@@ -166,10 +168,20 @@ class VirtualCluster:
                 _wait(lambda pid=pid: not _alive(pid), "a daemon's end", 5)
             except RuntimeError:
                 _kill(-pid, signal.SIGKILL)
+        self._end_processes_on_nodes()  # what slurmd has left behind keeps a namespace alive
         for node in self.nodes:
-            subprocess.run(["ip", "netns", "del", self._namespace(node)], stderr=subprocess.DEVNULL)
-        subprocess.run(["ip", "link", "del", self._bridge], stderr=subprocess.DEVNULL)
+            for words in (
+                ("link", "del", self._interface(node)),
+                ("netns", "del", self._namespace(node)),
+            ):
+                subprocess.run(["ip", *words], stderr=subprocess.DEVNULL, check=False)
+        subprocess.run(["ip", "link", "del", self._bridge], stderr=subprocess.DEVNULL, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _end_processes_on_nodes(self) -> None:
+        for node in self.nodes:
+            for pid in self.processes_on(node):
+                _kill(pid, signal.SIGKILL)
 
     # --- how it comes up ----------------------------------------------------------------------
 

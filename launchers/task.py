@@ -23,32 +23,9 @@ from submitit.helpers import DelayedSubmission
 
 from launchers import scheduler
 from launchers.attempts import STOPPED_STATUS, Attempts, Verdict, last_step
+from launchers.ranks import STOP_SIGNALS, deafen, listens, master_port, rank_environment
 
-__all__ = ["RankTask", "master_port", "rank_environment"]
-
-_STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
-
-
-def master_port(job_id: int, restart: int) -> int:
-    """Port of the rendezvous, below the range of ephemeral ports; another one at every start."""
-    return 10_000 + (job_id * 17 + restart) % 20_000
-
-
-def rank_environment(
-    *, rank: int, world_size: int, local_rank: int, local_world_size: int, address: str, port: int
-) -> dict[str, str]:
-    """What every launcher of PyTorch sets for a rank."""
-    return {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(local_world_size),
-        "NODE_RANK": str(rank // local_world_size),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a rank that waits for a dead one must end
-        "PYTHONUNBUFFERED": "1",
-    }
+__all__ = ["RankTask"]
 
 
 @dataclass
@@ -80,7 +57,7 @@ class RankTask:
         """Run the child to its end. Ends the process with the child's status."""
         slurm = submitit.JobEnvironment()
         requeue_by_submitit = signal.getsignal(signal.SIGUSR2)  # calls `checkpoint`, then Slurm
-        for number in _STOP_SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         attempts = Attempts(Path(slurm.paths.folder) / slurm.job_id)
@@ -140,7 +117,7 @@ class RankTask:
             self.command,
             cwd=self.directory,
             env=environment | self.env,
-            preexec_fn=self._deafen if self.saves_on_request else None,
+            preexec_fn=deafen if self.saves_on_request else None,
         )
         try:
             return self._wait(child)
@@ -159,22 +136,6 @@ class RankTask:
                 continue
             if time.monotonic() - self._asked_at > self.grace_seconds:
                 child.kill()
-            elif not told and _listens(child.pid):  # Slurm's own signal may have come too early
+            elif not told and listens(child.pid):  # Slurm's own signal may have come too early
                 child.send_signal(signal.SIGUSR2)
                 told = True
-
-    @staticmethod
-    def _deafen() -> None:
-        """In the child, before it becomes a trainer: no signal may end it before it listens."""
-        for number in _STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-
-def _listens(pid: int) -> bool:
-    """Whether a process has a handler of its own for SIGUSR2."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
-    return bool(int(caught.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1)
