@@ -19,6 +19,7 @@ from pathlib import Path
 from lgm_scale.config import TrainingRun
 from lgm_scale.config_rules import load_training_run
 from lgm_scale.errors import exit_on_user_error
+from lgm_scale.first_failure import first_failure_on_top
 from lgm_scale.run_folder import RunFolder
 
 log = logging.getLogger("lgm_scale")
@@ -78,7 +79,8 @@ def main() -> int:
         if rank == 0:
             print(f"run {config.run_name} is finished: {folder.bundle}")
         return 0
-    return train(config, folder)
+    with first_failure_on_top(folder.path / "failures"):
+        return train(config, folder)
 
 
 def train(config: TrainingRun, folder: RunFolder) -> int:
@@ -93,45 +95,43 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
     from lgm_scale.training.stopping import StopRequest
 
     dist.initialize_dist(get_device(None), config.parallel.timeout_seconds)
-    stop = StopRequest(config.parallel.timeout_seconds)
-    stop.listen()
-    run = enter_run(folder)
-    if run.finished:
-        if dist.get_global_rank() == 0:
-            print(f"run {config.run_name} is finished: {folder.bundle}")
-        return 0
-    reproducibility.seed_all(config.seed)  # equal initial weights on every rank
-    dataset = build_dataset(config)
-    model = build_model(config, dataset)
-    ema = EMA(config.ema.decay, config.ema.interval)
-    resume = Resume(run.storage, run.run_id, config.parallel.strategy, config.checkpoint.keep)
-    trainer = build_trainer(config, model, dataset, ema, resume, stop)
-    resume.begin(trainer.state, trainer.logger)
-    state = trainer.state
-    assert state.max_duration is not None
-    if state.timestamp < state.max_duration:
-        trainer.fit()
-    if stop.agreed:
-        if dist.get_global_rank() == 0:
-            print(
-                f"run {config.run_name}: stopped after step {state.timestamp.batch.value}, state "
-                "saved; the same command again goes on",
-                flush=True,
+    with StopRequest(config.parallel.timeout_seconds) as stop:
+        run = enter_run(folder)
+        if run.finished:
+            return _say(f"run {config.run_name} is finished: {folder.bundle}")
+        reproducibility.seed_all(config.seed)  # equal initial weights on every rank
+        dataset = build_dataset(config)
+        model = build_model(config, dataset)
+        ema = EMA(config.ema.decay, config.ema.interval)
+        resume = Resume(run.storage, run.run_id, config.parallel.strategy, config.checkpoint.keep)
+        trainer = build_trainer(config, model, dataset, ema, resume, stop)
+        resume.begin(trainer.state)
+        if trainer.state.timestamp < config.train.max_duration:
+            trainer.fit()
+        steps = trainer.state.timestamp.batch.value
+        if stop.agreed:
+            _say(
+                f"run {config.run_name}: stopped after step {steps}, state saved; the same "
+                "command again goes on"
             )
-        return STOPPED_STATUS
-    average = ema.full_weights()
-    steps = state.timestamp.batch.value
+            return STOPPED_STATUS
+        average = ema.full_weights()
 
-    def finish() -> str:
-        resume.attempts.check()
-        path = export_bundle(config, model, dataset, average, steps)
-        leave_result(run.storage, folder, steps)
-        return str(path)
+        def finish() -> str:
+            resume.attempts.check()
+            bundle = export_bundle(config, model, dataset, average, steps)
+            leave_result(run.storage, folder, steps)
+            return str(bundle)
 
-    bundle = on_rank_zero(finish)
-    if dist.get_global_rank() == 0:
-        print(f"run {config.run_name}: {steps} steps done, bundle in {bundle}")
-    trainer.close()
+        bundle = on_rank_zero(finish)
+        trainer.close()
+    return _say(f"run {config.run_name}: {steps} steps done, bundle in {bundle}")
+
+
+def _say(line: str) -> int:
+    """Once, not once per rank. Returns: success."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
     return 0
 
 

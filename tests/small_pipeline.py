@@ -20,7 +20,7 @@ def run_command(
     *args: str | Path, ranks: int = 0, timeout: float = 300
 ) -> subprocess.CompletedProcess:
     """Run one of the project's commands, plainly or with `ranks` under the composer launcher."""
-    launcher = [sys.executable] if ranks == 0 else [_composer(), "-n", str(ranks)]
+    launcher = [sys.executable] if ranks == 0 else [composer(), "-n", str(ranks)]
     return subprocess.run(
         [*launcher, *map(str, args)],
         cwd=ROOT,
@@ -31,7 +31,7 @@ def run_command(
     )
 
 
-def _composer() -> str:
+def composer() -> str:
     return str(Path(sys.executable).with_name("composer"))
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from composer.core import State
-from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor, nn
 
@@ -206,7 +205,7 @@ class Resume:
 
     # --- loading --------------------------------------------------------------------------
 
-    def begin(self, state: State, logger: Logger) -> int:
+    def begin(self, state: State) -> int:
         """Load the newest whole state, if any, and number this attempt. On all ranks.
 
         Returns: Steps done.
@@ -217,7 +216,7 @@ class Resume:
         )
         step = 0
         for name in candidates:
-            problem = self._try(name, state, logger)
+            problem = self._try(name, state)
             if problem is None:
                 step = name.step
                 break
@@ -237,7 +236,7 @@ class Resume:
             log.info("resumed after step %d (attempt %d)", step, self._own().number)
         return step
 
-    def _try(self, name: StateName, state: State, logger: Logger) -> str | None:
+    def _try(self, name: StateName, state: State) -> str | None:
         """Load one state; what is wrong with it."""
         content, problem = on_rank_zero(lambda: self._read_manifest(name))
         if problem is not None:
@@ -253,7 +252,7 @@ class Resume:
             problem = next((found for found in problems if found is not None), None)
             if problem is not None:
                 return problem
-            self._load(name, manifest, shared, state, logger)
+            self._load(name, manifest, shared, state)
             dist.barrier()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -273,7 +272,10 @@ class Resume:
         if here != manifest.parameters:
             pairs = zip(manifest.parameters, here, strict=False)
             unlike = next(((was, now) for was, now in pairs if was != now), None)
-            example = f"; {unlike[0]} there, {unlike[1]} here" if unlike else ""
+            example = ""
+            if unlike is not None:
+                (was, shape), (now, other) = unlike
+                example = f"; {was} {shape} there, {now} {other} here"
             raise CheckpointError(
                 f"checkpoint.folder: {self.storage.root} holds another model: "
                 f"{len(manifest.parameters)} parameters there, {len(here)} here{example}. Choose "
@@ -301,9 +303,7 @@ class Resume:
                 return f"{file.name} does not have its checksum"
         return None
 
-    def _load(
-        self, name: StateName, manifest: Manifest, shared: Path, state: State, logger: Logger
-    ) -> None:
+    def _load(self, name: StateName, manifest: Manifest, shared: Path, state: State) -> None:
         assert self.model is not None
         paths = {}
         for file in files_needed(manifest, self.pieces):

@@ -21,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.record import LossRecord
+from lgm_scale.training.spikes import SpikeWatch
 
 __all__ = ["MetricsLog", "StepKeys"]
 
@@ -93,6 +94,7 @@ class MetricsLog(Callback):
         self._pending: list[_Step] = []
         self._clock = 0.0
         self._run: tuple[State, Logger] | None = None
+        self._spikes = SpikeWatch()
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop the lines of steps that will run again."""
@@ -163,6 +165,10 @@ class MetricsLog(Callback):
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             with logging_redirect_tqdm():
                 log.info(_line(rows, len(rows) / max(seconds, 1e-9)))
+                for row in rows:
+                    spike = self._spikes.look(row["step"], row["num_tokens"], row["loss"])
+                    if spike is not None:
+                        log.warning(spike)
 
 
 def _step_of(line: str) -> float:

@@ -40,6 +40,8 @@ class StopRequest(Callback):
     waiting, and looks at the answer one step later, when it has long been there. A rank whose
     peers are gone learns it here, too: its answer never comes, and it fails.
 
+    It listens inside a `with` block.
+
     Args:
         timeout_seconds: How long it waits for an answer.
     """
@@ -51,15 +53,21 @@ class StopRequest(Callback):
         self._group: Any = None
         self._flag = torch.zeros((), dtype=torch.int32)
         self._work: Any = None
+        self._before: dict[signal.Signals, Any] = {}
 
-    def listen(self) -> None:
+    def __enter__(self) -> StopRequest:
         """Take the signals over; in the main thread, once ranks can talk to each other."""
-        ignore_stop_signals()
+        self._before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
         multiprocessing.resource_tracker.ensure_running()  # a program of its own, deaf from birth
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

@@ -34,6 +34,7 @@ ORDER = [
     "models",
     "pixels",
     "data",
+    "first_failure",
     "nesting",
     "merging",
     "linkage",
@@ -58,6 +59,7 @@ PURE_MAY_NOT = ("composer", "torch.distributed", "streaming")
 TORCH_FREE = (
     "lgm_scale/config",
     "lgm_scale/errors.py",
+    "lgm_scale/first_failure.py",
     "lgm_scale/run_folder.py",
     "lgm_scale/data/manifest.py",
     "lgm_scale/parallel/rules.py",
