@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from eval.chunks import Arrays
-from eval.features import network_flags, one_by_one
+from eval.features import fixed_batches, network_flags
 from lgm_scale.bundle import file_hash
 from lgm_scale.errors import CheckpointError
 from lgm_scale.models.assets import read_weights
@@ -101,12 +101,12 @@ class DINOv2Features:
         """Features. Shapes: uint8 [B, 3, S, S] -> {"dinov2": float32 [B, C]}."""
         parts = [np.empty((0, self.net.embed_dim), "f4")]
         with network_flags(), torch.autocast(self.device.type, enabled=False):
-            for batch in one_by_one(images.to(self.device)):
+            for batch, count in fixed_batches(images.to(self.device)):
                 pixels = F.interpolate(
                     batch.float(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False
                 )
                 tokens = self.net.forward_features((pixels / 255 - self.mean) / self.std)
-                parts.append(tokens[:, 0].float().cpu().numpy())
+                parts.append(tokens[:count, 0].float().cpu().numpy())
         return {"dinov2": np.concatenate(parts)}
 
     def describe(self) -> dict[str, Any]:

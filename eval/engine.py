@@ -101,9 +101,9 @@ class Engine:
         dist.barrier()
         return images
 
-    def make_sums(self, plans: Sequence[RowPlan]) -> None:
-        """Mean and scatter of the features that rows need."""
-        jobs = [self._sums(plan.job, plan.sums) for plan in plans if plan.sums]
+    def make_sums(self, wanted: Sequence[tuple[Job, tuple[str, ...]]]) -> None:
+        """Mean and scatter of these features of these jobs, whose chunks are there."""
+        jobs = [self._sums(job, features) for job, features in wanted if features]
         make_missing(jobs, self.chunks, missing_tasks(jobs, self.chunks, Part()), lambda _: None)
         dist.barrier()
 

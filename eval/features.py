@@ -16,7 +16,11 @@ from torch import Tensor
 
 from eval.chunks import Arrays
 
-__all__ = ["FeatureSpace", "extract", "images_hash", "one_by_one"]
+__all__ = ["MIN_ROWS", "FeatureSpace", "extract", "fixed_batches", "images_hash", "network_flags"]
+
+
+MIN_ROWS = 4
+"""Below four rows a matrix product on a CPU takes another route, with other last bits."""
 
 
 class FeatureSpace(Protocol):
@@ -41,13 +45,20 @@ def extract(spaces: Sequence[FeatureSpace], images: Tensor) -> Arrays:
     return {name: values for space in spaces for name, values in space(images).items()}
 
 
-def one_by_one(images: Tensor) -> list[Tensor]:
-    """The batch as it is on a GPU, and image by image on a CPU.
+def fixed_batches(images: Tensor) -> list[tuple[Tensor, int]]:
+    """Batches for a network, each with the number of its images that count.
 
-    There a convolution takes another route in batches of another size, with other last bits, and
-    nothing is gained by a batch: one image at a time gives the same bits at every batch size.
+    On a GPU the batch as it is. On a CPU fours, the last one filled up: there a product or a
+    convolution takes another route in batches of another size, with other last bits, and nothing
+    is gained by larger ones. So an image has the same bits at every batch size.
     """
-    return [images] if images.is_cuda else list(images.split(1))
+    if images.is_cuda or not len(images):
+        return [(images, len(images))] if len(images) else []
+    parts = []
+    for part in images.split(MIN_ROWS):
+        fill = part[-1:].expand(MIN_ROWS - len(part), *part.shape[1:])
+        parts.append((torch.cat((part, fill)), len(part)))
+    return parts
 
 
 def images_hash(images: np.ndarray | Tensor) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eval.chunks import Made
-from eval.features import FeatureSpace, extract
+from eval.features import MIN_ROWS, FeatureSpace, extract
 from eval.sweep_config import Cell
 from lgm_scale.bundle import GeneratorBundle
 from lgm_scale.errors import CheckpointError, DataError
@@ -33,9 +33,6 @@ __all__ = [
     "sampler_of",
     "work_of",
 ]
-
-MIN_ROWS = 4
-"""Below four rows a matrix product on a CPU takes another route, with other last bits."""
 
 
 class Stopwatch:

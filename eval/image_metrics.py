@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.features import network_flags, one_by_one
+from eval.features import fixed_batches, network_flags
 from lgm_scale.bundle import file_hash
 from lgm_scale.models.assets import load_perceptual
 from lgm_scale.training.tokenizer import to_unit_range
@@ -74,7 +74,10 @@ class PerceptualDistance:
     @torch.inference_mode()
     def __call__(self, a: Tensor, b: Tensor) -> np.ndarray:
         """Distance per image. Shapes: uint8 [B, 3, S, S] x 2 -> float64 [B]."""
-        pairs = zip(*(one_by_one(images.to(self.device)) for images in (a, b)), strict=True)
+        pairs = zip(*(fixed_batches(images.to(self.device)) for images in (a, b)), strict=True)
         with network_flags():
-            found = [self.net(to_unit_range(x), to_unit_range(y)).double() for x, y in pairs]
+            found = [
+                self.net(to_unit_range(x), to_unit_range(y))[:count].double()
+                for (x, count), (y, _) in pairs
+            ]
         return torch.cat(found).cpu().numpy() if found else np.empty(0)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from eval.chunks import Made
-from eval.features import FeatureSpace, extract
+from eval.features import MIN_ROWS, FeatureSpace, extract
 from eval.generate import Stopwatch, batches, device_name, refuse_broken
 from eval.image_metrics import PerceptualDistance, ssim
 from lgm_scale.data.images import ImageDataset
@@ -26,8 +26,6 @@ from lgm_scale.pixels import finite_images, psnr, to_uint8
 from lgm_scale.training.tokenizer import to_unit_range
 
 __all__ = ["OriginalsWork", "ReconstructionWork", "StoredImages", "encode", "reconstruct", "spread"]
-
-MIN_ROWS = 4  # see eval.generate
 
 
 class StoredImages:
@@ -53,6 +51,14 @@ class StoredImages:
         items = [self.dataset[int(index)] for index in indices]
         labels = np.array([int(item["labels"]) for item in items])
         return torch.stack([item["images"] for item in items]), labels
+
+
+class Readable(Protocol):
+    """Images by index."""
+
+    def read(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, np.ndarray]:
+        """Shapes: [B] -> uint8 [B, 3, S, S], labels int64 [B]."""
+        ...
 
 
 def spread(count: int, wanted: int) -> list[int]:
@@ -97,9 +103,16 @@ def reconstruct(
 
 @dataclass
 class OriginalsWork:
-    """Makes chunks of the validation images themselves: features, labels, hashes."""
+    """Makes chunks of images themselves: features, labels, hashes.
 
-    images: StoredImages
+    Args:
+        images: Anything with `read(indices)`, such as `StoredImages`.
+        spaces: Feature spaces.
+        device: Where they compute.
+        batch_size: Images at once.
+    """
+
+    images: Readable
     spaces: Sequence[FeatureSpace]
     device: torch.device
     batch_size: int

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eval.chunks import Arrays
-from eval.features import network_flags, one_by_one
+from eval.features import fixed_batches, network_flags
 from lgm_scale.bundle import file_hash
 from lgm_scale.errors import CheckpointError, MissingAssetError
 from lgm_scale.models.assets import read_weights
@@ -128,9 +128,9 @@ class InceptionFeatures:
             [np.empty((0, dim), "f4")] for dim in self.outputs.values()
         ]
         with network_flags(), torch.autocast(self.device.type, enabled=False):
-            for batch in one_by_one(images.to(self.device)):
+            for batch, count in fixed_batches(images.to(self.device)):
                 for part, values in zip(parts, self.net(batch), strict=True):
-                    part.append(values.float().cpu().numpy())
+                    part.append(values[:count].float().cpu().numpy())
         return {name: np.concatenate(part) for name, part in zip(self.outputs, parts, strict=True)}
 
     def describe(self) -> dict[str, Any]:

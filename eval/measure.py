@@ -316,7 +316,7 @@ class Sweep:
     def _rows(self, plans: Sequence[RowPlan]) -> list[dict[str, Any]]:
         """Rows of plans whose chunks are there."""
         missing = self.engine.open_plans(plans)
-        self.engine.make_sums(missing)
+        self.engine.make_sums([(plan.job, plan.sums) for plan in missing])
         rows = self.engine.make_rows(plans)
         new = {plan.name for plan in missing}
         for plan, row in zip(plans, rows, strict=True):

@@ -137,7 +137,7 @@ def _why_off(
     if metric.feature not in outputs:
         space = metric.feature.split("_")[0]
         key = {"pixel": "num_components", "inception": "inception", "dinov2": "dinov2"}[space]
-        return f"`{key}` is not given"
+        return f"`{key}` is not given; `python -m eval.preflight` lists what is needed"
     held = {"statistics": reference.moments, "features": reference.features}
     if metric.needs in held and metric.feature not in held[metric.needs]:
         return (

@@ -52,7 +52,7 @@ class Sums:
             raise DataError(f"features of images {broken[:8].tolist()} are not finite")
         values = torch.from_numpy(features).to(device, torch.float64)
         mean = values.mean(0)
-        values -= mean
+        values = values - mean  # not in place: they may be the caller's own
         return cls(len(features), mean.cpu().numpy(), (values.T @ values).cpu().numpy())
 
     def merge(self, other: Sums) -> Sums:

@@ -176,11 +176,11 @@ def _sample_table(rows: Sequence[Row], losses: dict[str, Any]) -> str:
         cells = [_cell(row["run_name"])] if row.get("run_name") else []
         cells += [_cell(row["cell"][name]) for name in settings]
         cells += [
-            _number(row["metrics"].get(key), ".4g", row["metrics"].get(key) == best[key])
+            _number(row["metrics"].get(key), "#.4g", row["metrics"].get(key) == best[key])
             for key in keys
         ]
         cells += [
-            _number(row["work"]["tflops_per_image"] * 1e3, ".4g"),
+            _number(row["work"]["tflops_per_image"] * 1e3, "#.4g"),
             _number(row["work"]["rows"], "d"),
             _number(row["run"]["images_per_second"], ".3g"),
             _number(row["run"]["sampling_share"], ".1%"),
@@ -199,7 +199,7 @@ def _reconstruction_table(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         cells = [_number(row["num_tokens"], "d")]
-        cells += [_number(row["metrics"][key], ".4g") for key in keys]
+        cells += [_number(row["metrics"][key], "#.4g") for key in keys]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     notes = [text for key, text in rows[0]["names"].items() if key not in ("psnr_db", "ssim")]
     note = (

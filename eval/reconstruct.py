@@ -168,7 +168,7 @@ def measure(
     engine.make_chunks(plans.jobs(lengths), Part(), "reconstruct", may_work=True)
     plans.reduce(engine)
     row_plans = plans.plans(lengths)
-    engine.make_sums(engine.open_plans(row_plans))
+    engine.make_sums([(plan.job, plan.sums) for plan in engine.open_plans(row_plans)])
     rows = engine.make_rows(row_plans)
     savings: list[AdaptiveSaving] = []
     if targets:

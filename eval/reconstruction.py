@@ -21,7 +21,6 @@ from eval.chunks import Job
 from eval.engine import Engine, RowPlan
 from eval.image_metrics import PerceptualDistance
 from eval.image_work import OriginalsWork, ReconstructionWork
-from eval.inception import WEIGHTS_URL
 from eval.metrics import METRICS, count_name, metric_name
 from eval.moments import Moments, frechet_distance
 from eval.reference_files import Reference
@@ -29,7 +28,6 @@ from eval.spaces import Spaces, ValidationImages
 from lgm_scale import __version__
 from lgm_scale.errors import DataError
 from lgm_scale.merging import MergeTree
-from lgm_scale.models.assets import VGG16_URL
 from lgm_scale.models.tokenizer import Tokenizer
 
 __all__ = ["ReconstructionPlans"]
@@ -107,9 +105,13 @@ class ReconstructionPlans:
             return {"reconstructions": "Reconstructions are off: `images` is not given"}
         lines = {}
         if self.perceptual is None:
-            lines["lpips"] = f"LPIPS is off: `vgg16` is not given (528 MB, from {VGG16_URL})"
+            lines["lpips"] = (
+                "LPIPS is off: `vgg16` is not given; `python -m eval.preflight` says where it is"
+            )
         if "fid" in self.metrics and "fid" not in self.on:
-            lines["rfid_val"] = f"rFID is off: `inception` is not given (96 MB, from {WEIGHTS_URL})"
+            lines["rfid_val"] = (
+                "rFID is off: `inception` is not given; `python -m eval.preflight` says where it is"
+            )
         return lines
 
     # --- jobs ---------------------------------------------------------------------------------
@@ -190,8 +192,7 @@ class ReconstructionPlans:
         job, features = self._originals(), self._moment_features()
         moments: dict[str, Moments] = {}
         if features:
-            unused = RowPlan("", job, {}, features, _no_row, "")
-            engine.make_sums([unused])
+            engine.make_sums([(job, features)])
             moments = engine.moments(job, features)
         hashes = engine.features(job, ["hashes"])["hashes"]
         description = self.images.description | {
@@ -313,10 +314,6 @@ def _rank(count: int, moments: Moments) -> str:
         f" ({count_name(count)} images in {len(moments.mean)} dimensions: rank deficient, compares "
         "only with the same images)"
     )
-
-
-def _no_row(plan: RowPlan, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
-    raise AssertionError("the validation images are no row")
 
 
 def output_folder(out: str) -> Path:

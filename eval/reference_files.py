@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +29,7 @@ from eval.moments import Moments
 from lgm_scale.bundle import file_hash
 from lgm_scale.errors import DataError
 
-__all__ = ["Reference", "load_reference", "npz_images_shape", "save_reference"]
+__all__ = ["Reference", "load_reference", "npy_header", "npz_images_shape", "save_reference"]
 
 FORMAT = "lgm_scale.reference"
 _MEAN_KEYS = ("mu", "ref_mu", "mean", "fid_mu")
@@ -192,30 +192,18 @@ def npz_images_shape(path: Path) -> tuple[int, int, int, int] | None:
         if "arr_0.npy" not in archive.namelist():
             return None
         with archive.open("arr_0.npy") as file:
-            shape, order, dtype = _npy_header(file)
+            shape, order, dtype = npy_header(file)
     if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or dtype != np.uint8 or order:
         raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 images [M, S, S, 3]")
     return shape  # type: ignore[return-value]  # four entries, as checked
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read the header of an npy: shape, whether it is in Fortran's order, dtype."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)
     return np.lib.format.read_array_header_2_0(file)
-
-
-def npz_images(path: Path, chunk: int) -> Iterator[np.ndarray]:
-    """Images of an npz, `chunk` at a time: uint8 [B, S, S, 3]. Holds one chunk, not the file."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        (count, *shape), _, _ = _npy_header(file)
-        size = int(np.prod(shape))
-        for start in range(0, count, chunk):
-            rows = min(chunk, count - start)
-            data = file.read(rows * size)
-            if len(data) != rows * size:
-                raise DataError(f"{path} ends after {start + len(data) // size} of {count} images")
-            yield np.frombuffer(data, np.uint8).reshape(rows, *shape)
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -15,12 +15,17 @@ from lgm_scale.errors import ConfigError, LGMError
 __all__ = ["broken_rules", "outside_lengths", "repeated_lengths", "wrong_image_size"]
 
 
-def broken_rules(config: SweepConfig) -> list[str]:
-    """Every rule that the configuration breaks, alone and against the files it names."""
+def broken_rules(config: SweepConfig, info: dict[str, Any] | None = None) -> list[str]:
+    """Every rule that the configuration breaks, alone and against the files it names.
+
+    Args:
+        config: Of the sweep.
+        info: Contents of bundle.json, where the generator is not in a bundle yet.
+    """
     problems = [*_numbers(config), *_cells(config), *_files(config), *_search(config)]
     models, classes = {}, None
     try:
-        info = read_info(config.bundle)
+        info = info or read_info(config.bundle)
         models, classes = info["models"], list(info["classes"])
         lengths = sorted({cell.num_tokens for cell in expand(config)})
         problems += [f"cells: {text}" for text in outside_lengths(lengths, models["tokenizer"])]

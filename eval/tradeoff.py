@@ -99,6 +99,7 @@ def tradeoff_figure(
     _dress(right, f"images per second on one device ({', '.join(devices)})", theme)
     left.set_ylim(bottom=0)
     left.margins(x=0.1, y=0.15)
+    right.margins(x=0.16)
     figure.text(0.065, 0.935, f"{name}; lower is better", color=theme.ink, size=12)
     legend = left.legend(facecolor=theme.paper, edgecolor="none", fontsize=9.5, loc="best")
     for text in legend.get_texts():

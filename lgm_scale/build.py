@@ -300,6 +300,17 @@ def build_data(config: TrainingRun, dataset: TrainingDataset, lengths: LengthSch
     )
 
 
+def build_evaluation(config: GeneratorRun, dataset: LatentDataset, ema: EMA) -> Callback:
+    """The sweep's evaluator as a callback.
+
+    The package's only look outwards, at the moment a run asks for it: the evaluator stays one
+    implementation in eval/, and training without it imports nothing of it.
+    """
+    from eval.during_training import EvaluationDuringTraining, full_weights
+
+    return EvaluationDuringTraining(config, dataset, full_weights(ema))
+
+
 def build_trainer(
     config: TrainingRun,
     model: TrainingModel,
@@ -332,6 +343,9 @@ def build_trainer(
         stop,
         StateSaver(resume, config.checkpoint.interval, stop, {metrics.name: metrics}),
     ]
+    if isinstance(config, GeneratorRun) and config.evaluation is not None:
+        assert isinstance(dataset, LatentDataset)
+        callbacks.append(build_evaluation(config, dataset, ema))  # after the EMA has moved
     data = build_data(config, dataset, lengths)
     if isinstance(data.dataloader, ScaledLoader):
         callbacks.append(LoaderStep(data.dataloader))

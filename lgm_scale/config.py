@@ -297,6 +297,17 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluate the average of the weights while it is trained, with the sweep's own evaluator."""
+
+    __pydantic_config__ = _STRICT
+    sweep: str
+    """YAML file with the keys of a sweep (`eval/sweep_config.py`); bundle and out are the run's."""
+    interval: str
+    """A time string, such as 5000ba or 1ep."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeneratorRun(_Run):
     """Train a generator on latents, or with `lora` an adapter of one."""
 
@@ -307,6 +318,7 @@ class GeneratorRun(_Run):
     model: GeneratorModelConfig
     objective: FlowConfig = field(default_factory=FlowConfig)
     lora: LoRAConfig | None = None
+    evaluation: EvaluationConfig | None = None
 
 
 TrainingRun = TokenizerRun | GeneratorRun

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from lgm_scale.config import (
@@ -184,10 +185,18 @@ def _optimizer(config: TrainingRun) -> Iterator[str]:
 
 
 def _times(config: TrainingRun) -> Iterator[str]:
-    for key, value in (
-        ("train.max_duration", config.train.max_duration),
-        ("checkpoint.interval", config.checkpoint.interval),
-    ):
+    times = {
+        "train.max_duration": config.train.max_duration,
+        "checkpoint.interval": config.checkpoint.interval,
+    }
+    if isinstance(config, GeneratorRun) and config.evaluation is not None:
+        times["evaluation.interval"] = config.evaluation.interval
+        if not Path(config.evaluation.sweep).is_file():
+            yield (
+                f"evaluation.sweep: {config.evaluation.sweep} is not a file; give a YAML with the "
+                "keys of a sweep, or leave `evaluation` out"
+            )
+    for key, value in times.items():
         if not _TIME.fullmatch(value):
             yield f"{key}: {value!r} is no duration; write epochs as 400ep or batches as 1500ba"
 

@@ -12,11 +12,15 @@ from random_weights import torchmetrics_lpips
 from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from eval.features import FeatureExtractor
-from eval.image_metrics import PerceptualDistance, psnr, ssim
+from eval.features import FeatureSpace
+from eval.image_metrics import PerceptualDistance, ssim
 from eval.inception import InceptionFeatures
-from eval.moments import frechet_distance, moments_of
 from lgm_scale.errors import CheckpointError
+from lgm_scale.pixels import psnr
+
+
+def tensors(*arrays: np.ndarray) -> list[torch.Tensor]:
+    return [torch.from_numpy(array) for array in arrays]
 
 
 def smooth_pairs(count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -40,21 +44,21 @@ def test_ssim_is_that_of_scikit_image(side):
         for x, y in zip(a, b, strict=True)
     ]
     assert np.ptp(expected) > 0.1
-    np.testing.assert_allclose(ssim(a, b), expected, atol=1e-9)
+    np.testing.assert_allclose(ssim(*tensors(a, b)), expected, atol=1e-9)
 
 
 def test_ssim_of_equal_images_is_one_and_of_constant_ones_is_known():
     a, _ = smooth_pairs(2, 16)
-    np.testing.assert_allclose(ssim(a, a), 1, atol=1e-12)
+    np.testing.assert_allclose(ssim(*tensors(a, a)), 1, atol=1e-12)
     dark, light = (np.full((1, 3, 9, 9), level, np.uint8) for level in (51, 102))
     expected = (2 * 0.2 * 0.4 + 1e-4) / (0.2**2 + 0.4**2 + 1e-4)
-    assert ssim(dark, light) == pytest.approx(expected)
+    assert ssim(*tensors(dark, light)) == pytest.approx(expected)
 
 
 def test_psnr_is_that_of_scikit_image():
     a, b = smooth_pairs(4, 32)
     expected = [peak_signal_noise_ratio(x, y) for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-6)
+    np.testing.assert_allclose(psnr(*tensors(a, b)), expected, rtol=1e-6)
 
 
 def test_lpips_is_that_of_torchmetrics_on_rounded_pixels(vgg16_file):
@@ -63,7 +67,7 @@ def test_lpips_is_that_of_torchmetrics_on_rounded_pixels(vgg16_file):
     with torch.no_grad():
         pair = [torch.from_numpy(images).float() / 127.5 - 1 for images in (a, b)]
         expected = theirs(*pair).flatten()
-    found = PerceptualDistance(path, "cpu")(a, b)
+    found = PerceptualDistance(path, "cpu")(*tensors(a, b))
     assert found.dtype == np.float64
     assert expected.max() > 1e-4
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -87,42 +91,46 @@ def extractor(inception_file) -> InceptionFeatures:
 def test_inception_features_are_those_of_torch_fidelity(inception_file, extractor):
     from torch_fidelity.utils import create_feature_extractor
 
-    space: FeatureExtractor = extractor
-    images, _ = smooth_pairs(3, 32)
+    space: FeatureSpace = extractor
+    images = torch.from_numpy(smooth_pairs(4, 32)[0])
     theirs = create_feature_extractor(
         "inception-v3-compat",
-        ["2048"],
+        ["2048", "logits_unbiased"],
         cuda=False,
         feature_extractor_weights_path=str(inception_file),
     )
     with torch.inference_mode():
-        (expected,) = theirs(torch.from_numpy(images))
+        pool, logits = theirs(images)
     found = space(images)
-    assert found.dtype == np.float64
-    assert found.shape == (3, 2048)
-    assert np.array_equal(found, expected.double().numpy())
-    assert np.abs(found[0] - found[2]).max() > 1e-3
-    assert space(images[:0]).shape == (0, 2048)
+    assert {name: values.shape[1] for name, values in found.items()} == space.outputs
+    assert np.array_equal(found["inception_pool"], pool.numpy())
+    assert np.array_equal(found["inception_logits"], logits.numpy())
+    assert np.abs(found["inception_pool"][0] - found["inception_pool"][2]).max() > 1e-3
+    assert space(images[:0])["inception_pool"].shape == (0, 2048)
     described = json.loads(json.dumps(space.describe()))
     assert len(described["weights_sha256"]) == 64
-    assert "fid" not in (space.key + space.label).lower()
 
 
-def test_the_distance_is_that_of_torch_fidelity(extractor):
-    """Both lose digits where there are fewer images than features, hence the tolerance.
+def test_features_of_an_image_are_the_same_bits_in_every_batch(extractor):
+    images = torch.from_numpy(smooth_pairs(9, 32)[0])
+    whole, alone = extractor(images), [extractor(images[i : i + 1]) for i in (0, 4, 8)]
+    for name, values in whole.items():
+        assert np.array_equal(values[[0, 4, 8]], np.concatenate([each[name] for each in alone]))
 
-    Of 256 features: eigenvalues of 2048 take ten seconds.
-    """
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-    sides = [extractor(images)[:, :256] for images in smooth_pairs(6, 32)]
-    statistics = [fid_features_to_statistics(torch.from_numpy(x)) for x in sides]
-    expected = fid_statistics_to_metric(statistics[0], statistics[1], False)[
-        "frechet_inception_distance"
-    ]
-    found = frechet_distance(*(moments_of(x) for x in sides))
-    assert expected > 1e-3
-    assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
+def test_spatial_features_are_laid_out_rows_first_channels_last(extractor):
+    """ADM flattens (y, x, channel). The other order gives numbers of the right size, and wrong."""
+    seen: list[torch.Tensor] = []
+    hook = extractor.net.Mixed_6d.branch1x1.register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    )
+    found = extractor(torch.from_numpy(smooth_pairs(1, 32)[0]))["inception_spatial"]
+    hook.remove()
+    middle = seen[0][0].numpy()  # [192, 17, 17]
+    assert found.shape == (1, 17 * 17 * 7)
+    for y, x, channel in ((0, 0, 0), (0, 1, 0), (1, 0, 6), (16, 16, 3), (5, 11, 2)):
+        assert found[0, (y * 17 + x) * 7 + channel] == middle[channel, y, x]
+    assert not np.array_equal(found[0], middle[:7].reshape(-1))
 
 
 def test_inception_weights_that_are_none_are_refused(tmp_path):

@@ -9,14 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval.cells import Cells
 
-from eval.features import PixelPCA, images_hash
-from eval.generate import decode_to_uint8, refuse_broken
-from eval.image_metrics import psnr
-from eval.moments import Moments, frechet_distance, moments_of
+from eval import moments as moments_module
+from eval.features import images_hash
+from eval.generate import refuse_broken
+from eval.moments import Moments, Sums, frechet_distance, moments_of, symmetric_distance
+from eval.pixel_pca import PixelPCA
+from eval.rows import RowStore
 from eval.training_loss import loss_per_length
 from lgm_scale.errors import DataError
+from lgm_scale.pixels import finite_images, psnr, to_uint8
+
+
+def features_of(pca: PixelPCA, images: np.ndarray) -> np.ndarray:
+    return pca(torch.from_numpy(images))["pixel_pca"]
 
 
 def random_images(count: int, side: int = 8, seed: int = 0) -> np.ndarray:
@@ -76,6 +82,38 @@ def test_moments_refuse_one_vector_and_name_broken_ones():
         moments_of(features)
 
 
+def test_sums_of_parts_are_those_of_the_whole():
+    """Also where the mean is far away: sums of squares would lose eight digits there."""
+    features = np.random.default_rng(2).normal(size=(300, 5)) + 1e6
+    parts = [Sums.of(features[start : start + 70].copy()) for start in range(0, 300, 70)]
+    found, whole = Sums.joined(parts), moments_of(features)
+    np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-14)
+    np.testing.assert_allclose(found.covariance, np.cov(features.T), atol=1e-9)
+    assert found.count == 300
+
+
+def test_both_routes_agree_with_closed_forms_of_full_and_short_rank():
+    rng = np.random.default_rng(4)
+    a, b = rng.uniform(0.1, 5, 40), rng.uniform(0.1, 5, 40)
+    a[:15] = 0  # short rank: Cholesky has no factor
+    basis, _ = np.linalg.qr(rng.normal(size=(40, 40)))
+    zero = np.zeros(40)
+    sides = [Moments(zero, basis * values @ basis.T, 9) for values in (a, b)]
+    expected = np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    assert frechet_distance(*sides) == pytest.approx(expected, abs=1e-6)
+    assert symmetric_distance(*sides) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_difference_between_the_routes_is_reported(monkeypatch, caplog):
+    rng = np.random.default_rng(1)
+    a, b = (moments_of(rng.normal(size=(200, 6)) * scale) for scale in (1.0, 1.5))
+    frechet_distance(a, b, "FID")
+    assert not caplog.records
+    monkeypatch.setattr(moments_module, "symmetric_distance", lambda a, b: 7.0)
+    frechet_distance(a, b, "FID")
+    assert "FID: two routes to it differ" in caplog.text
+
+
 # --- features ---------------------------------------------------------------------------------
 
 
@@ -100,9 +138,9 @@ def test_signs_are_fixed():
 def test_features_of_an_image_do_not_depend_on_its_batch():
     images = random_images(30)
     pca = PixelPCA.fit(images, 5)
-    alone = np.concatenate([pca(images[i : i + 1]) for i in range(30)])
-    assert np.array_equal(pca(images), alone)
-    np.testing.assert_allclose(pca(images).mean(0), 0, atol=1e-12)
+    alone = np.concatenate([features_of(pca, images[i : i + 1]) for i in range(30)])
+    assert np.array_equal(features_of(pca, images), alone)
+    np.testing.assert_allclose(features_of(pca, images).mean(0), 0, atol=1e-12)
 
 
 def test_images_that_span_too_little_are_refused():
@@ -115,8 +153,7 @@ def test_images_that_span_too_little_are_refused():
 
 def test_the_feature_space_says_what_it_is():
     pca = PixelPCA.fit(random_images(30), 5)
-    assert pca.key == "pixel_pca_frechet"
-    assert pca.label.endswith("(not FID)")
+    assert pca.outputs == {"pixel_pca": 5}
     described = json.loads(json.dumps(pca.describe()))
     assert described["num_components"] == 5
     assert described["fitted_to"] == images_hash(random_images(30))
@@ -128,24 +165,35 @@ def test_the_feature_space_says_what_it_is():
 
 def test_pixels_are_rounded_and_clipped():
     pixels = torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0, 7.0]).reshape(1, 1, 1, 6)
-    levels, finite = decode_to_uint8(pixels)
-    assert levels.ravel().tolist() == [0, 0, 128, 255, 255, 255]
-    assert finite.tolist() == [True]
+    assert to_uint8(pixels).flatten().tolist() == [0, 0, 128, 255, 255, 255]
+    assert finite_images(pixels).tolist() == [True]
+
+
+def test_truncation_is_half_a_level_darker_and_rounding_meets_every_level():
+    levels = torch.arange(256)
+    exact = (levels / 127.5 - 1).reshape(1, 1, 1, 256)
+    assert to_uint8(exact).flatten().tolist() == levels.tolist()
+    between = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    shift = to_uint8(between, truncate=True).double() - to_uint8(between).double()
+    assert set(shift.tolist()) == {-1.0, 0.0}
+    assert shift.mean() == pytest.approx(-0.5, abs=0.02)
+    just_below = torch.tensor([0.999]) * 2 - 1
+    assert (int(to_uint8(just_below)), int(to_uint8(just_below, truncate=True))) == (255, 254)
 
 
 def test_images_that_are_not_finite_are_named():
     pixels = torch.zeros(4, 3, 2, 2)
     pixels[1, 0, 0, 0], pixels[3, 2, 1, 1] = math.nan, math.inf
-    _, finite = decode_to_uint8(pixels)
-    with pytest.raises(DataError, match=r"K = 8: images \[1, 3\] of 4 are not finite"):
-        refuse_broken(finite, "samples at K = 8")
+    finite = finite_images(pixels).numpy()
+    with pytest.raises(DataError, match=r"K = 8: 2 of 4 images are not finite .*: \[101, 103\]"):
+        refuse_broken(finite, "samples at K = 8", 100)
 
 
 def test_psnr_is_per_image_and_finite():
     a = random_images(3)
     b = a.copy()
     b[1] = np.where(a[1] < 128, a[1] + 10, a[1] - 10)
-    found = psnr(a, b)
+    found = psnr(torch.from_numpy(a), torch.from_numpy(b))
     assert found[1] == pytest.approx(20 * math.log10(255 / 10))
     one_level = 10 * math.log10(255**2 * 3 * 8 * 8)  # a single value off by one
     assert found[0] == found[2] == pytest.approx(one_level)
@@ -186,26 +234,26 @@ def test_a_log_that_is_none_is_refused(tmp_path, line, message):
         loss_per_length(path)
 
 
-# --- cells ------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------
 
 
-def test_a_cell_counts_only_under_its_own_protocol(tmp_path):
-    cells = Cells(tmp_path / "cells")
+def test_a_row_counts_only_under_its_own_protocol(tmp_path):
+    rows = RowStore(tmp_path / "rows")
     images = {"images": random_images(2)}
-    assert cells.find("a", {"seed": 0}) is None
-    cells.save("a", {"seed": 0}, {"distance": 1.5}, images)
-    assert cells.find("a", {"seed": 0}) == {"distance": 1.5}
-    assert cells.find("a", {"seed": 1}) is None
-    assert np.array_equal(cells.images("a")["images"], images["images"])
-    cells.save("a", {"seed": 1}, {"distance": 2.5}, images)
-    assert cells.find("a", {"seed": 0}) is None
-    assert cells.find("a", {"seed": 1}) == {"distance": 2.5}
-    (tmp_path / "cells" / "a.json").write_text("{")
-    assert cells.find("a", {"seed": 1}) is None
+    assert rows.find("a", {"seed": 0}) is None
+    saved = rows.save("a", {"seed": 0}, {"metrics": {"fid": 1.5}}, images)
+    assert rows.find("a", {"seed": 0}) == saved
+    assert saved["metrics"] == {"fid": 1.5}
+    assert rows.find("a", {"seed": 1}) is None
+    assert np.array_equal(rows.pictures(saved["key"])["images"], images["images"])
+    other = rows.save("a", {"seed": 1}, {"metrics": {"fid": 2.5}}, images)
+    assert rows.find("a", {"seed": 0}) == saved
+    (tmp_path / "rows" / f"{other['key']}.json").write_text("{")
+    assert rows.find("a", {"seed": 1}) is None
 
 
 def test_a_number_that_is_not_finite_is_never_kept(tmp_path):
-    cells = Cells(tmp_path)
+    rows = RowStore(tmp_path)
     with pytest.raises(ValueError, match="JSON"):
-        cells.save("a", {}, {"distance": math.nan}, {"images": random_images(1)})
-    assert cells.find("a", {}) is None
+        rows.save("a", {}, {"metrics": {"fid": math.nan}}, {"images": random_images(1)})
+    assert rows.find("a", {}) is None

@@ -1,0 +1,200 @@
+"""The sweep's evaluator during training: the same code on the EMA, every so many steps.
+
+A run asks for it with `evaluation: {interval: 5000ba, sweep: FILE.yaml}`. The file has the keys of
+a sweep; bundle and out are the run's own. Results are below `<run>/evaluation`, one folder per
+step, and one line per cell in `<run>/evaluation.jsonl`; loggers get the metrics. Training does not
+notice: no random number is drawn from a global state, and losses are the same bits with and
+without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, State, Time, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from eval.measure import Sweep
+from eval.results import headline
+from eval.spaces import Spaces
+from eval.sweep_config import SweepConfig, check_sweep
+from eval.sweep_rules import broken_rules
+from lgm_scale.bundle import (
+    TOKENIZER_NAME,
+    GeneratorBundle,
+    build_generator,
+    load_tokenizer,
+    read_bundle,
+)
+from lgm_scale.config import GeneratorRun, read_yaml, to_dict
+from lgm_scale.data.latents import TREE_NAME, LatentDataset
+from lgm_scale.errors import ConfigError
+from lgm_scale.pipeline import LGMPipeline
+from lgm_scale.training.ema import EMA
+
+__all__ = ["EvaluationDuringTraining", "full_weights", "load_training_sweep"]
+
+log = logging.getLogger("lgm_scale")
+
+GivesWeights = Callable[[], dict[str, Tensor]]
+
+
+def full_weights(ema: EMA) -> GivesWeights:
+    """How to get the whole average, by name, in float32 on the CPU; to be called on all ranks."""
+    gather = getattr(ema, "full_weights", None)
+    if gather is not None:  # an average that is spread over the ranks puts itself together
+        return gather
+    return lambda: {name: value.detach().float().cpu() for name, value in ema.average.items()}
+
+
+def load_training_sweep(config: GeneratorRun, classes: tuple[str, ...]) -> SweepConfig:
+    """The sweep that a run names, checked against the run itself.
+
+    Raises: ConfigError with every problem.
+    """
+    assert config.evaluation is not None
+    path = config.evaluation.sweep
+    values = read_yaml(path) | {"bundle": "(this run)", "out": f"{config.out}/evaluation"}
+    tokenizer = read_bundle(config.tokenizer, "tokenizer")["models"]["tokenizer"]
+    models = {"tokenizer": tokenizer, "generator": to_dict(config.model)}
+
+    def rules(sweep: SweepConfig) -> list[str]:
+        problems = broken_rules(sweep, {"models": models, "classes": list(classes)})
+        for key in ("part", "search", "metrics_log"):
+            if getattr(sweep, key) is not None:
+                problems.append(f"{key}: has no place during training; leave it out of this file")
+        return problems
+
+    return check_sweep(values, path, rules)
+
+
+class EvaluationDuringTraining(Callback):
+    """Runs a sweep on the average of the weights, every `config.evaluation.interval`.
+
+    Args:
+        config: Of the run.
+        dataset: Gives merge tree, latent statistics and classes.
+        weights: See `full_weights`.
+
+    Raises: ConfigError, CheckpointError, DataError for what cannot work, before training begins.
+    """
+
+    def __init__(self, config: GeneratorRun, dataset: LatentDataset, weights: GivesWeights) -> None:
+        assert config.evaluation is not None
+        if config.lora is not None:
+            raise ConfigError(
+                "evaluation: is for runs that train a whole generator, so far; leave it out with "
+                "lora, and run eval/sweep.py on the result"
+            )
+        self.interval = Time.from_timestring(config.evaluation.interval)
+        self.weights, self.out = weights, Path(config.out)
+        self.config = replace(
+            load_training_sweep(config, dataset.manifest.classes), keep_features=False
+        )
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", dist.get_local_rank())
+        with _own_randomness():
+            self.bundle = GeneratorBundle(
+                net=build_generator(config.model).eval().requires_grad_(False),
+                tokenizer=load_tokenizer(config.tokenizer, self.device),
+                tree=dataset.tree,
+                stats=dataset.stats,
+                classes=dataset.manifest.classes,
+                info={
+                    "models": {
+                        "tokenizer": read_bundle(config.tokenizer, "tokenizer")["models"][
+                            "tokenizer"
+                        ]
+                    },
+                    "training": {"config": to_dict(config)},
+                },
+            )
+            side = self.bundle.tokenizer.image_size
+            self.spaces = Spaces.load(self.config, side, self.device)
+        files = read_bundle(config.tokenizer, "tokenizer")["files"]
+        self.tokenizer_files = {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)}
+        self._sweep(0, {})  # finds out now what would fail then
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Evaluate if an interval of steps is over; after the average has moved."""
+        if self.interval.unit is TimeUnit.BATCH:
+            self._evaluate_at(state.timestamp.batch.value, self.interval.value, state, logger)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Evaluate if an interval of epochs is over."""
+        if self.interval.unit is TimeUnit.EPOCH:
+            self._evaluate_at(state.timestamp.epoch.value, self.interval.value, state, logger)
+
+    def _evaluate_at(self, now: int, every: int, state: State, logger: Logger) -> None:
+        if now % every == 0:
+            self.evaluate(state.timestamp.batch.value, logger)
+
+    def evaluate(self, step: int, logger: Logger | None = None) -> list[dict[str, Any]]:
+        """Rows of the average as it is now. Every rank must call it."""
+        with _own_randomness():
+            average = self.weights()
+            state = self.bundle.net.state_dict()
+            assert average.keys() <= state.keys(), "the average belongs to another network"
+            self.bundle.net.load_state_dict(state | average)
+            self.bundle.info["training"]["steps"] = step
+            self.bundle.net.to(self.device)
+            rows = self._sweep(step, {"ema_sha256": _hash(average)}).run({})["rows"]
+            self.bundle.net.to("cpu")  # the training has the memory again
+        self._record(step, rows, logger)
+        return rows
+
+    def _sweep(self, step: int, weights: dict[str, Any]) -> Sweep:
+        config = replace(self.config, out=str(self.out / "evaluation" / f"step-{step:08d}"))
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+        pipe = LGMPipeline(self.bundle, dtype)
+        return Sweep(config, pipe, weights, self.tokenizer_files, self.spaces, quiet=True)
+
+    def _record(self, step: int, rows: list[dict[str, Any]], logger: Logger | None) -> None:
+        for row in rows:
+            label = row["label"]
+            if logger is not None:
+                metrics = {f"evaluation/{label}/{k}": v for k, v in row["metrics"].items()}
+                logger.log_metrics(metrics, step=step)
+            if dist.get_global_rank() == 0:
+                log.info("evaluation after step %d | %s | %s", step, label, headline(row))
+        if dist.get_global_rank() == 0:
+            path = self.out / "evaluation.jsonl"
+            kept = path.read_text().splitlines(keepends=True) if path.is_file() else []
+            kept = [line for line in kept if json.loads(line)["step"] < step]
+            lines = [
+                json.dumps({key: row[key] for key in ("label", "num_images", "metrics", "names")}
+                           | {"step": step}) + "\n"
+                for row in rows
+            ]  # fmt: skip
+            path.write_text("".join([*kept, *lines]))
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Leave torch's global generators as they were."""
+    with torch.random.fork_rng():
+        yield
+
+
+def _hash(weights: dict[str, Tensor]) -> str:
+    """SHA-256 of names and values, from rank 0."""
+    found: list[Any] = [None]
+    if dist.get_global_rank() == 0:
+        total = hashlib.sha256()
+        for name in sorted(weights):
+            total.update(name.encode())
+            total.update(weights[name].contiguous().numpy().tobytes())
+        found = [total.hexdigest()]
+    dist.broadcast_object_list(found)
+    return found[0]

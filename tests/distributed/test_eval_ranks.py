@@ -1,0 +1,194 @@
+"""The evaluator over several processes: ranks, kills, and a second program on the same sweep."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from small_pipeline import ROOT
+from small_sweep import make_sweep_inputs, numbers_of, sweep_config, sweep_file
+
+from eval.chunks import ChunkStore, Job, Made
+from eval.measure import measure
+from eval.sweep_config import load_sweep
+from eval.work import Part, make_missing, missing_tasks
+
+pytestmark = [pytest.mark.slow, pytest.mark.system]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return make_sweep_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+PIXELS: dict[str, Any] = {
+    "cells": [{"num_tokens": [4, 9]}], "num_images": 121, "chunk_size": 2, "batch_size": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(made, tmp_path_factory) -> Path:
+    """The sweep in this one process."""
+    out = tmp_path_factory.mktemp("alone") / "report"
+    measure(sweep_config(made, out, **PIXELS))
+    return out
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def command(path: Path, ranks: int, *more: str) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, "eval/sweep.py", str(path), *more]
+    composer = Path(sys.executable).with_name("composer")
+    return [str(composer), "-n", str(ranks), "eval/sweep.py", str(path), *more]
+
+
+def same_results(out: Path, other: Path) -> None:
+    assert numbers_of(out) == numbers_of(other)
+    for path in sorted((other / "chunks").glob("*/*.safetensors")):
+        here = load_file(out / "chunks" / path.parent.name / path.name)
+        there = load_file(path)
+        assert here.keys() == there.keys()
+        assert all(np.array_equal(here[name], there[name]) for name in there), path
+
+
+def run(path: Path, ranks: int) -> None:
+    done = subprocess.run(
+        command(path, ranks), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_three_ranks_give_the_same_bits(made, alone, tmp_path):
+    out = tmp_path / "report"
+    run(sweep_file(made, out, **PIXELS | {"batch_size": 7}), 3)
+    same_results(out, alone)
+    assert (out / "index.html").is_file()
+
+
+def test_two_ranks_give_the_same_bits_with_inception(made, tmp_path, inception_file):
+    """Eleven images in six chunks, two for each rank to idle over."""
+    statistics = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+    np.savez(tmp_path / "reference.npz", **statistics)
+    changes = {
+        "cells": [{"num_tokens": 9}], "chunk_size": 4, "images": None, "num_components": 0,
+        "metrics": ["is"], "inception": str(inception_file),
+        "reference": str(tmp_path / "reference.npz"),
+    }  # fmt: skip
+    measure(sweep_config(made, tmp_path / "one", batch_size=4, **changes))
+    run(sweep_file(made, tmp_path / "two", batch_size=1, **changes), 2)
+    same_results(tmp_path / "two", tmp_path / "one")
+    (metrics,) = numbers_of(tmp_path / "two").values()
+    assert metrics["is"] > 1
+
+
+def chunk_files(out: Path) -> dict[Path, tuple[int, int]]:
+    """Every chunk of samples, by what tells whether it was written again."""
+    found = {}
+    for path in (out / "chunks").glob("samples*/*.safetensors"):
+        state = path.stat()
+        found[path] = (state.st_ino, state.st_mtime_ns)
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_killed_sweep_goes_on_with_another_number_of_ranks(
+    made, alone, tmp_path, seed, monkeypatch
+):
+    """Killed at a random moment between the first chunk of samples and the last one."""
+    out = tmp_path / "report"
+    rng = random.Random(seed)
+    path = sweep_file(made, out, **PIXELS)
+    process = subprocess.Popen(
+        command(path, 2), cwd=ROOT, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    total, wanted = 2 * 61, rng.randrange(1, 60)
+    deadline = time.monotonic() + 240
+    while len(chunk_files(out)) < wanted and time.monotonic() < deadline:
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = chunk_files(out)
+    assert wanted <= len(kept) < total
+    made_now: Counter[tuple[int, int]] = Counter()
+    from eval import generate
+
+    real = generate.sample_images
+
+    def spy(pipe, indices, num_tokens, *rest):
+        made_now.update((num_tokens, index) for index in indices.tolist())
+        return real(pipe, indices, num_tokens, *rest)
+
+    monkeypatch.setattr(generate, "sample_images", spy)
+    measure(sweep_config(made, out, **PIXELS))
+    now = chunk_files(out)
+    assert len(now) == total
+    assert {file: now[file] for file in kept} == kept, "a finished chunk was made again"
+    images = Counter()
+    for file in set(now) - set(kept):
+        start, stop = (int(part) for part in file.stem.split("-"))
+        num_tokens = int(file.parent.name.split("-k")[1][:4])
+        images.update((num_tokens, index) for index in range(start, stop))
+    assert made_now == images
+    assert set(images.values()) == {1}
+    same_results(out, alone)
+
+
+def _sweep_in_a_process(path: Path) -> None:
+    measure(load_sweep(str(path), []))
+
+
+def test_two_programs_on_one_sweep_count_nothing_twice(made, alone, tmp_path):
+    out = tmp_path / "report"
+    path = sweep_file(made, out, **PIXELS)
+    in_two_processes(_sweep_in_a_process, path)
+    same_results(out, alone)
+
+
+def in_two_processes(target: Callable[..., None], *args: Any) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=target, args=args) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def _work_in_a_process(folder: Path, log: Path, started: Any) -> None:
+    def work(start: int, stop: int) -> Made:
+        with log.open("a") as file:
+            file.write(f"{start}\n")
+        time.sleep(0.01)
+        return Made({"index": np.arange(start, stop)})
+
+    job = Job("numbers", {"kind": "test"}, 60, 2, work)
+    store = ChunkStore(folder)
+    started.wait()  # both see an empty folder and deal themselves all chunks
+    make_missing([job], store, missing_tasks([job], store, Part()), lambda task: None)
+
+
+def test_two_programs_share_the_work_and_make_each_chunk_once(tmp_path):
+    log, barrier = tmp_path / "log", multiprocessing.get_context("spawn").Barrier(2)
+    in_two_processes(_work_in_a_process, tmp_path / "store", log, barrier)
+    assert sorted(map(int, log.read_text().split())) == list(range(0, 60, 2))
+    job = Job("numbers", {"kind": "test"}, 60, 2, lambda *_: Made({}))
+    assert ChunkStore(tmp_path / "store").gather(job, ["index"])["index"].tolist() == list(
+        range(60)
+    )

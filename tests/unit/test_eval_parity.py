@@ -1,0 +1,205 @@
+"""Every metric against torch-fidelity's own `calculate_metrics`, on random-weight Inception."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from eval.chunks import Job
+from eval.engine import Engine
+from eval.image_work import OriginalsWork
+from eval.inception import NETWORK, InceptionFeatures
+from eval.metrics import compute, describe_metrics, select, warn_few_images
+from eval.moments import frechet_distance, moments_of
+from eval.reference_files import Reference
+from eval.scores import inception_score
+from eval.work import Part
+
+COUNT = 16
+
+
+def pictures(seed: int) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (COUNT, 3, 6, 6), dtype=np.uint8)
+    return torch.from_numpy(coarse.repeat(6, axis=2).repeat(6, axis=3))
+
+
+class Pictures(Dataset):
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+    def read(self, indices):
+        return self.images[torch.as_tensor(indices)], np.zeros(len(indices), np.int64)
+
+
+@pytest.fixture(scope="module")
+def extractor(inception_file) -> InceptionFeatures:
+    return InceptionFeatures(inception_file)
+
+
+@pytest.fixture(scope="module")
+def sides(extractor, tmp_path_factory) -> tuple[Engine, Job, Job]:
+    """Two sets of images through chunk files, in chunks that do not divide them."""
+    engine = Engine(tmp_path_factory.mktemp("parity"), torch.device("cpu"), quiet=True)
+    jobs = [
+        Job(name, {"seed": seed}, COUNT, 6,
+            OriginalsWork(Pictures(pictures(seed)), [extractor], torch.device("cpu"), 5))
+        for seed, name in enumerate(("generated", "real"))
+    ]  # fmt: skip
+    engine.make_chunks(jobs, Part(), "parity", may_work=True)
+    return engine, *jobs  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def theirs(inception_file) -> dict[str, float]:
+    from torch_fidelity import calculate_metrics
+
+    return calculate_metrics(
+        input1=Pictures(pictures(0)), input2=Pictures(pictures(1)), cuda=False, batch_size=4,
+        isc=True, fid=True, kid=True, prc=True, kid_subset_size=COUNT, kid_subsets=100,
+        feature_extractor=NETWORK, feature_extractor_weights_path=str(inception_file),
+        feature_layer_prc="2048", feature_layer_isc="logits_unbiased", feature_layer_fid="2048",
+        feature_layer_kid="2048", save_cpu_ram=True, cache=False, verbose=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_all_metrics_are_those_of_torch_fidelity(sides, theirs, extractor):
+    engine, generated, real = sides
+    keys = ("fid", "is", "kid", "precision", "recall")
+    features = ("inception_pool",)
+    engine.make_sums([(generated, features), (real, features)])
+    reference = Reference(
+        "real", engine.moments(real, features), dict(engine.features(real, features))
+    )
+    chosen = select(keys, extractor.outputs, reference, COUNT)
+    assert chosen.on == keys
+    found = compute(
+        chosen, engine.moments(generated, features), partial(engine.features, generated), reference
+    )
+    assert found["is"] == theirs["inception_score_mean"]
+    assert found["is_std"] == theirs["inception_score_std"]
+    assert found["kid"] == theirs["kernel_inception_distance_mean"]
+    assert found["kid_std"] == theirs["kernel_inception_distance_std"]
+    assert (found["precision"], found["recall"]) == (theirs["precision"], theirs["recall"])
+    assert theirs["frechet_inception_distance"] > 1
+    assert found["fid"] == pytest.approx(theirs["frechet_inception_distance"], abs=1e-4)
+    assert f"subsets of {COUNT}" in describe_metrics(chosen, COUNT, reference)["kid"]
+
+
+def test_spatial_distances_are_those_of_torch_fidelity(extractor, inception_file, sides):
+    """sFID through the registry, on fewer dimensions: eigenvalues of 2023 take seconds."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.utils import create_feature_extractor
+
+    engine, generated, real = sides
+    theirs = create_feature_extractor(
+        NETWORK, ["spatial_adm"], cuda=False, verbose=False,
+        feature_extractor_weights_path=str(inception_file),
+    )  # fmt: skip
+    with torch.inference_mode():
+        parts = [
+            torch.cat([theirs(batch)[0] for batch in pictures(seed).split(4)]) for seed in (0, 1)
+        ]
+    ours = [
+        engine.features(job, ["inception_spatial"])["inception_spatial"]
+        for job in (generated, real)
+    ]
+    for mine, other in zip(ours, parts, strict=True):
+        assert np.array_equal(mine, other.numpy())
+    cut = [part[:, ::40].contiguous() for part in parts]
+    statistics = [fid_features_to_statistics(part) for part in cut]
+    expected = fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
+    found = frechet_distance(*(moments_of(part[:, ::40]) for part in ours))
+    assert expected > 0.01
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_score_of_images_sorted_by_class_is_the_published_definition():
+    """exp of the mean KL between p(y|x) and p(y) in each of ten splits of shuffled images.
+
+    In the order of the classes, a split would hold one class, and its score would be one.
+    """
+    rng = np.random.default_rng(0)
+    classes = np.arange(400) // 40
+    logits = (rng.normal(size=(400, 10)) + 8 * np.eye(10)[classes]).astype(np.float32)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(1, keepdims=True)
+
+    def by_definition(order: np.ndarray) -> np.ndarray:
+        return np.array([
+            np.exp((q * np.log(q / q.mean(0))).sum(1).mean())
+            for q in np.array_split(p[order], 10)
+        ])  # fmt: skip
+
+    expected = by_definition(np.random.RandomState(2020).permutation(400))
+    mean, deviation = inception_score(logits)
+    assert mean == pytest.approx(expected.mean(), rel=1e-12)
+    assert deviation == pytest.approx(expected.std(), rel=1e-9)
+    in_order = by_definition(np.arange(400)).mean()
+    assert in_order < 1.3
+    assert mean > 7
+
+
+def test_too_few_images_are_said_loudly(caplog):
+    outputs = {"inception_pool": 2048, "inception_logits": 1008}
+    nothing = moments_of(np.eye(4))
+    reference = Reference("r", {"inception_pool": nothing}, {})
+    chosen = select(("fid", "is", "precision"), outputs, reference, 100)
+    assert chosen.on == ("fid", "is")
+    assert "holds no features of inception_pool" in chosen.off["precision"]
+    warn_few_images(chosen, outputs, 2048)
+    assert "FEW IMAGES: 2048 in 2048 dimensions (inception_pool)" in caplog.text
+    caplog.clear()
+    warn_few_images(chosen, outputs, 2049)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("missing", "problem"), [("samples", "is not a file"), (None, "6726825d")])
+def test_the_conformance_command_needs_the_published_files(
+    tmp_path, monkeypatch, inception_file, missing, problem
+):
+    from eval import conformance
+    from lgm_scale.errors import MissingAssetError
+
+    paths = {key: tmp_path / f"{key}.npz" for key in ("samples", "reference")}
+    for path in paths.values():
+        path.touch()
+    if missing:
+        paths[missing].unlink()
+    arguments = ["conformance", "--inception", str(inception_file)]
+    for key, path in paths.items():
+        arguments += [f"--{key}", str(path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(MissingAssetError, match=problem):
+        conformance.main()
+
+
+@pytest.mark.slow
+def test_the_conformance_command_scores_an_npz(tmp_path, inception_file):
+    """Its machinery on 12 random images and random weights; the numbers are no published ones."""
+    from eval.conformance import score
+    from eval.reference import make_reference, parse_args
+
+    for name, seed in (("samples", 0), ("reference", 1)):
+        np.savez(tmp_path / f"{name}.npz", pictures(seed)[:12].permute(0, 2, 3, 1).numpy())
+    args: argparse.Namespace = parse_args(
+        [str(tmp_path / "reference.npz"), "--out", str(tmp_path / "r"), "--inception",
+         str(inception_file)]
+    )  # fmt: skip
+    reference = make_reference(args)
+    small = Reference(reference.name, {}, reference.features)  # distances of 2048 take seconds
+    found = score(Path(tmp_path / "samples.npz"), small, str(inception_file), tmp_path / "work")
+    assert set(found) == {"is", "is_std", "precision", "recall"}
