@@ -137,16 +137,20 @@ class Job:
         self.until(running, f"run again ({count})")
 
     @property
+    def launches(self) -> Path:
+        """Folder of the launches of this run, whose code they share."""
+        inside = self.out / "slurm"
+        return inside if inside.is_dir() else self.out.with_name(self.out.name + ".slurm")
+
+    @property
     def folder(self) -> Path:
         """Of the last launch."""
-        root = self.out / "slurm"
-        root = root if root.is_dir() else self.out.with_name(self.out.name + ".slurm")
-        return max(path.parent for path in root.glob("*/launch.json"))
+        return max(path.parent for path in self.launches.glob("*/launch.json"))
 
     def log(self, rank: int = 0, job_id: str | None = None) -> str:
         """A rank's log; rank 0's is the job's."""
-        path = self.folder / f"{job_id or self.id}_{rank}_log.out"
-        return path.read_text() if path.exists() else "(no log)"
+        found = list(self.launches.glob(f"*/{job_id or self.id}_{rank}_log.out"))
+        return found[0].read_text() if found else "(no log)"
 
     def trainers_on(self, node: str) -> list[int]:
         """Process ids of this run's trainer on a node and of its data workers, the trainer first.

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from desk import Desk
-from small_pipeline import random_generator
+from small_sweep import make_sweep_inputs, numbers_of, results_of, sweep_file
 
 pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
 
 
-def test_an_array_with_a_kill_gives_the_table_of_one_process(desk: Desk):
-    small = desk.pipeline
-    common = [
-        *(f"bundle={random_generator(small)}", f"images={small.images}", "num_images=204"),
-        *("cells=[{num_tokens: [4, 8, 16]}]", "chunk_size=17", "batch_size=17", "num_components=8"),
-        *("sampler.cfg_rescale=none", "metrics_log=null", "commands=[]"),
-    ]
-    config = "yamls/quickstart/sweep.yaml"
-    alone = desk.folder / "runs" / "alone"
+def test_an_array_with_a_kill_gives_the_table_of_one_process(desk: Desk, tmp_path: Path):
+    made = make_sweep_inputs(tmp_path)
+    alone = tmp_path / "alone"
+    config = sweep_file(made, alone, num_images=1200, chunk_size=20, batch_size=20)
     result = subprocess.run(
-        [sys.executable, "eval/sweep.py", config, *common, f"out={alone}"],
+        [sys.executable, "eval/sweep.py", str(config)],
         cwd=desk.folder,
         env=os.environ | {"PYTHONPATH": str(desk.folder)},
         capture_output=True,
@@ -35,19 +30,28 @@ def test_an_array_with_a_kill_gives_the_table_of_one_process(desk: Desk):
     assert result.returncode == 0, result.stderr
     job = desk.submit(
         "runs/array",
-        *("--job", "eval", "--config", config, "--array", "3", "--gpus-per-node", "1"),
-        *(*common, "out=runs/array"),
+        *("--job", "eval", "--config", str(config), "--array", "3", "--gpus-per-node", "1"),
+        "out=runs/array",
     )
     array, join = job.ids
     second = f"{array}_1"
-    job.until(lambda: job.state(second) == "RUNNING", "start")
-    chunks = job.out / "chunks"
-    job.until(lambda: chunks.is_dir() and any(chunks.rglob("*.safetensors")), "make a chunk")
-    working = [pid for node in desk.cluster.nodes for pid in desk.processes(node, b"part=1/3")]
+    working: list[int] = []
+
+    def makes_chunks() -> bool:
+        nodes = desk.cluster.nodes
+        working[:] = [pid for node in nodes for pid in desk.processes(node, b"part=1/3")]
+        return bool(working) and any((job.out / "chunks").rglob("*.safetensors"))
+
+    job.until(makes_chunks, "make a chunk")
     os.kill(working[0], signal.SIGKILL)
-    job.until(lambda: job.state(join) in ("COMPLETED", "FAILED", "CANCELLED"), "be joined", 180)
-    assert job.state(join) == "COMPLETED", job.log(job_id=second) + job.log(job_id=join)
-    assert "starting again" in job.log(job_id=second)
-    tables = [json.loads((out / "results.json").read_text()) for out in (alone, job.out)]
-    assert [len(table["rows"]) for table in tables] == [3, 3]
-    assert tables[0]["rows"] == tables[1]["rows"]
+    job.until(
+        lambda: job.state(join) in ("COMPLETED", "FAILED", "CANCELLED"), "be joined", seconds=180
+    )
+    killed = job.log(job_id=second)
+    assert job.state(join) == "COMPLETED", killed + job.log(job_id=join)
+    assert "rank 0 on" in killed
+    assert "ended first: signal 9; starting again" in killed
+    assert numbers_of(job.out) == numbers_of(alone)
+    assert [row["cell"]["num_tokens"] for row in results_of(job.out)["rows"]] == [4, 9, 16]
+    status = desk.status(job.out)
+    assert "eval-array-join: 1 ranks" in status
