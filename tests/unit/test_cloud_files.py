@@ -90,9 +90,12 @@ def test_pods_find_each_other():
     service, job = manifests()
     pod = job["spec"]["template"]["spec"]
     name = job["metadata"]["name"]
-    arguments = pod["containers"][0]["args"]
+    container = pod["containers"][0]
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
     assert pod["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"] == {"job-name": name}
-    assert f"--address={name}-0.{pod['subdomain']}" in arguments
-    assert f"--nodes={job['spec']['completions']}" in arguments
+    assert environment["MASTER_ADDR"] == f"{name}-0.{pod['subdomain']}"
+    ranks = int(container["command"][2])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == ranks
+    assert int(environment["WORLD_SIZE"]) == job["spec"]["completions"] * ranks
     assert job["spec"]["completions"] == job["spec"]["parallelism"]

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from desk import STEPS, Desk, Job
+from desk import CONFIG, STEPS, Desk, Job
+from small_pipeline import metrics
 
 pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
 
@@ -104,6 +109,46 @@ def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undistu
     for job in (pair, lonely):
         assert "ended by Slurm: NODE_FAIL" in desk.status(job.out)
     cluster.wait_until_idle()
+
+
+def test_other_launchers_with_explicit_node_ranks(desk: Desk, undisturbed: list[float]):
+    """composer on two nodes, killed; then torchrun on two nodes goes on. No launcher of ours."""
+    out = desk.folder / "runs" / "by-hand"
+    words = shlex.join(
+        ["lgm_scale/train.py", CONFIG, *desk.overrides(str(out), "run_name=by-hand")]
+    )
+    binaries = Path(sys.executable).parent
+    common = "--master{0}addr n1 --master{0}port 29500"
+    composer = f"composer -n 1 --world_size 2 --node_rank $SLURM_NODEID {common.format('_')}"
+    torchrun = (
+        f"torchrun --nnodes 2 --nproc-per-node 1 --node-rank $SLURM_NODEID {common.format('-')}"
+    )
+
+    place = ["srun", "--nodes=2", "--ntasks-per-node=1", "--nodelist=n1,n2", "--kill-on-bad-exit"]
+    place += ["--job-name=by-hand"]
+
+    def srun(launcher: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*place, "sh", "-c", f"exec {binaries}/{launcher} {words}"],
+            cwd=desk.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | desk.cluster.environment | {"PYTHONPATH": str(desk.folder)},
+        )  # fmt: skip
+
+    first = srun(composer)
+    deadline = time.monotonic() + 90
+    while not list((out / "state").glob("ba00000100-*/manifest.json")):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    desk.cluster.run("scancel", "--name=by-hand", "--signal=KILL")
+    first.communicate(timeout=60)
+    assert first.returncode != 0
+    desk.cluster.wait_until_idle()
+    second = srun(torchrun)
+    text, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, text
+    assert "resumed after step 1" in text  # 100, or 150
+    assert [row["loss"] for row in metrics(out)] == undisturbed
 
 
 def test_a_config_error_is_told_once_and_not_requeued(desk: Desk):
