@@ -4,6 +4,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c "" 2>/dev/null && echo $$p && break; done)
 STAMP := $(VENV)/.lgm_scale-installed
+DEEPSPEED := $(VENV)/.deepspeed-installed
 BIN := $(VENV)/bin
 
 # OpenMP threads that spin while they wait bring a shared CPU to a crawl.
@@ -20,7 +21,7 @@ help:
 	@echo "make clean        delete runs/quickstart"
 	@echo "Add VENV=path to use an environment elsewhere, PYTHON=... to choose the interpreter."
 
-install: $(STAMP)
+install: $(STAMP) $(DEEPSPEED)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=...")'
@@ -29,16 +30,23 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[dev]'
 	@touch $@
 
+# DeepSpeed comes as source whose setup imports torch: after torch, and without the isolation that
+# would hide it. Its kernels are not compiled; training needs none of them.
+$(DEEPSPEED): $(STAMP)
+	$(BIN)/python -m pip install --quiet 'setuptools>=68' wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --progress-bar on --no-build-isolation -e '.[deepspeed]'
+	@touch $@
+
 quickstart: $(STAMP)
 	@sh quickstart.sh
 
-test: $(STAMP)
+test: $(STAMP) $(DEEPSPEED)
 	pytest
 
-test-system: $(STAMP)
+test-system: $(STAMP) $(DEEPSPEED)
 	pytest -m servers tests/system
 
-lint: $(STAMP)
+lint: $(STAMP) $(DEEPSPEED)
 	ruff check .
 	ruff format --check .
 	pyright

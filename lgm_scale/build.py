@@ -33,7 +33,6 @@ from lgm_scale.bundle import (
 from lgm_scale.checkpoint.resume import Resume
 from lgm_scale.checkpoint.saver import StateSaver
 from lgm_scale.config import (
-    FSDPConfig,
     GeneratorRun,
     OptimizerConfig,
     TokenizerRun,
@@ -58,14 +57,8 @@ from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.parallel.activation_checkpointing import checkpoint_blocks
 from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.parallel.compile import compile_blocks
-from lgm_scale.parallel.fsdp import (
-    FSDP2Trainer,
-    composer_fsdp1,
-    fsdp1_on_cpu,
-    shard_group,
-    transformer_blocks,
-)
-from lgm_scale.parallel.pieces import local_pieces
+from lgm_scale.parallel.fsdp import shard_group, transformer_blocks
+from lgm_scale.parallel.trainers import start_trainer
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.ema import EMA
@@ -255,7 +248,7 @@ def _players(model: TrainingModel) -> dict[str, list[nn.Module]]:
 
 def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
     threshold = config.optimizer.clip_norm
-    if threshold is None or config.parallel.strategy == "deepspeed":  # which clips by itself
+    if threshold is None or config.parallel.strategy == "deepspeed":  # the engine clips
         return []
     return [PlayerClipping(_players(model), threshold, model.record)]
 
@@ -350,7 +343,7 @@ def build_trainer(
     if isinstance(data.dataloader, ScaledLoader):
         callbacks.append(LoaderStep(data.dataloader))
     batch_size = config.train.global_batch_size // dist.get_world_size()
-    trainer = _start_trainer(
+    trainer, pieces, reload = start_trainer(
         config,
         model=model,
         train_dataloader=data,
@@ -367,29 +360,11 @@ def build_trainer(
         device_train_microbatch_size=config.train.device_microbatch_size or batch_size,
         seed=config.seed,
     )
-    pieces = local_pieces(model, trainer.state.optimizers[0])
-    ema.start(pieces)
-    resume.bind(model, pieces, ema)
-    return trainer
-
-
-def _start_trainer(config: TrainingRun, **arguments: Any) -> Trainer:
-    """The trainer of the configured strategy."""
-    parallel = config.parallel
-    if parallel.strategy == "ddp":
-        return Trainer(**arguments)
-    fsdp = parallel.fsdp or FSDPConfig()
-    if fsdp.version == 2:
-        compute = torch.bfloat16 if config.train.precision == "amp_bf16" else torch.float32
-        return FSDP2Trainer(fsdp=fsdp, compute=compute, **arguments)
-    with fsdp1_on_cpu():
-        trainer = Trainer(
-            parallelism_config=composer_fsdp1(fsdp, arguments["model"]),  # type: ignore[arg-type]
-            **arguments,
-        )
     for algorithm in trainer.state.algorithms:
         if isinstance(algorithm, PlayerClipping):
-            algorithm.shard_group = shard_group(arguments["model"])
+            algorithm.shard_group = shard_group(model)
+    ema.start(pieces)
+    resume.bind(model, pieces, ema, reload)
     return trainer
 
 

@@ -10,10 +10,20 @@ from torch import nn
 
 from lgm_scale.build import build_auxiliary, build_critic
 from lgm_scale.bundle import build_generator, build_tokenizer
-from lgm_scale.config import GeneratorRun, TokenizerRun, TrainingRun, to_dict
+from lgm_scale.config import (
+    DeepSpeedConfig,
+    FSDPConfig,
+    GeneratorRun,
+    ParallelConfig,
+    TokenizerRun,
+    TrainingRun,
+    to_dict,
+)
 from lgm_scale.flops import dit_flops, tokenizer_flops
 from lgm_scale.models.assets import build_frozen
 from lgm_scale.models.lora import add_adapter
+from lgm_scale.parallel.fsdp import transformer_blocks
+from lgm_scale.parallel.memory import ParameterInfo, parameter_infos, planned_bytes
 from lgm_scale.training.batch_scaling import loader_batches, steps_per_epoch
 from lgm_scale.training.length_schedule import LengthSchedule
 
@@ -49,23 +59,44 @@ class Sizes:
         ]
 
 
+@dataclass(frozen=True)
+class Networks:
+    """What a run holds, on the meta device: the result, and what else is trained."""
+
+    sizes: Sizes
+    network: nn.Module
+    others: tuple[nn.Module, ...] = ()
+
+    def infos(self) -> list[ParameterInfo]:
+        """Of all that is not a frozen network."""
+        infos = parameter_infos(self.network, averaged=True)
+        return infos + [i for other in self.others for i in parameter_infos(other, averaged=False)]
+
+    @property
+    def largest_block(self) -> int:
+        """Parameters of the largest transformer block."""
+        return max((_count(block) for block in transformer_blocks(self.network)), default=0)
+
+
 def _count(module: nn.Module | None) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
 
-def _tokenizer_sizes(config: TokenizerRun, tokenizer: nn.Module) -> Sizes:
+def _tokenizer_networks(config: TokenizerRun, tokenizer: nn.Module) -> Networks:
     nets = build_frozen(config, read=False)
     frozen = [net.module for net in (nets.perceptual, nets.teacher, nets.critic) if net is not None]
-    return Sizes(
+    auxiliary, critic = build_auxiliary(config), build_critic(config)
+    sizes = Sizes(
         network=_count(tokenizer),
-        auxiliary=_count(build_auxiliary(config)),
-        critic=_count(build_critic(config)),
+        auxiliary=_count(auxiliary),
+        critic=_count(critic),
         frozen=sum(_count(net) for net in frozen),
     )
+    return Networks(sizes, tokenizer, tuple(net for net in (auxiliary, critic) if net is not None))
 
 
 def describe(config: TrainingRun, world_size: int) -> str:
-    """Resolved configuration, sizes, work per step for each K, memory per GPU, steps per epoch."""
+    """Resolved configuration, sizes, work per step for each K, memory per rank, steps per epoch."""
     with torch.device("meta"):
         if isinstance(config, GeneratorRun):
             generator = build_generator(config.model)
@@ -74,16 +105,17 @@ def describe(config: TrainingRun, world_size: int) -> str:
                 add_adapter(generator, config.lora.rank, config.lora.alpha)
             adapter = sum(p.numel() for p in generator.parameters() if p.requires_grad)
             sizes = Sizes(_count(generator), adapter if config.lora is not None else 0)
+            nets = Networks(sizes, generator)
         else:
             tokenizer = build_tokenizer(config.model)
             cost = tokenizer_flops(tokenizer, config.model.size)
-            sizes, forward = _tokenizer_sizes(config, tokenizer), lambda k: cost
-    count = sizes.network
+            nets, forward = _tokenizer_networks(config, tokenizer), lambda k: cost
+    count, sizes = nets.sizes.network, nets.sizes
     sections = [
         yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
         "\n".join([f"parameters   {count / 1e6:.1f} M ({count:,})", *sizes.lines()]),
         _work(config, forward),
-        _memory(sizes, world_size),
+        _memory(config, nets, world_size),
         _epoch(config),
     ]
     return "\n\n".join(sections)
@@ -113,22 +145,61 @@ def _work(config: TrainingRun, forward) -> str:
     return "\n".join(lines)
 
 
-def _memory(sizes: Sizes, world_size: int) -> str:
-    """State per GPU under DDP: every rank holds all of it. Activations come on top."""
-    averaged = sizes.adapter or sizes.network
-    trained = averaged + sizes.auxiliary + sizes.critic
-    held = {
-        "weights": (sizes.network + sizes.auxiliary + sizes.critic) * 4,
-        "gradients": trained * 4,
-        "optimizer": trained * 8,
-        "EMA": averaged * 4,
-        "frozen networks": sizes.frozen * 4,
-    }
-    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items() if size)
-    return (
-        f"memory per GPU, {world_size} ranks, strategy ddp (nothing sharded), without activations: "
-        f"{sum(held.values()) / 2**30:.2f} GiB ({parts})"
+def _memory(config: TrainingRun, nets: Networks, world_size: int) -> str:
+    """State per rank under every strategy, that of the configuration first. In GiB."""
+    infos = nets.infos()
+    frozen = nets.sizes.frozen * 4 / 2**30
+    rows = [
+        f"memory per rank in GiB, {world_size} ranks, without activations"
+        + (f"; {frozen:.2f} of it are frozen networks" if frozen else ""),
+        "  strategy          total   weights  gradients  optimizer    EMA   gathered at once",
+    ]
+    chosen = _label(config.parallel)
+    strategies = {chosen: config.parallel} | {_label(other): other for other in _STRATEGIES}
+    for label, parallel in strategies.items():
+        planned = planned_bytes(infos, parallel, world_size)
+        parts = (planned.weights, planned.gradients, planned.optimizer, planned.ema)
+        gathered = _gathered(nets, parallel)
+        total = (planned.total - planned.on_host) / 2**30 + frozen
+        rows.append(
+            f"{'>' if label == chosen else ' '} {label:15s} {total:8.2f}"
+            + "".join(f" {part / 2**30:9.2f}" for part in parts)
+            + f" {gathered / 2**30:9.2f}"
+            + (f"   and {planned.on_host / 2**30:.2f} on the host" if planned.on_host else "")
+        )
+    return "\n".join(rows)
+
+
+_STRATEGIES = (
+    ParallelConfig(),
+    *(ParallelConfig(strategy="fsdp", fsdp=FSDPConfig(shard=s)) for s in ("full", "hybrid")),
+    *(
+        ParallelConfig(strategy="deepspeed", deepspeed=DeepSpeedConfig(stage=stage))
+        for stage in (1, 2, 3)
+    ),
+)
+
+
+def _label(parallel: ParallelConfig) -> str:
+    if parallel.strategy == "fsdp":
+        fsdp = parallel.fsdp or FSDPConfig()
+        return f"fsdp{fsdp.version} {fsdp.shard}{' offload' if fsdp.cpu_offload else ''}"
+    if parallel.strategy == "deepspeed":
+        zero = parallel.deepspeed or DeepSpeedConfig()
+        return f"zero-{zero.stage}{'' if zero.offload == 'none' else ' offload'}"
+    return "ddp"
+
+
+def _gathered(nets: Networks, parallel: ParallelConfig) -> int:
+    """Bytes of whole weights and gradients of blocks in flight: this one and the next."""
+    sharded = parallel.strategy == "fsdp" or (
+        parallel.strategy == "deepspeed" and (parallel.deepspeed or DeepSpeedConfig()).stage == 3
     )
+    if not sharded:
+        return 0
+    if parallel.fsdp is not None and parallel.fsdp.shard == "grad_op":
+        return 4 * nets.sizes.network
+    return 4 * (2 + 1) * nets.largest_block
 
 
 def _epoch(config: TrainingRun) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from lgm_scale.config import TokenizerRun, TrainingRun
+from lgm_scale.config import DeepSpeedConfig, TokenizerRun, TrainingRun
 
 __all__ = ["parallel_rules"]
 
@@ -73,19 +73,28 @@ def _fsdp(config: TrainingRun, world_size: int, has_gpu: bool | None) -> Iterato
 def _deepspeed(config: TrainingRun) -> Iterator[str]:
     if importlib.util.find_spec("deepspeed") is None:
         yield (
-            "parallel.strategy: deepspeed, but it is not installed; "
-            "pip install --no-build-isolation 'lgm-scale[deepspeed]', or use fsdp"
+            "parallel.strategy: deepspeed, but it is not installed; pip install setuptools wheel, "
+            "then pip install --no-build-isolation 'lgm-scale[deepspeed]', or use fsdp"
         )
-    deepspeed = config.parallel.deepspeed
-    if deepspeed is not None and deepspeed.offload == "all" and deepspeed.stage != 3:
+    deepspeed = config.parallel.deepspeed or DeepSpeedConfig()
+    if deepspeed.offload == "all" and deepspeed.stage != 3:
         yield (
             f"parallel.deepspeed.offload: all needs stage: 3, not {deepspeed.stage}: weights are "
             "whole on every rank before that; use optimizer"
         )
-    if deepspeed is not None and deepspeed.bucket_mib < 1:
+    if deepspeed.bucket_mib < 1:
         yield f"parallel.deepspeed.bucket_mib: {deepspeed.bucket_mib} must be 1 or more"
-    if isinstance(config, TokenizerRun) and config.objective.adversarial > 0:
+    if config.train.compile and deepspeed.stage == 3:
         yield (
-            "parallel.strategy: deepspeed clips one norm over all parameters, and a tokenizer "
-            "with objective.adversarial > 0 has two players, each clipped on its own; use fsdp"
+            "train.compile: true has no use with parallel.deepspeed.stage: 3, whose hooks gather "
+            "weights inside the blocks: torch compiles the pieces between them over and over, and "
+            "gives up; set it to false, or use stage: 2 or parallel.strategy: fsdp"
+        )
+    clip_norm = config.optimizer.clip_norm
+    two_players = isinstance(config, TokenizerRun) and config.objective.adversarial > 0
+    if two_players and clip_norm is not None:
+        yield (
+            f"optimizer.clip_norm: {clip_norm} is for each player's gradient on its own, and "
+            "parallel.strategy: deepspeed knows the norm of all gradients alone; set it to null, "
+            "or use fsdp or ddp"
         )

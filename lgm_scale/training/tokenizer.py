@@ -7,6 +7,7 @@ neither update sees the other. So L_generator (critic's weights constant) plus L
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,15 @@ class TokenizerModel(ComposerModel):
         if self.critic is not None:
             players["critic"] = [self.critic]
         return players
+
+    def read_elsewhere(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+        """Weights that a module of the losses reads of one inside it, whose forward never runs.
+
+        ZeRO-3 gathers what runs; it finds such weights by itself in the model's forward alone.
+        """
+        if self.auxiliary is not None:
+            for parameter in self.auxiliary.vit.parameters(recurse=False):
+                yield self.auxiliary, parameter
 
     def forward(self, batch: dict[str, Any]) -> TokenizerOutput:
         """Reconstruct at the batch's K."""

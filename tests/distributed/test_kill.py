@@ -61,7 +61,7 @@ def reference(small_pipeline, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
 def test_kill_9_at_random_moments(small_pipeline, folder, reference, strategy):
     out, log = folder / strategy, folder / f"{strategy}-killed-log"
     job = (config(small_pipeline, out), STRATEGIES[strategy])

@@ -10,11 +10,19 @@ from lgm_scale.config_rules import load_training_run
 from lgm_scale.models.tokenizer import TOKENIZER_SIZES
 from lgm_scale.plan import Sizes, describe
 
-RECIPE = Path(__file__).resolve().parents[2] / "yamls" / "tokenizer_b.yaml"
+YAMLS = Path(__file__).resolve().parents[2] / "yamls"
+RECIPE = YAMLS / "tokenizer_b.yaml"
+DIT_XL = YAMLS / "dit_xl.yaml"
 
 
 def plan_of(*overrides: str) -> str:
     return describe(load_training_run(str(RECIPE), list(overrides), 8, None), 8)
+
+
+def row(text: str, strategy: str) -> list[str]:
+    """Numbers of a strategy's row of the memory table."""
+    (line,) = (line for line in text.splitlines() if line.startswith(strategy))
+    return line.removeprefix(strategy).split()
 
 
 def test_the_recipe_is_the_published_one():
@@ -40,7 +48,7 @@ def test_memory_counts_both_players_and_the_frozen_networks():
     assert "critic's heads 7.4 M" in text
     network, auxiliary, critic, frozen = 173_612_064, 1_622_464, 7_398_725, 339.8e6
     total = (16 * (network + auxiliary + critic) + 4 * network + 4 * frozen) / 2**30
-    assert f"without activations: {total:.2f} GiB" in text
+    assert row(text, "> ddp")[0] == f"{total:.2f}"
     less = plan_of("objective.adversarial=0", "objective.representation=0")
     assert "critic" not in less.split("parameters")[1]
     assert "frozen networks 14.7 M" in less  # VGG16's convolutions
@@ -54,3 +62,23 @@ def test_every_size_can_be_planned(size):
 
 def test_a_generator_has_no_parts_for_training_only():
     assert Sizes(5).lines() == []
+
+
+def test_memory_shrinks_with_ranks_where_a_strategy_shards():
+    text = describe(load_training_run(str(DIT_XL), [], 64, None), 64)
+    whole = float(row(text, "> ddp")[0])
+    assert whole == pytest.approx(20 * 675_261_216 / 2**30, abs=0.01)
+    assert float(row(text, "  fsdp2 full")[0]) == pytest.approx(whole / 64, rel=0.02)
+    assert float(row(text, "  fsdp2 hybrid")[0]) == pytest.approx(whole / 8, rel=0.01)
+    weights, gradients, optimizer, ema = map(float, row(text, "  zero-2")[1:5])
+    assert weights == pytest.approx(whole / 5 * (1 + 1 / 64), rel=0.01)
+    assert [gradients, optimizer, ema] == pytest.approx(
+        [whole / 5 / 64, 2 * whole / 5 / 64, whole / 5 / 64], abs=0.01
+    )
+
+
+def test_the_configured_strategy_is_marked():
+    overrides = ["parallel.strategy=fsdp", "parallel.fsdp.cpu_offload=true"]
+    text = describe(load_training_run(str(DIT_XL), overrides, 64, None), 64)
+    assert row(text, "> fsdp2 full offload")[0] == "0.00"
+    assert "on the host" in text

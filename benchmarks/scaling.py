@@ -1,0 +1,247 @@
+"""Step time, communication and memory of each strategy here, and a projection to many GPUs.
+
+    python -m benchmarks.scaling --world-sizes 1 2
+    python -m benchmarks.scaling --projection-only --size xl --peak-tflops 989 --utilization 0.4
+
+What is measured: one training step (forward, backward, AdamW) of a generator on ranks of this
+machine, strategies alternating; the bytes that a rank hands to collectives in it; the bytes of
+state that it keeps. What is projected, and how, is printed with the table: a model of two lines,
+with bandwidths and utilization as arguments. It knows no latency, no stragglers and no data
+loading; it bounds what communication costs and claims nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.projection import Cluster, print_projection
+from benchmarks.timing import alternating_medians, print_table
+from lgm_scale.config import DeepSpeedConfig, FSDPConfig, ParallelConfig
+from lgm_scale.errors import exit_on_user_error
+from lgm_scale.merging import MergeTree
+from lgm_scale.models.dit import DIT_SIZES, MergeDiT
+from lgm_scale.parallel.fsdp import shard
+from lgm_scale.parallel.memory import measured_bytes, parameter_infos, planned_bytes
+from lgm_scale.parallel.pieces import local_pieces
+
+NUM_CLASSES, LATENT_DIM, NUM_BASE_TOKENS = 1000, 32, 256
+
+STRATEGIES = {
+    "ddp": ParallelConfig(),
+    "fsdp2 full": ParallelConfig(strategy="fsdp", fsdp=FSDPConfig()),
+    "fsdp2 grad_op": ParallelConfig(strategy="fsdp", fsdp=FSDPConfig(shard="grad_op")),
+    **{
+        f"zero-{stage}": ParallelConfig(
+            strategy="deepspeed", deepspeed=DeepSpeedConfig(stage=stage)
+        )
+        for stage in (1, 2, 3)
+    },
+}
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scaling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--measured-size", choices=list(DIT_SIZES), default="tiny")
+    parser.add_argument("--batch-size", type=int, default=8, help="per rank")
+    parser.add_argument("--num-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--projection-only", action="store_true")
+    project = parser.add_argument_group("projection")
+    project.add_argument("--size", choices=list(DIT_SIZES), default="xl")
+    project.add_argument("--global-batch-size", type=int, default=1024)
+    project.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64, 256, 1024])
+    project.add_argument("--gpus-per-node", type=int, default=8)
+    project.add_argument("--peak-tflops", type=float, default=989, help="of one GPU, bf16")
+    project.add_argument("--utilization", type=float, default=0.4, help="of the peak, computing")
+    project.add_argument("--node-gbps", type=float, default=450, help="GB/s per GPU inside a node")
+    project.add_argument("--network-gbps", type=float, default=50, help="GB/s per GPU, outside")
+    return parser.parse_args(argv)
+
+
+class CollectiveBytes(TorchDispatchMode):
+    """Bytes that this rank hands to collectives, by kind; of all-gathers, what comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        """Count, and go on."""
+        name = func.name() if hasattr(func, "name") else str(func)
+        if name.startswith(("c10d::", "_c10d_functional::")):
+            sizes = [t.numel() * t.element_size() for t in _tensors(args)]
+            kind = name.split("::")[1].strip("_").split(".")[0]
+            self.bytes[kind] = self.bytes.get(kind, 0) + max(sizes, default=0)
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, list | tuple):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return []
+
+
+class Step:
+    """One training step under one strategy, on synthetic data."""
+
+    def __init__(self, parallel: ParallelConfig, args: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        net = MergeDiT.from_size(args.measured_size, LATENT_DIM, NUM_BASE_TOKENS, NUM_CLASSES)
+        self.model = nn.ModuleDict({"net": net})
+        self.infos = parameter_infos(self.model, averaged=False)
+        self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.call: Callable[..., Tensor] = net
+        self.engine: Any = None
+        if parallel.strategy == "fsdp":
+            shard(self.model, parallel.fsdp or FSDPConfig(), torch.float32)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        elif parallel.strategy == "deepspeed":
+            self._start_zero(parallel.deepspeed or DeepSpeedConfig())
+        elif dist.get_world_size() > 1:
+            self.call = nn.parallel.DistributedDataParallel(net)
+        tree = MergeTree.from_embeddings(torch.randn(NUM_BASE_TOKENS, 8), 4)
+        self.batch = (
+            torch.randn(args.batch_size, args.num_tokens, LATENT_DIM),
+            torch.rand(args.batch_size),
+            torch.randint(NUM_CLASSES, (args.batch_size,)),
+            tree.assignment(args.num_tokens, "cpu"),
+        )
+
+    def _start_zero(self, zero: DeepSpeedConfig) -> None:
+        from lgm_scale.parallel.deepspeed import EngineOptimizer, settings, start_engine
+
+        self.engine = start_engine(
+            self.model["net"], self.optimizer, settings(zero, None, bf16=False)
+        )
+        self.optimizer = EngineOptimizer(self.engine, self.optimizer)
+        self.call = self.engine
+
+    def backward(self) -> None:
+        """Forward and backward; the squared velocity stands for the loss."""
+        self.call(*self.batch).square().mean().backward()
+
+    def __call__(self) -> None:
+        """A whole step."""
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_bytes(self) -> int:
+        """Weights, gradients and moments on this rank, after a backward pass."""
+        if self.engine is not None:
+            from lgm_scale.parallel.zero_pieces import zero_pieces
+
+            pieces = zero_pieces(self.engine, self.model["net"])
+        else:
+            pieces = local_pieces(self.model, self.optimizer)
+        return measured_bytes(self.model, pieces, ()).total
+
+
+def _rank(rank: int, world_size: int, port: int, args: argparse.Namespace, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    names = [
+        name
+        for name, parallel in STRATEGIES.items()
+        if parallel.strategy != "deepspeed" or importlib.util.find_spec("deepspeed")
+    ]
+    steps = {name: Step(STRATEGIES[name], args) for name in names}
+    seconds = alternating_medians(steps, torch.device("cpu"), args.repeats)
+    rows = {}
+    for name, step in steps.items():
+        count = CollectiveBytes()
+        with count:
+            step()
+        step.backward()
+        planned = planned_bytes(step.infos, STRATEGIES[name], world_size)
+        rows[name] = {
+            "seconds": seconds[name],
+            "bytes": count.bytes,
+            "state": step.state_bytes(),
+            "planned": asdict(planned) | {"total": planned.total},
+        }
+    if rank == 0:
+        Path(folder, "rows.json").write_text(json.dumps(rows))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(world_size: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows by strategy, from rank 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, (world_size, port, args, folder), nprocs=world_size)  # type: ignore[arg-type]
+        return json.loads(Path(folder, "rows.json").read_text())
+
+
+def print_measured(world_size: int, rows: dict[str, Any], args: argparse.Namespace) -> None:
+    """One table per world size."""
+    print(
+        f"\nmeasured: size {args.measured_size}, {world_size} ranks over gloo on CPU, "
+        f"{args.batch_size} samples of {args.num_tokens} tokens per rank, float32\n"
+    )
+    first = next(iter(rows.values()))["seconds"]
+    table = [
+        [
+            name,
+            f"{row['seconds'] / first:.2f}",
+            f"{sum(row['bytes'].values()) / 2**20:.1f}",
+            f"{row['state'] / 2**20:.1f}",
+            f"{row['planned']['total'] / 2**20:.1f}",
+        ]
+        for name, row in rows.items()
+    ]
+    head = ["strategy", "step, ddp = 1", "collectives, MiB", "state, MiB", "planned, MiB"]
+    print_table(head, table)
+
+
+def main() -> int:
+    """Measure, then project."""
+    args = parse_args(sys.argv[1:])
+    if not args.projection_only:
+        for world_size in args.world_sizes:
+            print_measured(world_size, measure(world_size, args), args)
+    cluster = Cluster(
+        args.gpus_per_node,
+        args.peak_tflops * 1e12,
+        args.utilization,
+        args.node_gbps * 1e9,
+        args.network_gbps * 1e9,
+    )
+    print_projection(args.size, args.num_tokens, args.global_batch_size, args.gpus, cluster)
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,218 @@
+"""ZeRO by DeepSpeed, under Composer's trainer.
+
+Composer dropped its DeepSpeed integration in 0.28. What is left to do is small: the engine stands
+where DDP would, its step where the optimizer's would, and DeepSpeed does the sharding alone:
+batches, losses, learning rates, precision and resume states stay Composer's and ours.
+
+Weights stay in float32 and bfloat16 comes from autocast, as under DDP, so that every strategy
+computes the same numbers. (DeepSpeed's own bfloat16 mode rounds all weights, frozen ones included,
+starts its float32 copies from the rounded ones, and averages rounded gradients.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from composer import Trainer
+from composer.core import Precision
+from composer.utils import ensure_tuple
+from torch import nn
+
+from lgm_scale.config import DeepSpeedConfig
+from lgm_scale.errors import ConfigError, DivergenceError
+
+__all__ = ["DeepSpeedTrainer", "EngineOptimizer", "settings", "start_engine"]
+
+# They read or write `p.grad` or `p.data`, where ZeRO leaves nothing, or nothing that is whole.
+_ALGORITHMS = {
+    "EMA": "use ema.decay",
+    "GradientClipping": "use optimizer.clip_norm",
+    "PlayerClipping": "set optimizer.clip_norm: null, or use parallel.strategy: fsdp or ddp",
+    "SAM": "use parallel.strategy: ddp",
+    "SWA": "use ema.decay",
+}
+_CALLBACKS = {"OptimizerMonitor": "use parallel.strategy: fsdp or ddp"}
+_BYTES = 4  # of float32, the unit of DeepSpeed's buckets
+
+
+class DeepSpeedTrainer(Trainer):
+    """Composer's trainer with ZeRO-1, 2 or 3.
+
+    Model and optimizer are left out of Composer's own state: write and read them by their pieces
+    (`parallel.zero_pieces`).
+
+    Args:
+        *args: Of `composer.Trainer`.
+        zero: What is sharded, and where it lies.
+        clip_norm: Largest norm of the gradient of all parameters together; None: any.
+        **options: Of `composer.Trainer`.
+
+    Raises: ConfigError for an algorithm or callback that cannot work.
+    """
+
+    zero_engine: Any  # deepspeed.DeepSpeedEngine, which is untyped
+
+    def __init__(
+        self, *args: Any, zero: DeepSpeedConfig, clip_norm: float | None = None, **options: Any
+    ) -> None:
+        problems = [
+            *_unfit(options.get("algorithms"), _ALGORITHMS),
+            *_unfit(options.get("callbacks"), _CALLBACKS),
+        ]
+        if problems:
+            raise ConfigError(problems)
+        self._zero = zero
+        self._clip_norm = clip_norm
+        super().__init__(*args, **options)
+
+    def _wrap_model_for_distributed(self, model: Any, optimizers: Any) -> None:
+        """Composer's place for wrappers: after schedulers are bound, before a state is loaded."""
+        (optimizer,) = self.state.optimizers
+        bf16 = self.state.precision is Precision.AMP_BF16
+        self.zero_engine = start_engine(
+            self.state.model, optimizer, settings(self._zero, self._clip_norm, bf16)
+        )
+        self.state.model = _EngineModel(self.zero_engine)  # type: ignore[assignment]
+        self.state.optimizers = EngineOptimizer(self.zero_engine, optimizer)
+        self.state.serialized_attributes = [
+            name for name in self.state.serialized_attributes if name not in ("model", "optimizers")
+        ]
+
+
+def _unfit(members: Any, unfit: dict[str, str]) -> Iterator[str]:
+    """By name, subclasses included: one line for each that is not for ZeRO."""
+    for member in ensure_tuple(members):
+        for name in (kind.__name__ for kind in type(member).__mro__):
+            if name in unfit:
+                yield (
+                    f"parallel.strategy: deepspeed, but {name} needs whole weights or gradients, "
+                    f"which no rank has; {unfit[name]}"
+                )
+
+
+def settings(zero: DeepSpeedConfig, clip_norm: float | None, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration: where its defaults are not what DDP does, what DDP does.
+
+    Args:
+        zero: What is sharded, and where it lies.
+        clip_norm: Largest norm of the gradient; None: any.
+        bf16: Whether the model runs under bfloat16 autocast.
+    """
+    bucket = zero.bucket_mib * 2**20 // _BYTES
+    sharding: dict[str, Any] = {
+        "stage": zero.stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    pinned = torch.cuda.is_available()
+    if zero.offload != "none":
+        sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    if zero.offload == "all":
+        sharding["offload_param"] = {"device": "cpu", "pin_memory": pinned}
+    return {
+        # The loop, and with it the end of an accumulation, is Composer's: step() is the boundary.
+        "managed_gradient_accumulation": False,
+        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": 1,  # has no effect, but must be there
+        "gradient_clipping": clip_norm or 0.0,  # the default is 1.0
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, fused
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": sharding,
+        # An empty list: gradients and weights travel in float32, as under DDP.
+        "torch_autocast": {
+            "enabled": bf16,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def start_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, configuration: dict[str, Any]
+) -> Any:
+    """The engine, which has taken model and optimizer over. Every rank must call it.
+
+    A model's `read_elsewhere`, if it has one, names pairs of a module and a weight of another one
+    that it reads.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # An operator for inference on CPUs: it would be compiled here, minutes long, on all ranks.
+        deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist.get_backend(), verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=configuration, dist_init_required=False
+    )
+    if engine.zero_optimization_stage() == 3 and hasattr(model, "read_elsewhere"):
+        for module, parameter in model.read_elsewhere():  # type: ignore[operator]
+            deepspeed.zero.register_external_parameter(module, parameter)
+    return engine
+
+
+class _EngineModel(nn.Module):
+    """The engine as Composer calls it.
+
+    Composer puts DDP around a model of which any parameter has a gradient. Here the engine sees
+    to gradients, and so there are none to tell Composer about: that spares replacing a function
+    inside Composer. Names and buffers, `train()` and `eval()` are the engine's.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def forward(self, batch: Any) -> Any:
+        """One micro-batch."""
+        return self.engine(batch)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """None; see above."""
+        return iter(())
+
+
+class EngineOptimizer(torch.optim.Optimizer):
+    """The optimizer as Composer calls it: its step is the engine's.
+
+    The groups are those of the optimizer that the engine steps, so that Composer's schedulers,
+    bound to it before, set the rate that is used.
+    """
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.engine = engine
+        self.optimizer = optimizer
+        self.defaults = optimizer.defaults
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Of the optimizer."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """Of the optimizer."""
+        return self.optimizer.state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: the engine drops gradients after its step."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """All micro-batches (Composer's closure), then the engine's step.
+
+        Raises: DivergenceError if a gradient is not finite; DeepSpeed would leave the step out.
+        """
+        loss = closure() if closure is not None else None
+        self.engine.step()
+        if not self.engine.was_step_applied():
+            raise DivergenceError(
+                "a gradient is NaN or infinite; stopped before the optimizer's step, and nothing "
+                "was saved since. Run it again with a lower optimizer.lr, or look at the data."
+            )
+        return loss

@@ -1,0 +1,86 @@
+"""What a configuration may not ask of DeepSpeed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import pytest
+
+from lgm_scale.config import (
+    DataConfig,
+    DeepSpeedConfig,
+    GeneratorModelConfig,
+    GeneratorRun,
+    LengthsConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TokenizerModelConfig,
+    TokenizerObjectiveConfig,
+    TokenizerRun,
+    TrainConfig,
+)
+from lgm_scale.parallel.rules import parallel_rules
+
+COMMON = {
+    "run_name": "run",
+    "out": "runs/run",
+    "data": DataConfig(path="data"),
+    "lengths": LengthsConfig(choices=(8,)),
+    "train": TrainConfig(max_duration="1ep", global_batch_size=8),
+}
+GENERATOR = GeneratorRun(
+    **COMMON, task="generator", tokenizer="bundle", model=GeneratorModelConfig()
+)
+TOKENIZER = TokenizerRun(**COMMON, task="tokenizer", model=TokenizerModelConfig())
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+
+
+def problems(config, **deepspeed) -> list[str]:
+    section = DeepSpeedConfig(**deepspeed) if deepspeed else None
+    parallel = ParallelConfig(strategy="deepspeed", deepspeed=section)
+    return list(parallel_rules(dataclasses.replace(config, parallel=parallel), 2, None))
+
+
+@pytest.mark.parametrize("config", [GENERATOR, TOKENIZER], ids=["generator", "tokenizer"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_is_allowed(config, stage):
+    assert problems(config, stage=stage) == []
+    assert problems(config) == []
+
+
+def test_it_must_be_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (problem,) = problems(GENERATOR)
+    assert problem.startswith("parallel.strategy: deepspeed, but it is not installed")
+
+
+def test_compiled_blocks_need_whole_weights():
+    compiled = dataclasses.replace(
+        GENERATOR, train=dataclasses.replace(GENERATOR.train, compile=True)
+    )
+    assert problems(compiled, stage=1) == problems(compiled, stage=2) == problems(compiled) == []
+    (problem,) = problems(compiled, stage=3)
+    assert problem.startswith("train.compile: true has no use with parallel.deepspeed.stage: 3")
+
+
+def test_players_cannot_be_clipped_apart():
+    clipped = dataclasses.replace(TOKENIZER, optimizer=OptimizerConfig(clip_norm=1.0))
+    assert problems(clipped) == []  # one player
+    game = dataclasses.replace(clipped, objective=TokenizerObjectiveConfig(adversarial=0.4))
+    (problem,) = problems(game)
+    assert problem.startswith("optimizer.clip_norm: 1.0 is for each player's gradient on its own")
+    free = dataclasses.replace(game, optimizer=OptimizerConfig())
+    assert problems(free) == []
+
+
+def test_offloaded_weights_and_buckets():
+    assert problems(GENERATOR, stage=3, offload="all") == []
+    (problem,) = problems(GENERATOR, stage=2, offload="all")
+    assert problem.startswith("parallel.deepspeed.offload: all needs stage: 3, not 2")
+    (problem,) = problems(GENERATOR, bucket_mib=0)
+    assert problem.startswith("parallel.deepspeed.bucket_mib: 0 must be 1 or more")

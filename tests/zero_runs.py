@@ -1,0 +1,360 @@
+"""Runs under DDP and ZeRO in processes of their own, for the tests that compare them."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from composer import Callback, DataSpec, Trainer
+from composer.algorithms import GradientClipping
+from composer.utils import dist as composer_dist
+from composer.utils import get_device
+from small_tokenizer import small_batch, small_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lgm_scale.build import build_optimizer, build_scheduler
+from lgm_scale.config import DeepSpeedConfig, OptimizerConfig
+from lgm_scale.errors import DivergenceError
+from lgm_scale.merging import MergeTree
+from lgm_scale.models.dit import MergeDiT
+from lgm_scale.objectives.flow import NoiseScale
+from lgm_scale.parallel import deepspeed as zero
+from lgm_scale.parallel.collectives import mean_over_ranks
+from lgm_scale.parallel.compile import compile_blocks
+from lgm_scale.parallel.pieces import Piece, gather, local_pieces
+from lgm_scale.parallel.zero_pieces import reload, zero_pieces
+from lgm_scale.training.generator import GeneratorModel
+
+BATCH, STEPS, HALF = 8, 20, 10
+LENGTHS = (8, 16)
+EMA_DECAY = 0.9
+STAGES = (1, 2, 3)
+WORLDS = {1: "one", 2: "two"}
+
+
+class Case(NamedTuple):
+    """One run; stage 0 is DDP, or one process alone."""
+
+    stage: int
+    clip: float | None = None  # with it, also warm-up and micro-batches
+    offload: Any = "none"
+    checkpointing: bool = False
+    compile: bool = False
+    resume: str | None = None  # the run whose middle this one starts from
+
+    @property
+    def name(self) -> str:
+        """As in `zero2_clip_offload-optimizer`."""
+        parts = {
+            f"zero{self.stage}" if self.stage else "plain": True,
+            "clip": self.clip is not None,
+            f"offload-{self.offload}": self.offload != "none",
+            "checkpointing": self.checkpointing,
+            "compile": self.compile,
+            f"from-{self.resume}": self.resume is not None,
+        }
+        return "_".join(part for part, given in parts.items() if given)
+
+
+PLAIN = [Case(stage) for stage in (0, *STAGES)]
+CLIPPED = [Case(stage, clip=0.1) for stage in (0, *STAGES)]
+VARIANTS = [
+    Case(1, clip=0.1, offload="optimizer"),
+    Case(2, offload="optimizer"),
+    Case(3, clip=0.1, offload="all"),
+    Case(3, checkpointing=True),
+    Case(1, compile=True),
+    Case(2, compile=True),
+]
+RESUMED = [Case(new, resume=f"two_{Case(old).name}") for old in STAGES for new in STAGES]
+CASES = {
+    2: PLAIN + CLIPPED + VARIANTS + RESUMED,
+    1: [Case(0), Case(0, clip=0.1), Case(2), Case(3), *RESUMED[2:4], RESUMED[7]],
+}
+
+
+class Latents(Dataset):
+    """Samples of the steps from `first` on."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __len__(self) -> int:
+        return BATCH * (STEPS - self.first)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index += BATCH * self.first
+        latents = torch.randn(16, 4, generator=torch.Generator().manual_seed(index))
+        return {"latents": latents.half(), "labels": index % 5, "sample_ids": index}
+
+
+def small_generator(seed: int = 0) -> GeneratorModel:
+    """Two blocks; the label table is frozen."""
+    torch.manual_seed(seed)
+    net = MergeDiT(32, 2, 2, latent_dim=4, num_base_tokens=16, num_classes=5)
+    for parameter in net.parameters():  # the zero start would hide everything
+        nn.init.normal_(parameter, std=0.2)
+    net.label_embed.requires_grad_(False)
+    torch.manual_seed(0)
+    tree = MergeTree.from_embeddings(torch.randn(16, 8))
+    mean, std = torch.full((4,), 0.5), torch.full((4,), 2.0)
+    return GeneratorModel(net, tree, mean, std, NoiseScale.CORRECTED, 0.1, 0.0, 1.0, seed=3)
+
+
+class Watch(Callback):
+    """Keys batches from step `first` on, averages weights by pieces, and writes down the run."""
+
+    def __init__(self, model: GeneratorModel, first: int) -> None:
+        self.model = model
+        self.first = first
+        self.pieces: list[Piece] = []
+        self.weights: list[torch.Tensor] = []
+        self.average: list[torch.Tensor] = []
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.middle: dict[str, dict[str, torch.Tensor]] = {}
+
+    def start(self, pieces: list[Piece]) -> None:
+        self.pieces = pieces
+        self.weights = [piece.weight() for piece in pieces]  # views, which steps must not cut off
+        self.average = [weight.clone() for weight in self.weights]
+
+    def batch_start(self, state, logger) -> None:
+        step = self.first + state.timestamp.batch.value
+        state.batch |= {"step": step, "num_tokens": LENGTHS[step % len(LENGTHS)]}
+
+    def batch_end(self, state, logger) -> None:
+        torch._foreach_lerp_(self.average, self.weights, 1 - EMA_DECAY)
+        self.losses.append(mean_over_ranks(self.model.record.take()["loss"]).item())
+        self.rates.append(state.optimizers[0].param_groups[0]["lr"])
+        if self.first + state.timestamp.batch.value == HALF:
+            self.middle = everything(self.pieces)
+
+
+def everything(pieces: list[Piece]) -> dict[str, dict[str, torch.Tensor]]:
+    """Whole weights, moments and numbers of steps."""
+    found = {"weight": dict(gather(pieces, [piece.weight() for piece in pieces]))}
+    trained = [piece for piece in pieces if piece.trainable]
+    states = [piece.optimizer_state() for piece in trained]
+    for key in ("exp_avg", "exp_avg_sq"):
+        found[key] = dict(gather(trained, [state[key] for state in states]))
+    found["step"] = {p.name: s["step"].clone() for p, s in zip(trained, states, strict=True)}
+    return found
+
+
+def fill(pieces: list[Piece], whole: dict[str, dict[str, torch.Tensor]]) -> None:
+    """The inverse of `everything`."""
+    for piece in pieces:
+        views = {"weight": piece.weight(), **piece.optimizer_state()}
+        for key, view in views.items():
+            value = whole[key][piece.name]
+            run = slice(piece.start, piece.start + piece.numel)
+            view.copy_(value if key == "step" else value.view(-1)[run])
+
+
+def checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *inputs: checkpoint(function, *inputs, use_reentrant=False)
+
+
+def options_of(case: Case, model: GeneratorModel, world_size: int) -> dict[str, Any]:
+    """Of Composer's trainer."""
+    first = HALF if case.resume else 0
+    config = OptimizerConfig(lr=1e-3, weight_decay=1e-2, warmup=5 if case.clip else 0)
+    data = Latents(first)
+    loader = DataLoader(
+        data, BATCH // world_size, sampler=composer_dist.get_sampler(data, shuffle=False)
+    )
+    return {
+        "model": model,
+        "train_dataloader": DataSpec(
+            loader, get_num_samples_in_batch=lambda batch: len(batch["sample_ids"])
+        ),
+        "max_duration": f"{STEPS - first}ba",
+        "optimizers": build_optimizer(config, {"generator": [model.net]}),
+        "schedulers": build_scheduler(config),
+        "callbacks": [Watch(model, first)],
+        "device": "cpu",
+        "precision": "fp32",
+        "progress_bar": False,
+        "device_train_microbatch_size": BATCH // world_size // (4 if case.clip else 1),
+        "seed": 0,
+    }
+
+
+def run(case: Case, world_size: int, folder: Path) -> dict[str, Any]:
+    """Train, and return what the tests read."""
+    model = small_generator(seed=1 if case.resume else 0)
+    if case.checkpointing:
+        for block in model.net.blocks:
+            block.forward = checkpointed(block.forward)
+    if case.compile:
+        compile_blocks(model.net, len(LENGTHS), backend="aot_eager")
+    options = options_of(case, model, world_size)
+    (watch,) = options["callbacks"]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if case.stage == 0:
+        clipping = GradientClipping("norm", case.clip) if case.clip else None
+        trainer = Trainer(algorithms=clipping, **options)
+        watch.start(local_pieces(model, options["optimizers"]))
+    else:
+        sharding = DeepSpeedConfig(stage=case.stage, offload=case.offload, bucket_mib=1)  # type: ignore[arg-type]
+        trainer = zero.DeepSpeedTrainer(zero=sharding, clip_norm=case.clip, **options)
+        watch.start(zero_pieces(trainer.zero_engine, model))
+    found: dict[str, Any] = {"before": before, "read": dict(gather(watch.pieces, watch.average))}
+    found["cut"] = sum(0 < p.numel < torch.Size(p.shape).numel() for p in watch.pieces)
+    if case.resume:
+        fill(watch.pieces, torch.load(folder / f"{case.resume}.pt", weights_only=True)["middle"])
+        reload(trainer.zero_engine)  # type: ignore[attr-defined]
+    trainer.fit()
+    trainer.close()
+    found |= everything(watch.pieces)
+    found["average"] = dict(gather(watch.pieces, watch.average))
+    found |= {"losses": watch.losses, "rates": watch.rates, "middle": watch.middle}
+    if case.stage:
+        trainer.zero_engine.destroy()  # type: ignore[attr-defined]
+    return found
+
+
+def engine_of(model: nn.Module, stage: Any, bf16: bool = False) -> Any:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    sharding = DeepSpeedConfig(stage=stage, bucket_mib=1)
+    return zero.start_engine(model, optimizer, zero.settings(sharding, None, bf16))
+
+
+def live_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
+    """Of the memory behind the tensors, each block once."""
+    blocks = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({block.data_ptr(): block.nbytes() for block in blocks}.values())
+
+
+def bytes_per_rank(stage: int) -> dict[str, int]:
+    """Of weights as the model reads them and as the optimizer steps them, of gradients between
+    backward and step, and of moments."""
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
+    engine = engine_of(model, stage)
+    engine(torch.ones(2, 512)).square().mean().backward()
+    kept = getattr(engine.optimizer, "all_grad_tensors", {}), engine.optimizer.averaged_gradients
+    gradients = [t for groups in kept for group in groups.values() for t in group or ()]
+    found = {"gradients": live_bytes([*gradients, *(p.grad for p in model.parameters())])}
+    engine.step()
+    pieces = zero_pieces(engine, model)
+    found["master"] = live_bytes(piece.weight() for piece in pieces)
+    states = [piece.optimizer_state() for piece in pieces]
+    found["moments"] = live_bytes(s[key] for s in states for key in ("exp_avg", "exp_avg_sq"))
+    weights = [(p.data, getattr(p, "ds_tensor", None)) for p in model.parameters()]
+    found["weights"] = live_bytes(tensor for both in weights for tensor in both)
+    engine.destroy()
+    return found
+
+
+def autocast_losses(stage: int, rank: int, world_size: int) -> list[float]:
+    """Of five steps in bfloat16, without Composer, which refuses it on a CPU."""
+    model = small_generator()
+    if stage:
+        wrapped = engine_of(model, stage, bf16=True)
+    else:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    data, losses = Latents(0), []
+    for step in range(5):
+        mine = range(BATCH * step + rank, BATCH * (step + 1), world_size)
+        batch = default_collate([data[index] for index in mine])
+        batch |= {"step": step, "num_tokens": LENGTHS[step % len(LENGTHS)]}
+        if stage:
+            outputs = wrapped(batch)
+        else:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = wrapped(batch)
+        model.loss(outputs, batch).backward()
+        (wrapped if stage else optimizer).step()
+        losses.append(mean_over_ranks(model.record.take()["loss"]).item())
+    if stage:
+        wrapped.destroy()
+    return losses
+
+
+def tokenizer_run(stage: int, rank: int, world_size: int) -> dict[str, float]:
+    """Losses and largest weights of four steps, every loss on."""
+    model = small_model(reduce_mean=mean_over_ranks)
+    # Plain steps: Adam would turn rounding noise of vanishing gradients into differences.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    if stage:
+        sharding = DeepSpeedConfig(stage=stage, bucket_mib=1)  # type: ignore[arg-type]
+        wrapped = zero.start_engine(model, optimizer, zero.settings(sharding, None, bf16=False))
+    else:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    found = {}
+    for step in range(4):
+        batch = small_batch(step, rank, world_size)
+        optimizer.zero_grad()
+        model.loss(wrapped(batch), batch).backward()
+        (wrapped if stage else optimizer).step()
+        for name, value in model.record.take().items():
+            found[f"{step}.{name}"] = mean_over_ranks(value).item()
+    pieces = zero_pieces(wrapped, model) if stage else local_pieces(model, optimizer)
+    for name, weight in gather(pieces, [piece.weight() for piece in pieces]):
+        found[name] = weight.abs().max().item()
+    if stage:
+        wrapped.destroy()
+    return found
+
+
+def divergence(stage: int) -> str:
+    """What a run says whose loss is finite and one gradient is not."""
+    model = small_generator()
+    model.net.final.linear.weight.register_hook(lambda gradient: gradient * torch.inf)
+    engine = engine_of(model, stage)
+    batch = default_collate([Latents(0)[index] for index in range(2)])
+    batch |= {"step": 0, "num_tokens": 8}
+    model.loss(engine(batch), batch).backward()
+    try:
+        zero.EngineOptimizer(engine, engine.optimizer.optimizer).step()
+    except DivergenceError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
+
+
+def worker(rank: int, world_size: int, port: int, folder: Path) -> None:
+    """All runs of one group of processes; rank 0 writes what they give."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    composer_dist.initialize_dist(get_device("cpu"))
+    gc.freeze()  # DeepSpeed collects garbage at each start, and there is much to look through
+    jobs: dict[str, Callable[[], Any]] = {
+        case.name: lambda case=case: run(case, world_size, folder) for case in CASES[world_size]
+    }
+    jobs["bytes"] = lambda: {stage: bytes_per_rank(stage) for stage in STAGES}
+    if world_size > 1:
+        jobs["autocast"] = lambda: [autocast_losses(s, rank, world_size) for s in (0, *STAGES)]
+        jobs["tokenizer"] = lambda: [tokenizer_run(s, rank, world_size) for s in (0, *STAGES)]
+        jobs["divergence"] = lambda: [divergence(stage) for stage in STAGES]
+    for name, job in jobs.items():
+        found = job()
+        if rank == 0:
+            torch.save(found, folder / f"{WORLDS[world_size]}_{name}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_all(folder: Path) -> dict[str, Any]:
+    """Name -> what was found, of every run; names begin with the number of ranks."""
+    for world_size in (2, 1):  # the single process resumes what two have begun
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(worker, (world_size, port, folder), nprocs=world_size)  # type: ignore[arg-type]
+    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
