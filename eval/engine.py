@@ -166,6 +166,8 @@ class Engine:
 
     def moments(self, job: Job, features: tuple[str, ...]) -> dict[str, Moments]:
         """Moments of a job's features, from its sums, in the order of the images."""
+        if not features:
+            return {}
         sums = self._sums(job, features)
         parts: dict[str, list[Sums]] = {name: [] for name in features}
         for bounds in sums.bounds:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 
 # One thread per test process: on few cores, OpenMP threads that wait for each other cost more
@@ -90,3 +92,18 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("inception") / "inception.pth"
     save_random_inception(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """A headless browser, installed through apt where that is possible; else a reason to skip."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        options = ["-o", "DPkg::Lock::Timeout=600", "-y", "--no-install-recommends"]
+        for command in (["update"], ["install", *options, "chromium"]):
+            subprocess.run(["apt-get", *command], capture_output=True, check=False)
+        found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("no browser: install chromium to test the report's page")
+    return found
