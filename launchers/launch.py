@@ -121,6 +121,10 @@ class Launch:
         """The batch script."""
         return self._executor(self.code(), self._next_folder()).script()
 
+    def environment(self) -> list[str]:
+        """What the cluster adds to the environment of every rank, as `KEY=value`."""
+        return [f"{key}={value}" for key, value in self.cluster.env.items()]
+
     def rank_lines(self) -> list[str]:
         """The command of each rank, with the environment that tells it which one it is."""
         code = self.code()
@@ -187,7 +191,7 @@ class Launch:
             "nodes": self.num_nodes,
             "ranks": self.num_ranks,
             "submitted": time.time(),
-            "cluster": asdict(self.cluster),
+            "cluster": {k: v for k, v in asdict(self.cluster).items() if k != "env"},  # no secrets
             "max_duration": self.job.run.train.max_duration if self.job.run else None,
             "global_batch_size": self.job.run.train.global_batch_size if self.job.run else None,
             "num_samples": self.job.run.data.num_samples if self.job.run else None,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-__all__ = ["LAUNCH_NAME", "last_speed", "launch_folders", "tail", "top_log"]
+__all__ = ["LAUNCH_NAME", "SPEED", "last_speed", "launch_folders", "tail", "top_log"]
 
 LAUNCH_NAME = "launch.json"
 
-_SPEED = re.compile(r"step (\d+) \| .*\| ([0-9.]+) steps/s")
+SPEED = re.compile(r"step (\d+) \| .*\| ([0-9.]+) steps/s")
 _ENOUGH = 1 << 18  # bytes from the end of a log
 
 
@@ -39,7 +39,7 @@ def last_speed(folder: Path) -> float | None:
     for launch in reversed(launch_folders(folder)):
         for log in sorted(launch.glob("*_0_log.out"), reverse=True):
             for line in reversed(tail(log)):
-                match = _SPEED.search(line)
+                match = SPEED.search(line)
                 if match is not None and float(match[2]) > 0:
                     return float(match[2])
     return None

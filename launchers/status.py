@@ -124,7 +124,20 @@ def _training(run: Path, root: Path) -> list[str]:
         left = (total - step) / speed
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + left))
         told.append(f"time left  {_duration(left)} of computing, not before {end}")
-    told += _resume_state(Path(config["checkpoint"]["folder"] or run / "state"))
+    state = Path(config["checkpoint"]["folder"] or run / "state")
+    if not launch_folders(root):
+        told += _other_launcher(state / "attempts")
+    return told + _resume_state(state)
+
+
+def _other_launcher(folder: Path) -> list[str]:
+    """Starts of a run that Slurm's launcher knows nothing of, as the trainer notes them."""
+    starts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    told = [f"restarts   {len(starts) - 1}"] if starts else []
+    for start in starts:
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(start["started"]))
+        began = f"from step {start['resumed_step']}"
+        told.append(f"  {start['number'] - 1:3d}  {when}  {start['host']}  {began}")
     return told
 
 
@@ -154,7 +167,7 @@ def _total_steps(config: dict[str, Any]) -> int | None:
 
 
 def _resume_state(folder: Path) -> list[str]:
-    """The newest complete state, and, of a run that no Slurm started, its attempts."""
+    """The newest complete state."""
     if "://" in str(folder) or ":/" in str(folder):
         return [f"saved      in {folder} (object storage; not looked at)"]
     states = [

@@ -48,6 +48,7 @@ def describe(launch: Launch) -> list[str]:
         f"# records, logs and the copy of the code: {launch.folder}",
         "",
         launch.script(),
+        "# " + " ".join(["environment of every rank:", *launch.environment()]),
         f"# what the {launch.num_ranks} ranks run (MASTER_PORT is the job's):",
         *launch.rank_lines(),
         "",

@@ -18,9 +18,11 @@ from launchers.cluster import CLUSTERS, load_cluster, minutes
 from launchers.frozen_code import FrozenCode
 from launchers.jobs import TOOLS, describe_job
 from launchers.ranks import master_port
+from launchers.run_log import SPEED
 from launchers.save_interval import interval_steps
 from lgm_scale.errors import ConfigError
 from lgm_scale.train import STOPPED_STATUS as TRAINER_STOPPED_STATUS
+from lgm_scale.training.callbacks import _line
 
 DIT = "yamls/dit_xl.yaml"
 
@@ -57,6 +59,7 @@ def test_a_dry_run_prints_script_and_commands_and_makes_nothing(tmp_path: Path):
     expected |= {"time": "720", "signal": "USR2@120", "requeue": "", "job-name": "x"}
     assert {key: options[key] for key in expected} == expected
     assert "--kill-on-bad-exit=1" in out
+    assert "# environment of every rank: NCCL_DEBUG=WARN" in out
     ranks = re.findall(
         r"^RANK=(\d+) LOCAL_RANK=(\d+) NODE_RANK=(\d+) WORLD_SIZE=64 .*python\S* (\S+) (\S+) out=",
         out,
@@ -102,6 +105,41 @@ def test_bad_input_is_told_before_anything_is_submitted(args: list[str], text: s
 
 def test_enough_time_between_states_is_accepted():
     launch("slurm.py", "--time", "70", "--seconds-per-step", "4", "--dry-run")
+
+
+def test_the_speed_of_a_runs_own_log_counts(tmp_path: Path):
+    folder = tmp_path / "x" / "slurm" / "20260101-000000-0"
+    folder.mkdir(parents=True)
+    (folder / "launch.json").write_text('{"job_ids": ["7"]}')
+    log = folder / "7_0_log.out"
+    common = ["--time", "60", "--dry-run", f"out={tmp_path / 'x'}"]
+    log.write_text("12:00:00 rank 0 step 50 | loss at K=64: 0.5 | 0.25 steps/s\n")
+    assert "(checkpoint.interval=1000ba, 1,000 steps of 4 s)" in refused(*common)
+    log.write_text("12:00:00 rank 0 step 50 | loss at K=64: 0.5 | 2.50 steps/s\n")
+    launch("slurm.py", *common)
+
+
+def test_the_line_that_says_the_speed_is_understood():
+    rows = [{"step": 49, "num_tokens": 64, "loss": 0.5}]
+    match = SPEED.search("12:00:00 rank 0 " + _line(rows, 2.5))
+    assert match is not None
+    assert match.groups() == ("50", "2.50")
+
+
+def test_ranks_run_in_a_container(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    values = {"gpus_per_node": 8, "container_mounts": "/scratch:/scratch"}
+    path.write_text(yaml.safe_dump(values))
+    out = launch("slurm.py", "--cluster", path, "--container", "lgm.sqsh", "--dry-run").stdout
+    srun = next(line for line in out.splitlines() if line.startswith("srun "))
+    assert "--container-image=lgm.sqsh --container-mounts=/scratch:/scratch python -u -m" in srun
+    assert re.search(r"^exec python3 -m launchers.batch_end", out, re.M)
+
+
+def test_launchers_answer_without_torch():
+    code = "import sys, launchers.slurm, launchers.pipeline, launchers.status, launchers.task\n"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_tools_know_the_options_of_their_commands():
