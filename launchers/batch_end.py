@@ -63,7 +63,8 @@ def _say(verdict: Verdict, failure: RankEnd | None, folder: Path, job_id: str) -
     if verdict.outcome == "done":
         print(f"=== {verdict.reason} ===", flush=True)
         return
-    if failure is not None and failure.rank != 0:  # rank 0's words are in this log anyway
+    # Rank 0's words are in this log anyway, and a rank that was killed had none.
+    if failure is not None and failure.rank != 0 and failure.status > 0:
         log = folder / f"{job_id}_{failure.rank}_log.out"
         print(f"=== rank {failure.rank} on {failure.host} failed first; from {log}: ===")
         print(last_words(log))

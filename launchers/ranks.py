@@ -5,10 +5,18 @@ Standard library only.
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
-__all__ = ["STOP_SIGNALS", "deafen", "listens", "master_port", "rank_environment"]
+__all__ = [
+    "STOP_SIGNALS",
+    "listens",
+    "master_port",
+    "own_group",
+    "own_group_and_deaf",
+    "rank_environment",
+]
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """Sent by schedulers before they take the machine away."""
@@ -46,7 +54,13 @@ def listens(pid: int) -> bool:
     return bool(int(caught.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1)
 
 
-def deafen() -> None:
-    """In a child, before it becomes a trainer: no signal may end it before it listens."""
+def own_group() -> None:
+    """In a child, before it becomes another program: what it starts can be ended with it."""
+    os.setpgid(0, 0)
+
+
+def own_group_and_deaf() -> None:
+    """The same for a trainer; and no signal may end it before it listens."""
+    own_group()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

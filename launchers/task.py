@@ -8,6 +8,7 @@ from the first moment, long before a trainer is ready for them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -23,7 +24,14 @@ from submitit.helpers import DelayedSubmission
 
 from launchers import scheduler
 from launchers.attempts import STOPPED_STATUS, Attempts, Verdict, last_step
-from launchers.ranks import STOP_SIGNALS, deafen, listens, master_port, rank_environment
+from launchers.ranks import (
+    STOP_SIGNALS,
+    listens,
+    master_port,
+    own_group,
+    own_group_and_deaf,
+    rank_environment,
+)
 
 __all__ = ["RankTask"]
 
@@ -117,11 +125,13 @@ class RankTask:
             self.command,
             cwd=self.directory,
             env=environment | self.env,
-            preexec_fn=deafen if self.saves_on_request else None,
+            preexec_fn=own_group_and_deaf if self.saves_on_request else own_group,
         )
         try:
             return self._wait(child)
         finally:
+            with contextlib.suppress(ProcessLookupError):  # data workers of a rank that was killed
+                os.killpg(child.pid, signal.SIGKILL)
             if slurm.local_rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
 

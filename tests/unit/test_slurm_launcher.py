@@ -256,6 +256,11 @@ def test_a_pipeline_shows_its_graph_and_scripts():
     assert later.count("#!/bin/bash") == 4
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "yamls" / "pipeline").glob("*.yaml")), ids=str)
+def test_every_pipeline_is_valid(path: Path):
+    launch("pipeline.py", path, "--dry-run")
+
+
 @pytest.mark.parametrize(
     ("stages", "text"),
     [
