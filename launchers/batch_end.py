@@ -20,6 +20,7 @@ __all__ = ["last_words", "main"]
 
 _START_MARK = "=== start "
 _TRACEBACK = "Traceback (most recent call last):"
+_USER_ERROR = "error: "
 _MOST_LINES = 60
 
 
@@ -66,21 +67,32 @@ def _say(verdict: Verdict, failure: RankEnd | None, folder: Path, job_id: str) -
     # Rank 0's words are in this log anyway, and a rank that was killed had none.
     if failure is not None and failure.rank != 0 and failure.status > 0:
         log = folder / f"{job_id}_{failure.rank}_log.out"
-        print(f"=== rank {failure.rank} on {failure.host} failed first; from {log}: ===")
-        print(last_words(log))
+        words = last_words(log)
+        if words not in last_words(folder / f"{job_id}_0_log.out", whole=True):
+            print(f"=== rank {failure.rank} on {failure.host} failed first; from {log}: ===")
+            print(words)
     print(f"=== {verdict.outcome}: {verdict.reason}; {following} ===", flush=True)
 
 
-def last_words(log: Path) -> str:
-    """The last traceback of the last attempt in a rank's log, or else its last lines."""
+def last_words(log: Path, whole: bool = False) -> str:
+    """Why the last attempt in a rank's log ended: its error for the user, or its last traceback.
+
+    Without either, its last lines; with `whole`, all lines of the attempt.
+    """
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError as error:
         return f"({error})"
     starts = [number for number, line in enumerate(lines) if line.startswith(_START_MARK)]
     lines = lines[starts[-1] :] if starts else lines
-    traces = [number for number, line in enumerate(lines) if _TRACEBACK in line]
-    lines = lines[traces[-1] :] if traces else lines
+    if whole:
+        return "\n".join(lines)
+    reasons = [
+        number
+        for number, line in enumerate(lines)
+        if line.startswith(_USER_ERROR) or _TRACEBACK in line
+    ]
+    lines = lines[reasons[-1] :] if reasons else lines
     return "\n".join(lines[-_MOST_LINES:])
 
 

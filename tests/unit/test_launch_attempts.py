@@ -128,4 +128,7 @@ def test_last_words_are_the_last_attempts_traceback(tmp_path: Path):
     assert last_words(log) == f"{trace}New: yes\nbye"
     log.write_text(f"=== start 0\n{trace}Old: no\n=== start 1\nkilled\n")
     assert last_words(log) == "=== start 1\nkilled"
+    log.write_text("=== start 0\nstep 1\nerror: data.path: /x is missing\n  - mend it\n")
+    assert last_words(log) == "error: data.path: /x is missing\n  - mend it"
+    assert last_words(log) in last_words(log, whole=True)
     assert "No such file" in last_words(tmp_path / "missing")

@@ -101,13 +101,13 @@ class Job:
         listed = self.desk.cluster.run("squeue", "-h", "-j", self.id, "-o", "%N")
         return self.desk.cluster.run("scontrol", "show", "hostnames", listed).split()
 
-    def wait(self, *states: str, seconds: float = 120) -> str:
+    def wait(self, *states: str, seconds: float = 300) -> str:
         """Wait for one of the states that a job stays in; by default, for any of them."""
         final = states or ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
         self.until(lambda: self.state() in final, f"be {' or '.join(final)}", seconds)
         return self.state()
 
-    def until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
         """Wait, and on failure say how the job is."""
         deadline = time.monotonic() + seconds
         while not condition():

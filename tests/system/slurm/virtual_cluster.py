@@ -217,14 +217,17 @@ class VirtualCluster:
         self.wait_until_idle()
 
     def wait_until_idle(self) -> None:
-        """Wait for all nodes to be up and free."""
+        """Wait for all nodes to be up and free; also for those that were given up."""
+        self.run(
+            "scontrol", "update", f"nodename={','.join(self.nodes)}", "state=resume", check=False
+        )
 
         def idle() -> bool:
             return len(
                 self.run("sinfo", "-hN", "-p", "debug", "-t", "idle", check=False).split("\n")
             ) == (self.num_nodes)
 
-        _wait(idle, f"{self.num_nodes} idle nodes")
+        _wait(idle, f"{self.num_nodes} idle nodes", 120)
 
     def _start_accounting(self) -> None:
         port, run, log = _free_port(), self.folder / "run", self.folder / "log"
