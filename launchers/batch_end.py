@@ -67,8 +67,9 @@ def _say(verdict: Verdict, failure: RankEnd | None, folder: Path, job_id: str) -
     # Rank 0's words are in this log anyway, and a rank that was killed had none.
     if failure is not None and failure.rank != 0 and failure.status > 0:
         log = folder / f"{job_id}_{failure.rank}_log.out"
-        words = last_words(log)
-        if words not in last_words(folder / f"{job_id}_0_log.out", whole=True):
+        words, own = last_words(log), last_words(folder / f"{job_id}_0_log.out", whole=True)
+        head = words.split("\n")[0]
+        if not (head.startswith(_USER_ERROR) and head in own):  # rank 0 has said so, too
             print(f"=== rank {failure.rank} on {failure.host} failed first; from {log}: ===")
             print(words)
     print(f"=== {verdict.outcome}: {verdict.reason}; {following} ===", flush=True)
