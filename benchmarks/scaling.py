@@ -39,6 +39,7 @@ from lgm_scale.models.dit import DIT_SIZES, MergeDiT
 from lgm_scale.parallel.fsdp import shard
 from lgm_scale.parallel.memory import measured_bytes, parameter_infos, planned_bytes
 from lgm_scale.parallel.pieces import local_pieces
+from lgm_scale.parallel.zero_pieces import live_gradients, zero_pieces
 
 NUM_CLASSES, LATENT_DIM, NUM_BASE_TOKENS = 1000, 32, 256
 
@@ -155,12 +156,9 @@ class Step:
     def state_bytes(self) -> int:
         """Weights, gradients and moments on this rank, after a backward pass."""
         if self.engine is not None:
-            from lgm_scale.parallel.zero_pieces import zero_pieces
-
             pieces = zero_pieces(self.engine, self.model["net"])
-        else:
-            pieces = local_pieces(self.model, self.optimizer)
-        return measured_bytes(self.model, pieces, ()).total
+            return measured_bytes(self.model, pieces, (), live_gradients(self.engine)).total
+        return measured_bytes(self.model, local_pieces(self.model, self.optimizer), ()).total
 
 
 def _rank(rank: int, world_size: int, port: int, args: argparse.Namespace, folder: str) -> None:

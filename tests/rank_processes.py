@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,16 +34,24 @@ def _ensure_server() -> None:
         forkserver.ensure_running()
 
 
-def start_ranks(world_size: int, jobs: Sequence[Job], log: Path | None = None) -> list[BaseProcess]:
+def start_ranks(
+    world_size: int,
+    jobs: Sequence[Job],
+    log: Path | None = None,
+    prepare: Callable[[], object] | None = None,
+) -> list[BaseProcess]:
     """Start `world_size` ranks that train every job in turn.
 
-    A rank exits with the status of its last job. What it says goes to `<log>-<rank>.txt`.
+    A rank exits with the status of its last job. What it says goes to `<log>-<rank>.txt`. It calls
+    `prepare`, a function of a module, before its first job.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        _FORKS.Process(target=_rank, args=(rank, world_size, port, list(jobs), log), daemon=True)
+        _FORKS.Process(
+            target=_rank, args=(rank, world_size, port, list(jobs), log, prepare), daemon=True
+        )
         for rank in range(world_size)
     ]
     _ensure_server()
@@ -67,15 +75,28 @@ def wait_for(ranks: Sequence[BaseProcess], timeout: float = 300) -> list[int | N
     return [process.exitcode for process in ranks]
 
 
-def run_ranks(world_size: int, jobs: Sequence[Job], log: Path, timeout: float = 300) -> None:
+def run_ranks(
+    world_size: int,
+    jobs: Sequence[Job],
+    log: Path,
+    timeout: float = 300,
+    prepare: Callable[[], object] | None = None,
+) -> None:
     """Train every job on `world_size` ranks; all must succeed."""
-    statuses = wait_for(start_ranks(world_size, jobs, log), timeout)
+    statuses = wait_for(start_ranks(world_size, jobs, log, prepare), timeout)
     if any(statuses):
         said = "\n".join(path.read_text()[-3000:] for path in log.parent.glob(log.name + "-*.txt"))
         raise AssertionError(f"ranks ended with {statuses}:\n{said}")
 
 
-def _rank(rank: int, world_size: int, port: int, jobs: list[Job], log: Path | None) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    jobs: list[Job],
+    log: Path | None,
+    prepare: Callable[[], object] | None,
+) -> None:
     import torch
 
     from lgm_scale.config_rules import load_training_run
@@ -91,6 +112,9 @@ def _rank(rank: int, world_size: int, port: int, jobs: list[Job], log: Path | No
         sink = os.open(f"{log}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
+
+    if prepare is not None:
+        prepare()
 
     def main() -> int:
         status = 0

@@ -31,7 +31,7 @@ from lgm_scale.parallel import deepspeed as zero
 from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.parallel.compile import compile_blocks
 from lgm_scale.parallel.pieces import Piece, gather, local_pieces
-from lgm_scale.parallel.zero_pieces import reload, zero_pieces
+from lgm_scale.parallel.zero_pieces import live_gradients, reload, zero_pieces
 from lgm_scale.training.generator import GeneratorModel
 
 BATCH, STEPS, HALF = 8, 20, 10
@@ -242,9 +242,7 @@ def bytes_per_rank(stage: int) -> dict[str, int]:
     model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
     engine = engine_of(model, stage)
     engine(torch.ones(2, 512)).square().mean().backward()
-    kept = getattr(engine.optimizer, "all_grad_tensors", {}), engine.optimizer.averaged_gradients
-    gradients = [t for groups in kept for group in groups.values() for t in group or ()]
-    found = {"gradients": live_bytes([*gradients, *(p.grad for p in model.parameters())])}
+    found = {"gradients": live_bytes(live_gradients(engine))}
     engine.step()
     pieces = zero_pieces(engine, model)
     found["master"] = live_bytes(piece.weight() for piece in pieces)

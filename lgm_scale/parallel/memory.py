@@ -20,6 +20,8 @@ __all__ = ["ParameterInfo", "StateBytes", "measured_bytes", "parameter_infos", "
 
 FLOAT = 4
 MOMENTS = 2
+PERSISTENT = 100_000
+"""ZeRO-3 keeps parameters of up to so many elements whole beside their part (its default)."""
 GPUS_PER_NODE = 8
 """Assumed for `hybrid` without a group size; a plan knows no nodes."""
 
@@ -111,7 +113,10 @@ def _zero(infos: Sequence[ParameterInfo], zero: DeepSpeedConfig, world_size: int
         sum(math.prod(info.shape) for info in chosen) for chosen in _kinds(infos)
     )
     part = math.ceil(trained / world_size)
-    model = math.ceil(every / world_size) if zero.stage == 3 else every
+    model = every
+    if zero.stage == 3:
+        whole = (math.prod(info.shape) for info in infos)
+        model = math.ceil(every / world_size) + sum(n for n in whole if n <= PERSISTENT)
     planned = StateBytes(
         weights=(model + part) * FLOAT,
         gradients=(trained if zero.stage == 1 else part) * FLOAT,
@@ -129,14 +134,25 @@ def _on_host(planned: StateBytes, host: int) -> StateBytes:
 
 
 def measured_bytes(
-    model: nn.Module, pieces: Sequence[Piece], average: Iterable[Tensor]
+    model: nn.Module,
+    pieces: Sequence[Piece],
+    average: Iterable[Tensor],
+    gradients: Iterable[Tensor] = (),
 ) -> StateBytes:
     """What lies in memory now, on this rank; between the backward pass and the step.
 
     Storages are counted, once each and whole: a view into a larger tensor counts as that.
+
+    Args:
+        model: As trained.
+        pieces: Of this rank.
+        average: Of the moving average.
+        gradients: Those that pieces do not know of: under ZeRO, `zero_pieces.live_gradients`.
     """
-    weights = [*model.parameters(), *(piece.weight() for piece in pieces)]
-    gradients = [gradient for p in pieces if (gradient := p.gradient()) is not None]
+    parts = [vars(p)["ds_tensor"] for p in model.parameters() if hasattr(p, "ds_tensor")]  # ZeRO-3
+    weights = [*model.parameters(), *parts, *(piece.weight() for piece in pieces)]
+    known = [gradient for p in pieces if (gradient := p.gradient()) is not None]
+    gradients = [*gradients, *known]
     moments = [value for p in pieces for key, value in p.optimizer_state().items() if key != "step"]
     return StateBytes(*map(_storage_bytes, (weights, gradients, moments, average)))
 

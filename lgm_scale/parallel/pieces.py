@@ -62,9 +62,6 @@ class Piece(ABC):
     def optimizer_state(self) -> dict[str, Tensor]:
         """Views of the moments, [numel] each, and `step`, a scalar. Zeros before the first step."""
 
-    def reload(self) -> None:  # noqa: B027  most strategies have one copy only
-        """Bring `weight` to where the model reads it, where that is another copy."""
-
 
 class ParameterPiece(Piece):
     """A piece that is a parameter of the optimizer: DDP, FSDP1 and FSDP2."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lgm_scale.parallel.pieces import Piece, fresh_adamw_state, plain_name
 
-__all__ = ["reload", "zero_pieces"]
+__all__ = ["live_gradients", "reload", "zero_pieces"]
 
 
 def zero_pieces(engine: Any, model: nn.Module) -> list[Piece]:
@@ -30,6 +30,13 @@ def zero_pieces(engine: Any, model: nn.Module) -> list[Piece]:
     """
     find = _partition if engine.zero_optimization_stage() == 3 else _fragments(engine.optimizer)
     return [find(engine, plain_name(name), p) for name, p in model.named_parameters()]
+
+
+def live_gradients(engine: Any) -> list[Tensor]:
+    """Gradients that the engine keeps between the backward pass and its step."""
+    kept = getattr(engine.optimizer, "all_grad_tensors", {}), engine.optimizer.averaged_gradients
+    inside = [tensor for groups in kept for group in groups.values() for tensor in group or ()]
+    return inside + [p.grad for p in engine.module.parameters() if p.grad is not None]
 
 
 def reload(engine: Any) -> None:
