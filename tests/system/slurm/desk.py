@@ -152,20 +152,27 @@ class Job:
         found = list(self.launches.glob(f"*/{job_id or self.id}_{rank}_log.out"))
         return found[0].read_text() if found else "(no log)"
 
-    def trainers_on(self, node: str) -> list[int]:
-        """Process ids of this run's trainer on a node and of its data workers, the trainer first.
+    def trainer_on(self, node: str) -> int:
+        """Process id of this run's trainer on a node.
 
-        Workers are forks: they have its command line.
+        Its data workers are forks and have its command line; their parent is among the found.
         """
         found = self.desk.processes(node, f"out={self.out.relative_to(self.desk.folder)}".encode())
-        assert found, f"no trainer of {self.out} on {node}"
-        return sorted(found)
+        first = [pid for pid in found if _parent(pid) not in found]
+        assert first, f"no trainer of {self.out} on {node}"
+        return first[0]
 
     def losses(self) -> list[float]:
         """Of every step, in order."""
         rows = metrics(self.out)
         assert [row["step"] for row in rows] == list(range(len(rows)))
         return [row["loss"] for row in rows]
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
 
 
 def copy_checkout(target: Path) -> None:

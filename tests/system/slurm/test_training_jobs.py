@@ -56,7 +56,7 @@ def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
     job.restarted(4)
     job.reach(240)
     killed_at = time.monotonic()
-    os.kill(job.trainers_on(job.nodes()[1])[0], signal.SIGKILL)
+    os.kill(job.trainer_on(job.nodes()[1]), signal.SIGKILL)
     job.until(lambda: job.state() != "RUNNING", "go down after a rank was killed", 15)
     down_after = time.monotonic() - killed_at
     assert job.wait() == "COMPLETED", job.log()
@@ -75,7 +75,7 @@ def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undistu
     lonely = desk.train("runs/lonely", nodes=1, exclude="n1,n2")
     try:
         lonely.reach(40)
-        stale, *_ = lonely.trainers_on("n3")
+        stale = lonely.trainer_on("n3")
         os.kill(stale, signal.SIGSTOP)  # it must still be there when its successor runs
         cluster.link("n3", up=False)
         pair.reach(40)
