@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,19 +42,9 @@ from lgm_scale.errors import ConfigError
 from lgm_scale.pipeline import LGMPipeline
 from lgm_scale.training.ema import EMA
 
-__all__ = ["EvaluationDuringTraining", "full_weights", "load_training_sweep"]
+__all__ = ["EvaluationDuringTraining", "load_training_sweep"]
 
 log = logging.getLogger("lgm_scale")
-
-GivesWeights = Callable[[], dict[str, Tensor]]
-
-
-def full_weights(ema: EMA) -> GivesWeights:
-    """How to get the whole average, by name, in float32 on the CPU; to be called on all ranks."""
-    gather = getattr(ema, "full_weights", None)
-    if gather is not None:  # an average that is spread over the ranks puts itself together
-        return gather
-    return lambda: {name: value.detach().float().cpu() for name, value in ema.average.items()}
 
 
 def load_training_sweep(config: GeneratorRun, classes: tuple[str, ...]) -> SweepConfig:
@@ -84,12 +74,12 @@ class EvaluationDuringTraining(Callback):
     Args:
         config: Of the run.
         dataset: Gives merge tree, latent statistics and classes.
-        weights: See `full_weights`.
+        ema: Its whole average is gathered for each evaluation.
 
     Raises: ConfigError, CheckpointError, DataError for what cannot work, before training begins.
     """
 
-    def __init__(self, config: GeneratorRun, dataset: LatentDataset, weights: GivesWeights) -> None:
+    def __init__(self, config: GeneratorRun, dataset: LatentDataset, ema: EMA) -> None:
         assert config.evaluation is not None
         if config.lora is not None:
             raise ConfigError(
@@ -97,7 +87,7 @@ class EvaluationDuringTraining(Callback):
                 "lora, and run eval/sweep.py on the result"
             )
         self.interval = Time.from_timestring(config.evaluation.interval)
-        self.weights, self.out = weights, Path(config.out)
+        self.ema, self.out = ema, Path(config.out)
         self.config = replace(
             load_training_sweep(config, dataset.manifest.classes), keep_features=False
         )
@@ -143,7 +133,7 @@ class EvaluationDuringTraining(Callback):
     def evaluate(self, step: int, logger: Logger | None = None) -> list[dict[str, Any]]:
         """Rows of the average as it is now. Every rank must call it."""
         with _own_randomness():
-            average = self.weights()
+            average = self.ema.full_weights()
             state = self.bundle.net.state_dict()
             assert average.keys() <= state.keys(), "the average belongs to another network"
             self.bundle.net.load_state_dict(state | average)

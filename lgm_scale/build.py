@@ -67,7 +67,7 @@ from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.lora import export_adapter, load_base
 from lgm_scale.training.players import PlayerClipping, parameters_of
-from lgm_scale.training.stopping import StopRequest
+from lgm_scale.training.stopping import StopRequest, ignore_stop_signals
 from lgm_scale.training.throughput import Throughput
 from lgm_scale.training.tokenizer import TokenizerModel
 
@@ -287,6 +287,7 @@ def build_data(config: TrainingRun, dataset: TrainingDataset, lengths: LengthSch
         batch_size=config.train.global_batch_size // dist.get_world_size(),
         num_workers=config.data.num_workers,
         persistent_workers=config.data.num_workers > 0,
+        worker_init_fn=ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
     )
     return DataSpec(
@@ -302,9 +303,9 @@ def build_evaluation(config: GeneratorRun, dataset: LatentDataset, ema: EMA) -> 
     The package's only look outwards, at the moment a run asks for it: the evaluator stays one
     implementation in eval/, and training without it imports nothing of it.
     """
-    from eval.during_training import EvaluationDuringTraining, full_weights
+    from eval.during_training import EvaluationDuringTraining
 
-    return EvaluationDuringTraining(config, dataset, full_weights(ema))
+    return EvaluationDuringTraining(config, dataset, ema)
 
 
 def build_trainer(
@@ -333,6 +334,7 @@ def build_trainer(
             model.record,
             config.logging.progress_bar,
             _labels(model),
+            resume.attempts.check,
         ),
         _throughput(config, model),
         stop,

@@ -28,6 +28,7 @@ _FREE_KEYS = (
     "data.retry_seconds",
     "checkpoint.interval",
     "checkpoint.keep",
+    "evaluation",
     "parallel.",
 )
 """Keys that do not change what a run computes, and so may change between resumes. (The micro-batch

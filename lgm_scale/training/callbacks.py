@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ class MetricsLog(Callback):
         record: Where the model notes its losses.
         progress_bar: Whether rank 0 shows a bar over the whole run.
         labels: What every line says about the run as a whole.
+        fence: Called before lines are written; raises if this process must not write any more.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class MetricsLog(Callback):
         record: LossRecord,
         progress_bar: bool = False,
         labels: dict[str, Any] | None = None,
+        fence: Callable[[], object] = lambda: None,
     ) -> None:
         self.path = path
         self.interval = interval
         self.record = record
         self.progress_bar = progress_bar
         self.labels = labels or {}
+        self.fence = fence
         self._bar: tqdm | None = None
         self._pending: list[_Step] = []
         self._clock = 0.0
@@ -156,6 +160,7 @@ class MetricsLog(Callback):
             logger.log_metrics({key: row["loss"]} | by_part, step=row["step"])
         rows = [row | parts for row, parts in zip(rows, means, strict=True)]
         if dist.get_global_rank() == 0:
+            self.fence()
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             with logging_redirect_tqdm():

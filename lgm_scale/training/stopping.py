@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing.resource_tracker
 import signal
 from datetime import timedelta
 from types import FrameType
@@ -13,12 +14,22 @@ import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-__all__ = ["STOP_SIGNALS", "StopRequest"]
+__all__ = ["STOP_SIGNALS", "StopRequest", "ignore_stop_signals"]
 
 log = logging.getLogger("lgm_scale")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 """Sent by schedulers before they take the machine away."""
+
+
+def ignore_stop_signals(worker: int | None = None) -> None:
+    """Let no request to stop end this process: it ends with the trainer, which saves first.
+
+    Schedulers signal every process of a job. A data worker that dies of it would take the trainer
+    down before it has saved. Can be a loader's `worker_init_fn`.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest(Callback):
@@ -46,7 +57,10 @@ class StopRequest(Callback):
 
     def __enter__(self) -> StopRequest:
         """Take the signals over; in the main thread, once ranks can talk to each other."""
-        self._before = {n: signal.signal(n, self._on_signal) for n in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+        multiprocessing.resource_tracker.ensure_running()  # a program of its own, deaf from birth
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo", timeout=self._timeout)
         return self
@@ -80,6 +94,7 @@ class StopRequest(Callback):
         return bool(self._flag.item())
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Leave no message behind."""
+        """Leave no message behind, and let nobody interrupt what follows."""
         if self._group is not None:
             self._answer()
+        ignore_stop_signals()

@@ -11,11 +11,9 @@ import yaml
 from safetensors.torch import load_file
 from small_pipeline import SmallPipeline, metrics, run_command, train_in_process
 
-from eval.during_training import full_weights
 from eval.measure import measure
 from eval.sweep_config import load_sweep
 from lgm_scale.errors import ConfigError
-from lgm_scale.training.ema import EMA
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
 
@@ -125,13 +123,3 @@ def test_what_cannot_work_is_refused_before_training(small_pipeline, sweep_file,
     assert [problem.split(":")[0] for problem in caught.value.problems] == [
         "evaluation.sweep", "evaluation.interval",
     ]  # fmt: skip
-
-
-def test_an_average_that_gathers_itself_is_asked_for_it():
-    ema = EMA(torch.nn.Linear(2, 2), 0.9)
-    ema._start()
-    found = full_weights(ema)()
-    assert found.keys() == {"weight", "bias"}
-    assert found["weight"].dtype == torch.float32
-    ema.full_weights = lambda: {"gathered": torch.ones(1)}  # type: ignore[attr-defined]
-    assert full_weights(ema)().keys() == {"gathered"}

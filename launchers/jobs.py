@@ -1,0 +1,184 @@
+"""The kinds of job: which command each runs, what it is called, what it makes. Free of torch.
+
+Everything that can be said about a job without its cluster is here; every problem of its
+configuration is told before anything is submitted.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.sweep_config import check_sweep, load_sweep
+from lgm_scale.config import TrainingRun, read_yaml
+from lgm_scale.config_rules import load_training_run
+from lgm_scale.errors import ConfigError
+
+__all__ = ["KINDS", "TOOLS", "Job", "Tool", "describe_job"]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A command that takes options instead of a configuration: `key=value` becomes one."""
+
+    script: str
+    positional: tuple[str, ...]
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    out: str
+    """The key that names what it makes."""
+    ranks: bool
+    """Whether it spreads over ranks."""
+
+
+TOOLS = {
+    "convert": Tool(
+        "data_tools/images_to_mds.py",
+        positional=("source", "target"),
+        required=(),
+        optional=("image_size", "workers"),
+        out="target",
+        ranks=False,
+    ),
+    "encode": Tool(
+        "data_tools/encode_latents.py",
+        positional=(),
+        required=("tokenizer", "images", "out"),
+        optional=("batch_size", "shard_size"),
+        out="out",
+        ranks=True,
+    ),
+}
+
+DEFAULT_CONFIG = {"train": "yamls/dit_xl.yaml", "tokenizer": "yamls/tokenizer_b.yaml"}
+KINDS = ("train", "tokenizer", "encode", "eval", "convert")
+TASKS = {"train": "generator", "tokenizer": "tokenizer"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command for all ranks.
+
+    Args:
+        kind: One of KINDS.
+        name: Of the job in Slurm; a second live job of this name is refused.
+        out: What the job makes.
+        script: The command, as a path inside the code.
+        config: YAML file that goes first, or None.
+        arguments: What follows it.
+        parts: Of an array, what each element adds; empty for one job.
+        run: Configuration of a training run.
+        ranks: Whether the command spreads over ranks; otherwise it has one.
+    """
+
+    kind: str
+    name: str
+    out: str
+    script: str
+    config: Path | None
+    arguments: tuple[str, ...]
+    parts: tuple[str, ...] = ()
+    run: TrainingRun | None = None
+    ranks: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """Where launches of this job keep code, logs and records.
+
+        Inside a run's folder; beside a data set, which is complete or absent.
+        """
+        if "://" in self.out:
+            return Path("runs") / "slurm" / self.name
+        out = Path(self.out)
+        return out.with_name(out.name + ".slurm") if self.kind in TOOLS else out / "slurm"
+
+
+def describe_job(
+    kind: str,
+    config: str | None,
+    words: list[str],
+    world_size: int,
+    *,
+    parts: int | None = None,
+    inputs_exist: bool = True,
+) -> Job:
+    """Read and check a job.
+
+    Args:
+        kind: One of KINDS.
+        config: YAML file; None takes the kind's own.
+        words: `key=value` overrides, or options of a tool.
+        world_size: Ranks that will run it.
+        parts: Split a sweep into an array of so many jobs.
+        inputs_exist: Whether its input must be there already; not so after another job.
+
+    Raises: ConfigError with every problem.
+    """
+    if parts is not None and kind != "eval":
+        raise ConfigError(f"--array: {parts} jobs of kind {kind}; only a sweep (eval) is split")
+    if parts is not None and parts < 2:
+        raise ConfigError(f"--array: {parts}; an array has 2 jobs or more")
+    if kind in TOOLS:
+        if config is not None:
+            raise ConfigError(f"--config: {config}; {kind} has no configuration, but key=value")
+        return _tool(kind, TOOLS[kind], words)
+    config = config or DEFAULT_CONFIG.get(kind)
+    if config is None:
+        raise ConfigError("--config: missing; an evaluation has no default, name its YAML file")
+    if kind == "eval":
+        return _sweep(config, words, parts, inputs_exist)
+    run = load_training_run(config, words, world_size, has_gpu=None)
+    if run.task != TASKS[kind]:
+        raise ConfigError(
+            f"--job: {kind} trains a {TASKS[kind]}, and {config} is a {run.task}; give "
+            f"--job {next(name for name, task in TASKS.items() if task == run.task)}"
+        )
+    return Job(
+        kind, run.run_name, run.out, "lgm_scale/train.py", Path(config), tuple(words), run=run
+    )
+
+
+def _sweep(config: str, words: list[str], parts: int | None, inputs_exist: bool) -> Job:
+    if inputs_exist:
+        sweep = load_sweep(config, words)
+    else:  # its files are made by the jobs before it: types are all that can be checked
+        sweep = check_sweep(read_yaml(config, words), config, lambda _: [])
+    split = tuple(f"part={index}/{parts}" for index in range(parts or 0))
+    name = f"eval-{Path(sweep.out).name}"
+    return Job("eval", name, sweep.out, "eval/sweep.py", Path(config), tuple(words), parts=split)
+
+
+def _tool(kind: str, tool: Tool, words: list[str]) -> Job:
+    values = _pairs(words)
+    known = (*tool.positional, *tool.required, *tool.optional)
+    problems = []
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            problems.append(f"{key}: unknown key of {kind}; {hint}")
+    problems += [
+        f"{key}: missing; {kind} needs {key}=..."
+        for key in (*tool.positional, *tool.required)
+        if key not in values
+    ]
+    if problems:
+        raise ConfigError(problems, f"--job {kind}")
+    options = [
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in values.items()
+        if key not in tool.positional
+    ]
+    out = values[tool.out]
+    arguments = (*(values[key] for key in tool.positional), *options)
+    name = f"{kind}-{Path(out).name}"
+    return Job(kind, name, out, tool.script, None, arguments, ranks=tool.ranks)
+
+
+def _pairs(words: list[str]) -> Mapping[str, str]:
+    malformed = [word for word in words if "=" not in word.lstrip("=")]
+    if malformed:
+        raise ConfigError([f"override {word!r}: write it as key=value" for word in malformed])
+    return dict(word.split("=", 1) for word in words)

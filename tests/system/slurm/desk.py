@@ -1,0 +1,187 @@
+"""How tests submit jobs and look at them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from small_pipeline import ROOT, SmallPipeline, metrics
+from virtual_cluster import VirtualCluster
+
+STEPS = 300
+CONFIG = "yamls/quickstart/dit.yaml"
+
+
+@dataclass
+class Desk:
+    """Where a person sits: a checkout of the project, and Slurm's commands."""
+
+    cluster: VirtualCluster
+    folder: Path
+    pipeline: SmallPipeline
+
+    def run(self, script: str, *args: str | Path) -> subprocess.CompletedProcess:
+        """One of the project's commands, in the checkout."""
+        environment = os.environ | self.cluster.environment | {"PYTHONPATH": str(self.folder)}
+        return subprocess.run(
+            [sys.executable, script, *map(str, args)],
+            cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    def train(self, out: str, *overrides: str, nodes: int = 2, exclude: str = "") -> Job:
+        """Submit the quickstart's generator, shrunk, with one rank on each node."""
+        options = ["--nodes", str(nodes), "--gpus-per-node", "1", "--config", CONFIG]
+        options += ["--exclude", exclude] if exclude else []
+        name = f"run_name={Path(out).name}"
+        return self.submit(out, *options, *self.overrides(out, name, *overrides))
+
+    def overrides(self, out: str, *more: str) -> list[str]:
+        """What shrinks the quickstart's generator."""
+        small = self.pipeline
+        return [
+            *(f"out={out}", f"tokenizer={small.tokenizer}", f"data.path={small.latents}"),
+            *("data.num_samples=68", "model.latent_dim=8", "model.num_base_tokens=16"),
+            *("lengths.choices=[8,4,16]", "train.global_batch_size=8"),
+            *(f"train.max_duration={STEPS}ba", "checkpoint.interval=50ba"),
+            *("logging.interval=5", "logging.progress_bar=false", *more),
+        ]
+
+    def submit(self, out: str, *args: str) -> Job:
+        """Submit a job that makes `out`."""
+        result = self.run("launchers/slurm.py", "--cluster", "virtual.yaml", *args)
+        assert result.returncode == 0, result.stderr + result.stdout
+        ids = re.findall(r"submitted (\d+):", result.stdout)
+        return Job(self, self.folder / out, ids)
+
+    def processes(self, node: str, word: bytes) -> list[int]:
+        """Ids of processes on a node with this word in their command line."""
+        found = []
+        for pid in self.cluster.processes_on(node):
+            with contextlib.suppress(OSError):  # it has just ended
+                if word in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
+
+    def status(self, out: Path) -> str:
+        """What `launchers/status.py` says of a run."""
+        result = self.run("launchers/status.py", out)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+
+@dataclass
+class Job:
+    """A submitted job; of an array, with the job that joins it."""
+
+    desk: Desk
+    out: Path
+    ids: list[str]
+
+    @property
+    def id(self) -> str:
+        return self.ids[0]
+
+    def state(self, job_id: str | None = None) -> str:
+        """Slurm's word for its state."""
+        shown = self.desk.cluster.run("scontrol", "--oneliner", "show", "job", job_id or self.id)
+        return re.findall(r" JobState=(\w+)", shown)[0]
+
+    def nodes(self) -> list[str]:
+        """Where it runs, rank 0's node first."""
+        listed = self.desk.cluster.run("squeue", "-h", "-j", self.id, "-o", "%N")
+        return self.desk.cluster.run("scontrol", "show", "hostnames", listed).split()
+
+    def wait(self, *states: str, seconds: float = 300) -> str:
+        """Wait for one of the states that a job stays in; by default, for any of them."""
+        final = states or ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+        self.until(lambda: self.state() in final, f"be {' or '.join(final)}", seconds)
+        return self.state()
+
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+        """Wait, and on failure say how the job is."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"job {self.id} did not {what}:\n{self.log()[-6000:]}")
+            time.sleep(0.05)
+
+    def reach(self, step: int) -> None:
+        """Wait until that many steps are done."""
+
+        def reached() -> bool:
+            assert self.state() in ("PENDING", "RUNNING", "COMPLETING"), self.log()[-6000:]
+            try:
+                return bool(rows := metrics(self.out)) and rows[-1]["step"] + 1 >= step
+            except (OSError, json.JSONDecodeError):  # not there, or a line half written
+                return False
+
+        self.until(reached, f"reach step {step}")
+
+    def restarted(self, count: int) -> None:
+        """Wait until it runs for the time number `count` after the first."""
+
+        def running() -> bool:
+            shown = self.desk.cluster.run("scontrol", "--oneliner", "show", "job", self.id)
+            return f" Restarts={count} " in shown and self.state() == "RUNNING"
+
+        self.until(running, f"run again ({count})")
+
+    @property
+    def launches(self) -> Path:
+        """Folder of the launches of this run, whose code they share."""
+        inside = self.out / "slurm"
+        return inside if inside.is_dir() else self.out.with_name(self.out.name + ".slurm")
+
+    @property
+    def folder(self) -> Path:
+        """Of the last launch."""
+        return max(path.parent for path in self.launches.glob("*/launch.json"))
+
+    def log(self, rank: int = 0, job_id: str | None = None) -> str:
+        """A rank's log; rank 0's is the job's."""
+        found = list(self.launches.glob(f"*/{job_id or self.id}_{rank}_log.out"))
+        return found[0].read_text() if found else "(no log)"
+
+    def trainer_on(self, node: str) -> int:
+        """Process id of this run's trainer on a node.
+
+        Its data workers are forks and have its command line; their parent is among the found.
+        """
+        found = self.desk.processes(node, f"out={self.out.relative_to(self.desk.folder)}".encode())
+        first = [pid for pid in found if _parent(pid) not in found]
+        assert first, f"no trainer of {self.out} on {node}"
+        return first[0]
+
+    def losses(self) -> list[float]:
+        """Of every step, in order."""
+        rows = metrics(self.out)
+        assert [row["step"] for row in rows] == list(range(len(rows)))
+        return [row["loss"] for row in rows]
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return 0
+
+
+def copy_checkout(target: Path) -> None:
+    """The project's code and configurations, as a person has them."""
+    skip = shutil.ignore_patterns("__pycache__", ".*")
+    for name in ("lgm_scale", "data_tools", "eval", "launchers", "yamls"):
+        shutil.copytree(ROOT / name, target / name, ignore=skip)
+    values = {
+        **{"gpus_per_node": 2, "cpus_per_gpu": 1, "time": "30", "grace_seconds": 30},
+        "temporary": "/dev/shm",  # every node's own here
+    }
+    (target / "virtual.yaml").write_text(yaml.safe_dump(values))

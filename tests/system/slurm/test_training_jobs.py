@@ -1,0 +1,213 @@
+"""Training under a real Slurm: whatever happens to the nodes, the numbers are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from desk import CONFIG, STEPS, Desk, Job
+from small_pipeline import metrics
+
+pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
+
+
+def test_two_nodes_give_the_numbers_of_one(desk: Desk, undisturbed: list[float]):
+    job = desk.train("runs/plain")
+    # The job runs a copy of the code: what happens to the checkout now is none of its business.
+    train = desk.folder / "lgm_scale" / "train.py"
+    code = train.read_text()
+    try:
+        train.write_text("raise SystemExit('edited')\n")
+        assert job.wait() == "COMPLETED", job.log()
+    finally:
+        train.write_text(code)
+    assert len(undisturbed) == STEPS
+    assert job.losses() == undisturbed
+    status = desk.status(job.out)
+    assert "restarts   0" in status
+    assert f"step       {STEPS} of {STEPS}" in status
+    assert "finished" in status
+
+
+def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
+    """One run, stopped in five ways, at other steps each time."""
+    job = desk.train("runs/stopped")
+    cluster = desk.cluster
+    job.reach(40)
+    cluster.run("scancel", "--signal=USR2", job.id)
+    job.restarted(1)
+    job.reach(90)
+    cluster.run("scontrol", "requeue", job.id)
+    job.restarted(2)
+    job.reach(140)
+    cluster.run("scancel", "--signal=TERM", job.id)
+    job.restarted(3)
+    job.reach(190)
+    urgent = ["--partition=high", f"--nodes={cluster.num_nodes}", "--exclusive"]
+    cluster.run("sbatch", *urgent, "--output=/dev/null", "--wrap=sleep 1")
+    job.restarted(4)
+    job.reach(240)
+    killed_at = time.monotonic()
+    os.kill(job.trainer_on(job.nodes()[1]), signal.SIGKILL)
+    job.until(lambda: job.state() != "RUNNING", "go down after a rank was killed", 15)
+    down_after = time.monotonic() - killed_at
+    assert job.wait() == "COMPLETED", job.log()
+    assert job.losses() == undisturbed
+    assert down_after < 10  # seconds
+    status = desk.status(job.out)
+    assert "restarts   5" in status, status
+    for words in ("SIGUSR2, state saved", "SIGTERM, state saved", "ended first: signal 9"):
+        assert words in status, status
+
+
+def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undisturbed: list[float]):
+    """Two runs lose a node at once: one of two nodes, and the only one, which comes back later."""
+    cluster, patience = desk.cluster, 15  # seconds
+    pair = desk.train("runs/pair", f"parallel.timeout_seconds={patience}", exclude="n3")
+    lonely = desk.train("runs/lonely", nodes=1, exclude="n1,n2")
+    try:
+        lonely.reach(40)
+        stale = lonely.trainer_on("n3")
+        os.kill(stale, signal.SIGSTOP)  # it must still be there when its successor runs
+        cluster.link("n3", up=False)
+        pair.reach(40)
+        cut_at = time.monotonic()
+        cluster.link("n2", up=False)
+        # Rank 0 fails by its own timeout; Slurm starts the job again when it gives up the node.
+        end = pair.folder / pair.id / "attempts" / "00000-rank00000.json"
+        pair.until(end.exists, "fail", 3 * patience)
+        failed_after = time.monotonic() - cut_at
+        assert json.loads(end.read_text())["status"] == 1
+        assert "Timed out waiting" in pair.log()
+        pair.restarted(1)
+        lonely.restarted(1)
+        assert pair.nodes() == ["n1", "n4"]
+        assert lonely.nodes() == ["n4"]
+        second = lonely.out / "state" / "attempts" / "0002.json"
+        lonely.until(second.exists, "be resumed")
+        os.kill(stale, signal.SIGCONT)
+        assert pair.wait() == "COMPLETED", pair.log()
+        assert lonely.wait() == "COMPLETED", lonely.log()
+    finally:
+        for node in ("n2", "n3"):
+            cluster.link(node, up=True)
+    assert patience - 1 < failed_after < patience + 10
+    assert pair.losses() == undisturbed
+    assert lonely.losses() == pytest.approx(undisturbed, abs=1e-3)  # one rank: sums differ
+    late = lonely.log()
+    assert "this is attempt 1 of the run, and attempt 2 has taken over since" in late
+    states = [path.name for path in (lonely.out / "state").glob("ba*")]
+    assert all(name.endswith("-a0002") for name in states), states
+    for job in (pair, lonely):
+        assert "ended by Slurm: NODE_FAIL" in desk.status(job.out)
+    cluster.wait_until_idle()
+
+
+def test_other_launchers_with_explicit_node_ranks(desk: Desk, undisturbed: list[float]):
+    """composer on two nodes, killed; then torchrun on two nodes goes on. No launcher of ours."""
+    out = desk.folder / "runs" / "by-hand"
+    words = shlex.join(
+        ["lgm_scale/train.py", CONFIG, *desk.overrides(str(out), "run_name=by-hand")]
+    )
+    binaries = Path(sys.executable).parent
+    common = "--master{0}addr n1 --master{0}port 29500"
+    composer = f"composer -n 1 --world_size 2 --node_rank $SLURM_NODEID {common.format('_')}"
+    torchrun = (
+        f"torchrun --nnodes 2 --nproc-per-node 1 --node-rank $SLURM_NODEID {common.format('-')}"
+    )
+
+    place = ["srun", "--nodes=2", "--ntasks-per-node=1", "--nodelist=n1,n2", "--kill-on-bad-exit"]
+    place += ["--job-name=by-hand"]
+
+    def srun(launcher: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*place, "sh", "-c", f"exec {binaries}/{launcher} {words}"],
+            cwd=desk.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | desk.cluster.environment | {"PYTHONPATH": str(desk.folder)},
+        )  # fmt: skip
+
+    first = srun(composer)
+    deadline = time.monotonic() + 180
+    while not list((out / "state").glob("ba00000100-*/manifest.json")):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    desk.cluster.run("scancel", "--name=by-hand", "--signal=KILL")
+    first.communicate(timeout=120)
+    assert first.returncode != 0
+    desk.cluster.wait_until_idle()
+    second = srun(torchrun)
+    text, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, text
+    assert "resumed after step 1" in text  # 100, or 150
+    assert [row["loss"] for row in metrics(out)] == undisturbed
+
+
+def test_a_config_error_is_told_once_and_not_requeued(desk: Desk):
+    job = desk.train("runs/wrong", "data.path=/nowhere")
+    assert job.wait() == "FAILED", job.log()
+    log = job.log()
+    assert len(re.findall(r"^error: ", log, re.M)) == 1, log
+    assert "/nowhere does not exist" in log
+    assert "Traceback" not in log
+    assert "the user must mend something; not started again" in log
+    shown = desk.cluster.run("scontrol", "--oneliner", "show", "job", job.id)
+    assert " Restarts=0 " in shown
+    assert " ExitCode=2:0 " in shown
+
+
+def test_three_failures_at_one_step_are_enough(desk: Desk):
+    """The checkout has a bug that strikes at step 20, on one rank."""
+    source = desk.folder / "lgm_scale" / "training" / "callbacks.py"
+    code = source.read_text()
+    head = "    def batch_start(self, state: State, logger: Logger) -> None:\n"
+    assert code.count(head) >= 1
+    body = "if state.timestamp.batch.value == 20 and dist.get_global_rank() == 1:"
+    start = code.index(head)
+    docstring_end = code.index('"""', code.index('"""', start) + 3) + 4
+    bug = f"        {body}\n            raise ArithmeticError('the bug')\n"
+    try:
+        source.write_text(code[:docstring_end] + bug + code[docstring_end:])
+        job = desk.train("runs/bug")
+    finally:
+        source.write_text(code)
+    assert job.wait() == "FAILED", job.log()
+    log = job.log()
+    assert log.count("=== start ") == 3, log
+    assert "rank 1 on n2 failed first" in log
+    assert "ArithmeticError: the bug" in log  # rank 1's, in the top-level log
+    assert "3 failures in a row after step 20, giving up; not started again" in log
+    assert "restarts   2" in desk.status(job.out)
+
+
+def test_a_live_run_is_not_joined(desk: Desk):
+    job = desk.train("runs/live")
+    again = ["--cluster", "virtual.yaml", "--config", "yamls/quickstart/dit.yaml"]
+    again += ["--nodes", "2", "--gpus-per-node", "1"]
+    again += desk.overrides("runs/live", "run_name=live")
+    refused = desk.run("launchers/slurm.py", *again)
+    assert refused.returncode == 2
+    assert f"a live job has this name or writes runs/live: {job.id} (" in refused.stderr
+    taken = desk.run("launchers/slurm.py", *again, "--take-over")
+    assert taken.returncode == 0, taken.stderr
+    job.wait("CANCELLED")
+    successor = Job(desk, job.out, [taken.stdout.split("submitted ")[1].split(":")[0]])
+    desk.cluster.run("scancel", successor.id)
+    successor.wait("CANCELLED")
+
+
+def test_slurm_says_what_it_dislikes(desk: Desk):
+    common = ["--cluster", "virtual.yaml", "--config", "yamls/quickstart/dit.yaml"]
+    common += desk.overrides("runs/refused", "run_name=refused")
+    unknown = desk.run("launchers/slurm.py", *common, "--partition", "nowhere")
+    assert unknown.returncode == 2
+    assert "invalid partition specified: nowhere" in unknown.stderr
+    assert "Traceback" not in unknown.stderr
