@@ -36,10 +36,10 @@ class Tool:
 TOOLS = {
     "convert": Tool(
         "data_tools/images_to_mds.py",
-        positional=("source", "target"),
-        required=(),
-        optional=("image_size", "workers"),
-        out="target",
+        positional=("source",),
+        required=("out",),
+        optional=("image_size", "workers", "shard_size", "compression"),
+        out="out",
         ranks=False,
     ),
     "encode": Tool(

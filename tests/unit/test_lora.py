@@ -20,7 +20,6 @@ from lgm_scale.errors import CheckpointError
 from lgm_scale.merging import MergeTree
 from lgm_scale.models.dit import MergeDiT
 from lgm_scale.models.lora import TARGETS, Adapter, add_adapter, plain_names, with_adapter
-from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.pipeline import LGMPipeline
 from lgm_scale.sampling import CFGRescale, SamplerConfig
 
@@ -165,13 +164,11 @@ def test_sampling_takes_the_adapter_of_its_length(bundles, adapted):  # noqa: F8
     def images(generator, k):
         pipe = LGMPipeline(generator)
         piped = pipe([0, 1], k, seed=3, progress_bar=False, **settings)
-        scale = NoiseScale.CORRECTED
-        indices = torch.tensor([0, 1])
-        evaluated, _ = sample_images(generator, indices, k, SamplerConfig(**settings), scale, 3)
+        evaluated, _ = sample_images(pipe, torch.tensor([0, 1]), k, SamplerConfig(**settings), 3)
         torch.testing.assert_close(
-            torch.tensor(piped).permute(0, 3, 1, 2), torch.tensor(evaluated), atol=1, rtol=0
+            torch.tensor(piped).permute(0, 3, 1, 2), evaluated, atol=1, rtol=0
         )
-        return torch.tensor(evaluated)
+        return evaluated
 
     assert torch.equal(images(bundle, 16), images(base, 16))
     for k in (4, 8):

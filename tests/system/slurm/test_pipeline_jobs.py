@@ -31,7 +31,7 @@ def stages(photos: Path) -> dict[str, dict]:
         },
         "convert": {
             "job": "convert",
-            "overrides": [f"source={photos}", "target=runs/p/images", "image_size=32", "workers=0"],
+            "overrides": [f"source={photos}", "out=runs/p/images", "image_size=32", "workers=0"],
         },
         "tokenizer": {
             "job": "tokenizer",
