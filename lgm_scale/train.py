@@ -115,7 +115,7 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
                 "command again goes on"
             )
             return STOPPED_STATUS
-        average = ema.full_weights()
+        average = ema.full_weights(everywhere=False)
 
         def finish() -> str:
             resume.attempts.check()

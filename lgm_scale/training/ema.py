@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
+from composer.utils import dist
 from torch import Tensor
 
 from lgm_scale.parallel.pieces import Piece, gather
@@ -49,12 +50,17 @@ class EMA(Callback):
             current = [piece.weight().float() for piece in self.pieces]
             torch._foreach_lerp_(self.average, current, 1.0 - self.decay**self.interval)
 
-    def full_weights(self) -> dict[str, Tensor]:
+    def full_weights(self, everywhere: bool = True) -> dict[str, Tensor]:
         """The average as whole tensors on the host. Every rank must call it.
+
+        Args:
+            everywhere: Whether all ranks keep them, or rank 0 alone; the others then get nothing.
 
         Shapes: name in the averaged module -> float32, the parameter's shape.
         """
+        keep = everywhere or dist.get_global_rank() == 0
         return {
             name.removeprefix(self.prefix): whole
             for name, whole in gather(self.pieces, self.average)
+            if keep
         }
