@@ -91,11 +91,12 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
     from lgm_scale.checkpoint.resume import Resume
     from lgm_scale.checkpoint.run import enter_run, leave_result
     from lgm_scale.parallel.agreement import on_rank_zero
+    from lgm_scale.parallel.peers import PeerWatch
     from lgm_scale.training.ema import EMA
     from lgm_scale.training.stopping import StopRequest
 
     dist.initialize_dist(get_device(None), config.parallel.timeout_seconds)
-    with StopRequest(config.parallel.timeout_seconds) as stop:
+    with StopRequest(config.parallel.timeout_seconds) as stop, PeerWatch():
         run = enter_run(folder)
         if run.finished:
             return _say(f"run {config.run_name} is finished: {folder.bundle}")

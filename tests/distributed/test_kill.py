@@ -15,6 +15,8 @@ from rank_processes import run_ranks, start_ranks, states, wait_for
 from small_pipeline import SmallPipeline, metrics
 from test_strategies import STRATEGIES
 
+from lgm_scale.data.epochs import EpochDataset
+
 STEPS = 80
 KILLS = int(os.environ.get("LGM_KILLS", "5"))
 """By hand: LGM_KILLS=20 pytest tests/distributed/test_kill.py."""
@@ -126,6 +128,28 @@ def wait_for_state(out: Path, ranks) -> None:
         assert all(process.is_alive() for process in ranks)
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def die_between_epochs() -> None:
+    """Let rank 1 die where rank 0 then waits for it in shared memory, not in a collective."""
+    get_work = EpochDataset._get_work
+
+    def dying(self, epoch, sample_in_epoch):
+        if os.environ["RANK"] == "1" and epoch == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return get_work(self, epoch, sample_in_epoch)
+
+    EpochDataset._get_work = dying  # type: ignore[method-assign]
+
+
+def test_a_death_between_epochs_ends_the_other_rank(small_pipeline, folder):
+    job = (config(small_pipeline, folder / "between"), [])
+    log = folder / "between-log"
+    statuses = wait_for(start_ranks(2, [job], log, die_between_epochs), 120)
+    assert statuses == [1, -signal.SIGKILL]
+    told = (folder / "between-log-0.txt").read_text()
+    assert "the process of rank 1 is gone, and this one still waits for it" in told
+    assert "_get_work" in told  # where it waited
 
 
 def test_a_silent_rank_ends_the_run_within_the_timeout(small_pipeline, folder):
