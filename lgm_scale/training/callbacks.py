@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from lgm_scale.parallel.agreement import on_rank_zero
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.record import LossRecord
 from lgm_scale.training.spikes import SpikeWatch
@@ -72,7 +73,7 @@ class MetricsLog(Callback):
         record: Where the model notes its losses.
         progress_bar: Whether rank 0 shows a bar over the whole run.
         labels: What every line says about the run as a whole.
-        fence: Called before lines are written; raises if this process must not write any more.
+        fence: Called on rank 0 before lines are written; what it raises, all ranks raise.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class MetricsLog(Callback):
         record: LossRecord,
         progress_bar: bool = False,
         labels: dict[str, Any] | None = None,
-        fence: Callable[[], object] = lambda: None,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = path
         self.interval = interval
@@ -159,8 +160,8 @@ class MetricsLog(Callback):
             by_part = {name.replace("loss", key, 1): mean for name, mean in parts.items()}
             logger.log_metrics({key: row["loss"]} | by_part, step=row["step"])
         rows = [row | parts for row, parts in zip(rows, means, strict=True)]
+        on_rank_zero(self.fence)
         if dist.get_global_rank() == 0:
-            self.fence()
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             with logging_redirect_tqdm():
