@@ -417,7 +417,9 @@ def test_a_value_stands_for_a_list_of_one_and_lists_multiply(made, tmp_path):
 
 @pytest.mark.parametrize("name", ["quickstart/sweep.yaml", "eval_sweep.yaml"])
 def test_the_sweeps_that_come_along_are_well_formed(name):
-    values = yaml.safe_load((ROOT / "yamls" / name).read_text())
+    text = (ROOT / "yamls" / name).read_text()
+    assert all(word in text for word in ("Command", "Hardware", "Time", "Result", f"yamls/{name}"))
+    values = yaml.safe_load(text)
     assert set(values) <= set(SweepConfig.__dataclass_fields__)
     with pytest.raises(ConfigError) as caught:  # its files are not here: no other problem
         load_sweep(str(ROOT / "yamls" / name), ["bundle=gone", "images=gone", "metrics_log=null"])
