@@ -122,10 +122,10 @@ def test_a_flipped_bit_is_fetched_again(bucket, data):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", ["503", "hang", "gone", "flip"])
 def test_a_lost_shard_stops_the_epoch_and_nothing_is_lost_or_repeated(bucket, data, mode, workers):
-    patience = Patience(timeout=1, retry_seconds=3)
-    whole = epoch(loader_of(data, patience))
+    calm = Patience(timeout=10, retry_seconds=60)
+    whole = epoch(loader_of(data, calm))
     shutil.rmtree(data.cache)
-    loader = loader_of(data, patience, workers)
+    loader = loader_of(data, Patience(timeout=1, retry_seconds=3), workers)
     seen: list[int] = []
     lost = rf"shard\.\d+\.mds ({'has another' if mode == 'flip' else 'could not be fetched'})"
     begun = time.monotonic()
@@ -140,13 +140,13 @@ def test_a_lost_shard_stops_the_epoch_and_nothing_is_lost_or_repeated(bucket, da
         pytest.raises(DataError, match=rf"epoch 0 is not complete: .*{lost}"),
     ):
         read_on(loader)
-    assert time.monotonic() - begun < 3 + 12
+    assert time.monotonic() - begun < 3 + 27  # retries, and a machine with other work
     assert len(seen) < NUM_IMAGES
     assert seen == whole[: len(seen)]
     state = loader.dataset.state_dict(len(seen), from_beginning=True)
     assert (state["epoch"], state["sample_in_epoch"]) == (0, len(seen))
     del loader
-    resumed = loader_of(data, patience, workers)
+    resumed = loader_of(data, calm, workers)
     resumed.load_state_dict(state)
     assert epoch(resumed) == whole[len(seen) :]
 
