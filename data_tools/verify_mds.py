@@ -39,8 +39,9 @@ from lgm_scale.data.manifest import (
     read_index,
     read_labels,
 )
-from lgm_scale.data.storage import Expected, MissingFileError, fetch, file_hash, join, shown
+from lgm_scale.data.storage import Expected, MissingFileError, fetch, join, shown
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
+from lgm_scale.hashing import file_hash
 
 __all__ = ["Report", "verify"]
 

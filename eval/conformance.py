@@ -28,8 +28,8 @@ from eval.reference import parse_args as reference_args
 from eval.reference_files import Reference
 from eval.spaces import network_spaces
 from eval.work import Part, join_ranks
-from lgm_scale.bundle import file_hash
 from lgm_scale.errors import MissingAssetError, exit_on_user_error
+from lgm_scale.hashing import file_hash
 
 __all__ = ["PUBLISHED", "score"]
 

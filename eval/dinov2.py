@@ -24,8 +24,8 @@ from torch import Tensor
 
 from eval.chunks import Arrays
 from eval.features import fixed_batches, network_flags
-from lgm_scale.bundle import file_hash
 from lgm_scale.errors import CheckpointError
+from lgm_scale.hashing import file_hash
 from lgm_scale.models.assets import read_weights
 
 __all__ = ["WEIGHTS_URL", "DINOv2Features"]

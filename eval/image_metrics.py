@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.features import fixed_batches, network_flags
-from lgm_scale.bundle import file_hash
+from lgm_scale.hashing import file_hash
 from lgm_scale.models.assets import load_perceptual
 from lgm_scale.training.tokenizer import to_unit_range
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from eval.image_work import StoredImages
 from eval.reference_files import npy_header, npz_images_shape
 from eval.spaces import folder_hash
-from lgm_scale.bundle import file_hash
 from lgm_scale.data.images import center_crop, decode_image
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.hashing import file_hash
 
 __all__ = ["FolderImages", "ImageSource", "NpzImages", "open_source"]
 

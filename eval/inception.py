@@ -18,8 +18,8 @@ from torch import Tensor
 
 from eval.chunks import Arrays
 from eval.features import fixed_batches, network_flags
-from lgm_scale.bundle import file_hash
 from lgm_scale.errors import CheckpointError, MissingAssetError
+from lgm_scale.hashing import file_hash
 from lgm_scale.models.assets import read_weights
 
 __all__ = ["NETWORK", "PUBLISHED_HASH", "SPATIAL_DIM", "WEIGHTS_URL", "InceptionFeatures"]

@@ -26,8 +26,8 @@ from safetensors.numpy import save
 from eval.files import write_aside
 from eval.inception import SPATIAL_DIM
 from eval.moments import Moments
-from lgm_scale.bundle import file_hash
 from lgm_scale.errors import DataError
+from lgm_scale.hashing import file_hash
 
 __all__ = ["Reference", "load_reference", "npy_header", "npz_images_shape", "save_reference"]
 

@@ -18,8 +18,8 @@ from eval.inception import InceptionFeatures
 from eval.pixel_pca import MAX_FITTED, PixelPCA
 from eval.reference_files import Reference, load_reference
 from eval.sweep_config import SweepConfig
-from lgm_scale.bundle import file_hash
 from lgm_scale.errors import DataError
+from lgm_scale.hashing import file_hash
 
 __all__ = ["Spaces", "ValidationImages", "check_reference", "load_reference_for", "network_spaces"]
 

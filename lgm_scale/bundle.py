@@ -13,7 +13,6 @@ No pickle: reading a bundle executes nothing. A file that does not match its has
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig, load_config, to_dict
 from lgm_scale.data.latents import STATS_NAME, TREE_NAME, LatentStats
 from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.hashing import file_hash
 from lgm_scale.merging import MergeAssignment, MergeTree
 from lgm_scale.models.dit import MergeDiT
 from lgm_scale.models.lora import Adapter, with_adapter
@@ -80,15 +80,6 @@ class GeneratorBundle:
     ) -> Tensor:
         """What the sampler integrates, at each length with its own network; see `MergeDiT`."""
         return self.network(assignment.num_tokens)(z_t, t, labels, assignment)
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file, as hex."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def build_tokenizer(config: TokenizerModelConfig) -> Tokenizer:

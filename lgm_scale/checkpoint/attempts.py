@@ -15,7 +15,6 @@ import socket
 import time
 import uuid
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from lgm_scale.checkpoint.manifest import StateName
 from lgm_scale.checkpoint.storage import Storage
@@ -120,8 +119,3 @@ def valid_states(states: list[StateName], attempts: list[Attempt]) -> list[State
         and all(step >= state.step for number, step in begun.items() if number > state.attempt)
     ]
     return sorted(valid, reverse=True)
-
-
-def describe(attempt: Attempt) -> dict[str, Any]:
-    """For a log: without the token."""
-    return {key: value for key, value in asdict(attempt).items() if key != "token"}

@@ -7,12 +7,11 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lgm_scale.errors import CheckpointError
 
-__all__ = ["MANIFEST_NAME", "Manifest", "StateFile", "StateName", "file_sha256"]
+__all__ = ["MANIFEST_NAME", "Manifest", "StateFile", "StateName"]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -100,12 +99,3 @@ class Manifest:
             return cls(**values, files=files)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{MANIFEST_NAME} is damaged: {error!r}") from error
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -22,11 +22,11 @@ from lgm_scale.checkpoint.manifest import (
     Manifest,
     StateFile,
     StateName,
-    file_sha256,
 )
 from lgm_scale.checkpoint.storage import Storage
 from lgm_scale.checkpoint.tensors import files_needed, read_pieces, write_pieces
 from lgm_scale.errors import CheckpointError
+from lgm_scale.hashing import file_hash
 from lgm_scale.parallel.agreement import on_rank_zero, raise_everywhere
 from lgm_scale.parallel.pieces import Piece, owned, plain_name
 from lgm_scale.training.ema import EMA
@@ -131,7 +131,7 @@ class Resume:
             first = dist.get_global_rank() == 0
             buffers = dict(_plain_buffers(self.model)) if first else {}
             written = write_pieces(path, self.pieces, self._speaks, self._average(), buffers)
-            file = StateFile(path.name, path.stat().st_size, file_sha256(path), written)
+            file = StateFile(path.name, path.stat().st_size, file_hash(path), written)
             self.storage.put(path, f"{name}/{path.name}")
         except (OSError, CheckpointError) as problem:
             error = CheckpointError(
@@ -299,7 +299,7 @@ class Resume:
                 path = self.storage.get(f"{name}/{file.name}", shared)
             except (FileNotFoundError, CheckpointError) as error:
                 return f"{file.name} cannot be read: {error}"
-            if path.stat().st_size != file.size or file_sha256(path) != file.sha256:
+            if path.stat().st_size != file.size or file_hash(path) != file.sha256:
                 return f"{file.name} does not have its checksum"
         return None
 

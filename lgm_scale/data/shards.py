@@ -18,8 +18,9 @@ from streaming.base.format.base.reader import FileInfo, Reader
 
 from lgm_scale.data.config import Patience, SourceConfig, is_remote
 from lgm_scale.data.manifest import INDEX_NAME, MANIFEST_NAME, parse_manifest
-from lgm_scale.data.storage import Expected, fetch, file_hash, join, read_remote, shown
+from lgm_scale.data.storage import Expected, fetch, join, read_remote, shown
 from lgm_scale.errors import DataError
+from lgm_scale.hashing import file_hash
 
 __all__ = ["ShardStream", "digest_files", "fill_cache", "local_folder"]
 

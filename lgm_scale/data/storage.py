@@ -28,12 +28,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 from lgm_scale.data.config import Patience, is_remote
 from lgm_scale.errors import DataError
+from lgm_scale.hashing import file_hash
 
 __all__ = [
     "Expected",
     "MissingFileError",
     "fetch",
-    "file_hash",
     "join",
     "read_remote",
     "shown",
@@ -87,15 +87,6 @@ def shown(location: str) -> str:
     parts = urlsplit(location)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
-
-
-def file_hash(path: str | os.PathLike[str], algorithm: str = HASH) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def fetch(remote: str, local: Path, patience: Patience, expected: Expected | None = None) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgm_scale.bundle import build_tokenizer, file_hash, save_tokenizer_bundle
+from lgm_scale.bundle import build_tokenizer, save_tokenizer_bundle
 from lgm_scale.config import TokenizerModelConfig
 from lgm_scale.errors import CheckpointError
+from lgm_scale.hashing import file_hash
 from lgm_scale.merging import MergeTree
 from lgm_scale.models.tokenizer import TOKENIZER_SIZES
 from lgm_scale.release_import.names import (

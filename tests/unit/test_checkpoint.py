@@ -13,9 +13,10 @@ from rank_processes import rewound, states
 from small_pipeline import metrics, train_in_process
 
 from lgm_scale.checkpoint.attempts import Attempts, valid_states
-from lgm_scale.checkpoint.manifest import Manifest, StateName, file_sha256
+from lgm_scale.checkpoint.manifest import Manifest, StateName
 from lgm_scale.checkpoint.storage import Folder
 from lgm_scale.errors import CheckpointError, ConfigError, SupersededError
+from lgm_scale.hashing import file_hash
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_a_hostile_file_with_its_checksum_is_no_safetensors_file(small_pipeline,
     sealed = state_file(copy, 10, "manifest.json")
     manifest = Manifest.from_bytes(sealed.read_bytes())
     (file,) = manifest.files
-    changed = vars(file) | {"sha256": file_sha256(path), "size": path.stat().st_size}
+    changed = vars(file) | {"sha256": file_hash(path), "size": path.stat().st_size}
     new = Manifest(**(vars(manifest) | {"files": [type(file)(**changed)]}))
     sealed.write_bytes(new.to_bytes())
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors"):

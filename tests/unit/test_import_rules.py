@@ -39,6 +39,7 @@ ORDER = [
     "merging",
     "linkage",
     "randomness",
+    "hashing",
     "errors",
 ]
 FROM_ANYWHERE = {"config", "errors"}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from eval.generate import sample_images
 from lgm_scale.bundle import GENERATOR_NAME, load_generator, read_bundle, save_adapted_bundle
 from lgm_scale.errors import CheckpointError
+from lgm_scale.hashing import file_hash
 from lgm_scale.merging import MergeTree
 from lgm_scale.models.dit import MergeDiT
 from lgm_scale.models.lora import TARGETS, Adapter, add_adapter, plain_names, with_adapter
@@ -123,7 +124,6 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 def read_hashes(folder: Path) -> dict[str, str]:
-    from lgm_scale.bundle import file_hash
 
     return {path.name: file_hash(path) for path in folder.glob("*.safetensors")}
 

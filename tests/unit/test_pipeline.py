@@ -25,6 +25,7 @@ from lgm_scale.bundle import (
 from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
 from lgm_scale.data.latents import LatentStats
 from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.hashing import file_hash
 from lgm_scale.merging import MergeTree
 from lgm_scale.pipeline import LGMPipeline, default_cfg_scale
 from lgm_scale.sampling import CFGRescale, SamplerConfig, Solver
@@ -210,7 +211,6 @@ def test_another_format_version_is_refused(bundle, tmp_path):
 
 
 def test_a_tree_of_another_size_is_refused(bundle, tmp_path):
-    from lgm_scale.bundle import file_hash
 
     folder = rewrite(bundle, tmp_path / "foreign")
     embeddings = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
