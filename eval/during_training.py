@@ -36,7 +36,8 @@ from lgm_scale.bundle import (
     load_tokenizer,
     read_bundle,
 )
-from lgm_scale.config import GeneratorRun, read_yaml, to_dict
+from lgm_scale.config import GeneratorRun
+from lgm_scale.config_loading import read_yaml, to_dict
 from lgm_scale.data.latents import TREE_NAME, LatentDataset
 from lgm_scale.errors import ConfigError
 from lgm_scale.pipeline import LGMPipeline

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lgm_scale.config import read_yaml
+from lgm_scale.config_loading import read_yaml
 from lgm_scale.errors import LGMError, MissingAssetError, exit_on_user_error
 from lgm_scale.hashing import file_hash
 

@@ -16,7 +16,7 @@ from eval.reference_files import Reference
 from eval.sweep_config import SweepConfig
 from lgm_scale import __version__
 from lgm_scale.bundle import GeneratorBundle
-from lgm_scale.config import to_dict
+from lgm_scale.config_loading import to_dict
 from lgm_scale.errors import DataError
 
 __all__ = [

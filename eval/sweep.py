@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from eval.sweep_config import SweepConfig, expand, load_sweep
-from lgm_scale.config import to_dict
+from lgm_scale.config_loading import to_dict
 from lgm_scale.errors import ConfigError, exit_on_user_error
 
 

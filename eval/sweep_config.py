@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
-from lgm_scale.config import InvalidValues, load_config, read_yaml
+from lgm_scale.config_loading import InvalidValues, load_config, read_yaml
 from lgm_scale.errors import ConfigError
 
 __all__ = ["METRIC_KEYS", "Cell", "CellsConfig", "SearchConfig", "SweepConfig", "load_sweep"]

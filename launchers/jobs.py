@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.sweep_config import check_sweep, load_sweep
-from lgm_scale.config import TrainingRun, read_yaml
+from lgm_scale.config import TrainingRun
+from lgm_scale.config_loading import read_yaml
 from lgm_scale.config_rules import load_training_run
 from lgm_scale.errors import ConfigError
 

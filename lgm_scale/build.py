@@ -31,13 +31,8 @@ from lgm_scale.bundle import (
 )
 from lgm_scale.checkpoint.resume import Resume
 from lgm_scale.checkpoint.saver import StateSaver
-from lgm_scale.config import (
-    GeneratorRun,
-    OptimizerConfig,
-    TokenizerRun,
-    TrainingRun,
-    to_dict,
-)
+from lgm_scale.config import GeneratorRun, OptimizerConfig, TokenizerRun, TrainingRun
+from lgm_scale.config_loading import to_dict
 from lgm_scale.data.epochs import CheckedLoader, StreamOptions
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset

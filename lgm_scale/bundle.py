@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig, load_config, to_dict
+from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.config_loading import load_config, to_dict
 from lgm_scale.data.latents import STATS_NAME, TREE_NAME, LatentStats
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.hashing import file_hash

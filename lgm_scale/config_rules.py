@@ -11,15 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lgm_scale.config import (
-    TRAINING_TASKS,
-    GeneratorRun,
-    InvalidValues,
-    TokenizerRun,
-    TrainingRun,
-    load_config,
-    read_yaml,
-)
+from lgm_scale.config import TRAINING_TASKS, GeneratorRun, TokenizerRun, TrainingRun
+from lgm_scale.config_loading import InvalidValues, load_config, read_yaml
 from lgm_scale.data.config import broken_data_rules
 from lgm_scale.errors import ConfigError
 from lgm_scale.parallel.rules import parallel_rules

@@ -17,8 +17,8 @@ from lgm_scale.config import (
     ParallelConfig,
     TokenizerRun,
     TrainingRun,
-    to_dict,
 )
+from lgm_scale.config_loading import to_dict
 from lgm_scale.flops import dit_flops, tokenizer_flops
 from lgm_scale.models.assets import build_frozen
 from lgm_scale.models.lora import add_adapter

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lgm_scale.config import TrainingRun, load_config, to_dict
+from lgm_scale.config import TrainingRun
+from lgm_scale.config_loading import load_config, to_dict
 from lgm_scale.errors import ConfigError
 
 __all__ = ["RunFolder"]

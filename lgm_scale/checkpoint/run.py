@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lgm_scale.checkpoint.resume import open_run
 from lgm_scale.checkpoint.storage import Storage, open_storage
-from lgm_scale.config import to_dict
+from lgm_scale.config_loading import to_dict
 from lgm_scale.errors import ConfigError
 from lgm_scale.parallel.agreement import on_rank_zero
 from lgm_scale.run_folder import METRICS_NAME, RunFolder, differing_keys

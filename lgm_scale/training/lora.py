@@ -16,7 +16,8 @@ from lgm_scale.bundle import (
     save_adapted_bundle,
     tokenizer_id,
 )
-from lgm_scale.config import GeneratorModelConfig, GeneratorRun, load_config
+from lgm_scale.config import GeneratorModelConfig, GeneratorRun
+from lgm_scale.config_loading import load_config
 from lgm_scale.errors import ConfigError
 from lgm_scale.merging import MergeTree
 from lgm_scale.models.lora import Adapter, plain_names

@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from lgm_scale.bundle import build_generator, build_tokenizer
-from lgm_scale.config import GeneratorRun, to_dict
+from lgm_scale.config import GeneratorRun
+from lgm_scale.config_loading import to_dict
 from lgm_scale.config_rules import load_training_run
 from lgm_scale.errors import ConfigError
 from lgm_scale.models.dit import DIT_SIZES

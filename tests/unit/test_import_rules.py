@@ -25,6 +25,7 @@ ORDER = [
     "run_folder",
     "config_rules",
     "config",
+    "config_loading",
     "training",
     "parallel",
     "bundle",
@@ -42,7 +43,7 @@ ORDER = [
     "hashing",
     "errors",
 ]
-FROM_ANYWHERE = {"config", "errors"}
+FROM_ANYWHERE = {"config", "config_loading", "errors"}
 
 OUTER_ROOMS = {"eval", "data_tools", "launchers", "benchmarks", "tests"}
 # The one door outwards: a run that names `evaluation` gets the sweep's evaluator as a callback.
@@ -268,7 +269,7 @@ def test_an_import_of_an_outer_room_is_seen(line):
         ("lgm_scale/__init__.py", "from lgm_scale.pipeline import LGMPipeline", ["pipeline"]),
         ("lgm_scale/not_listed.py", "import lgm_scale.merging", ["merging"]),
         ("lgm_scale/models/dit.py", "from lgm_scale.models.layers import Attention", []),
-        ("lgm_scale/models/dit.py", "from lgm_scale.config import load_config", []),
+        ("lgm_scale/models/dit.py", "from lgm_scale.config_loading import load_config", []),
         ("lgm_scale/randomness.py", "from lgm_scale import __version__, errors", []),
     ],
 )

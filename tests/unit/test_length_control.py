@@ -15,12 +15,8 @@ from lgm_scale.bundle import (
     save_generator_bundle,
     save_tokenizer_bundle,
 )
-from lgm_scale.config import (
-    GeneratorModelConfig,
-    TokenizerModelConfig,
-    TokenizerObjectiveConfig,
-    read_yaml,
-)
+from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig, TokenizerObjectiveConfig
+from lgm_scale.config_loading import read_yaml
 from lgm_scale.config_rules import load_training_run
 from lgm_scale.data.latents import LatentStats
 from lgm_scale.errors import CheckpointError, ConfigError
