@@ -6,11 +6,43 @@ Elementwise work (norms, activations, softmax) is left out, as torch's FlopCount
 from __future__ import annotations
 
 from lgm_scale.models.dit import MergeDiT
+from lgm_scale.models.elit import ELIT, SiT
 from lgm_scale.models.layers import swiglu_hidden
 from lgm_scale.models.tokenizer import TOKENIZER_SIZES, Tokenizer
 from lgm_scale.sampling import SamplerConfig
 
-__all__ = ["decoder_flops", "dit_flops", "encoder_flops", "sampling_flops", "tokenizer_flops"]
+__all__ = [
+    "decoder_flops",
+    "dit_flops",
+    "encoder_flops",
+    "network_flops",
+    "sampling_flops",
+    "sit_flops",
+    "tokenizer_flops",
+]
+
+
+def network_flops(net: MergeDiT | SiT, num_tokens: int) -> int:
+    """One forward pass of one sample of whichever generator at K tokens."""
+    if isinstance(net, SiT):
+        return sit_flops(net, num_tokens)
+    return dit_flops(net, num_tokens)
+
+
+def _block_flops(tokens: int, width: int, mlp: int) -> int:
+    """One adaLN block, one sample; `mlp` is its multiply-adds per token."""
+    return (
+        2 * width * 6 * width  # modulation, once per sample
+        + tokens * 2 * width * (3 * width + width)  # qkv and output projection
+        + 4 * tokens**2 * width  # logits and weighted values
+        + tokens * 2 * mlp
+    )
+
+
+def _ends_flops(tokens: int, width: int, features: int, state_dim: int) -> int:
+    """Embeddings of t and of the state, modulated output; one sample."""
+    embeddings = 2 * features * width + 2 * width * width
+    return embeddings + tokens * 2 * 2 * state_dim * width + 2 * width * 2 * width
 
 
 def dit_flops(net: MergeDiT, num_tokens: int) -> int:
@@ -19,15 +51,44 @@ def dit_flops(net: MergeDiT, num_tokens: int) -> int:
     Merging the position table (2 N K C, once per batch) is left out.
     """
     width = net.pos_embed.shape[-1]
-    per_block = (
-        2 * width * 6 * width  # modulation, once per sample
-        + num_tokens * 2 * width * (3 * width + width)  # qkv and output projection
-        + 4 * num_tokens**2 * width  # logits and weighted values
-        + num_tokens * 2 * 3 * width * swiglu_hidden(width)
+    blocks = len(net.blocks) * _block_flops(num_tokens, width, 3 * width * swiglu_hidden(width))
+    return blocks + _ends_flops(num_tokens, width, net.t_embed.num_features, net.latent_dim)
+
+
+def sit_flops(net: SiT, num_tokens: int) -> int:
+    """One forward pass of one sample of a SiT, or of an ELIT with K latents in its core."""
+    net.check_length(num_tokens)
+    width, tokens = net.pos_embed.shape[-1], net.num_base_tokens
+    patch = net.patch_size**2 * net.channels
+    total = _ends_flops(tokens, width, net.t_embed.num_features, patch)
+    outer, core = len(net.blocks), 0
+    if isinstance(net, ELIT):
+        outer = net.head_blocks + net.tail_blocks
+        core = len(net.blocks) - outer
+        total += _interface_flops(net, width, num_tokens)
+    mlp = 8 * width * width
+    return (
+        total
+        + outer * _block_flops(tokens, width, mlp)
+        + core * _block_flops(num_tokens, width, mlp)
     )
-    embeddings = 2 * net.t_embed.num_features * width + 2 * width * width
-    ends = num_tokens * 2 * 2 * net.latent_dim * width + 2 * width * 2 * width
-    return len(net.blocks) * per_block + embeddings + ends
+
+
+def _interface_flops(net: ELIT, width: int, num_tokens: int) -> int:
+    """Read and Write: attention inside windows, an MLP as wide as the network."""
+    tokens, window = net.num_base_tokens, net.max_budget
+    written = tokens if net.drop_mode == "skip_core" else num_tokens
+    read = (
+        2 * width * 7 * width  # modulation, of which a seventh is not used
+        + tokens * 2 * width * (width + 2 * width + width)
+        + 4 * tokens * window * width
+    )
+    write = (
+        tokens * 2 * width * (width + width)
+        + written * 2 * width * 2 * width
+        + 4 * tokens * (written // net.num_windows) * width
+    )
+    return read + write + 2 * tokens * 2 * 2 * width * width  # and both MLPs
 
 
 def _vit_flops(tokens: int, width: int, depth: int) -> int:

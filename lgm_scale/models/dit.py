@@ -19,10 +19,12 @@ from lgm_scale.merging import MergeAssignment
 from lgm_scale.models.layers import (
     NORM_EPS,
     Attention,
+    DiTBlock,
+    FinalLayer,
     LabelEmbedding,
     SwiGLU,
     TimestepEmbedding,
-    modulate,
+    initialize_transformer,
 )
 
 __all__ = ["DIT_SIZES", "DiTSize", "MergeDiT"]
@@ -49,51 +51,8 @@ DIT_SIZES = {
 }
 
 
-class DiTBlock(nn.Module):
-    """Attention and MLP, each modulated by and gated with adaLN.
-
-    Shapes: x [B, K, C], condition [B, C] -> [B, K, C].
-    """
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, num_heads)
-        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
-        self.mlp = SwiGLU(width)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-
-    def forward(self, x: Tensor, condition: Tensor, log_sizes: Tensor | None) -> Tensor:
-        """Apply the block."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(
-            6, dim=-1
-        )
-        attended = self.attn(modulate(self.norm1(x), shift_1, scale_1), log_sizes)
-        x = x + gate_1.unsqueeze(1) * attended
-        mixed = self.mlp(modulate(self.norm2(x), shift_2, scale_2))
-        return x + gate_2.unsqueeze(1) * mixed
-
-
-class FinalLayer(nn.Module):
-    """Modulated norm and projection to latent channels. Shapes: [B, K, C] -> [B, K, D]."""
-
-    def __init__(self, width: int, latent_dim: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
-        self.linear = nn.Linear(width, latent_dim)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Project."""
-        shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
-
-
-def _zero(layer: nn.Module) -> None:
-    """Let a linear layer start at zero; others have no weights to set."""
-    if isinstance(layer, nn.Linear):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+def _norm(width: int) -> nn.Module:
+    return nn.RMSNorm(width, eps=NORM_EPS)
 
 
 class MergeDiT(nn.Module):
@@ -127,8 +86,10 @@ class MergeDiT(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, num_base_tokens, width))
         self.t_embed = TimestepEmbedding(width)
         self.label_embed = LabelEmbedding(num_classes, width)
-        self.blocks = nn.ModuleList(DiTBlock(width, num_heads) for _ in range(depth))
-        self.final = FinalLayer(width, latent_dim)
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, Attention(width, num_heads), SwiGLU(width), _norm) for _ in range(depth)
+        )
+        self.final = FinalLayer(width, latent_dim, _norm)
         self.initialize()
 
     @classmethod
@@ -145,21 +106,8 @@ class MergeDiT(nn.Module):
         return self.label_embed.null_label
 
     def initialize(self) -> None:
-        """Xavier for matrices, std .02 for tables, zero for every modulation and the output."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.label_embed.table.weight, std=0.02)
-        for layer in self.t_embed.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, DiTBlock | FinalLayer):
-                for layer in module.modulation:
-                    _zero(layer)
-        _zero(self.final.linear)
+        """See `initialize_transformer`."""
+        initialize_transformer(self, self.pos_embed)
 
     def forward(
         self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment

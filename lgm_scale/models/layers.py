@@ -1,24 +1,34 @@
-"""Layers of the diffusion transformer: normalisation, attention, MLP, embeddings of t and label."""
+"""Layers that the diffusion transformers share: attention, MLPs, blocks, embeddings of t and label.
+
+`MergeDiT` (LGM) and `SiT` (host of ELIT) are made of one block: they choose its norm, its MLP and
+whether queries and keys are normalised.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
+    "MLP",
     "NORM_EPS",
     "Attention",
+    "DiTBlock",
+    "FinalLayer",
     "LabelEmbedding",
     "SwiGLU",
     "TimestepEmbedding",
     "extra_channel_attention",
+    "initialize_transformer",
     "masked_attention",
     "modulate",
     "proportional_attention",
     "swiglu_hidden",
+    "zero",
 ]
 
 NORM_EPS = torch.finfo(torch.float32).eps
@@ -66,20 +76,26 @@ def extra_channel_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) 
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with QK-norm and cluster sizes.
+    """Multi-head self-attention with cluster sizes.
 
     Shapes: x [B, K, C] -> [B, K, C].
+
+    Args:
+        width: C.
+        num_heads: H; C must be divisible by it.
+        qk_norm: Normalise queries and keys per head.
     """
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qk_norm: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // num_heads, eps=NORM_EPS)
-        self.k_norm = nn.RMSNorm(width // num_heads, eps=NORM_EPS)
+        norm = nn.RMSNorm if qk_norm else _no_norm
+        self.q_norm = norm(width // num_heads, eps=NORM_EPS)
+        self.k_norm = norm(width // num_heads, eps=NORM_EPS)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, log_sizes: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, log_sizes: Tensor | None = None) -> Tensor:
         """Attend; see `proportional_attention`."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -87,6 +103,10 @@ class Attention(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         out = proportional_attention(q, k, v, log_sizes)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def _no_norm(width: int, eps: float) -> nn.Module:
+    return nn.Identity()
 
 
 def swiglu_hidden(width: int) -> int:
@@ -107,6 +127,67 @@ class SwiGLU(nn.Module):
         """Apply the MLP."""
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
+
+
+class MLP(nn.Module):
+    """Two layers with tanh-approximated GELU. Shapes: [..., C] -> [..., C]."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden, bias)
+        self.fc2 = nn.Linear(hidden, width, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the MLP."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each modulated by and gated with adaLN.
+
+    Shapes: x [B, K, C], condition [B, C] -> [B, K, C].
+
+    Args:
+        width: C.
+        attn: Self-attention.
+        mlp: MLP.
+        norm: Makes a norm of a width; there are two.
+    """
+
+    def __init__(
+        self, width: int, attn: Attention, mlp: nn.Module, norm: Callable[[int], nn.Module]
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm(width)
+        self.attn = attn
+        self.norm2 = norm(width)
+        self.mlp = mlp
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, condition: Tensor, log_sizes: Tensor | None = None) -> Tensor:
+        """Apply the block."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(
+            6, dim=-1
+        )
+        attended = self.attn(modulate(self.norm1(x), shift_1, scale_1), log_sizes)
+        x = x + gate_1.unsqueeze(1) * attended
+        mixed = self.mlp(modulate(self.norm2(x), shift_2, scale_2))
+        return x + gate_2.unsqueeze(1) * mixed
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection to the output. Shapes: [B, K, C] -> [B, K, out_dim]."""
+
+    def __init__(self, width: int, out_dim: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.norm = norm(width)
+        self.linear = nn.Linear(width, out_dim)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Project."""
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))
 
 
 class TimestepEmbedding(nn.Module):
@@ -148,3 +229,33 @@ class LabelEmbedding(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """Look up."""
         return self.table(labels)
+
+
+def initialize_transformer(net: nn.Module, *tables: Tensor) -> None:
+    """Start as adaLN-Zero does: the identity, and an output of zero.
+
+    Xavier for matrices, std .02 for `tables` and for the embeddings of t and label, zero for
+    biases, for every modulation and for the output.
+    """
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)]
+    for layer in linear:
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    embeddings = [m.table.weight for m in net.modules() if isinstance(m, LabelEmbedding)]
+    for module in net.modules():
+        if isinstance(module, TimestepEmbedding):
+            embeddings += [layer.weight for layer in module.mlp if isinstance(layer, nn.Linear)]
+    for table in (*tables, *embeddings):
+        nn.init.normal_(table, std=0.02)
+    for module in net.modules():
+        if isinstance(module, DiTBlock | FinalLayer):
+            zero(module.modulation[-1])
+        if isinstance(module, FinalLayer):
+            zero(module.linear)
+
+
+def zero(layer: nn.Module) -> None:
+    """Let a linear layer start at zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
