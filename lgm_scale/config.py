@@ -18,6 +18,10 @@ __all__ = [
     "AssetsConfig",
     "DataConfig",
     "GeneratorRun",
+    "InterfaceConfig",
+    "SpaceConfig",
+    "SpatialModelConfig",
+    "SpatialRun",
     "TokenizerObjectiveConfig",
     "TokenizerRun",
     "TrainingRun",
@@ -99,14 +103,72 @@ class GeneratorModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig:
-    """The generator's objective; see `objectives.flow`."""
+class SpatialFlowConfig:
+    """The objective of generators on a grid: rectified flow, see `objectives.flow`."""
 
     __pydantic_config__ = _STRICT
-    noise_scale: Literal["corrected", "legacy"] = "corrected"
     timestep_mean: float = 0.0
     timestep_std: float = 1.0
     label_dropout: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig(SpatialFlowConfig):
+    """The objective of generators on merged tokens; see `objectives.flow`."""
+
+    __pydantic_config__ = _STRICT
+    noise_scale: Literal["corrected", "legacy"] = "corrected"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterfaceConfig:
+    """ELIT's latent interface; see `models.elit.ELIT`."""
+
+    __pydantic_config__ = _STRICT
+    split: Literal["released", "declared", "paper"]
+    """Blocks before Read, in the core and after Write, by size: `models.elit.SPLITS`."""
+    group_size: int = 4
+    """Side of a window in tokens. Published: 4 at 256 px, 8 at 512 px, which is 16 windows."""
+    drop_mode: Literal["skip_core", "remove"] = "skip_core"
+    """Whether latents that the core does not see still reach Write, as released, or do not."""
+    position_rows: int = 4096
+    """Rows of the latents' position table: the released number, of which N are ever read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpatialModelConfig:
+    """A generator on a grid: `models.elit.ELIT`, or without `interface` its host `SiT`."""
+
+    __pydantic_config__ = _STRICT
+    size: Literal["tiny", "s", "b", "l", "xl"] = "b"
+    patch_size: int = 2
+    num_classes: int = 1000
+    interface: InterfaceConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceConfig:
+    """What a generator on a grid generates."""
+
+    __pydantic_config__ = _STRICT
+    kind: Literal["sd_vae", "pixels"]
+    """`sd_vae`: four channels at an eighth of the side, from data_tools/encode_latents.py
+    --encoder sd-vae. `pixels`: the images themselves, from data_tools/images_to_mds.py."""
+    image_size: int = 256
+    vae: str | None = None
+    """Folder of the autoencoder that decodes; for `sd_vae`. Its encoder made the latents."""
+    flip: bool = False
+    """Mirror half of the images; the published recipes do not."""
+
+    @property
+    def channels(self) -> int:
+        """Of the state."""
+        return 4 if self.kind == "sd_vae" else 3
+
+    @property
+    def side(self) -> int:
+        """Of the state."""
+        return self.image_size // 8 if self.kind == "sd_vae" else self.image_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +360,31 @@ class GeneratorRun(_Run):
     evaluation: EvaluationConfig | None = None
 
 
-TrainingRun = TokenizerRun | GeneratorRun
+@dataclass(frozen=True, kw_only=True)
+class SpatialRun(_Run):
+    """Train a generator on a grid of latents or pixels: ELIT or SiT."""
 
-TRAINING_TASKS: dict[str, type] = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
+    __pydantic_config__ = _STRICT
+    task: Literal["spatial_generator"]
+    model: SpatialModelConfig
+    space: SpaceConfig
+    objective: SpatialFlowConfig = field(default_factory=SpatialFlowConfig)
+    evaluation: EvaluationConfig | None = None
+
+    @property
+    def token_lengths(self) -> tuple[int, ...]:
+        """Every K that the network runs at: k latents in each of its windows; N without them."""
+        grid = self.space.side // self.model.patch_size
+        if self.model.interface is None:
+            return (grid**2,)
+        group_size = self.model.interface.group_size
+        return tuple(k * (grid // group_size) ** 2 for k in range(1, group_size**2 + 1))
+
+
+TrainingRun = TokenizerRun | GeneratorRun | SpatialRun
+
+TRAINING_TASKS: dict[str, type] = {
+    "tokenizer": TokenizerRun,
+    "generator": GeneratorRun,
+    "spatial_generator": SpatialRun,
+}

@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["finite_images", "psnr", "to_uint8"]
+__all__ = ["PIXEL_STD", "finite_images", "psnr", "to_uint8"]
+
+PIXEL_STD = 0.5
+"""What a generator of pixels divides pixels in [-1, 1] by: about the deviation of photographs."""
 
 
 def to_uint8(pixels: Tensor, truncate: bool = False) -> Tensor:

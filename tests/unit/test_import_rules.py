@@ -28,6 +28,7 @@ ORDER = [
     "config_loading",
     "training",
     "parallel",
+    "spatial_bundle",
     "bundle",
     "flops",
     "sampling",
