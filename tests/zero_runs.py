@@ -197,7 +197,7 @@ def run(case: Case, world_size: int, folder: Path) -> dict[str, Any]:
         for block in model.net.blocks:
             block.forward = checkpointed(block.forward)
     if case.compile:
-        compile_blocks(model.net, len(LENGTHS), backend="aot_eager")
+        compile_blocks(model.net, LENGTHS, backend="aot_eager")
     options = options_of(case, model, world_size)
     (watch,) = options["callbacks"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -43,7 +43,7 @@ def nets(golden_dit) -> tuple[MergeDiT, MergeDiT, GraphCounter]:
     """The same network twice, eager and compiled."""
     compiled, counter = MergeDiT(64, 2, 4, 8, 256, 10), GraphCounter()
     compiled.load_state_dict(golden_dit.state_dict())
-    compile_blocks(compiled, len(LENGTHS), backend=counter)
+    compile_blocks(compiled, LENGTHS, backend=counter)
     return golden_dit, compiled, counter
 
 
