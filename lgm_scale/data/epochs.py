@@ -80,7 +80,7 @@ class EpochDataset(StreamingDataset):
 
     Args:
         sources: one or more MDS folders.
-        kind: "images" or "latents".
+        kind: "images", "latents" or "spatial_latents".
         shuffle: in another order every epoch; otherwise in the order of the sources.
         seed: of the order.
         batch_size: per device.
