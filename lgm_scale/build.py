@@ -39,6 +39,7 @@ from lgm_scale.config import (
     TrainingRun,
 )
 from lgm_scale.config_loading import to_dict
+from lgm_scale.data.grids import SpatialLatentDataset
 from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import ConfigError
 from lgm_scale.flops import network_flops, tokenizer_flops
@@ -51,7 +52,6 @@ from lgm_scale.models.assets import (
 )
 from lgm_scale.models.discriminator import CriticHeads
 from lgm_scale.models.lora import add_adapter
-from lgm_scale.models.sd_vae import scaling_factor
 from lgm_scale.models.tokenizer import AUXILIARY_SIZE, Decoder
 from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.parallel.activation_checkpointing import checkpoint_blocks
@@ -94,7 +94,7 @@ def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
     if isinstance(config, TokenizerRun):
         return _build_tokenizer_model(config)
     if isinstance(config, SpatialRun):
-        return _build_spatial_model(config)
+        return _build_spatial_model(config, dataset)
     assert isinstance(dataset, LatentDataset)
     if config.lora is None:
         net, stats = build_generator(config.model), dataset.stats
@@ -115,11 +115,11 @@ def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
     )
 
 
-def _build_spatial_model(config: SpatialRun) -> SpatialModel:
-    space, objective = config.space, config.objective
+def _build_spatial_model(config: SpatialRun, dataset: TrainingDataset) -> SpatialModel:
+    objective = config.objective
     return SpatialModel(
-        build_spatial_generator(config.model, space),
-        None if space.vae is None else scaling_factor(space.vae),
+        build_spatial_generator(config.model, config.space),
+        dataset.scale if isinstance(dataset, SpatialLatentDataset) else None,
         objective.label_dropout,
         objective.timestep_mean,
         objective.timestep_std,

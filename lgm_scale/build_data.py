@@ -15,7 +15,7 @@ from lgm_scale.data.grids import SpatialLatentDataset
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import DataError
-from lgm_scale.models.sd_vae import encoder_id
+from lgm_scale.models.sd_vae import encoder_id, latent_scale
 from lgm_scale.training.batch_scaling import ScaledLoader, split_by_tokens
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.stopping import ignore_stop_signals
@@ -71,7 +71,7 @@ def _spatial_dataset(
             options=options,
         )
     assert space.vae is not None  # a rule of the configuration
-    return SpatialLatentDataset(
+    dataset = SpatialLatentDataset(
         data.sources,
         shuffle=True,
         flip=space.flip,
@@ -82,6 +82,13 @@ def _spatial_dataset(
         encoder_id=encoder_id(space.vae),
         options=options,
     )
+    if dataset.scale != latent_scale(space.vae):
+        raise DataError(
+            f"{data.sources[0].path} is to be multiplied with {dataset.scale}, but the "
+            f"autoencoder {space.vae} divides by {latent_scale(space.vae)}; set space.vae to the "
+            "one that encoded"
+        )
+    return dataset
 
 
 def _check_counts(config: TrainingRun, dataset: TrainingDataset) -> None:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.models.assets import read_weights
 
-__all__ = ["SDVAE", "encoder_id", "load_sd_vae", "save_sd_vae"]
+__all__ = ["SDVAE", "encoder_id", "latent_scale", "load_sd_vae", "save_sd_vae"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -33,6 +33,8 @@ _GET = (
 )
 _ENCODER = ("encoder.", "quant_conv.")
 _MAX_LISTED = 6
+_PUBLISHED_SCALE = 0.18215
+"""What diffusers takes where config.json names none, as those of sd-vae-ft-mse and -ema."""
 # Older releases of diffusers, and so the published files, call the parts of attention otherwise.
 _OLD_ATTENTION = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)$")
 _ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -149,6 +151,12 @@ def encoder_id(folder: str | Path) -> str:
         digest.update(f"{name} {list(values.shape)}\n".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def latent_scale(folder: str | Path) -> float:
+    """`SDVAE.scale` of a folder, without loading its weights. Raises: CheckpointError."""
+    _, config = _read_config(folder)
+    return float(config.get("scaling_factor", _PUBLISHED_SCALE))
 
 
 def save_sd_vae(vae_folder: str | Path, to: str | Path) -> None:
