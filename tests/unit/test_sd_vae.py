@@ -100,7 +100,7 @@ def test_moments_are_float32_under_autocast(original):
 
 
 def test_files_of_an_old_diffusers_are_the_same_autoencoder(original, folder):
-    """The published files name the parts of attention as diffusers did before 0.13."""
+    """The published files have the names of an old diffusers, and lack keys of a new one."""
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = []
 
@@ -112,6 +112,12 @@ def test_files_of_an_old_diffusers_are_the_same_autoencoder(original, folder):
         return name, weight
 
     change_weights(folder, rename)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"):
+        del config[key]
+    path.write_text(json.dumps(config | {"_diffusers_version": "0.4.2"}))
+    assert load_sd_vae(folder).scale == 0.18215
     assert len(old) == 2 * 4 * 2
     assert encoder_id(folder) == encoder_id(original)
     with torch.no_grad():
