@@ -99,7 +99,7 @@ def test_bad_input_is_told_with_key_value_and_rule(overrides, text):
 
 
 def test_every_problem_comes_at_once():
-    found = problems("model.interface.group_size=3", "space.vae=x", "optimizer.lr=-1")
+    found = problems("model.interface.group_size=3", "space.vae=x", "optimizer.warmup=-1")
     assert {problem.split(":")[0] for problem in found} == {
-        "model.interface.group_size", "space.vae", "optimizer.lr",
+        "model.interface.group_size", "space.vae", "optimizer.warmup",
     }  # fmt: skip
