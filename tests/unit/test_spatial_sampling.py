@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
+from small_spatial import ELIT, small_network
 
-from lgm_scale.config import InterfaceConfig, SpaceConfig, SpatialModelConfig
 from lgm_scale.errors import ConfigError
-from lgm_scale.models.elit import ELIT, SiT
+from lgm_scale.models import elit
 from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
 from lgm_scale.sampling import (
     CFGRescale,
@@ -19,24 +20,17 @@ from lgm_scale.sampling import (
     initial_state_noise,
     sample_state,
 )
-from lgm_scale.spatial_bundle import build_spatial_generator
 
-SPACE = SpaceConfig(kind="pixels", image_size=16)
 WINDOWS = 4  # a grid of 4 x 4 tokens in windows of 2 x 2: K = 4, 8, 12, 16
 LABELS = torch.tensor([1, 4, 7])
 EVERYWHERE = {"timestep_shift": 1.0, "cfg_interval": (0.0, 1.0)}
 
 
 @pytest.fixture(scope="module")
-def net() -> ELIT:
-    interface = InterfaceConfig(split="declared", group_size=2)
-    model = SpatialModelConfig(size="tiny", patch_size=4, num_classes=10, interface=interface)
-    torch.manual_seed(0)
-    built = build_spatial_generator(model, SPACE)
-    for parameter in built.parameters():  # its outputs start at zero
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    assert isinstance(built, ELIT)
-    return built.eval().requires_grad_(False)
+def net() -> elit.ELIT:
+    built = small_network(replace(ELIT, num_classes=10))
+    assert isinstance(built, elit.ELIT)
+    return built
 
 
 class Watched:
@@ -261,10 +255,8 @@ def test_equal_budgets_are_the_plain_sampler(net):
 
 
 def test_a_host_without_latents_runs_at_all_tokens_alone():
-    torch.manual_seed(0)
-    model = SpatialModelConfig(size="tiny", patch_size=4, num_classes=10)
-    sit = build_spatial_generator(model, SPACE).eval().requires_grad_(False)
-    assert isinstance(sit, SiT)
+    sit = small_network(replace(ELIT, num_classes=10, interface=None))
+    assert not isinstance(sit, elit.ELIT)
     config = SamplerConfig(num_steps=3, cfg_scale=2.0)
     assert sample_state(sit, noise(0, 1, 2), LABELS, config, 16).shape == (3, 3, 16, 16)
     with pytest.raises(ConfigError, match="a SiT has no latents and runs at 16"):
