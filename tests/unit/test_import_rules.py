@@ -32,6 +32,7 @@ ORDER = [
     "parallel",
     "spatial_bundle",
     "bundle",
+    "bundle_files",
     "flops",
     "sampling",
     "objectives",
@@ -65,6 +66,7 @@ PURE_MAY_NOT = ("composer", "torch.distributed", "streaming")
 # ... and these are read before the slow import of torch, to report a wrong config at once. The
 # command itself imports torch, but only after that, inside a function.
 TORCH_FREE = (
+    "lgm_scale/bundle_files.py",
     "lgm_scale/config",
     "lgm_scale/errors.py",
     "lgm_scale/first_failure.py",
