@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def prepare(out: Path) -> None:
 
 
 def train_and_measure(
-    name: str, seed: int, steps: int, out: Path, overrides: Sequence[str]
+    name: str, steps: int, out: Path, overrides: Sequence[str], seed: int
 ) -> list[Row]:
     """Rows of one generator's sweep; what is finished is kept."""
     folder = out / f"{name}-seed{seed}"
@@ -192,16 +193,11 @@ def main() -> int:
     work = {name: training_work(name) for name in LENGTHS}
     budget = BUDGET_STEPS * work["sit"][0]
     steps = {name: equal_steps(*each, budget) for name, each in work.items()}
-    wanted = [(name, seed) for seed in args.seeds for name in LENGTHS]
+    results: dict[str, list[list[Row]]] = {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(
-            pool.map(
-                lambda each: train_and_measure(*each, steps[each[0]], out, args.overrides), wanted
-            )
-        )
-    results: dict[str, list[list[Row]]] = {name: [] for name in LENGTHS}
-    for (name, _), found in zip(wanted, rows, strict=True):
-        results[name].append(found)
+        for name in LENGTHS:
+            each = partial(train_and_measure, name, steps[name], out, args.overrides)
+            results[name] = list(pool.map(each, args.seeds))
     table = render(results, steps, budget)
     doc = Path(args.doc)
     write_between_markers(doc, table)
