@@ -84,7 +84,9 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / INFO_NAME
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no bundle: it has no {INFO_NAME}")
+        raise CheckpointError(
+            f"{folder} is no bundle: it has no {INFO_NAME}; give the `bundle` folder of a run"
+        )
     try:
         info = json.loads(path.read_text())
         version, _, files = info["version"], info["kind"], dict(info["files"])
