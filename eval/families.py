@@ -15,6 +15,7 @@ from eval.sweep_config import Cell
 from lgm_scale.bundle_files import check_kind, model_config, read_info
 from lgm_scale.config import SpaceConfig, SpatialModelConfig
 from lgm_scale.errors import CheckpointError
+from lgm_scale.spatial_rules import length_rules, token_lengths
 
 __all__ = ["Family", "family_of", "outside_lengths", "read_generator_info", "sampler_defaults"]
 
@@ -103,31 +104,12 @@ class SpatialFamily(Family):
         model: SpatialModelConfig = model_config(info, "generator", SpatialModelConfig, folder)
         space: SpaceConfig = model_config(info, "space", SpaceConfig, folder)
         self.image_size, self.num_classes = space.image_size, model.num_classes
-        grid, interface = space.side // model.patch_size, model.interface
-        self.windows = grid**2 if interface is None else (grid // interface.group_size) ** 2
-        self.budgets = 1 if interface is None else interface.group_size**2
-
-    @property
-    def token_lengths(self) -> tuple[int, ...]:
-        """Every K that the network runs at: k latents in each of its windows; N without them."""
-        return tuple(k * self.windows for k in range(1, self.budgets + 1))
+        self.token_lengths = token_lengths(model, space)
 
     def outside(self, cells: Sequence[Cell]) -> Iterator[str]:
         """K of strong or weak branch, or of any step, that is no budget."""
-        wanted: set[int] = set()
-        for cell in cells:
-            wanted.update(cell.lengths)
-        outside = sorted(wanted - set(self.token_lengths))
-        if outside and self.budgets == 1:
-            yield (
-                f"cells: lengths {outside}; the generator of this bundle has no latents and runs "
-                f"at {self.windows} tokens alone"
-            )
-        elif outside:
-            yield (
-                f"cells: lengths {outside} are no budgets of this bundle, which are the multiples "
-                f"of its {self.windows} windows from {self.windows} to {self.token_lengths[-1]}"
-            )
+        wanted = {length for cell in cells for length in cell.lengths}
+        yield from length_rules(wanted, self.token_lengths, "cells")
 
 
 _FAMILIES: dict[str, type[Family]] = {

@@ -147,7 +147,7 @@ def _sweep(config: str, words: list[str], parts: int | None, inputs_exist: bool)
     if inputs_exist:
         sweep = load_sweep(config, words)
     else:  # its files are made by the jobs before it: types are all that can be checked
-        sweep = check_sweep(read_yaml(config, words), config, lambda _: [])
+        sweep = check_sweep(read_yaml(config, words), config, lambda _: [], {})
     split = tuple(f"part={index}/{parts}" for index in range(parts or 0))
     name = f"eval-{Path(sweep.out).name}"
     return Job("eval", name, sweep.out, "eval/sweep.py", Path(config), tuple(words), parts=split)

@@ -5,11 +5,11 @@ Each rule yields lines `key: value; rule; fix`, as in `lgm_scale.config_rules`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from lgm_scale.config import SpatialRun
+from lgm_scale.config import SpaceConfig, SpatialModelConfig, SpatialRun
 
-__all__ = ["length_rules", "spatial_rules"]
+__all__ = ["length_rules", "spatial_rules", "token_lengths"]
 
 _SPLITS = {
     "released": ("s", "b", "l", "xl"),
@@ -20,6 +20,15 @@ _SPLITS = {
 _VAE_DOWNSAMPLING = 8
 
 
+def token_lengths(model: SpatialModelConfig, space: SpaceConfig) -> tuple[int, ...]:
+    """Every K that a network runs at: k latents in each of its windows; N without them."""
+    grid = space.side // model.patch_size
+    if model.interface is None:
+        return (grid**2,)
+    group_size = model.interface.group_size
+    return tuple(k * (grid // group_size) ** 2 for k in range(1, group_size**2 + 1))
+
+
 def spatial_rules(config: SpatialRun) -> Iterator[str]:
     """Every rule between model, space and lengths that the configuration breaks."""
     model, space = config.model, config.space
@@ -28,7 +37,8 @@ def spatial_rules(config: SpatialRun) -> Iterator[str]:
     problems = [*_space(config), *_grid(config)]
     yield from problems
     if not problems:
-        yield from length_rules(config.lengths.choices, config.token_lengths, "lengths.choices")
+        known = token_lengths(model, space)
+        yield from length_rules(config.lengths.choices, known, "lengths.choices")
     if space.kind == "sd_vae" and space.vae is None:
         yield (
             "space.vae: missing; name the folder of the autoencoder that made the latents, as "
@@ -79,12 +89,12 @@ def _grid(config: SpatialRun) -> Iterator[str]:
         )
 
 
-def length_rules(chosen: tuple[int, ...], known: tuple[int, ...], key: str) -> Iterator[str]:
+def length_rules(chosen: Iterable[int], known: Sequence[int], key: str) -> Iterator[str]:
     """The problem of K that a generator on a grid does not have.
 
     Args:
         chosen: K that are asked for.
-        known: K that there are, rising; see `SpatialRun.token_lengths`.
+        known: K that there are, rising; see `token_lengths`.
         key: What asks for them.
     """
     strange = sorted(set(chosen) - set(known))

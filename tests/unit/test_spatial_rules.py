@@ -12,6 +12,7 @@ from lgm_scale.config_rules import load_training_run
 from lgm_scale.errors import ConfigError
 from lgm_scale.models.elit import ELIT, SIT_SIZES
 from lgm_scale.spatial_bundle import build_spatial_generator
+from lgm_scale.spatial_rules import token_lengths
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 QUICKSTART = str(YAMLS / "quickstart/elit.yaml")
@@ -42,7 +43,7 @@ def test_recipes_build_the_network_that_their_rules_describe(path):
     config = load(path)
     with torch.device("meta"):
         net = build_spatial_generator(config.model, config.space)
-    assert net.token_lengths == config.token_lengths
+    assert net.token_lengths == token_lengths(config.model, config.space)
     count = sum(parameter.numel() for parameter in net.parameters()) + net.pos_embed.numel()
     row = SIT_SIZES[config.model.size]
     if config.space.image_size == 256:
@@ -56,7 +57,7 @@ def test_multi_budget_recipes_draw_the_published_levels_evenly(size, lowest, cou
     choices, weights = config.lengths.choices, config.lengths.weights
     assert len(choices) == count
     assert min(choices) == lowest
-    assert max(choices) == max(config.token_lengths)
+    assert max(choices) == max(token_lengths(config.model, config.space))
     assert weights is not None
     assert set(weights) == {1}
 
