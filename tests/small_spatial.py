@@ -67,8 +67,8 @@ def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the stand-in be read and written for the real autoencoder."""
     module: Any = ModuleType("lgm_scale.models.sd_vae")
 
-    def load_sd_vae(folder: Path, device: torch.device | str = "cpu") -> StandInVAE:
-        return StandInVAE(float((folder / "weights.txt").read_text())).to(device)
+    def load_sd_vae(folder: str | Path, device: torch.device | str = "cpu") -> StandInVAE:
+        return StandInVAE(float((Path(folder) / "weights.txt").read_text())).to(device)
 
     def save_sd_vae(folder: Path, to: Path) -> None:
         shutil.copytree(folder, to)

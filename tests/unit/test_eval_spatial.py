@@ -12,12 +12,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.numpy import load_file
-from small_spatial import BUDGETS, ELIT, make_spatial_bundle, small_network, use_stand_in
-from small_sweep import CLASSES, make_sweep_inputs, numbers_of, results_of, sweep_config
+from small_spatial import (
+    BUDGETS,
+    ELIT,
+    PIXELS,
+    make_spatial_bundle,
+    small_network,
+    use_stand_in,
+)
+from small_sweep import (
+    CLASSES,
+    make_sweep_inputs,
+    numbers_of,
+    results_of,
+    sweep_config,
+    sweep_values,
+)
 
 from eval import generate
+from eval.during_training import EvaluationDuringTraining
 from eval.families import SpatialFamily, read_generator_info
 from eval.measure import measure
 from eval.report import write_comparison, write_report
@@ -25,7 +41,9 @@ from eval.sweep import describe
 from eval.sweep_config import expand
 from eval.theme import LIGHT
 from eval.tradeoff import tradeoff_figure
-from lgm_scale.config import SpaceConfig
+from lgm_scale.config import SpaceConfig, SpatialRun
+from lgm_scale.config_loading import load_config, to_dict
+from lgm_scale.data.images import ImageDataset
 from lgm_scale.errors import ConfigError
 from lgm_scale.pipeline import load_pipeline
 from lgm_scale.spatial_bundle import save_spatial_bundle
@@ -296,3 +314,72 @@ def test_another_reference_or_number_of_classes_is_refused(swept, swept_lgm, tmp
     (copy / "results.json").write_text(json.dumps(results))
     with pytest.raises(ConfigError, match="number of classes: 3 against 4"):
         write_comparison([swept_lgm, copy], tmp_path / "both")
+
+
+# --- during training --------------------------------------------------------------------------
+
+
+class Average:
+    """In the place of a run's EMA."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights = weights
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        return self.weights
+
+
+def training_run(made: Path, out: Path, **sweep) -> SpatialRun:
+    path = out.with_suffix(".sweep.yaml")
+    values = sweep_values(made, out, **{"cells": CELLS} | sweep)
+    for key in ("bundle", "out", "metrics_log"):
+        del values[key]
+    path.write_text(yaml.safe_dump(values))
+    run = {
+        "task": "spatial_generator", "run_name": "run", "out": str(out),
+        "model": to_dict(ELIT), "space": to_dict(PIXELS),
+        "data": {"path": str(made / "mds")}, "lengths": {"choices": [4, 16]},
+        "train": {"max_duration": "1ba", "global_batch_size": 4},
+        "evaluation": {"sweep": str(path), "interval": "5ba"},
+    }  # fmt: skip
+    return load_config(run, SpatialRun)
+
+
+@pytest.fixture
+def dataset(made) -> ImageDataset:
+    return ImageDataset(str(made / "mds"), image_size=16, train=True, seed=0, batch_size=4)
+
+
+def test_the_evaluation_of_a_run_is_the_sweep_of_its_result(made, swept, dataset, tmp_path):
+    config = training_run(made, tmp_path / "run")
+    average = Average(small_network().state_dict())
+    evaluation = EvaluationDuringTraining(config, dataset, average)  # type: ignore[arg-type]
+    rows = evaluation.evaluate(5)
+    assert [row["metrics"] for row in rows] == [row["metrics"] for row in results_of(swept)["rows"]]
+    lines = (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 5]
+    assert results_of(tmp_path / "run" / "evaluation" / "step-00000005")["training_steps"] == 5
+    zero = {name: torch.zeros_like(value) for name, value in average.weights.items()}
+    average.weights = zero
+    assert evaluation.evaluate(10)[0]["metrics"] != rows[0]["metrics"]
+
+
+def test_what_a_run_cannot_evaluate_is_refused_before_it_begins(made, dataset, tmp_path):
+    config = training_run(made, tmp_path / "run", sampler={"uncond_num_tokens": 5})
+    with pytest.raises(ConfigError, match=r"lengths \[5\] are no budgets of this bundle"):
+        EvaluationDuringTraining(config, dataset, Average({}))  # type: ignore[arg-type]
+
+
+def test_a_run_on_latents_knows_its_decoder(made, dataset, tmp_path, monkeypatch):
+    use_stand_in(monkeypatch)
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "weights.txt").write_text("0.25")
+    config = training_run(made, tmp_path / "run", cells=[{"num_tokens": 4}])
+    space = SpaceConfig(kind="sd_vae", image_size=16, vae=str(tmp_path / "vae"))
+    model = replace(ELIT, patch_size=1, interface=None)
+    config = replace(config, model=model, space=space)
+    average = Average(small_network(model, space).state_dict())
+    evaluation = EvaluationDuringTraining(config, dataset, average)  # type: ignore[arg-type]
+    (row,) = evaluation.evaluate(5)
+    assert row["protocol"]["weights"].keys() == {"ema_sha256", "vae_sha256"}
+    assert row["work"]["decoder_tflops"] > 0
