@@ -192,15 +192,15 @@ def test_budgets_are_known_before_a_network_is_built(made):
 def test_a_length_that_is_no_budget_is_refused(made, tmp_path, cell):
     (problem,) = problems_of(made, tmp_path, cells=[cell])
     assert problem == (
-        "cells: lengths [5] are no budgets of this bundle, which are the multiples of its 4 "
-        "windows from 4 to 16"
+        "cells: [5] are no budgets; K is k latents in each of 4 windows, k from 1 to 4: 4, 8, "
+        "..., 16"
     )
 
 
 def test_a_host_without_latents_has_one_length(made, tmp_path):
     make_spatial_bundle(tmp_path / "sit", replace(ELIT, interface=None))
     (problem,) = problems_of(made, tmp_path, bundle=str(tmp_path / "sit"))
-    assert "lengths [4]; the generator of this bundle has no latents and runs at 16" in problem
+    assert "cells: [4]; without an interface the network runs at 16 tokens alone" in problem
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_the_evaluation_of_a_run_is_the_sweep_of_its_result(made, swept, dataset
 
 def test_what_a_run_cannot_evaluate_is_refused_before_it_begins(made, dataset, tmp_path):
     config = training_run(made, tmp_path / "run", sampler={"uncond_num_tokens": 5})
-    with pytest.raises(ConfigError, match=r"lengths \[5\] are no budgets of this bundle"):
+    with pytest.raises(ConfigError, match=r"cells: \[5\] are no budgets"):
         EvaluationDuringTraining(config, dataset, Average({}))  # type: ignore[arg-type]
 
 
