@@ -66,7 +66,7 @@ def build_networks(args: argparse.Namespace) -> dict[str, nn.Module]:
     networks: dict[str, nn.Module] = {"eager": net}
     if not args.no_compile:
         compiled = copy.deepcopy(net)
-        compile_blocks(compiled, len(args.num_tokens))
+        compile_blocks(compiled, args.num_tokens)
         networks["compiled"] = compiled
     if args.reference:
         networks["reference"] = load_reference(args.reference)

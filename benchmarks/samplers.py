@@ -19,13 +19,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.generate import noise_scale_of, sample_images
+from eval.generate import sample_images
 from eval.image_work import StoredImages
 from eval.moments import frechet_distance, moments_of
 from eval.pixel_pca import PixelPCA
-from lgm_scale.bundle import load_generator
 from lgm_scale.errors import DataError, exit_on_user_error
-from lgm_scale.flops import sampling_flops
 from lgm_scale.pipeline import LGMPipeline
 from lgm_scale.sampling import SamplerConfig
 
@@ -88,10 +86,9 @@ def trained_bundle(seed: int) -> Path:
 
 def measure(seed: int, rows: list[Candidate]) -> np.ndarray:
     """Distance and GFLOPs per image of every candidate: [candidates, 2]."""
-    bundle = load_generator(trained_bundle(seed))
-    noise_scale_of(bundle, "runs/samplers")
-    pipe, size = LGMPipeline(bundle), bundle.info["models"]["tokenizer"]["size"]
-    stored = StoredImages(IMAGES, bundle.tokenizer.image_size)
+    pipe = LGMPipeline.from_bundle(trained_bundle(seed), "cpu", torch.float32)
+    pipe.protocol()  # refuses a bundle that does not say how it saw noise
+    stored = StoredImages(IMAGES, pipe.image_size)
     images, _ = stored.read(range(len(stored)))
     space = PixelPCA.fit(images.numpy(), NUM_COMPONENTS)
     reference = moments_of(space(images)["pixel_pca"])
@@ -102,7 +99,7 @@ def measure(seed: int, rows: list[Candidate]) -> np.ndarray:
             for indices in torch.arange(NUM_IMAGES).split(BATCH)
         ]
         distance = frechet_distance(moments_of(np.concatenate(parts)), reference)
-        flops = sampling_flops(bundle.net, bundle.tokenizer, size, row.num_tokens, row.config)
+        flops = pipe.image_flops(row.config, row.num_tokens)
         results.append((distance, flops / 1e9))
     return np.array(results)
 

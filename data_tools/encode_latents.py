@@ -1,13 +1,17 @@
-"""Encode images to latents: full length, both flips, float16, with statistics over all of them.
+"""Encode images to latents, both flips, float16: a tokenizer's sequence or an autoencoder's grid.
 
     composer data_tools/encode_latents.py --tokenizer BUNDLE --images MDS --out MDS
+    composer data_tools/encode_latents.py --encoder sd-vae --vae FOLDER --images MDS --out MDS
 
 The images are cut into runs of the size of a shard; every rank encodes some of them, and rank 0
 joins the records. Which images a shard holds, and its bytes, depend on neither ranks nor
-interruptions; the manifest says so for each shard, and that every image is in exactly one. Beside
-the shards the result holds the tokenizer's merge tree and mean and standard deviation, in float64,
-over every latent and both flips: per channel, and per channel of the contrast at every merge of
-the tree (what a sampler of growing length draws from).
+interruptions; the manifest says so for each shard, and that every image is in exactly one.
+
+A tokenizer's latents have their full length. Beside the shards the result holds its merge tree and
+mean and standard deviation, in float64, over every latent and both flips: per channel, and per
+channel of the contrast at every merge of the tree (what a sampler of growing length draws from).
+Of the autoencoder of Stable Diffusion mean and standard deviation of every latent are stored, for
+training to draw from, and nothing beside them: their scale is a constant.
 """
 
 from __future__ import annotations
@@ -28,29 +32,38 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data_tools.latent_encoders import (
+    AutoencoderEncoder,
+    LatentEncoder,
+    Notes,
+    TokenizerEncoder,
+)
 from data_tools.parts import DEFAULT_SHARD_SIZE, PartRecord, PartsFolder, check_shard_options
-from lgm_scale.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.data.config import SourceConfig, broken_source
 from lgm_scale.data.images import ImageDataset
-from lgm_scale.data.latents import STATS_NAME, TREE_NAME, LatentStats
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.storage import shown
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.tokenizer import Tokenizer
-from lgm_scale.nesting import contrast_basis
 from lgm_scale.training.tokenizer import to_unit_range
+
+DEFAULT_IMAGE_SIZE = 256
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="composer data_tools/encode_latents.py",
-        description="Encode an MDS folder of images with a tokenizer bundle. The same command "
-        "again, with any number of ranks, goes on after the shards that are finished.",
+        description="Encode an MDS folder of images with a tokenizer bundle (for LGM) or the "
+        "autoencoder of Stable Diffusion (for ELIT and SiT). The same command again, with any "
+        "number of ranks, goes on after the shards that are finished.",
     )
     add = parser.add_argument
-    add("--tokenizer", required=True, metavar="BUNDLE", help="tokenizer bundle")
+    add("--encoder", choices=("lgm", "sd-vae"), default="lgm", help="with what (default: lgm)")
+    add("--tokenizer", metavar="BUNDLE", help="tokenizer bundle, for --encoder lgm")
+    add("--vae", metavar="FOLDER", help="autoencoder in the layout of diffusers, for --encoder "
+        "sd-vae: a local copy of stabilityai/sd-vae-ft-mse or -ema")  # fmt: skip
+    add("--image-size", type=int, metavar="PIXELS", help="side of the centre crop, for --encoder "
+        f"sd-vae (default: {DEFAULT_IMAGE_SIZE}); a tokenizer has its own")  # fmt: skip
     add("--images", required=True, metavar="MDS", help="from images_to_mds.py, local or s3://...")
     add("--cache", metavar="DIR", help="local folder for the shards of remote --images")
     add("--out", required=True, metavar="MDS", help="folder to write, local (on a file system "
@@ -64,7 +77,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     workers_help = f"processes per rank that decode images (default: {workers})"
     add("--workers", type=int, default=workers, help=workers_help)
     args = parser.parse_args(argv)
-    problems = []
+    problems = list(_broken_encoder(args))
     if args.batch_size < 1:
         problems.append(f"--batch-size: {args.batch_size} must be 1 or more")
     if args.workers < 0:
@@ -75,53 +88,27 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-class Moments:
-    """Count, sum and sum of squares per column, in float64. Shapes: add([M, C])."""
-
-    def __init__(self, columns: int) -> None:
-        self.state = torch.zeros(3, columns, dtype=torch.float64)  # count, sum, squares
-
-    def add(self, values: Tensor) -> None:
-        """Take in M vectors."""
-        values = values.double()
-        self.state[0] += len(values)
-        self.state[1] += values.sum(0).cpu()
-        self.state[2] += values.square().sum(0).cpu()
-
-    def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Mean and (biased) standard deviation: [C] float32 each."""
-        count, total, square = self.state
-        mean = total / count
-        return mean.float(), (square / count - mean.square()).clamp_min(0).sqrt().float()
+def _broken_encoder(args: argparse.Namespace) -> Iterator[str]:
+    """Options that the encoder lacks or has no use for."""
+    tokenizer = args.encoder == "lgm"
+    if tokenizer and args.tokenizer is None:
+        yield "--tokenizer: missing; --encoder lgm (the default) encodes with a tokenizer bundle"
+    if not tokenizer and args.vae is None:
+        yield "--vae: missing; --encoder sd-vae needs the folder of its autoencoder"
+    if tokenizer and args.vae is not None:
+        yield "--vae: has no effect with --encoder lgm; drop it, or set --encoder sd-vae"
+    if tokenizer and args.image_size is not None:
+        yield "--image-size: has no effect with --encoder lgm; the tokenizer has its own, drop it"
+    if not tokenizer and args.tokenizer is not None:
+        yield "--tokenizer: has no effect with --encoder sd-vae; drop it, or set --encoder lgm"
 
 
-class LatentMoments:
-    """Moments of the stored latents, and of their contrasts at every merge of the tree."""
-
-    def __init__(self, tree: MergeTree, latent_dim: int, device: torch.device) -> None:
-        self.basis = contrast_basis(tree).to(device)  # [N, R]
-        self.channels = Moments(latent_dim)
-        self.contrasts = Moments(self.basis.shape[1] * latent_dim)
-
-    def add(self, z: Tensor) -> None:
-        """Take in a batch. Shapes: z [B, N, D] float16, as stored."""
-        self.channels.add(z.flatten(0, 1))
-        self.contrasts.add((self.basis.T @ z.double()).flatten(1))
-
-    def stats(self) -> LatentStats:
-        """Of everything that was taken in."""
-        stats = LatentStats(*self.channels.mean_and_std())
-        mean, std = (value.view(-1, len(stats.mean)) for value in self.contrasts.mean_and_std())
-        return stats.with_contrasts(mean, std)
-
-    def to_json(self) -> list[list[list[float]]]:
-        """As numbers that JSON keeps exactly."""
-        return [self.channels.state.tolist(), self.contrasts.state.tolist()]
-
-    def merge(self, values: list[list[list[float]]]) -> None:
-        """Take in what another one has seen."""
-        for moments, state in zip((self.channels, self.contrasts), values, strict=True):
-            moments.state += torch.tensor(state, dtype=torch.float64)
+def make_encoder(args: argparse.Namespace, device: torch.device | str) -> LatentEncoder:
+    """What the options name."""
+    if args.encoder == "lgm":
+        return TokenizerEncoder(args.tokenizer, device)
+    size = DEFAULT_IMAGE_SIZE if args.image_size is None else args.image_size
+    return AutoencoderEncoder(args.vae, size, device)
 
 
 class Samples(Dataset):
@@ -157,22 +144,12 @@ def batch_indices(parts: Sequence[Part], size: int) -> list[list[int]]:
 
 
 class Encoder:
-    """Encodes parts of an image set with a tokenizer."""
+    """Encodes parts of an image set."""
 
     def __init__(
-        self, tokenizer: Tokenizer, images: ImageDataset, args: argparse.Namespace
+        self, encoder: LatentEncoder, images: ImageDataset, args: argparse.Namespace
     ) -> None:
-        self.tokenizer, self.images, self.args = tokenizer, images, args
-        self.tree = tokenizer.merge_tree()  # a length control without one is refused now
-        self.device = next(tokenizer.parameters()).device
-        shape = (tokenizer.num_base_tokens, tokenizer.latent_dim)
-        column = f"ndarray:float16:{shape[0]},{shape[1]}"
-        self.columns = {"latents": column, "latents_flipped": column, "label": "int"}
-        self.sample_bytes = 2 * 2 * shape[0] * shape[1] + 8
-
-    def moments(self) -> LatentMoments:
-        """None taken in yet."""
-        return LatentMoments(self.tree, self.tokenizer.latent_dim, self.device)
+        self.encoder, self.images, self.args = encoder, images, args
 
     def write(self, work: PartsFolder, parts: Sequence[Part], total: int, before: int) -> None:
         """Make parts. `total` and `before` are of all ranks, for the progress bar."""
@@ -180,7 +157,7 @@ class Encoder:
             Samples(self.images),
             batch_sampler=batch_indices(parts, self.args.batch_size),
             num_workers=self.args.workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.encoder.device.type == "cuda",
         )
         ranks = dist.get_world_size()
         bar = tqdm(
@@ -199,38 +176,39 @@ class Encoder:
     def _write_part(
         self, work: PartsFolder, number: int, batches: Iterator[dict[str, Tensor]], progress: Any
     ) -> None:
-        moments, labels = self.moments(), []
+        notes, labels = self.encoder.notes(), []
 
         def samples() -> Iterator[dict[str, Any]]:
             for batch in batches:
-                both = self.encode(batch, moments)
-                for plain, flipped, label in zip(*both, batch["labels"].tolist(), strict=True):
+                stored = self.encode(batch, notes)
+                for index, label in enumerate(batch["labels"].tolist()):
                     labels.append(label)
-                    yield {"latents": plain, "latents_flipped": flipped, "label": label}
+                    sample = {name: values[index] for name, values in stored.items()}
+                    yield {**sample, "label": label}
                 progress(len(batch["labels"]))
 
         def record() -> PartRecord:
-            return PartRecord(labels, {"moments": moments.to_json()})
+            return PartRecord(labels, notes.facts())
 
-        work.write(number, self.columns, samples(), record, self.args.compression)
+        work.write(number, self.encoder.columns, samples(), record, self.args.compression)
 
     @torch.inference_mode()
-    def encode(self, batch: dict[str, Tensor], moments: LatentMoments) -> list[Any]:
-        """Latents of both flips as they are stored: two arrays [B, N, D] float16.
+    def encode(self, batch: dict[str, Tensor], notes: Notes) -> dict[str, Any]:
+        """The columns of a batch as they are stored: float16 arrays [B, ...].
 
         Raises: DataError if one is not finite.
         """
-        images = to_unit_range(batch["images"].to(self.device))
-        both = [self.tokenizer.encode(images), self.tokenizer.encode(images.flip(-1))]
-        stored = [z.to(torch.float16) for z in both]
-        for z in stored:  # of what is stored, so that training sees exactly these statistics
-            if not torch.isfinite(z).all():
+        images = to_unit_range(batch["images"].to(self.encoder.device))
+        columns = self.encoder.encode(images)
+        stored = {name: values.to(torch.float16) for name, values in columns.items()}
+        for values in stored.values():
+            if not torch.isfinite(values).all():
                 raise DataError(
                     f"latents of images {int(batch['sample_ids'][0])} to "
                     f"{int(batch['sample_ids'][-1])} are not finite in float16"
                 )
-            moments.add(z)
-        return [z.cpu().numpy() for z in stored]
+        notes.add(stored)  # what is stored, so that training sees exactly these statistics
+        return {name: values.cpu().numpy() for name, values in stored.items()}
 
 
 def share_records(work: PartsFolder) -> None:
@@ -278,46 +256,42 @@ def main() -> int:
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
     source = SourceConfig(path=args.images, cache=args.cache)
     _check_cache(source)
-    tokenizer = load_tokenizer(args.tokenizer, torch_device)
-    images = ImageDataset(
-        (source,), image_size=tokenizer.image_size, train=False, seed=0, batch_size=1
-    )
-    encoder = Encoder(tokenizer, images, args)
+    encoder = make_encoder(args, torch_device)
+    size = encoder.image_size
+    images = ImageDataset((source,), image_size=size, train=False, seed=0, batch_size=1)
     described = {
-        "tokenizer_id": tokenizer_id(args.tokenizer),
-        "num_base_tokens": tokenizer.num_base_tokens,
-        "latent_dim": tokenizer.latent_dim,
+        **encoder.described,
         "images": describe_source(images.manifest),
-        "crop": f"ADM centre crop to {tokenizer.image_size}",
+        "crop": f"ADM centre crop to {size}",
         "precision": "float32 encoder, float16 stored",
     }
     options = {key: getattr(args, key) for key in ("batch_size", "shard_size", "compression")}
     made_from = {"command": "encode_latents", **described, **options}
     parts = plan_parts(images.num_samples, encoder.sample_bytes, args.shard_size)
-    work = PartsFolder(args.out, args.staging, "latents", made_from, len(parts))
-    total = f"{images.num_samples:,} images as {tokenizer.num_base_tokens} x {tokenizer.latent_dim}"
+    work = PartsFolder(args.out, args.staging, encoder.kind, made_from, len(parts))
+    total = f"{images.num_samples:,} images as {encoder.form}"
     if work.already_finished() is not None:
         if rank == 0:
-            print(f"{shown(args.out)} is there already: {total} latents of this tokenizer")
+            print(f"{shown(args.out)} is there already: {total} latents of {encoder.maker}")
         return 0
     work.open()
     finished = set().union(*dist.all_gather_object(work.finished()))
     waiting = [part for part in parts if part[0] not in finished]
     before = sum(stop - start for number, start, stop in parts if number in finished)
-    encoder.write(work, waiting[rank::ranks], images.num_samples, before)
+    Encoder(encoder, images, args).write(work, waiting[rank::ranks], images.num_samples, before)
     share_records(work)
     if rank == 0:
         records = work.records()
         check_coverage(parts, records, images.manifest)
-        moments = encoder.moments()
+        notes = encoder.notes()
         for record in records:
-            moments.merge(record.facts["moments"])
+            notes.merge(record.facts)
         manifest = Manifest(
-            kind="latents",
+            kind=encoder.kind,
             num_samples=images.num_samples,
             classes=images.manifest.classes,
             class_counts=images.manifest.class_counts,
-            image_size=tokenizer.image_size,
+            image_size=size,
             extra={
                 **described,
                 "made_from": made_from,
@@ -325,9 +299,7 @@ def main() -> int:
                 "coverage": [[start, stop] for _, start, stop in parts],
             },
         )
-        work.join(
-            manifest, records, {STATS_NAME: moments.stats().save, TREE_NAME: encoder.tree.save}
-        )
+        work.join(manifest, records, notes.files())
         print(f"{shown(args.out)}: {total} latents, both flips")
     dist.barrier()
     return 0

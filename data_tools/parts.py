@@ -79,7 +79,7 @@ class PartsFolder:
     Args:
         out: where the result goes, a folder or object storage.
         staging: local folder for what is unfinished, if `out` is object storage.
-        kind: "images" or "latents".
+        kind: "images", "latents" or "spatial_latents".
         made_from: what determines the result (JSON values): another command's work is refused.
         num_parts: how many parts there are.
         patience: with object storage.

@@ -191,8 +191,7 @@ def _read_samples(
             result.problems.append(
                 f"{name}, sample {index}: label {label} outside of {manifest.num_classes} classes"
             )
-        check = _check_image if manifest.kind == "images" else _check_latents
-        problem = check(sample, manifest, decode)
+        problem = _CHECKS[manifest.kind](sample, manifest, decode)
         if problem is not None:
             result.problems.append(f"{name}, sample {index}: {problem}")
 
@@ -214,13 +213,32 @@ def _check_image(sample: dict[str, Any], manifest: Manifest, decode: bool) -> st
 
 def _check_latents(sample: dict[str, Any], manifest: Manifest, decode: bool) -> str | None:
     shape = (manifest.extra.get("num_base_tokens"), manifest.extra.get("latent_dim"))
-    for name in ("latents", "latents_flipped"):
-        value = sample[name]
+    return _check_arrays({name: sample[name] for name in ("latents", "latents_flipped")}, shape)
+
+
+def _check_grids(sample: dict[str, Any], manifest: Manifest, decode: bool) -> str | None:
+    side = manifest.extra.get("side")
+    shape = (manifest.extra.get("channels"), side, side)
+    grids = {name: value for name, value in sample.items() if name != "label"}
+    problem = _check_arrays(grids, shape)
+    if problem is not None:
+        return problem
+    for name in ("std", "std_flipped"):
+        if (grids[name] < 0).any():
+            return f"{name} has {int((grids[name] < 0).sum())} values below 0"
+    return None
+
+
+def _check_arrays(arrays: dict[str, np.ndarray], shape: tuple[Any, ...]) -> str | None:
+    for name, value in arrays.items():
         if value.dtype != np.float16 or value.shape != shape:
             return f"{name} is {value.dtype} {value.shape}, the manifest says float16 {shape}"
         if not np.isfinite(value).all():
             return f"{name} has {int((~np.isfinite(value)).sum())} values that are not finite"
     return None
+
+
+_CHECKS = {"images": _check_image, "latents": _check_latents, "spatial_latents": _check_grids}
 
 
 def _check_whole(

@@ -14,7 +14,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
+from eval.families import family_of
 from eval.measure import Sweep
 from eval.results import headline
 from eval.spaces import Spaces
@@ -36,11 +37,13 @@ from lgm_scale.bundle import (
     load_tokenizer,
     read_bundle,
 )
-from lgm_scale.config import GeneratorRun
+from lgm_scale.config import GeneratorRun, SpatialRun
 from lgm_scale.config_loading import read_yaml, to_dict
+from lgm_scale.data.epochs import EpochDataset
 from lgm_scale.data.latents import TREE_NAME, LatentDataset
 from lgm_scale.errors import ConfigError
-from lgm_scale.pipeline import LGMPipeline
+from lgm_scale.pipeline import LGMPipeline, Pipeline, SpatialPipeline
+from lgm_scale.spatial_bundle import SpatialBundle, build_spatial_generator
 from lgm_scale.training.ema import EMA
 
 __all__ = ["EvaluationDuringTraining", "load_training_sweep"]
@@ -48,7 +51,7 @@ __all__ = ["EvaluationDuringTraining", "load_training_sweep"]
 log = logging.getLogger("lgm_scale")
 
 
-def load_training_sweep(config: GeneratorRun, classes: tuple[str, ...]) -> SweepConfig:
+def load_training_sweep(config: GeneratorRun | SpatialRun, classes: tuple[str, ...]) -> SweepConfig:
     """The sweep that a run names, checked against the run itself.
 
     Raises: ConfigError with every problem.
@@ -56,17 +59,70 @@ def load_training_sweep(config: GeneratorRun, classes: tuple[str, ...]) -> Sweep
     assert config.evaluation is not None
     path = config.evaluation.sweep
     values = read_yaml(path) | {"bundle": "(this run)", "out": f"{config.out}/evaluation"}
-    tokenizer = read_bundle(config.tokenizer, "tokenizer")["models"]["tokenizer"]
-    models = {"tokenizer": tokenizer, "generator": to_dict(config.model)}
+    info = _described(config, classes)
 
     def rules(sweep: SweepConfig) -> list[str]:
-        problems = broken_rules(sweep, {"models": models, "classes": list(classes)})
+        problems = broken_rules(sweep, info)
         for key in ("part", "search", "metrics_log"):
             if getattr(sweep, key) is not None:
                 problems.append(f"{key}: has no place during training; leave it out of this file")
         return problems
 
-    return check_sweep(values, path, rules)
+    return check_sweep(values, path, rules, family_of(info, "(this run)").sampler)
+
+
+def _described(config: GeneratorRun | SpatialRun, classes: tuple[str, ...]) -> dict[str, Any]:
+    """What bundle.json will say of the run's result, as far as the evaluation asks."""
+    models = {"generator": to_dict(config.model)}
+    if isinstance(config, SpatialRun):
+        models["space"] = to_dict(config.space)
+    else:
+        models["tokenizer"] = read_bundle(config.tokenizer, "tokenizer")["models"]["tokenizer"]
+    kind = SpatialPipeline.kind if isinstance(config, SpatialRun) else LGMPipeline.kind
+    training = {"config": to_dict(config)}
+    return {"kind": kind, "models": models, "classes": list(classes), "training": training}
+
+
+@dataclass
+class _Subject:
+    """What is evaluated: a generator whose weights are still to come."""
+
+    family: type[Pipeline[Any]]
+    bundle: Any
+    frozen: dict[str, str]
+    """Identity of networks that are not trained, and that samples depend on."""
+    tokenizer: dict[str, str]
+    """Hashes of the files of tokenizer and tree, for reconstructions."""
+
+
+def _subject(
+    config: GeneratorRun | SpatialRun, dataset: EpochDataset, device: torch.device
+) -> _Subject:
+    classes = dataset.manifest.classes
+    info = _described(config, classes)
+    if isinstance(config, SpatialRun):
+        vae, frozen = None, {}
+        if config.space.kind == "sd_vae":
+            from lgm_scale.models.sd_vae import load_sd_vae
+
+            assert config.space.vae is not None  # a rule of the configuration
+            vae = load_sd_vae(config.space.vae, device)
+            frozen = {"vae_sha256": _hash(vae.state_dict())}
+        net = build_spatial_generator(config.model, config.space).eval().requires_grad_(False)
+        bundle = SpatialBundle(net, vae, config.model, config.space, classes, info)
+        return _Subject(SpatialPipeline, bundle, frozen, {})
+    assert isinstance(dataset, LatentDataset)
+    files = read_bundle(config.tokenizer, "tokenizer")["files"]
+    bundle = GeneratorBundle(
+        net=build_generator(config.model).eval().requires_grad_(False),
+        tokenizer=load_tokenizer(config.tokenizer, device),
+        tree=dataset.tree,
+        stats=dataset.stats,
+        classes=classes,
+        info=info,
+    )
+    own = {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)}
+    return _Subject(LGMPipeline, bundle, {}, own)
 
 
 class EvaluationDuringTraining(Callback):
@@ -74,15 +130,15 @@ class EvaluationDuringTraining(Callback):
 
     Args:
         config: Of the run.
-        dataset: Gives merge tree, latent statistics and classes.
+        dataset: Gives the classes, and where tokens are merged tree and statistics.
         ema: Its whole average is gathered for each evaluation.
 
     Raises: ConfigError, CheckpointError, DataError for what cannot work, before training begins.
     """
 
-    def __init__(self, config: GeneratorRun, dataset: LatentDataset, ema: EMA) -> None:
+    def __init__(self, config: GeneratorRun | SpatialRun, dataset: EpochDataset, ema: EMA) -> None:
         assert config.evaluation is not None
-        if config.lora is not None:
+        if isinstance(config, GeneratorRun) and config.lora is not None:
             raise ConfigError(
                 "evaluation: is for runs that train a whole generator, so far; leave it out with "
                 "lora, and run eval/sweep.py on the result"
@@ -96,25 +152,9 @@ class EvaluationDuringTraining(Callback):
         if torch.cuda.is_available():
             self.device = torch.device("cuda", dist.get_local_rank())
         with _own_randomness():
-            self.bundle = GeneratorBundle(
-                net=build_generator(config.model).eval().requires_grad_(False),
-                tokenizer=load_tokenizer(config.tokenizer, self.device),
-                tree=dataset.tree,
-                stats=dataset.stats,
-                classes=dataset.manifest.classes,
-                info={
-                    "models": {
-                        "tokenizer": read_bundle(config.tokenizer, "tokenizer")["models"][
-                            "tokenizer"
-                        ]
-                    },
-                    "training": {"config": to_dict(config)},
-                },
-            )
-            side = self.bundle.tokenizer.image_size
-            self.spaces = Spaces.load(self.config, side, self.device)
-        files = read_bundle(config.tokenizer, "tokenizer")["files"]
-        self.tokenizer_files = {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)}
+            self.subject = _subject(config, dataset, self.device)
+            image_size = self.subject.family(self.subject.bundle).image_size
+            self.spaces = Spaces.load(self.config, image_size, self.device)
         self._sweep(0, {})  # finds out now what would fail then
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -134,22 +174,24 @@ class EvaluationDuringTraining(Callback):
     def evaluate(self, step: int, logger: Logger | None = None) -> list[dict[str, Any]]:
         """Rows of the average as it is now. Every rank must call it."""
         with _own_randomness():
-            average = self.ema.full_weights()
-            state = self.bundle.net.state_dict()
+            average, bundle = self.ema.full_weights(), self.subject.bundle
+            state = bundle.net.state_dict()
             assert average.keys() <= state.keys(), "the average belongs to another network"
-            self.bundle.net.load_state_dict(state | average)
-            self.bundle.info["training"]["steps"] = step
-            self.bundle.net.to(self.device)
+            bundle.net.load_state_dict(state | average)
+            bundle.info["training"]["steps"] = step
+            bundle.net.to(self.device)
             rows = self._sweep(step, {"ema_sha256": _hash(average)}).run({})["rows"]
-            self.bundle.net.to("cpu")  # the training has the memory again
+            bundle.net.to("cpu")  # the training has the memory again
         self._record(step, rows, logger)
         return rows
 
     def _sweep(self, step: int, weights: dict[str, Any]) -> Sweep:
         config = replace(self.config, out=str(self.out / "evaluation" / f"step-{step:08d}"))
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-        pipe = LGMPipeline(self.bundle, dtype)
-        return Sweep(config, pipe, weights, self.tokenizer_files, self.spaces, quiet=True)
+        subject = self.subject
+        pipe = subject.family(subject.bundle, dtype, "(this run)")
+        weights = weights | subject.frozen
+        return Sweep(config, pipe, weights, subject.tokenizer, self.spaces, quiet=True)
 
     def _record(self, step: int, rows: list[dict[str, Any]], logger: Logger | None) -> None:
         for row in rows:
@@ -186,7 +228,7 @@ def _hash(weights: dict[str, Tensor]) -> str:
         total = hashlib.sha256()
         for name in sorted(weights):
             total.update(name.encode())
-            total.update(weights[name].contiguous().numpy().tobytes())
+            total.update(weights[name].cpu().contiguous().numpy().tobytes())
         found = [total.hexdigest()]
     dist.broadcast_object_list(found)
     return found[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,8 @@ from torch import Tensor
 from eval.chunks import Made
 from eval.features import MIN_ROWS, FeatureSpace, extract
 from eval.sweep_config import Cell
-from lgm_scale.bundle import GeneratorBundle
-from lgm_scale.errors import CheckpointError, DataError
-from lgm_scale.flops import decoder_flops, dit_flops, sampling_flops
-from lgm_scale.objectives.flow import NoiseScale
-from lgm_scale.pipeline import LGMPipeline
+from lgm_scale.errors import DataError
+from lgm_scale.pipeline import Pipeline
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.sampling import SamplerConfig
 
@@ -27,7 +23,6 @@ __all__ = [
     "SampleWork",
     "Stopwatch",
     "batches",
-    "noise_scale_of",
     "refuse_broken",
     "sample_images",
     "sampler_of",
@@ -51,17 +46,6 @@ class Stopwatch:
         self._since = now
 
 
-def noise_scale_of(bundle: GeneratorBundle, folder: str | Path) -> NoiseScale:
-    """How the generator was trained to see noise. Raises: CheckpointError if it does not say."""
-    try:
-        return NoiseScale(bundle.info["training"]["config"]["objective"]["noise_scale"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: bundle.json does not say training.config.objective.noise_scale "
-            f"({type(error).__name__}: {error}), and sampling depends on it"
-        ) from error
-
-
 def sampler_of(cell: Cell) -> SamplerConfig:
     """The solver's settings. Raises: ConfigError if they make no sense together."""
     return SamplerConfig(**cell.settings())
@@ -73,7 +57,7 @@ def batches(start: int, stop: int, size: int) -> list[Tensor]:
 
 
 def sample_images(
-    pipe: LGMPipeline,
+    pipe: Pipeline,
     indices: Tensor,
     num_tokens: int,
     sampler: SamplerConfig,
@@ -91,7 +75,7 @@ def sample_images(
     count = len(indices)
     if count < MIN_ROWS:
         indices = torch.cat((indices, indices[-1:].expand(MIN_ROWS - count)))
-    labels = indices % pipe.bundle.net.num_classes
+    labels = indices % pipe.num_classes
     latents = pipe.latents(labels, indices, num_tokens, seed, sampler)
     if watch is not None:
         watch.lap("sampling")
@@ -128,7 +112,7 @@ class SampleWork:
         keep_pixels: Keep the pixels of all.
     """
 
-    pipe: LGMPipeline
+    pipe: Pipeline
     spaces: Sequence[FeatureSpace]
     seed: int
     batch_size: int
@@ -166,16 +150,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def work_of(bundle: GeneratorBundle, cell: Cell) -> dict[str, Any]:
+def work_of(pipe: Pipeline, cell: Cell) -> dict[str, Any]:
     """Operations per image of K tokens, with every network row that is really run."""
-    sampler, size = sampler_of(cell), bundle.info["models"]["tokenizer"]["size"]
-    flops = sampling_flops(bundle.net, bundle.tokenizer, size, cell.num_tokens, sampler)
+    sampler = sampler_of(cell)
     evaluations = sampler.evaluations()
     return {
-        "tflops_per_image": flops / 1e12,
-        "decoder_tflops": decoder_flops(bundle.tokenizer, size) / 1e12,
+        "tflops_per_image": pipe.image_flops(sampler, cell.num_tokens) / 1e12,
+        "decoder_tflops": pipe.decoder_flops() / 1e12,
         "tflops_per_row": {
-            str(k): dit_flops(bundle.net, k) / 1e12 for k in sorted(sampler.rows(cell.num_tokens))
+            str(k): pipe.row_flops(k) / 1e12 for k in sorted(sampler.rows(cell.num_tokens))
         },
         "steps": sampler.num_steps - 1,
         "evaluations": len(evaluations),

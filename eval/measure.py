@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from composer.utils import dist
 from eval.chunks import Job
 from eval.engine import Engine, RowPlan
 from eval.files import write_json
-from eval.generate import SampleWork, noise_scale_of, sampler_of, work_of
+from eval.generate import SampleWork, sampler_of, work_of
 from eval.image_metrics import PerceptualDistance
 from eval.metrics import (
     METRICS,
@@ -41,10 +40,9 @@ from eval.sweep_config import Cell, SearchConfig, SweepConfig, expand
 from eval.training_loss import loss_per_length
 from eval.work import Part, join_ranks
 from lgm_scale import __version__
-from lgm_scale.bundle import TOKENIZER_NAME, load_generator
+from lgm_scale.bundle import TOKENIZER_NAME
 from lgm_scale.data.latents import TREE_NAME
-from lgm_scale.pipeline import LGMPipeline
-from lgm_scale.sampling.solver import check_nested
+from lgm_scale.pipeline import Pipeline, load_pipeline
 
 __all__ = ["Sweep", "measure"]
 
@@ -61,12 +59,11 @@ def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | 
     """
     losses = loss_per_length(config.metrics_log) if config.metrics_log else {}
     device = join_ranks()
-    bundle = load_generator(config.bundle, device)
-    noise_scale_of(bundle, config.bundle)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
-    files = bundle.info["files"]
-    tokenizer = {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)}
-    sweep = Sweep(config, LGMPipeline(bundle, dtype), files, tokenizer)
+    pipe = load_pipeline(config.bundle, device, dtype)
+    files = pipe.info["files"]
+    tokenizer = {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME) if name in files}
+    sweep = Sweep(config, pipe, files, tokenizer)
     if config.part is not None:
         sweep.make_part(Part.parse(config.part))
         return None
@@ -80,7 +77,7 @@ class Sweep:
         config: The sweep; its bundle is not read here.
         pipe: The generator, on its device.
         weights: What identifies its weights: hashes of files; JSON values.
-        tokenizer: The same for its tokenizer and tree alone.
+        tokenizer: The same for its tokenizer and tree alone, where it has them.
         spaces: Feature spaces, where they are loaded already.
         quiet: No progress bar, no lines.
     """
@@ -88,23 +85,20 @@ class Sweep:
     def __init__(
         self,
         config: SweepConfig,
-        pipe: LGMPipeline,
+        pipe: Pipeline,
         weights: dict[str, Any],
         tokenizer: dict[str, Any],
         spaces: Spaces | None = None,
         quiet: bool = False,
     ) -> None:
         self.config, self.pipe, self.weights, self.quiet = config, pipe, weights, quiet
-        bundle = pipe.bundle
+        self.protocol = pipe.protocol()
         for cell in expand(config):  # what cannot work is told before any work
-            contrasts = bundle.stats.contrasts
-            check_nested(
-                sampler_of(cell), cell.num_tokens, bundle.tree, pipe.noise_scale, contrasts
-            )
+            pipe.check(sampler_of(cell), cell.num_tokens)
         self.engine = Engine(Path(config.out), pipe.device, quiet)
-        self.spaces = spaces or Spaces.load(config, bundle.tokenizer.image_size, pipe.device)
+        self.spaces = spaces or Spaces.load(config, pipe.image_size, pipe.device)
         self.outer = load_reference_for(config)
-        check_reference(self.outer, self.spaces, bundle.tokenizer.image_size)
+        check_reference(self.outer, self.spaces, pipe.image_size)
         self.work = SampleWork(
             pipe=pipe,
             spaces=self.spaces.all,
@@ -115,17 +109,24 @@ class Sweep:
             keep_pixels=config.save_npz,
         )
         self.reconstructions = ReconstructionPlans(
-            tokenizer=bundle.tokenizer,
-            tree=bundle.tree,
+            tokenizer=pipe.tokenizer,
+            tree=pipe.tree,
             files=tokenizer,
             images=self.spaces.images,
+            device=pipe.device,
             spaces=self.spaces,
-            perceptual=PerceptualDistance(config.vgg16, pipe.device) if config.vgg16 else None,
+            perceptual=self._perceptual(),
             reference=self.outer,
             chunk_size=config.chunk_size,
             batch_size=config.batch_size,
             metrics=config.metrics,
         )
+
+    def _perceptual(self) -> PerceptualDistance | None:
+        """For LPIPS of reconstructions, where there are any."""
+        if self.config.vgg16 is None or self.pipe.tokenizer is None:
+            return None
+        return PerceptualDistance(self.config.vgg16, self.pipe.device)
 
     # --- plans --------------------------------------------------------------------------------
 
@@ -146,8 +147,8 @@ class Sweep:
             "kind": "samples",
             "lgm_scale": __version__,
             "weights": self.weights,
-            "cell": asdict(cell),
-            "noise_scale": self.pipe.noise_scale.value,
+            "cell": cell.values(),
+            **self.protocol,
             "seed": config.seed,
             "labels": "image index mod number of classes",
             "pixels": PIXELS.format({"round": "rounded", "truncate": "cut"}[config.quantise]),
@@ -193,12 +194,12 @@ class Sweep:
         }
         row = {
             "kind": "samples",
-            "cell": asdict(cell),
+            "cell": cell.values(),
             "label": cell.label,
             "num_images": count,
             "metrics": numbers,
             "names": names,
-            "work": work_of(self.pipe.bundle, cell),
+            "work": work_of(self.pipe, cell),
             "run": {
                 "seconds": seconds,
                 "devices": devices,
@@ -272,7 +273,7 @@ class Sweep:
             self._say(line)
         results = gather_results(
             config=config,
-            bundle=self.pipe.bundle,
+            pipe=self.pipe,
             weights=self.weights,
             reference=self.reference,
             off=selection.off | self.reconstructions.off,
@@ -284,7 +285,8 @@ class Sweep:
         )
         if self.engine.first:
             out = Path(config.out)
-            self.pipe.bundle.tree.save(out / "rows" / TREE_NAME)
+            if self.pipe.tree is not None:
+                self.pipe.tree.save(out / "rows" / TREE_NAME)
             write_json(out / "results.json", results)
         dist.barrier()
         return results

@@ -38,7 +38,8 @@ def render_page(results: Results, pictures: Pictures, sheets: dict[int, bytes]) 
         _figure("tradeoff", pictures, _tradeoff_caption(rows)),
     ]
     if "samples" in pictures:
-        parts += ["<h2>Samples</h2>", _figure("samples", pictures, _SAMPLES)]
+        caption = _SAMPLES + _ONE_NOISE[results.get("kind", "generator")] + " Click for full size."
+        parts += ["<h2>Samples</h2>", _figure("samples", pictures, caption)]
         parts += [_sheet(k, data) for k, data in sheets.items()]
     if "reconstructions" in pictures:
         parts += [
@@ -68,9 +69,14 @@ def render_page(results: Results, pictures: Pictures, sheets: dict[int, bytes]) 
 
 _SAMPLES = (
     "One column per class, one row per K (the cell with the smallest distance), chosen by index "
-    "and not by eye. A column starts from one noise, merged like the tokens: its images are "
-    "attempts at one picture with fewer or more of them. Click for full size."
+    "and not by eye. "
 )
+_ONE_NOISE = {
+    "generator": "A column starts from one noise, merged like the tokens: its images are attempts "
+    "at one picture with fewer or more of them.",
+    "spatial_generator": "A column starts from one noise, the same at every K: its images are "
+    "attempts at one picture with less or more work.",
+}
 _RECONSTRUCTIONS = (
     "Validation images, and what the tokenizer gives back from K tokens; PSNR is the mean over all "
     "validation images. What is lost here, the generator cannot make."
@@ -83,13 +89,22 @@ _TREE = (
 )
 
 
+_LEADS = {
+    "generator": "An image is {size} tokens, and a learned tree says which of them to merge. One "
+    "diffusion transformer generates at every token count K; here at K = {lengths}, with the same "
+    "weights.",
+    "spatial_generator": "An image is a grid of {size} tokens, and K says how many of them the "
+    "core of one diffusion transformer works on; its first and last blocks see them all. Here K = "
+    "{lengths}, with the same weights.",
+}
+
+
 def _lead(results: Results) -> str:
     lengths = sorted({row["cell"]["num_tokens"] for row in results["rows"]})
-    return (
-        f'<p class="lead">An image is {results["num_base_tokens"]} tokens, and a learned tree says '
-        "which of them to merge. One diffusion transformer generates at every token count K; here "
-        f"at K = {', '.join(map(str, lengths))}, with the same weights.</p>"
+    text = _LEADS[results.get("kind", "generator")].format(
+        size=results["num_base_tokens"], lengths=", ".join(map(str, lengths))
     )
+    return f'<p class="lead">{text}</p>'
 
 
 def _compared(compared: dict[str, str]) -> str:
@@ -154,10 +169,11 @@ def _sample_table(rows: Sequence[Row], losses: dict[str, Any]) -> str:
     settings += [
         name
         for name in ("cfg_interval", "cfg_rescale", "timestep_shift", "solver",
-                     "uncond_num_tokens", "length_schedule")
-        if len({str(row["cell"][name]) for row in rows}) > 1
+                     "uncond_num_tokens", "guidance", "length_schedule")
+        if len({str(row["cell"].get(name)) for row in rows}) > 1
     ]  # fmt: skip
-    titles = {"num_tokens": "K", "cfg_scale": "guidance", "num_steps": "points"}
+    titles = {"num_tokens": "K", "cfg_scale": "guidance", "num_steps": "points",
+              "guidance": "weak branch"}  # fmt: skip
     keys = columns(rows)
     with_loss = any(str(row["cell"]["num_tokens"]) in losses for row in rows)
     heads = [titles.get(name, name.replace("_", " ")) for name in settings]
@@ -175,7 +191,7 @@ def _sample_table(rows: Sequence[Row], losses: dict[str, Any]) -> str:
     lines = []
     for row in rows:
         cells = [_cell(row["run_name"])] if row.get("run_name") else []
-        cells += [_cell(row["cell"][name]) for name in settings]
+        cells += [_cell(row["cell"].get(name)) for name in settings]
         cells += [
             _number(row["metrics"].get(key), "#.4g", row["metrics"].get(key) == best[key])
             for key in keys
@@ -290,9 +306,9 @@ def _facts(results: Results) -> str:
            else "")
         for space in protocol["features"]
     )  # fmt: skip
-    facts = {
-        "Generator": f"{parameters['generator']:,} parameters, {results['training_steps']} steps",
-        "Tokenizer": f"{parameters['tokenizer']:,} parameters",
+    facts = {name.capitalize(): f"{count:,} parameters" for name, count in parameters.items()}
+    facts["Generator"] += f", {results['training_steps']} steps"
+    facts |= {
         "Noise": f"{protocol['noise_scale']}, seed {protocol['seed']}, one stream per image index",
         "Samples": f"{rows[0]['num_images']} per cell, class = index mod {len(results['classes'])}",
         "Pixels": protocol["pixels"],
@@ -302,7 +318,7 @@ def _facts(results: Results) -> str:
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
     if results.get("compared"):
-        for name in ("Generator", "Tokenizer", "Noise"):
+        for name in (*map(str.capitalize, parameters), "Noise"):
             del facts[name]
     elif config["search"]:
         search = config["search"]

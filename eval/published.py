@@ -2,6 +2,9 @@
 
 Source: LGM (Lee and Hong 2026, arXiv 2606.20076), its tables of ImageNet 256x256, 50 000 samples,
 ADM's reference; the other methods' numbers are those their own authors give.
+
+ELIT's are left out: those of its release are without guidance and by an evaluator of its own, and
+would be misread beside guided ones by ADM's.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from composer.utils import dist
 
 from eval.adaptive import AdaptiveSaving, adaptive_saving, default_lengths, saving_line
 from eval.engine import Engine
+from eval.families import outside_lengths
 from eval.files import write_aside, write_json
 from eval.image_metrics import PerceptualDistance
 from eval.inception import WEIGHTS_URL
@@ -33,7 +34,7 @@ from eval.reconstruction import ReconstructionPlans
 from eval.reference_files import load_reference
 from eval.results import headline
 from eval.spaces import Spaces, ValidationImages, check_reference, network_spaces
-from eval.sweep_rules import outside_lengths, repeated_lengths, wrong_image_size
+from eval.sweep_rules import repeated_lengths, wrong_image_size
 from eval.theme import LIGHT, to_png
 from eval.work import Part, join_ranks
 from lgm_scale import __version__
@@ -100,14 +101,10 @@ def refuse_problems(args: argparse.Namespace, net: Tokenizer, least: int) -> Non
     """Raise ConfigError with everything that is wrong with the command line."""
     image_size = net.image_size
     manifest = read_manifest(args.images, "images")
-    tokenizer = {
-        "num_codebooks": least,
-        "num_base_tokens": net.num_base_tokens,
-        "image_size": image_size,
-    }
-    problems = [f"--lengths: {text}" for text in outside_lengths(args.lengths or (), tokenizer)]
+    outside = outside_lengths(args.lengths or (), least, net.num_base_tokens)
+    problems = [f"--lengths: {text}" for text in outside]
     problems += [f"--lengths: {text}" for text in repeated_lengths(args.lengths or ())]
-    problems += [f"--{text}" for text in wrong_image_size(args.images, manifest, tokenizer)]
+    problems += [f"--{text}" for text in wrong_image_size(args.images, manifest, image_size)]
     problems += [f"--{text}" for text in _other_problems(args, manifest.num_samples, image_size)]
     if problems:
         raise ConfigError(problems)
@@ -158,6 +155,7 @@ def main() -> int:
         tree=tree,
         files={name: files[name] for name in (TOKENIZER_NAME, TREE_NAME) if name in files},
         images=images,
+        device=device,
         spaces=spaces,
         perceptual=PerceptualDistance(args.vgg16, device) if args.vgg16 else None,
         reference=reference,

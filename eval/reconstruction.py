@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from composer.utils import dist
 
 from eval.chunks import Job
@@ -60,11 +61,14 @@ class _Features(Mapping[str, np.ndarray]):
 class ReconstructionPlans:
     """Jobs and rows of the reconstructions of a tokenizer; nothing where there are no images.
 
+    Without a tokenizer the validation images are still a reference, and nothing is reconstructed.
+
     Args:
-        tokenizer: Frozen, in eval mode, on its device.
+        tokenizer: Frozen, in eval mode, on its device; None for a generator without one.
         tree: Its merge tree; None for a length control without one.
         files: Hashes of the files of both, or whatever else identifies them.
         images: Validation images.
+        device: Where features are computed.
         spaces: Feature spaces.
         perceptual: For LPIPS; None: off.
         reference: A second one, such as ADM's; None: none.
@@ -73,10 +77,11 @@ class ReconstructionPlans:
         metrics: Keys of METRICS that are wanted.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     tree: MergeTree | None
     files: dict[str, Any]
     images: ValidationImages | None
+    device: torch.device
     spaces: Spaces
     perceptual: PerceptualDistance | None
     reference: Reference | None
@@ -100,6 +105,11 @@ class ReconstructionPlans:
     @property
     def off(self) -> dict[str, str]:
         """Metric -> the line that says why it is off."""
+        if self.tokenizer is None:
+            return {
+                "reconstructions": "Reconstructions are off, and the merge tree with them: this "
+                "generator's K is the work of its core, and no image is coded in K tokens"
+            }
         if self.images is None:
             return {"reconstructions": "Reconstructions are off: `images` is not given"}
         lines = {}
@@ -119,12 +129,12 @@ class ReconstructionPlans:
         """The validation images, and their reconstructions at each K."""
         if self.images is None:
             return []
-        return [self._originals(), *(self._job(k) for k in lengths)]
+        coded = lengths if self.tokenizer is not None else ()
+        return [self._originals(), *(self._job(k) for k in coded)]
 
     def _originals(self) -> Job:
         assert self.images is not None
-        device = next(self.tokenizer.parameters()).device
-        work = OriginalsWork(self.images.stored, self.spaces.all, device, self.batch_size)
+        work = OriginalsWork(self.images.stored, self.spaces.all, self.device, self.batch_size)
         protocol = {
             "kind": "images",
             "lgm_scale": __version__,
@@ -135,6 +145,7 @@ class ReconstructionPlans:
 
     def _job(self, num_tokens: int) -> Job:
         assert self.images is not None
+        assert self.tokenizer is not None
         if self._work is None:
             self._work = ReconstructionWork(
                 self.tokenizer, self.tree, self.images.stored, self.spaces.all, self.perceptual,
@@ -201,7 +212,7 @@ class ReconstructionPlans:
             name="validation images",
             moments=moments,
             features=_Features(engine, job, list(self.spaces.outputs)),  # type: ignore[arg-type]  # a Mapping
-            image_size=self.tokenizer.image_size,
+            image_size=self.images.description["image_size"],
             description=description,
         )
 
@@ -230,7 +241,7 @@ class ReconstructionPlans:
 
     def plans(self, lengths: Sequence[int]) -> list[RowPlan]:
         """One row per K; after `reduce`."""
-        if self.images is None:
+        if self.images is None or self.tokenizer is None:
             return []
         return [self._plan(k) for k in lengths]
 

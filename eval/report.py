@@ -43,7 +43,8 @@ def write_report(out: Path) -> Path:
     figures = {"tradeoff": _tradeoff(results), "samples": _samples(results, rows)}
     if results["reconstructions"]:
         figures["reconstructions"] = _reconstructions(results, rows)
-    figures["merge_tree"] = _merge_tree(results, rows)
+    if results.get("merge_tree", True):
+        figures["merge_tree"] = _merge_tree(results, rows)
     pictures: Pictures = {}
     for name, draw in figures.items():
         light, dark = (to_png(draw(theme), theme) for theme in (LIGHT, DARK))
@@ -142,6 +143,12 @@ def write_comparison(outs: list[Path], to: Path) -> Path:
                     + "; ".join(differing)
                 )
                 break
+        ours, theirs = len(found[0]["classes"]), len(results["classes"])
+        if ours != theirs:
+            problems.append(
+                f"{out} was not measured like {outs[0]}, and their numbers do not compare: "
+                f"number of classes: {ours} against {theirs}"
+            )
     for out, results in zip(outs, found, strict=True):
         if len(tables_of(results["rows"])) > 1:
             problems.append(f"{out} holds final rows of several protocols; run it again")
@@ -156,6 +163,7 @@ def write_comparison(outs: list[Path], to: Path) -> Path:
         "rows": rows,
         "searched": [],
         "reconstructions": [],
+        "off": _off(names, found),
         "compared": {n: str(o) for n, o in zip(names, outs, strict=True)},
     }
     pictures: Pictures = {}
@@ -163,6 +171,16 @@ def write_comparison(outs: list[Path], to: Path) -> Path:
     pictures["tradeoff"] = (light, dark)
     write_aside(to / "tradeoff.png", light)
     return _write(to, merged, pictures, {})
+
+
+def _off(names: list[str], found: list[Results]) -> dict[str, str]:
+    """Lines about metrics that are off, of all sweeps; their reconstructions are not shown here."""
+    lines = {}
+    for name, results in zip(names, found, strict=True):
+        for key, line in results["off"].items():
+            if key != "reconstructions":
+                lines[f"{name}: {key}"] = f"{name}: {line}"
+    return lines
 
 
 def _short_names(outs: list[Path]) -> list[str]:

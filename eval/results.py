@@ -15,9 +15,9 @@ from eval.metrics import METRICS
 from eval.reference_files import Reference
 from eval.sweep_config import SweepConfig
 from lgm_scale import __version__
-from lgm_scale.bundle import GeneratorBundle
 from lgm_scale.config_loading import to_dict
 from lgm_scale.errors import DataError
+from lgm_scale.pipeline import Pipeline
 
 __all__ = [
     "comparable",
@@ -39,7 +39,7 @@ OWN = ("cell", "weights", "noise_scale", "precision", "pixels_kept", "lgm_scale"
 def gather_results(
     *,
     config: SweepConfig,
-    bundle: GeneratorBundle,
+    pipe: Pipeline,
     weights: dict[str, Any],
     reference: Reference,
     off: dict[str, str],
@@ -58,13 +58,12 @@ def gather_results(
         "weights": weights,
         "reference": {"name": reference.name, **reference.description},
         "off": off,
-        "classes": list(bundle.classes),
-        "num_base_tokens": bundle.tree.num_base_tokens,
-        "parameters": {
-            "generator": sum(p.numel() for p in bundle.net.parameters()),
-            "tokenizer": sum(p.numel() for p in bundle.tokenizer.parameters()),
-        },
-        "training_steps": bundle.info["training"].get("steps"),
+        "kind": pipe.kind,
+        "merge_tree": pipe.tree is not None,
+        "classes": list(pipe.classes),
+        "num_base_tokens": pipe.num_base_tokens,
+        "parameters": pipe.parameters(),
+        "training_steps": pipe.info["training"].get("steps"),
         "training_loss": {str(k): loss for k, loss in losses.items()},
         "rows": rows,
         "searched": searched,

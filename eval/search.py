@@ -65,7 +65,7 @@ def winners(known: Mapping[Cell, Metrics], metric: str) -> list[Cell]:
     for cell in known:
         group = (
             cell.num_tokens, cell.num_steps, cell.solver, cell.uncond_num_tokens,
-            cell.length_schedule,
+            cell.guidance, cell.length_schedule,
         )  # fmt: skip
         groups.setdefault(group, []).append(cell)
     return [min(group, key=lambda cell: known[cell][metric]) for group in groups.values()]

@@ -77,24 +77,30 @@ def main() -> int:
 
 def describe(config: SweepConfig) -> str:
     """Resolved configuration, and the work of each cell."""
+    import torch
     import yaml
 
-    from eval.generate import noise_scale_of, work_of
-    from lgm_scale.bundle import load_generator
+    from eval.generate import sampler_of, work_of
+    from lgm_scale.pipeline import load_pipeline
 
-    bundle = load_generator(config.bundle)
-    noise_scale_of(bundle, config.bundle)
+    pipe = load_pipeline(config.bundle, "cpu", torch.float32)
+    pipe.protocol()
     lines = [f"{'cell':44s} rows per image   TFLOPs per image   PFLOPs in all"]
-    total = 0.0
+    total, rows = 0.0, {}
     for cell in expand(config):
-        work = work_of(bundle, cell)
+        pipe.check(sampler_of(cell), cell.num_tokens)
+        work = work_of(pipe, cell)
         petaflops = config.num_images * work["tflops_per_image"] / 1e3
-        total += petaflops
+        total, rows = total + petaflops, rows | work["tflops_per_row"]
         lines.append(
             f"{cell.label:44s} {work['rows']:14d}   {work['tflops_per_image']:16.4g}   "
             f"{petaflops:13.4g}"
         )
     lines.append(f"{'sum':44s} {'':14s}   {'':16s}   {total:13.4g}")
+    one_row = (f"{rows[k]:.4g} at K = {k}" for k in sorted(rows, key=int))
+    lines.append(
+        f"TFLOPs of one row: {', '.join(one_row)}; of decoding: {pipe.decoder_flops() / 1e12:.4g}"
+    )
     return yaml.safe_dump(to_dict(config), sort_keys=False) + "\n" + "\n".join(lines)
 
 

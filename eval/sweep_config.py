@@ -26,7 +26,10 @@ METRIC_KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSection:
-    """Sampler settings; a list means every one of its values. Defaults are the published ones."""
+    """Sampler settings; a list means every one of its values. Defaults are the published ones.
+
+    Those below are LGM's; `eval.families` says which ones differ for generators on a grid.
+    """
 
     __pydantic_config__ = _STRICT
     cfg_scale: tuple[float, ...] = (1.0,)
@@ -38,7 +41,9 @@ class SamplerSection:
     timestep_shift: tuple[float, ...] = (0.2,)
     solver: tuple[Literal["euler", "heun"], ...] = ("euler",)
     uncond_num_tokens: tuple[int | None, ...] = (None,)
-    """Coarse guidance: tokens of the unconditional branch; null: as many as the step has."""
+    """Tokens of guidance's weak branch; null: as many as the step has."""
+    guidance: tuple[Literal["cfg", "autoguidance"], ...] = ("cfg",)
+    """What the weak branch lacks: the class, or with `autoguidance` tokens alone."""
     length_schedule: tuple[tuple[tuple[float, int], ...], ...] = ((),)
     """Growing length: [t, K] pairs; the last K is the cell's."""
 
@@ -138,12 +143,26 @@ class Cell:
     solver: str
     uncond_num_tokens: int | None
     length_schedule: tuple[tuple[float, int], ...]
+    guidance: str = "cfg"
 
     def settings(self) -> dict[str, Any]:
         """Fields of `SamplerConfig`."""
         values = asdict(self)
         del values["num_tokens"]
         return values
+
+    def values(self) -> dict[str, Any]:
+        """For protocols and results. Plain guidance is left out: it was once all there was."""
+        values = asdict(self)
+        if self.guidance == "cfg":
+            del values["guidance"]
+        return values
+
+    @property
+    def lengths(self) -> set[int]:
+        """Every number of tokens that it names."""
+        weak = set() if self.uncond_num_tokens is None else {self.uncond_num_tokens}
+        return {self.num_tokens} | weak | {k for _, k in self.length_schedule}
 
     @property
     def label(self) -> str:
@@ -155,7 +174,8 @@ class Cell:
         if self.solver != "euler":
             parts.append(self.solver)
         if self.uncond_num_tokens is not None:
-            parts.append(f"uncond at {self.uncond_num_tokens}")
+            weak = "uncond" if self.guidance == "cfg" else self.guidance
+            parts.append(f"{weak} at {self.uncond_num_tokens}")
         if self.length_schedule:
             parts.append("grows " + " ".join(f"{t:g}:{k}" for t, k in self.length_schedule))
         return ", ".join(parts)
@@ -173,13 +193,29 @@ def expand(config: SweepConfig) -> list[Cell]:
 
 def load_sweep(path: str, overrides: list[str]) -> SweepConfig:
     """Read and validate a sweep. Raises: ConfigError with every problem."""
+    from eval.families import sampler_defaults
     from eval.sweep_rules import broken_rules
 
-    return check_sweep(read_yaml(path, overrides), path, broken_rules)
+    values = read_yaml(path, overrides)
+    return check_sweep(values, path, broken_rules, sampler_defaults(values.get("bundle")))
 
 
-def check_sweep(values: dict[str, Any], source: str, rules: Any) -> SweepConfig:
-    """Type-check plain values, and hear the rules. Raises: ConfigError with every problem."""
+def check_sweep(
+    values: dict[str, Any], source: str, rules: Any, sampler: dict[str, Any]
+) -> SweepConfig:
+    """Type-check plain values, and hear the rules.
+
+    Args:
+        values: Keys of a sweep.
+        source: Where they were read, for messages.
+        rules: Configuration -> problems.
+        sampler: Defaults of `sampler` that are not `SamplerSection`'s.
+
+    Raises: ConfigError with every problem.
+    """
+    given = values.get("sampler", {})
+    if sampler and isinstance(given, dict):
+        values = values | {"sampler": sampler | given}
     values = with_lists(values)
     problems: list[str] = []
     try:

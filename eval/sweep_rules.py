@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.families import Family, family_of, read_generator_info
 from eval.sweep_config import Cell, SweepConfig, expand
 from lgm_scale.data.manifest import Manifest, read_manifest
 from lgm_scale.errors import ConfigError, LGMError
 
-__all__ = ["broken_rules", "outside_lengths", "repeated_lengths", "wrong_image_size"]
+__all__ = ["broken_rules", "repeated_lengths", "wrong_image_size"]
 
 
 def broken_rules(config: SweepConfig, info: dict[str, Any] | None = None) -> list[str]:
@@ -23,19 +23,15 @@ def broken_rules(config: SweepConfig, info: dict[str, Any] | None = None) -> lis
         info: Contents of bundle.json, where the generator is not in a bundle yet.
     """
     problems = [*_numbers(config), *_cells(config), *_files(config), *_search(config)]
-    models, classes = {}, None
+    family: Family | None = None
     try:
-        info = info or read_info(config.bundle)
-        models, classes = info["models"], list(info["classes"])
-        lengths = sorted({cell.num_tokens for cell in expand(config)})
-        problems += [f"cells: {text}" for text in outside_lengths(lengths, models["tokenizer"])]
-        problems += _strangers(config.bundle, models, classes)
+        family = family_of(info or read_generator_info(config.bundle), config.bundle)
+        problems += family.problems(expand(config))
     except (LGMError, KeyError, TypeError) as error:
         problems.append(f"bundle: {_one_line(error)}")
     if config.images is not None:
         try:
-            manifest = read_manifest(config.images, "images")
-            problems += _images(config, manifest, models.get("tokenizer", {}), classes)
+            problems += _images(config, read_manifest(config.images, "images"), family)
         except LGMError as error:
             problems.append(f"images: {_one_line(error)}")
     return problems
@@ -91,10 +87,23 @@ def _sampler(cell: Cell) -> Iterator[str]:
         yield f"cells: timestep_shift {cell.timestep_shift} must be above 0"
     if cell.uncond_num_tokens is not None and cell.uncond_num_tokens < 1:
         yield f"cells: uncond_num_tokens {cell.uncond_num_tokens} must be 1 or more, or null"
+    yield from _autoguidance(cell)
     if cell.length_schedule and cell.length_schedule[-1][1] != cell.num_tokens:
         yield (
             f"cells: length_schedule ends at {cell.length_schedule[-1][1]} tokens, and num_tokens "
             f"is {cell.num_tokens}; make them equal"
+        )
+
+
+def _autoguidance(cell: Cell) -> Iterator[str]:
+    if cell.guidance != "autoguidance":
+        return
+    if cell.uncond_num_tokens is None:
+        yield "cells: guidance autoguidance needs uncond_num_tokens, those of its weak branch"
+    elif cell.uncond_num_tokens >= cell.num_tokens:
+        yield (
+            f"cells: uncond_num_tokens {cell.uncond_num_tokens}; autoguidance at {cell.num_tokens} "
+            "tokens needs fewer in its weak branch"
         )
 
 
@@ -145,57 +154,6 @@ def _files(config: SweepConfig) -> Iterator[str]:
             yield "images: missing, and vgg16 measures reconstructions of them; or drop vgg16"
 
 
-def read_info(folder: str) -> dict[str, Any]:
-    """bundle.json without its weights; those are checked when they are loaded."""
-    path = Path(folder) / "bundle.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} is no bundle: it has no bundle.json. Train a generator first, or give the "
-            "`bundle` folder of its run"
-        )
-    try:
-        info = json.loads(path.read_text())
-        kind = info["kind"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
-    if kind != "generator":
-        raise ConfigError(f"{folder} is a {kind} bundle; a generator bundle is needed here")
-    return info
-
-
-def _strangers(folder: str, models: dict[str, Any], classes: list[str]) -> Iterator[str]:
-    """Tokenizer and generator of a bundle that cannot have been trained together."""
-    tokenizer, generator = models["tokenizer"], models["generator"]
-    pairs = {
-        "latent_dim": "latent_dim",
-        "num_base_tokens": "num_base_tokens",
-        "num_codebooks": "num_blocks",
-    }
-    for ours, theirs in pairs.items():
-        if tokenizer[ours] != generator[theirs]:
-            yield (
-                f"bundle: {folder} has a tokenizer with {ours} {tokenizer[ours]} and a generator "
-                f"with {theirs} {generator[theirs]}: they do not belong together; export the "
-                "bundle again"
-            )
-    if len(classes) != generator["num_classes"]:
-        yield (
-            f"bundle: {folder} names {len(classes)} classes and its generator has "
-            f"{generator['num_classes']}; export the bundle again"
-        )
-
-
-def outside_lengths(lengths: Sequence[int], tokenizer: dict[str, Any]) -> Iterator[str]:
-    """The problem of K that the tokenizer's merge tree does not have."""
-    low, high = tokenizer["num_codebooks"], tokenizer["num_base_tokens"]
-    outside = [k for k in lengths if not low <= k <= high]
-    if outside:
-        yield (
-            f"lengths {outside} outside [{low}, {high}], the range of this bundle's merge tree "
-            f"({low} blocks that never merge, {high} base tokens)"
-        )
-
-
 def repeated_lengths(lengths: Sequence[int]) -> Iterator[str]:
     """The problem of K that occur twice."""
     repeated = sorted({k for k in lengths if lengths.count(k) > 1})
@@ -203,10 +161,9 @@ def repeated_lengths(lengths: Sequence[int]) -> Iterator[str]:
         yield f"lengths {repeated} occur more than once; name each K once"
 
 
-def wrong_image_size(folder: str, manifest: Manifest, tokenizer: dict[str, Any]) -> Iterator[str]:
-    """The problem of images that the tokenizer does not take as they are."""
-    size = tokenizer.get("image_size")
-    if size is not None and manifest.image_size != size:
+def wrong_image_size(folder: str, manifest: Manifest, size: int) -> Iterator[str]:
+    """The problem of images that are not of the size that a bundle makes."""
+    if manifest.image_size != size:
         found = f"{manifest.image_size} pixels" if manifest.image_size else "several sizes"
         yield (
             f"images: {folder} holds images of {found}, the bundle makes {size}; convert them "
@@ -214,24 +171,27 @@ def wrong_image_size(folder: str, manifest: Manifest, tokenizer: dict[str, Any])
         )
 
 
-def _images(
-    config: SweepConfig, manifest: Manifest, tokenizer: dict[str, Any], classes: list[str] | None
-) -> Iterator[str]:
+def _images(config: SweepConfig, manifest: Manifest, family: Family | None) -> Iterator[str]:
     assert config.images is not None
-    yield from wrong_image_size(config.images, manifest, tokenizer)
-    if classes is not None and list(manifest.classes) != classes:
-        differing = sorted(set(classes) ^ set(manifest.classes))
-        what = f"only one of them has {differing[:4]}" if differing else "their order differs"
-        yield (
-            f"images: {config.images} has {manifest.num_classes} classes and the bundle "
-            f"{len(classes)}, and they are not the same ({what}); take images of the same classes"
-        )
+    if family is not None:
+        yield from wrong_image_size(config.images, manifest, family.image_size)
+        yield from _other_classes(config.images, manifest, family.classes)
     if manifest.num_samples < 2:
         yield f"images: {config.images} holds {manifest.num_samples} image; needs 2 or more"
     elif manifest.num_samples <= config.num_components:
         yield (
             f"num_components: {config.num_components} components cannot be fitted to "
             f"{manifest.num_samples} images; choose fewer than there are images"
+        )
+
+
+def _other_classes(folder: str, manifest: Manifest, classes: list[str]) -> Iterator[str]:
+    if list(manifest.classes) != classes:
+        differing = sorted(set(classes) ^ set(manifest.classes))
+        what = f"only one of them has {differing[:4]}" if differing else "their order differs"
+        yield (
+            f"images: {folder} has {manifest.num_classes} classes and the bundle "
+            f"{len(classes)}, and they are not the same ({what}); take images of the same classes"
         )
 
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.metrics import METRICS
+from eval.point_names import NamedPoint, name_points
 from eval.published import POINTS
 from eval.theme import Theme
 
@@ -17,6 +18,8 @@ __all__ = ["PUBLISHED_NAME", "main_metric", "tradeoff_figure"]
 PUBLISHED_NAME = "gFID-50K"
 """Published points stand beside this metric and no other."""
 MARKERS = "oDs^vP*X"
+DASHES = ("-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+"""Two lines have colours of their own; the next pair is dashed."""
 
 
 class _Line(NamedTuple):
@@ -40,7 +43,8 @@ def _lines(rows: Sequence[dict[str, Any]]) -> list[_Line]:
         if cell["solver"] != "euler":
             parts.append(cell["solver"])
         if cell["uncond_num_tokens"] is not None:
-            parts.append(f"uncond at {cell['uncond_num_tokens']}")
+            weak = "autoguidance" if cell.get("guidance") == "autoguidance" else "uncond"
+            parts.append(f"{weak} at {cell['uncond_num_tokens']}")
         if cell["length_schedule"]:
             parts.append("growing")
         groups.setdefault(", ".join(parts), []).append(row)
@@ -73,18 +77,22 @@ def tradeoff_figure(
     work = [row["work"]["tflops_per_image"] for row in rows]
     small = max(work) < 0.1
     unit, factor = ("GFLOPs", 1e3) if small else ("TFLOPs", 1.0)
+    names: dict[Axes, list[NamedPoint]] = {left: [], right: []}
     for i, line in enumerate(_lines(rows)):
         y = [row["metrics"][key] for row in line.rows]
         style: dict[str, Any] = {
             "marker": MARKERS[i % len(MARKERS)], "markersize": 7, "linewidth": 1.7,
             "color": theme.accent if i % 2 == 0 else theme.second, "label": line.label,
+            "linestyle": DASHES[i // 2 % len(DASHES)],
         }  # fmt: skip
         x = [row["work"]["tflops_per_image"] * factor for row in line.rows]
         left.plot(x, y, **style)
         speed = [row["run"]["images_per_second"] for row in line.rows]
         right.plot(speed, y, **style)
-        _name_points(left, line.rows, x, y, theme)
-        _name_points(right, line.rows, speed, y, theme)
+        for axes, across in ((left, x), (right, speed)):
+            named = zip(across, y, (f"K = {row['cell']['num_tokens']}" for row in line.rows),
+                        strict=True)  # fmt: skip
+            names[axes] += (NamedPoint(*each) for each in named)
     floor = _floor(rows, reconstructions, key)
     if floor is not None:
         x, y = floor
@@ -100,21 +108,13 @@ def tradeoff_figure(
     if name == PUBLISHED_NAME:
         _published(left, right, theme)
     left.set_ylim(0, left.get_ylim()[1] * 1.08)
+    for axes, points in names.items():
+        name_points(axes, points, theme)
     figure.text(0.065, 0.935, f"{name}; lower is better", color=theme.ink, size=12)
     legend = left.legend(facecolor=theme.paper, edgecolor="none", fontsize=9.5, loc="best")
     for text in legend.get_texts():
         text.set_color(theme.ink)
     return figure
-
-
-def _name_points(
-    axes: Axes, rows: list[dict[str, Any]], x: list[float], y: list[float], theme: Theme
-) -> None:
-    for row, across, up in zip(rows, x, y, strict=True):
-        axes.annotate(
-            f"K = {row['cell']['num_tokens']}", (across, up), xytext=(4, 7),
-            textcoords="offset points", color=theme.ink, size=10,
-        )  # fmt: skip
 
 
 def _floor(

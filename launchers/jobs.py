@@ -7,7 +7,7 @@ configuration is told before anything is submitted.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +46,8 @@ TOOLS = {
     "encode": Tool(
         "data_tools/encode_latents.py",
         positional=(),
-        required=("tokenizer", "images", "out"),
-        optional=("batch_size", "shard_size"),
+        required=("images", "out"),
+        optional=("encoder", "tokenizer", "vae", "image_size", "batch_size", "shard_size"),
         out="out",
         ranks=True,
     ),
@@ -55,7 +55,8 @@ TOOLS = {
 
 DEFAULT_CONFIG = {"train": "yamls/dit_xl.yaml", "tokenizer": "yamls/tokenizer_b.yaml"}
 KINDS = ("train", "tokenizer", "encode", "eval", "convert")
-TASKS = {"train": "generator", "tokenizer": "tokenizer"}
+TASKS = {"generator": "train", "spatial_generator": "train", "tokenizer": "tokenizer"}
+"""Kind of the job that runs each task."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,11 @@ def describe_job(
     if kind == "eval":
         return _sweep(config, words, parts, inputs_exist)
     run = load_training_run(config, words, world_size, has_gpu=None)
-    if run.task != TASKS[kind]:
+    if TASKS[run.task] != kind:
+        trained = next(task for task, job in TASKS.items() if job == kind)
         raise ConfigError(
-            f"--job: {kind} trains a {TASKS[kind]}, and {config} is a {run.task}; give "
-            f"--job {next(name for name, task in TASKS.items() if task == run.task)}"
+            f"--job: {kind} trains a {trained}, and {config} is a {run.task}; give "
+            f"--job {TASKS[run.task]}"
         )
     return Job(
         kind, run.run_name, run.out, "lgm_scale/train.py", Path(config), tuple(words), run=run
@@ -145,7 +147,7 @@ def _sweep(config: str, words: list[str], parts: int | None, inputs_exist: bool)
     if inputs_exist:
         sweep = load_sweep(config, words)
     else:  # its files are made by the jobs before it: types are all that can be checked
-        sweep = check_sweep(read_yaml(config, words), config, lambda _: [])
+        sweep = check_sweep(read_yaml(config, words), config, lambda _: [], {})
     split = tuple(f"part={index}/{parts}" for index in range(parts or 0))
     name = f"eval-{Path(sweep.out).name}"
     return Job("eval", name, sweep.out, "eval/sweep.py", Path(config), tuple(words), parts=split)
@@ -165,6 +167,8 @@ def _tool(kind: str, tool: Tool, words: list[str]) -> Job:
         for key in (*tool.positional, *tool.required)
         if key not in values
     ]
+    if kind == "encode":
+        problems += _encoder(values)
     if problems:
         raise ConfigError(problems, f"--job {kind}")
     options = [
@@ -176,6 +180,16 @@ def _tool(kind: str, tool: Tool, words: list[str]) -> Job:
     arguments = (*(values[key] for key in tool.positional), *options)
     name = f"{kind}-{Path(out).name}"
     return Job(kind, name, out, tool.script, None, arguments, ranks=tool.ranks)
+
+
+def _encoder(values: Mapping[str, str]) -> Iterator[str]:
+    """The network that encodes; what else it needs, encode_latents.py says itself."""
+    key = "vae" if values.get("encoder") == "sd-vae" else "tokenizer"
+    if key not in values:
+        yield (
+            f"{key}: missing; encode needs tokenizer=BUNDLE, or encoder=sd-vae and vae=FOLDER for "
+            "generators on a grid"
+        )
 
 
 def _pairs(words: list[str]) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
 """lgm_scale: variable-length image generation with learnable global merging (LGM).
 
-Import the part you need from its own module; see the folder map in README.md. The one exception
-is `from lgm_scale import LGMPipeline`.
+Import the part you need from its own module; see the folder map in README.md. The exceptions are
+the pipelines: `from lgm_scale import load_pipeline`, or `LGMPipeline`, `SpatialPipeline`.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Load the pipeline, and torch with it, only when somebody asks for it."""
-    if name == "LGMPipeline":
-        return import_module("lgm_scale.pipeline").LGMPipeline
+    """Load a pipeline, and torch with it, only when somebody asks for it."""
+    if name in ("LGMPipeline", "SpatialPipeline", "load_pipeline"):
+        return getattr(import_module("lgm_scale.pipeline"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

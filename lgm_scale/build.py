@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import Algorithm, Callback, DataSpec
+from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.optim import (
     ComposerScheduler,
@@ -22,22 +22,27 @@ from composer.optim import (
 from composer.utils import dist
 from torch import Tensor, nn
 
+from lgm_scale.build_data import TrainingDataset, build_data
 from lgm_scale.bundle import (
     build_generator,
     build_tokenizer,
     save_generator_bundle,
     save_tokenizer_bundle,
-    tokenizer_id,
 )
 from lgm_scale.checkpoint.resume import Resume
 from lgm_scale.checkpoint.saver import StateSaver
-from lgm_scale.config import GeneratorRun, OptimizerConfig, TokenizerRun, TrainingRun
+from lgm_scale.config import (
+    GeneratorRun,
+    OptimizerConfig,
+    SpatialRun,
+    TokenizerRun,
+    TrainingRun,
+)
 from lgm_scale.config_loading import to_dict
-from lgm_scale.data.epochs import CheckedLoader, StreamOptions
-from lgm_scale.data.images import ImageDataset
+from lgm_scale.data.grids import SpatialLatentDataset
 from lgm_scale.data.latents import LatentDataset
-from lgm_scale.errors import ConfigError, DataError
-from lgm_scale.flops import dit_flops, tokenizer_flops
+from lgm_scale.errors import ConfigError
+from lgm_scale.flops import network_flops, tokenizer_flops
 from lgm_scale.models.assets import (
     FROM_HUB,
     TEACHER_WIDTHS,
@@ -54,7 +59,8 @@ from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.parallel.compile import compile_blocks
 from lgm_scale.parallel.fsdp import shard_group, transformer_blocks
 from lgm_scale.parallel.trainers import start_trainer
-from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
+from lgm_scale.spatial_bundle import build_spatial_generator, save_spatial_bundle
+from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.generator import GeneratorModel
@@ -62,14 +68,14 @@ from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.lora import export_adapter, load_base
 from lgm_scale.training.players import PlayerClipping, parameters_of
-from lgm_scale.training.stopping import StopRequest, ignore_stop_signals
+from lgm_scale.training.spatial import SpatialModel
+from lgm_scale.training.stopping import StopRequest
 from lgm_scale.training.throughput import Throughput
 from lgm_scale.training.tokenizer import TokenizerModel
 
 __all__ = [
     "build_auxiliary",
     "build_critic",
-    "build_dataset",
     "build_model",
     "build_trainer",
     "export_bundle",
@@ -77,58 +83,7 @@ __all__ = [
 
 log = logging.getLogger("lgm_scale")
 
-TrainingModel = TokenizerModel | GeneratorModel
-TrainingDataset = ImageDataset | LatentDataset
-
-
-def build_dataset(config: TrainingRun) -> TrainingDataset:
-    """The training set, checked against the model it is for. Raises: DataError."""
-    batch_size = config.train.global_batch_size // dist.get_world_size()
-    data = config.data
-    options = StreamOptions(data.patience, data.predownload, data.cache_limit)
-    if isinstance(config, TokenizerRun):
-        dataset = ImageDataset(
-            data.sources,
-            image_size=config.model.image_size,
-            train=True,
-            seed=config.seed,
-            batch_size=batch_size,
-            options=options,
-        )
-    else:
-        dataset = LatentDataset(
-            data.sources,
-            shuffle=True,
-            seed=config.seed,
-            batch_size=batch_size,
-            num_base_tokens=config.model.num_base_tokens,
-            latent_dim=config.model.latent_dim,
-            tokenizer_id=tokenizer_id(config.tokenizer),
-            options=options,
-        )
-    _check_counts(config, dataset)
-    return dataset
-
-
-def _check_counts(config: TrainingRun, dataset: TrainingDataset) -> None:
-    where = " + ".join(source.path for source in config.data.sources)
-    found, wanted = dataset.epoch_samples, config.data.num_samples
-    if wanted is not None and found != wanted:
-        raise DataError(
-            f"{where} holds {found:,} samples, data.num_samples says {wanted:,}: "
-            "the copy is not complete, or the key is wrong"
-        )
-    if found < config.train.global_batch_size:
-        raise DataError(
-            f"{where} holds {found:,} samples, fewer than one batch of "
-            f"{config.train.global_batch_size:,}: lower train.global_batch_size"
-        )
-    classes = dataset.manifest.num_classes
-    if isinstance(config, GeneratorRun) and classes != config.model.num_classes:
-        raise DataError(
-            f"{where} has {classes} classes, model.num_classes says "
-            f"{config.model.num_classes}: make them equal"
-        )
+TrainingModel = TokenizerModel | GeneratorModel | SpatialModel
 
 
 def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
@@ -138,6 +93,8 @@ def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
     """
     if isinstance(config, TokenizerRun):
         return _build_tokenizer_model(config)
+    if isinstance(config, SpatialRun):
+        return _build_spatial_model(config, dataset)
     assert isinstance(dataset, LatentDataset)
     if config.lora is None:
         net, stats = build_generator(config.model), dataset.stats
@@ -154,6 +111,18 @@ def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
         config.objective.label_dropout,
         config.objective.timestep_mean,
         config.objective.timestep_std,
+        config.seed,
+    )
+
+
+def _build_spatial_model(config: SpatialRun, dataset: TrainingDataset) -> SpatialModel:
+    objective = config.objective
+    return SpatialModel(
+        build_spatial_generator(config.model, config.space),
+        dataset.scale if isinstance(dataset, SpatialLatentDataset) else None,
+        objective.label_dropout,
+        objective.timestep_mean,
+        objective.timestep_std,
         config.seed,
     )
 
@@ -261,8 +230,8 @@ def _labels(model: TrainingModel) -> dict[str, Any]:
 
 def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
     """Images, tokens and operations per second, for the loggers."""
-    if isinstance(model, GeneratorModel):
-        forward = partial(dit_flops, model.net)
+    if not isinstance(model, TokenizerModel):
+        forward = partial(network_flops, model.net)
     else:
         assert isinstance(config, TokenizerRun)
         cost = tokenizer_flops(model.net, config.model.size)
@@ -273,26 +242,9 @@ def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
     return Throughput(config.logging.interval, forward, None if peak is None else peak * 1e12)
 
 
-def build_data(config: TrainingRun, dataset: TrainingDataset, lengths: LengthSchedule) -> DataSpec:
-    """The loader of this rank's batches, and how they are counted and split."""
-    scaled = config.train.batch_scaling == "constant_tokens"
-    loader_class = partial(ScaledLoader, schedule=lengths) if scaled else CheckedLoader
-    loader = loader_class(
-        dataset,
-        batch_size=config.train.global_batch_size // dist.get_world_size(),
-        num_workers=config.data.num_workers,
-        persistent_workers=config.data.num_workers > 0,
-        worker_init_fn=ignore_stop_signals,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return DataSpec(
-        loader,
-        get_num_samples_in_batch=lambda batch: len(batch["sample_ids"]),
-        split_batch=split_by_tokens(lengths) if scaled else None,
-    )
-
-
-def build_evaluation(config: GeneratorRun, dataset: LatentDataset, ema: EMA) -> Callback:
+def build_evaluation(
+    config: GeneratorRun | SpatialRun, dataset: TrainingDataset, ema: EMA
+) -> Callback:
     """The sweep's evaluator as a callback.
 
     The package's only look outwards, at the moment a run asks for it: the evaluator stays one
@@ -316,8 +268,8 @@ def build_trainer(
     advice = f"Run it again from {where} with a lower optimizer.lr, or look at the data."
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
-    if config.train.compile and isinstance(model, GeneratorModel):
-        compile_blocks(model.net, len(set(config.lengths.choices)))
+    if config.train.compile and not isinstance(model, TokenizerModel):
+        compile_blocks(model.net, config.lengths.choices)
     metrics = Path(config.out) / "metrics.jsonl"
     callbacks: list[Callback] = [
         StepKeys(lengths, config.lengths.per_sample),
@@ -335,8 +287,7 @@ def build_trainer(
         stop,
         StateSaver(resume, config.checkpoint.interval, stop, {metrics.name: metrics}),
     ]
-    if isinstance(config, GeneratorRun) and config.evaluation is not None:
-        assert isinstance(dataset, LatentDataset)
+    if not isinstance(config, TokenizerRun) and config.evaluation is not None:
         callbacks.append(build_evaluation(config, dataset, ema))  # after the EMA has moved
     data = build_data(config, dataset, lengths)
     if isinstance(data.dataloader, ScaledLoader):
@@ -397,6 +348,9 @@ def export_bundle(
         tree = net.merge_tree() if net.merging.has_tree else None
         network = dataclasses.replace(config.model, pretrained_encoder=None)
         save_tokenizer_bundle(folder, network, weights, tree, training)
+    elif isinstance(config, SpatialRun):
+        classes, vae = dataset.manifest.classes, config.space.vae
+        save_spatial_bundle(folder, config.model, config.space, average, classes, training, vae)
     else:
         assert isinstance(dataset, LatentDataset)
         save_generator_bundle(

@@ -1,4 +1,4 @@
-"""What users share: a folder of safetensors weights, configuration, merge tree and statistics.
+"""Bundles of LGM: a folder of safetensors weights, configuration, merge tree and statistics.
 
     bundle/
       bundle.json                format, kind, configuration, hash of every file
@@ -13,7 +13,6 @@ No pickle: reading a bundle executes nothing. A file that does not match its has
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lgm_scale.bundle_files import (
+    finish_bundle,
+    model_config,
+    read_bundle,
+    start_bundle,
+    write_info,
+)
 from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
-from lgm_scale.config_loading import load_config, to_dict
+from lgm_scale.config_loading import to_dict
 from lgm_scale.data.latents import STATS_NAME, TREE_NAME, LatentStats
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.hashing import file_hash
 from lgm_scale.merging import MergeAssignment, MergeTree
 from lgm_scale.models.dit import MergeDiT
 from lgm_scale.models.lora import Adapter, with_adapter
@@ -39,16 +44,16 @@ __all__ = [
     "GeneratorBundle",
     "load_generator",
     "load_tokenizer",
+    "load_weights",
     "read_bundle",
     "save_adapted_bundle",
     "save_generator_bundle",
     "save_tokenizer_bundle",
+    "save_weights",
     "set_sampling_defaults",
     "tokenizer_id",
 ]
 
-FORMAT_VERSION = 1
-INFO_NAME = "bundle.json"
 TOKENIZER_NAME = "tokenizer.safetensors"
 GENERATOR_NAME = "generator.safetensors"
 
@@ -113,11 +118,11 @@ def save_tokenizer_bundle(
         tree: Its merge tree; None if its length control has none.
         training: Anything about how it came about (steps, the run's configuration).
     """
-    aside = _start(folder)
-    _save_weights(weights, aside / TOKENIZER_NAME)
+    aside = start_bundle(folder)
+    save_weights(weights, aside / TOKENIZER_NAME)
     if tree is not None:
         tree.save(aside / TREE_NAME)
-    _finish(aside, folder, "tokenizer", {"tokenizer": to_dict(config)}, (), training)
+    finish_bundle(aside, folder, "tokenizer", {"tokenizer": to_dict(config)}, (), training)
 
 
 def save_generator_bundle(
@@ -148,15 +153,15 @@ def save_generator_bundle(
             f"{tokenizer_bundle} has no merge tree, and a generator needs one: its tokenizer was "
             "trained with another length_control than lgm or fixed"
         )
-    aside = _start(folder)
+    aside = start_bundle(folder)
     for name in (TOKENIZER_NAME, TREE_NAME):
         shutil.copyfile(Path(tokenizer_bundle) / name, aside / name)
     if tree is not None:
         tree.save(aside / TREE_NAME)
-    _save_weights(weights, aside / GENERATOR_NAME)
+    save_weights(weights, aside / GENERATOR_NAME)
     stats.save(aside / STATS_NAME)
     models = {"tokenizer": source["models"]["tokenizer"], "generator": to_dict(config)}
-    _finish(aside, folder, "generator", models, classes, training)
+    finish_bundle(aside, folder, "generator", models, classes, training)
 
 
 def save_adapted_bundle(
@@ -178,103 +183,39 @@ def save_adapted_bundle(
     Raises: CheckpointError if the base is no generator bundle.
     """
     info = read_bundle(base, "generator")
-    aside = _start(folder)
+    aside = start_bundle(folder)
     for name in info["files"]:
         shutil.copyfile(Path(base) / name, aside / name)
     file = f"adapter_{num_tokens}.safetensors"
-    _save_weights(adapter.weights, aside / file)
+    save_weights(adapter.weights, aside / file)
     entry = {"file": file, "alpha": adapter.alpha, "training": training}
     adapters = info.get("adapters", {}) | {str(num_tokens): entry}
     classes = tuple(info["classes"])
-    _finish(aside, folder, "generator", info["models"], classes, info["training"], adapters)
+    finish_bundle(aside, folder, "generator", info["models"], classes, info["training"], adapters)
 
 
-def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
-
-
-def _start(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if folder.exists() and not (folder / INFO_NAME).is_file() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} exists and is no bundle: choose another folder")
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    return aside
-
-
-def _finish(
-    aside: Path,
-    folder: str | Path,
-    kind: str,
-    models: dict[str, Any],
-    classes: tuple[str, ...],
-    training: dict[str, Any],
-    adapters: dict[str, Any] | None = None,
-) -> None:
-    info = {
-        "format": "lgm_scale.bundle",
-        "version": FORMAT_VERSION,
-        "kind": kind,
-        "models": models,
-        "classes": list(classes),
-        "files": {path.name: file_hash(path) for path in sorted(aside.iterdir())},
-        "training": training,
-    } | ({"adapters": adapters} if adapters else {})
-    (aside / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n")
-    if Path(folder).exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
 
 
 def set_sampling_defaults(folder: str | Path, defaults: dict[int, dict[str, Any]]) -> None:
     """Store what a pipeline samples with at each K when a call names no settings.
 
     Args:
-        folder: A generator bundle.
+        folder: A generator bundle of either family.
         defaults: K -> fields of `SamplerConfig`, such as a sweep found best. Other K keep theirs.
 
     Raises: ConfigError for settings without meaning; CheckpointError for no generator bundle.
     """
-    info = read_bundle(folder, "generator")
+    info = read_bundle(folder, "generator", "spatial_generator")
     for num_tokens, settings in defaults.items():
         unknown = sorted(settings.keys() - SamplerConfig.__dataclass_fields__.keys())
         if unknown:
             raise ConfigError(f"sampling defaults at K = {num_tokens}: no setting {unknown[0]!r}")
         SamplerConfig(**settings)
     stored = info.get("sampling", {}) | {str(k): settings for k, settings in defaults.items()}
-    aside = Path(folder) / f"{INFO_NAME}.partial"
-    aside.write_text(json.dumps(info | {"sampling": stored}, indent=1) + "\n")
-    aside.replace(Path(folder) / INFO_NAME)
-
-
-def read_bundle(folder: str | Path, kind: str) -> dict[str, Any]:
-    """Read bundle.json, and check format, kind and every file's hash.
-
-    Raises: CheckpointError naming the folder, what was found and what is needed.
-    """
-    path = Path(folder) / INFO_NAME
-    if not path.is_file():
-        raise CheckpointError(f"{folder} is no bundle: it has no {INFO_NAME}")
-    try:
-        info = json.loads(path.read_text())
-        version, found = info["version"], info["kind"]
-        files: dict[str, str] = info["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format version {version}; this release reads version {FORMAT_VERSION}"
-        )
-    if found != kind and not (kind == "tokenizer" and found == "generator"):
-        raise CheckpointError(f"{folder} is a {found} bundle; a {kind} bundle is needed here")
-    for name, expected in files.items():
-        file = Path(folder) / name
-        if not file.is_file() or file_hash(file) != expected:
-            raise CheckpointError(
-                f"{file} is missing or differs from its hash in {INFO_NAME}: copy the bundle again"
-            )
-    return info
+    write_info(folder, info | {"sampling": stored})
 
 
 def tokenizer_id(folder: str | Path) -> str:
@@ -282,7 +223,8 @@ def tokenizer_id(folder: str | Path) -> str:
     return read_bundle(folder, "tokenizer")["files"][TOKENIZER_NAME]
 
 
-def _load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Read a module's weights; it is frozen, and in eval mode. Raises: CheckpointError."""
     try:
         module.load_state_dict(load_file(str(path)))
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -296,8 +238,8 @@ def load_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> To
     Raises: CheckpointError.
     """
     info = read_bundle(folder, "tokenizer")
-    tokenizer = build_tokenizer(_model_config(info, "tokenizer", TokenizerModelConfig, folder))
-    _load_weights(tokenizer, Path(folder) / TOKENIZER_NAME)
+    tokenizer = build_tokenizer(model_config(info, "tokenizer", TokenizerModelConfig, folder))
+    load_weights(tokenizer, Path(folder) / TOKENIZER_NAME)
     return tokenizer.to(device)
 
 
@@ -307,8 +249,8 @@ def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> Ge
     Raises: CheckpointError.
     """
     info = read_bundle(folder, "generator")
-    net = build_generator(_model_config(info, "generator", GeneratorModelConfig, folder))
-    _load_weights(net, Path(folder) / GENERATOR_NAME)
+    net = build_generator(model_config(info, "generator", GeneratorModelConfig, folder))
+    load_weights(net, Path(folder) / GENERATOR_NAME)
     tree = MergeTree.load(Path(folder) / TREE_NAME)
     if tree.num_base_tokens != net.num_base_tokens:
         raise CheckpointError(
@@ -339,10 +281,3 @@ def _load_adapters(info: dict[str, Any], folder: str | Path, net: MergeDiT) -> d
     except (CheckpointError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: its adapters are damaged: {error}") from error
     return adapters
-
-
-def _model_config(info: dict[str, Any], name: str, schema: type, folder: str | Path) -> Any:
-    try:
-        return load_config(info["models"][name], schema)
-    except (ConfigError, KeyError) as error:
-        raise CheckpointError(f"{folder}: its {name} configuration is damaged: {error}") from error

@@ -371,15 +371,6 @@ class SpatialRun(_Run):
     objective: SpatialFlowConfig = field(default_factory=SpatialFlowConfig)
     evaluation: EvaluationConfig | None = None
 
-    @property
-    def token_lengths(self) -> tuple[int, ...]:
-        """Every K that the network runs at: k latents in each of its windows; N without them."""
-        grid = self.space.side // self.model.patch_size
-        if self.model.interface is None:
-            return (grid**2,)
-        group_size = self.model.interface.group_size
-        return tuple(k * (grid // group_size) ** 2 for k in range(1, group_size**2 + 1))
-
 
 TrainingRun = TokenizerRun | GeneratorRun | SpatialRun
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lgm_scale.config import TRAINING_TASKS, GeneratorRun, TokenizerRun, TrainingRun
+from lgm_scale.config import TRAINING_TASKS, GeneratorRun, SpatialRun, TokenizerRun, TrainingRun
 from lgm_scale.config_loading import InvalidValues, load_config, read_yaml
 from lgm_scale.data.config import broken_data_rules
 from lgm_scale.errors import ConfigError
 from lgm_scale.parallel.rules import parallel_rules
+from lgm_scale.spatial_rules import spatial_rules
 
 __all__ = ["broken_rules", "load_training_run"]
 
@@ -66,9 +67,14 @@ def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> 
     problems += parallel_rules(config, world_size, has_gpu)
     if isinstance(config, TokenizerRun):
         problems += _tokenizer(config)
+    elif isinstance(config, SpatialRun):
+        problems += spatial_rules(config)
     else:
         problems += _generator(config)
-    if config.train.compile and (isinstance(config, TokenizerRun) or config.lora is not None):
+    if not isinstance(config, TokenizerRun):
+        problems += _flow(config)
+    adapter = isinstance(config, GeneratorRun) and config.lora is not None
+    if config.train.compile and (isinstance(config, TokenizerRun) or adapter):
         problems.append(
             "train.compile: true is for generators without lora, so far; set it to false"
         )
@@ -102,16 +108,10 @@ def _batch(config: TrainingRun, world_size: int) -> Iterator[str]:
 
 def _lengths(config: TrainingRun) -> Iterator[str]:
     choices, weights = config.lengths.choices, config.lengths.weights
-    model = config.model
-    lowest = _least_tokens(config)
-    outside = [value for value in choices if not lowest <= value <= model.num_base_tokens]
     if not choices:
         yield "lengths.choices: empty; name at least one token length"
-    if outside:
-        yield (
-            f"lengths.choices: {outside} outside [{lowest}, {model.num_base_tokens}], the range "
-            "from one token per block to no merging"
-        )
+    if not isinstance(config, SpatialRun):
+        yield from _outside(config)
     if config.lengths.per_sample:
         yield from _per_sample(config)
     if weights is None:
@@ -122,7 +122,17 @@ def _lengths(config: TrainingRun) -> Iterator[str]:
         yield f"lengths.weights: {list(weights)} must be 0 or more, with a sum above 0"
 
 
-def _least_tokens(config: TrainingRun) -> int:
+def _outside(config: TokenizerRun | GeneratorRun) -> Iterator[str]:
+    lowest, highest = _least_tokens(config), config.model.num_base_tokens
+    outside = [value for value in config.lengths.choices if not lowest <= value <= highest]
+    if outside:
+        yield (
+            f"lengths.choices: {outside} outside [{lowest}, {highest}], the range from one token "
+            "per block to no merging"
+        )
+
+
+def _least_tokens(config: TokenizerRun | GeneratorRun) -> int:
     """The least K of the model's length control."""
     if isinstance(config, GeneratorRun):
         return config.model.num_blocks
@@ -132,7 +142,7 @@ def _least_tokens(config: TrainingRun) -> int:
 
 
 def _per_sample(config: TrainingRun) -> Iterator[str]:
-    if isinstance(config, GeneratorRun) or config.model.length_control != "truncate":
+    if not isinstance(config, TokenizerRun) or config.model.length_control != "truncate":
         yield (
             "lengths.per_sample: true needs model.length_control: truncate; the others run at "
             "one K per batch"
@@ -184,7 +194,7 @@ def _times(config: TrainingRun) -> Iterator[str]:
         "train.max_duration": config.train.max_duration,
         "checkpoint.interval": config.checkpoint.interval,
     }
-    if isinstance(config, GeneratorRun) and config.evaluation is not None:
+    if not isinstance(config, TokenizerRun) and config.evaluation is not None:
         times["evaluation.interval"] = config.evaluation.interval
         if not Path(config.evaluation.sweep).is_file():
             yield (
@@ -237,6 +247,11 @@ def _batch_scaling(config: TrainingRun) -> Iterator[str]:
             "train.batch_scaling: constant_tokens is for generators; a tokenizer's step costs the "
             "same at every length"
         )
+    if isinstance(config, SpatialRun):
+        yield (
+            "train.batch_scaling: constant_tokens is for generators of merged tokens; the first "
+            "and last blocks of this one see all tokens at every length"
+        )
     if config.lengths.weights is not None:
         yield (
             "train.batch_scaling: constant_tokens needs a cycle of lengths, or an epoch has no "
@@ -273,6 +288,9 @@ def _generator(config: GeneratorRun) -> Iterator[str]:
             f"model.num_base_tokens: {model.num_base_tokens} is not divisible by num_blocks "
             f"{model.num_blocks}"
         )
+
+
+def _flow(config: GeneratorRun | SpatialRun) -> Iterator[str]:
     if not 0 <= config.objective.label_dropout < 1:
         yield f"objective.label_dropout: {config.objective.label_dropout} must be in [0, 1)"
     if config.objective.timestep_std <= 0:

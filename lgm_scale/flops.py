@@ -16,6 +16,7 @@ __all__ = [
     "dit_flops",
     "encoder_flops",
     "network_flops",
+    "rows_flops",
     "sampling_flops",
     "sit_flops",
     "tokenizer_flops",
@@ -123,6 +124,12 @@ def tokenizer_flops(tokenizer: Tokenizer, size: str) -> int:
     return encoder_flops(tokenizer, size) + decoder_flops(tokenizer, size)
 
 
+def rows_flops(net: MergeDiT | SiT, num_tokens: int, config: SamplerConfig) -> int:
+    """All network rows of one image of K tokens, each at its own length."""
+    rows = config.rows(num_tokens)
+    return sum(count * network_flops(net, length) for length, count in rows.items())
+
+
 def sampling_flops(
     net: MergeDiT, tokenizer: Tokenizer, size: str, num_tokens: int, config: SamplerConfig
 ) -> int:
@@ -135,6 +142,4 @@ def sampling_flops(
         num_tokens: K.
         config: Solver, guidance and lengths.
     """
-    rows = config.rows(num_tokens)
-    network = sum(count * dit_flops(net, length) for length, count in rows.items())
-    return network + decoder_flops(tokenizer, size)
+    return rows_flops(net, num_tokens, config) + decoder_flops(tokenizer, size)

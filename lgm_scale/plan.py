@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import yaml
@@ -15,15 +16,17 @@ from lgm_scale.config import (
     FSDPConfig,
     GeneratorRun,
     ParallelConfig,
+    SpatialRun,
     TokenizerRun,
     TrainingRun,
 )
 from lgm_scale.config_loading import to_dict
-from lgm_scale.flops import dit_flops, tokenizer_flops
+from lgm_scale.flops import network_flops, tokenizer_flops
 from lgm_scale.models.assets import build_frozen
 from lgm_scale.models.lora import add_adapter
 from lgm_scale.parallel.fsdp import transformer_blocks
 from lgm_scale.parallel.memory import ParameterInfo, parameter_infos, planned_bytes
+from lgm_scale.spatial_bundle import build_spatial_generator
 from lgm_scale.training.batch_scaling import loader_batches, steps_per_epoch
 from lgm_scale.training.length_schedule import LengthSchedule
 
@@ -98,9 +101,12 @@ def _tokenizer_networks(config: TokenizerRun, tokenizer: nn.Module) -> Networks:
 def describe(config: TrainingRun, world_size: int) -> str:
     """Resolved configuration, sizes, work per step for each K, memory per rank, steps per epoch."""
     with torch.device("meta"):
-        if isinstance(config, GeneratorRun):
+        if isinstance(config, SpatialRun):
+            net = build_spatial_generator(config.model, config.space)
+            nets, forward = Networks(Sizes(_count(net)), net), partial(network_flops, net)
+        elif isinstance(config, GeneratorRun):
             generator = build_generator(config.model)
-            forward = lambda k: dit_flops(generator, k)  # noqa: E731  as for tokenizers below
+            forward = partial(network_flops, generator)
             if config.lora is not None:
                 add_adapter(generator, config.lora.rank, config.lora.alpha)
             adapter = sum(p.numel() for p in generator.parameters() if p.requires_grad)

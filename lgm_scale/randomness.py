@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     AUGMENTATION = 6
     FLIP = 7
     SAMPLING_NOISE = 8
+    LATENT_SAMPLE = 9
     CRITIC_VIEW = 16
     DIFF_AUGMENT = 17
 

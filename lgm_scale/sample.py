@@ -3,7 +3,7 @@
     python -m lgm_scale.sample BUNDLE --classes goldfish 207 --num-tokens 32 64 128 --out grid.png
 
 One row per token length, one column per class. A column shares its noise: down the rows it is one
-picture at growing detail.
+picture at growing detail, or from a generator on a grid at growing work.
 """
 
 from __future__ import annotations
@@ -28,20 +28,24 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         prog="python -m lgm_scale.sample",
         description="Draw a labelled grid of images from a generator bundle.",
     )
-    parser.add_argument("bundle", help="generator bundle")
+    parser.add_argument("bundle", help="generator bundle: LGM, or ELIT and SiT")
     parser.add_argument("--classes", nargs="+", required=True, help="indices or names")
     parser.add_argument("--num-tokens", nargs="+", type=int, help="rows; default: all tokens")
     parser.add_argument("--out", required=True, help="image file to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cfg-scale", type=float, help="guidance; default: by length")
+    parser.add_argument("--cfg-scale", type=float, help="guidance; default: by the bundle")
     parser.add_argument("--cfg-interval", nargs=2, type=float, metavar=("LO", "HI"))
     parser.add_argument("--cfg-rescale", choices=["none", "per_position"])
-    parser.add_argument("--num-steps", type=int, metavar="POINTS", help="grid points; default 25")
+    parser.add_argument("--num-steps", type=int, metavar="POINTS", help="grid points")
     parser.add_argument("--solver", choices=["euler", "heun"])
     parser.add_argument("--timestep-shift", type=float)
     parser.add_argument(
-        "--uncond-num-tokens", type=int, metavar="K", help="coarse guidance: unconditional at K"
+        "--uncond-num-tokens", type=int, metavar="K", help="guidance: the weak branch runs at K"
     )
+    parser.add_argument(
+        "--guidance", choices=["cfg", "autoguidance"],
+        help="the weak branch is without class (cfg), or keeps it at fewer tokens",
+    )  # fmt: skip
     parser.add_argument(
         "--grow", nargs="+", metavar="T:K",
         help="growing length: from shifted time T on K tokens; the row's own length ends it",
@@ -52,13 +56,12 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says about the sampler."""
-    from lgm_scale.sampling import CFGRescale, Solver
-
-    names = ("cfg_scale", "num_steps", "timestep_shift", "uncond_num_tokens")
+    names = (
+        "cfg_scale", "num_steps", "timestep_shift", "uncond_num_tokens", "cfg_rescale", "solver",
+        "guidance",
+    )  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
     settings["cfg_interval"] = tuple(args.cfg_interval) if args.cfg_interval else None
-    settings["cfg_rescale"] = CFGRescale(args.cfg_rescale) if args.cfg_rescale else None
-    settings["solver"] = Solver(args.solver) if args.solver else None
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -123,9 +126,9 @@ def main() -> int:
     if not out.parent.is_dir():
         raise ConfigError(f"--out: {out.parent} is no folder; make it first")
     growth = growth_of(args.grow)
-    from lgm_scale.pipeline import LGMPipeline
+    from lgm_scale.pipeline import load_pipeline
 
-    pipe = LGMPipeline.from_bundle(args.bundle, device=args.device)
+    pipe = load_pipeline(args.bundle, device=args.device)
     labels = pipe.class_indices(args.classes)
     lengths = args.num_tokens or [pipe.num_base_tokens]
     settings: list[dict[str, Any]] = [
@@ -137,7 +140,7 @@ def main() -> int:
         pipe(labels, num_tokens, seed=args.seed, **chosen)
         for num_tokens, chosen in zip(lengths, settings, strict=True)
     ]
-    names = [pipe.bundle.classes[label] for label in labels]
+    names = [pipe.classes[label] for label in labels]
     draw_grid(rows, [f"K = {k}" for k in lengths], names).save(out)  # type: ignore[arg-type]  # arrays
     print(f"{out}: {len(labels)} classes at {len(lengths)} lengths")
     return 0

@@ -87,7 +87,8 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
     """Run (or resume) to the end and write the bundle, or stop when asked; the exit status."""
     from composer.utils import dist, get_device, reproducibility
 
-    from lgm_scale.build import build_dataset, build_model, build_trainer, export_bundle
+    from lgm_scale.build import build_model, build_trainer, export_bundle
+    from lgm_scale.build_data import build_dataset
     from lgm_scale.checkpoint.resume import Resume
     from lgm_scale.checkpoint.run import enter_run, leave_result
     from lgm_scale.parallel.agreement import on_rank_zero

@@ -109,6 +109,29 @@ class SmallPipeline:
         }
         return _write(out, values | changes)
 
+    def spatial_config(self, out: Path, **changes: object) -> Path:
+        """A YAML file of an ELIT run of 10 steps on pixels, budgets drawn at random."""
+        values = {
+            "task": "spatial_generator",
+            "run_name": out.name,
+            "out": str(out),
+            "model": {
+                "size": "tiny",
+                "patch_size": 4,
+                "num_classes": 17,
+                "interface": {"split": "declared", "group_size": 2, "position_rows": 64},
+            },
+            "space": {"kind": "pixels", "image_size": 32, "flip": True},
+            "data": {"path": str(self.images), "num_workers": 0},
+            "lengths": {"choices": [64, 48, 32, 16], "weights": [1, 1, 1, 2]},
+            "optimizer": {"lr": 1e-3},
+            "ema": {"decay": 0.9},
+            "train": {"max_duration": "10ba", "global_batch_size": 8, "precision": "fp32"},
+            "checkpoint": {"interval": "4ba"},
+            "logging": {"interval": 3, "progress_bar": False},
+        }
+        return _write(out, values | changes)
+
 
 def _write(out: Path, values: dict[str, object]) -> Path:
     path = out.with_suffix(".yaml")

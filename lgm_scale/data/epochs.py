@@ -40,6 +40,7 @@ __all__ = ["CheckedLoader", "EpochDataset", "StreamOptions"]
 log = logging.getLogger("lgm_scale")
 
 _PRESENT = 3  # the library's state of a shard that is in the cache
+_EVICTED = 1  # that of one that is not, or no longer
 _FAILED = 255  # a state that the library does not use
 _GRACE = 30.0  # seconds beyond the patience of a fetch, for decompression and a busy machine
 _LAST_PREFIX = 10**9
@@ -80,7 +81,7 @@ class EpochDataset(StreamingDataset):
 
     Args:
         sources: one or more MDS folders.
-        kind: "images" or "latents".
+        kind: "images", "latents" or "spatial_latents".
         shuffle: in another order every epoch; otherwise in the order of the sources.
         seed: of the order.
         batch_size: per device.
@@ -276,6 +277,7 @@ class EpochDataset(StreamingDataset):
                     self._failure = self._stalled(it, limit)
                     self._event.set()
                     break
+                self._fetch_again(it)
                 time.sleep(TICK)
                 continue
             sample_id = it.sample_ids[it.yield_index]
@@ -284,6 +286,21 @@ class EpochDataset(StreamingDataset):
             it.yield_index += 1
             waiting_since = time.monotonic()
         it.on_exit()
+
+    def _fetch_again(self, it: Any) -> None:
+        """Fetch the shard that is waited for, if it was evicted while it was.
+
+        The library's thread looks once whether a shard is there, and then waits until it is. With
+        a cache of few shards, another thread or rank may have put it out again in between; the
+        wait would have no end.
+        """
+        if not self.cache_limit or it.ready_index >= it.total:
+            return
+        sample_id = int(it.sample_ids[it.ready_index])
+        if sample_id != -1:
+            shard_id = self.spanner[sample_id][0]
+            if self._shard_states[shard_id] == _EVICTED:
+                self.prepare_shard(shard_id, blocking=False)
 
     def _stalled(self, it: Any, seconds: float) -> DataError:
         ids = it.sample_ids[it.yield_index :]

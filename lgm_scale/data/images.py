@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,12 +21,15 @@ from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.errors import ConfigError, DataError
 
 __all__ = [
+    "Augment",
     "ImageDataset",
     "center_crop",
     "decode_image",
     "random_flip",
     "random_resized_crop",
 ]
+
+Augment = Literal["crop", "flip", "none"]
 
 MAX_SCALE = 1 / 0.8
 _AUGMENTATION_STREAM = 0x696D67  # keeps these draws apart from other uses of (seed, epoch, sample)
@@ -132,19 +135,22 @@ class ImageDataset(EpochDataset):
     """Images and labels from MDS shards written by `data_tools.images_to_mds`.
 
     An item is {"images": uint8 [3, S, S], "labels": int64 [], "sample_ids": int64 []}; the sample
-    id is the index in the data set. `dataset[i]` works too; with `train=False` it is the stored
-    image, centre-cropped only where its size is not S x S.
+    id is the index in the data set. `dataset[i]` works too; a centre crop of a stored image that is
+    S x S already is that image.
 
     Args:
         data: MDS folder, or sources with their classes and shares.
         image_size: S.
-        train: shuffle, crop and flip at random.
+        train: shuffle.
+        augment: "crop" for a random crop and flip (the default with `train`), "flip" for the
+            centre crop and a random flip, "none" for the centre crop alone (the default without).
         seed: of the order and the augmentation, which depends on (seed, epoch, sample id) alone.
         batch_size: per device, as `StreamingDataset` needs it for the partition into batches.
         max_scale: largest scale before the random crop; 1 for no scaling.
         options: cache and patience.
 
-    Raises: DataError if a source is no complete MDS folder of images.
+    Raises: DataError if a source is no complete MDS folder of images; ConfigError for an
+        augmentation that there is not.
     """
 
     def __init__(
@@ -155,11 +161,14 @@ class ImageDataset(EpochDataset):
         train: bool,
         seed: int,
         batch_size: int,
+        augment: Augment | None = None,
         max_scale: float = MAX_SCALE,
         options: StreamOptions | None = None,
     ) -> None:
         if max_scale < 1:
             raise ConfigError(f"max_scale is {max_scale}: an image must not become smaller than S")
+        if augment not in (None, *get_args(Augment)):
+            raise ConfigError(f"augment is {augment!r}: it must be one of {get_args(Augment)}")
         super().__init__(
             as_sources(data),
             "images",
@@ -169,22 +178,21 @@ class ImageDataset(EpochDataset):
             options=options or StreamOptions(),
         )
         self.image_size = image_size
-        self.train = train
+        self.augment: Augment = augment or ("crop" if train else "none")
         self.seed = seed
         self.max_scale = max_scale
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, torch.Tensor]:
-        """Decode, crop and (in training) augment one sample."""
+        """Decode, crop and augment one sample."""
         sample: dict[str, Any] = super().get_item(sample_id, retry)
         image = decode_image(sample["image"], f"sample {sample_id} of {self.streams[0].local}")
-        if self.train:
-            rng = np.random.default_rng(
-                [self.seed, self.epoch, int(sample_id), _AUGMENTATION_STREAM]
-            )
+        rng = np.random.default_rng([self.seed, self.epoch, int(sample_id), _AUGMENTATION_STREAM])
+        if self.augment == "crop":
             image = random_resized_crop(image, self.image_size, rng, self.max_scale)
-            image = random_flip(image, rng)
         elif image.size != (self.image_size, self.image_size):
             image = center_crop(image, self.image_size)
+        if self.augment != "none":
+            image = random_flip(image, rng)
         pixels = np.array(image).transpose(2, 0, 1)  # [3, S, S]
         return {
             "images": torch.from_numpy(np.ascontiguousarray(pixels)),

@@ -1,6 +1,6 @@
 """What an MDS folder holds: `manifest.json` beside the shards, and the checks made with it.
 
-The manifest says what the shards cannot: which of our two kinds of data they are, the names of the
+The manifest says what the shards cannot: which of our kinds of data they are, the names of the
 classes and how many samples each has, and the hashes of the files beside the shards; the shards'
 own are in `index.json`. `labels.npy` has the label of every sample, in order, so that a class
 can be chosen without reading the shards. What does not fit is refused with a way out. No torch.
@@ -44,10 +44,35 @@ LABELS_NAME = "labels.npy"
 COLUMNS = {
     "images": frozenset({"image", "label"}),
     "latents": frozenset({"latents", "latents_flipped", "label"}),
+    "spatial_latents": frozenset({"mean", "std", "mean_flipped", "std_flipped", "label"}),
 }
 _MAKE = {
     "images": "python data_tools/images_to_mds.py SRC --out {folder}",
     "latents": "composer data_tools/encode_latents.py (see its --help)",
+    "spatial_latents": "composer data_tools/encode_latents.py --encoder sd-vae (see its --help)",
+}
+_GIVE = {
+    "images": "Give the folder that data_tools.images_to_mds wrote.",
+    "latents": "Give the folder that data_tools.encode_latents wrote.",
+    "spatial_latents": "Give the folder that data_tools.encode_latents --encoder sd-vae wrote.",
+}
+# What to do about one kind (second) where another one (first) is needed.
+_INSTEAD = {
+    ("latents", "images"): (
+        "Encode training images first: composer data_tools/encode_latents.py (see --help)."
+    ),
+    ("latents", "spatial_latents"): (
+        "These are latents of the Stable Diffusion autoencoder, a grid; LGM needs a sequence: "
+        "encode with --encoder lgm and a tokenizer."
+    ),
+    ("spatial_latents", "images"): (
+        "Encode training images first: composer data_tools/encode_latents.py --encoder sd-vae "
+        "(see --help)."
+    ),
+    ("spatial_latents", "latents"): (
+        "These are latents of an LGM tokenizer, a sequence; ELIT and SiT need a grid: encode with "
+        "--encoder sd-vae."
+    ),
 }
 
 
@@ -56,7 +81,7 @@ class Manifest:
     """Contents of an MDS folder.
 
     Args:
-        kind: "images" or "latents".
+        kind: "images", "latents" (a sequence each) or "spatial_latents" (a grid each).
         num_samples: samples in all shards.
         classes: names of the classes; label i is `classes[i]`.
         class_counts: samples of each class, in the same order.
@@ -93,9 +118,9 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> Manifest:
 
     Args:
         folder: folder with `index.json`, shards and `manifest.json`.
-        kind: what the caller needs, "images" or "latents".
+        kind: what the caller needs, a key of COLUMNS.
 
-    Raises: DataError if the folder is missing, empty, damaged, of the other kind, or if its
+    Raises: DataError if the folder is missing, empty, damaged, of another kind, or if its
         manifest and its shards disagree.
     """
     folder = Path(folder)
@@ -130,15 +155,10 @@ def check_columns(columns: Any, kind: str, where: str) -> None:
         return
     found = next((name for name, known in COLUMNS.items() if known == set(columns)), None)
     what = found or f"columns {sorted(columns)}"
-    hint = (
-        " Encode training images first: composer data_tools/encode_latents.py (see --help)."
-        if (kind, found) == ("latents", "images")
-        else " Give the folder that data_tools.images_to_mds wrote."
-        if kind == "images"
-        else " Give the folder that data_tools.encode_latents wrote."
-    )
+    hint = _INSTEAD.get((kind, found or ""), _GIVE[kind])
     raise DataError(
-        f"{where} holds {what}, but {kind} (columns {sorted(COLUMNS[kind])}) are needed here.{hint}"
+        f"{where} holds {what}, but {kind} (columns {sorted(COLUMNS[kind])}) are needed here. "
+        f"{hint}"
     )
 
 
@@ -263,6 +283,11 @@ def parse_manifest(text: str, path: str, fix: str = "") -> Manifest:
         raise DataError(
             f"{path} is damaged ({type(error).__name__}: {error}). Delete the folder. {fix}"
         ) from error
+    if manifest.kind not in COLUMNS:
+        raise DataError(
+            f"{path} says kind {manifest.kind!r}, which this version does not know (it knows "
+            f"{', '.join(COLUMNS)}). Update lgm_scale, or make the data set anew"
+        )
     if len(manifest.classes) != len(manifest.class_counts):
         raise DataError(
             f"{path} names {len(manifest.classes)} classes but counts "

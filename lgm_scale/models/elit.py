@@ -190,7 +190,8 @@ class SiT(nn.Module):
     def forward_released(self, x: Tensor, s: Tensor, labels: Tensor, num_tokens: int) -> Tensor:
         """The network in the release's convention: s = 0 is data; predicts noise - data."""
         self.check_length(num_tokens)
-        tokens = self.x_embed(x).flatten(2).transpose(1, 2)  # [B, N, C]
+        # Contiguous: the residual stream of all blocks would keep the convolution's layout.
+        tokens = self.x_embed(x).flatten(2).transpose(1, 2).contiguous()  # [B, N, C]
         tokens = tokens + self.pos_embed.to(tokens.dtype)
         condition = self.t_embed(s) + self.label_embed(labels)  # [B, C]
         tokens = self.transform(tokens, condition, num_tokens)
@@ -306,7 +307,7 @@ class ELIT(SiT):
         for block in blocks[:first]:
             x = block(x, condition)
         latents, spatial = self.read(x, condition)  # [B, G, J, C]
-        kept = latents[:, :, :k].flatten(1, 2)  # [B, K, C]
+        kept = latents[:, :, :k].flatten(1, 2).contiguous()  # [B, K, C], one layout at every k
         for block in blocks[first:last]:
             kept = block(kept, condition)
         kept = kept.unflatten(1, (self.num_windows, k))

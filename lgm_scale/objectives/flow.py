@@ -1,4 +1,4 @@
-"""The generator's objective: rectified flow on merged tokens.
+"""The generators' objective: rectified flow, on merged tokens or on a grid.
 
 The only place where t and v are defined:
     t = 0 is noise, t = 1 is data;  z_t = t z + (1 - t) noise;  v = z - noise.
@@ -23,6 +23,7 @@ __all__ = [
     "merged_noise",
     "sample_timesteps",
     "shift_timesteps",
+    "spatial_flow_loss",
     "training_keys",
     "velocity_target",
 ]
@@ -41,13 +42,13 @@ class NoiseScale(str, Enum):
 
 
 def interpolate(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """z_t on the straight path. Shapes: z, noise [B, K, D], t [B] in [0, 1] -> [B, K, D]."""
-    t = t.view(-1, 1, 1)
+    """z_t on the straight path. Shapes: z, noise [B, ...], t [B] in [0, 1] -> as z."""
+    t = t.view(-1, *[1] * (z.ndim - 1))
     return t * z + (1 - t) * noise
 
 
 def velocity_target(z: Tensor, noise: Tensor) -> Tensor:
-    """dz_t/dt, constant along the path. Shapes: [B, K, D] x 2 -> [B, K, D]."""
+    """dz_t/dt, constant along the path. Shapes: [B, ...] x 2 -> the same."""
     return z - noise
 
 
@@ -86,6 +87,11 @@ def flow_loss(
         weight = assignment.sizes * (assignment.num_tokens / assignment.num_base_tokens)
         per_token = per_token * weight.to(per_token.dtype)
     return per_token.mean(-1)
+
+
+def spatial_flow_loss(v_pred: Tensor, v_target: Tensor) -> Tensor:
+    """Squared error per sample: its mean over channels and places. Shapes: [B, ...] x 2 -> [B]."""
+    return (v_pred.float() - v_target.float()).square().flatten(1).mean(-1)
 
 
 def training_keys(seed: int, step: int, sample_ids: Tensor) -> dict[Purpose, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 
 from lgm_scale.models.dit import MergeDiT
+from lgm_scale.models.elit import SiT
 
 __all__ = ["compile_blocks"]
 
@@ -14,19 +16,20 @@ __all__ = ["compile_blocks"]
 _GRAPHS_PER_LENGTH = 4
 
 
-def compile_blocks(net: MergeDiT, num_lengths: int, **options: Any) -> None:
+def compile_blocks(net: MergeDiT | SiT, lengths: Collection[int], **options: Any) -> None:
     """Compile every block in place, for static shapes; names of parameters stay as they are.
 
-    All blocks share one graph per token length, so compilation takes the time of `num_lengths`
+    All blocks share one graph per token length, so compilation takes the time of that many
     blocks. torch gives up on a function after a few graphs (and runs it uncompiled, with one
-    warning): the limit is raised to what `num_lengths` needs.
+    warning): the limit is raised to what the lengths need.
 
     Args:
         net: The generator.
-        num_lengths: Different K that will be run.
+        lengths: Different K that will be run. An ELIT's outer blocks run at N besides.
         **options: For `torch.compile`.
     """
-    limit = num_lengths * _GRAPHS_PER_LENGTH
+    shapes = set(lengths) | ({net.num_base_tokens} if isinstance(net, SiT) else set())
+    limit = len(shapes) * _GRAPHS_PER_LENGTH
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     for block in net.blocks:
         block.compile(dynamic=False, **options)

@@ -1,9 +1,10 @@
-"""Checkpoints of the LGM authors' release, turned into bundles.
+"""Checkpoints of the authors of LGM and of ELIT, turned into bundles.
 
     python -m lgm_scale.release_import tokenizer SRC DST
     python -m lgm_scale.release_import generator SRC DST --tokenizer BUNDLE --latent-stats FILE
+    python -m lgm_scale.release_import elit SRC DST --vae FOLDER
 
 `reading` opens files without executing them, `names` maps the release's names of weights to ours
-and accounts for every key, `cuts` reads the release's merge dictionary, `tokenizer` and
-`generator` put it together. A file that does not fit entirely is refused.
+and accounts for every key, `cuts` reads the release's merge dictionary, `tokenizer`,
+`generator` and `elit` put it together. A file that does not fit entirely is refused.
 """

@@ -1,8 +1,9 @@
-"""Turn a checkpoint of the LGM authors' release into a bundle.
+"""Turn a checkpoint of the authors of LGM or of ELIT into a bundle.
 
     python -m lgm_scale.release_import tokenizer tokenizer.pt runs/release/tokenizer
     python -m lgm_scale.release_import generator xl.pth runs/release/dit_xl \
         --tokenizer runs/release/tokenizer --latent-stats latents_stats.pt --merge-tree merge.pt
+    python -m lgm_scale.release_import elit 0400000.pt runs/release/elit_xl --vae sd-vae-ft-ema
 
 Nothing in the files is executed. What does not fit entirely is refused.
 """
@@ -19,12 +20,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m lgm_scale.release_import",
-        description="Turn a checkpoint of the LGM authors' release into a bundle.",
+        description="Turn a checkpoint of the authors of LGM or of ELIT into a bundle.",
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     tokenizer = kinds.add_parser("tokenizer", help="a checkpoint {model, ema, args}")
     generator = kinds.add_parser("generator", help="a checkpoint {model, model_ema}")
-    for kind in (tokenizer, generator):
+    elit = kinds.add_parser("elit", help="a checkpoint {model, ema} of an ELIT, or of its SiT")
+    for kind in (tokenizer, generator, elit):
         kind.add_argument("source", metavar="SRC", help="the checkpoint")
         kind.add_argument("folder", metavar="DST", help="bundle to write")
         kind.add_argument("--weights", choices=["ema", "model"], default="ema")
@@ -43,9 +45,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--merge-tree", metavar="FILE",
         help="the release's merge dictionary; default: the tokenizer's own tree",
     )  # fmt: skip
-    generator.add_argument(
-        "--classes", metavar="FILE", help="names, one per line, or 'imagenet'; default: indices"
-    )
+    for kind in (generator, elit):
+        kind.add_argument(
+            "--classes", metavar="FILE", help="names, one per line, or 'imagenet'; default: indices"
+        )
+    elit.add_argument("--vae", required=True, metavar="FOLDER", help="autoencoder that decodes")
+    elit.add_argument(
+        "--split", choices=["released", "declared", "paper"], default="released",
+        help="blocks before Read and after Write; the checkpoint does not say",
+    )  # fmt: skip
     generator.add_argument(
         "--noise-scale", choices=["corrected", "legacy"], default="corrected",
         help="how it was trained to see noise; the checkpoint does not say",
@@ -60,6 +68,12 @@ def main() -> int:
         from lgm_scale.release_import.tokenizer import import_tokenizer
 
         report, remarks = import_tokenizer(args.source, args.folder, args.weights)
+    elif args.kind == "elit":
+        from lgm_scale.release_import.elit import import_elit
+
+        report, remarks = import_elit(
+            args.source, args.folder, args.vae, args.split, args.classes, args.weights
+        )
     else:
         if args.latent_stats is None:
             raise ConfigError(

@@ -61,10 +61,10 @@ def import_tokenizer(
     return report, [f"model: {config}", f"args {spoken}"]
 
 
-def provenance(source: str | Path, report: KeyReport) -> dict[str, Any]:
+def provenance(source: str | Path, report: KeyReport, release: str = "LGM") -> dict[str, Any]:
     """What a bundle says about the file that it came from."""
     return {
-        "release": "LGM",
+        "release": release,
         "file": Path(source).name,
         "sha256": file_hash(source),
         "keys": report.counts(),

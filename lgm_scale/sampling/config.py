@@ -13,7 +13,7 @@ import torch
 from lgm_scale.errors import ConfigError
 from lgm_scale.objectives.flow import shift_timesteps
 
-__all__ = ["CFGRescale", "SamplerConfig", "Solver"]
+__all__ = ["CFGRescale", "Guidance", "SamplerConfig", "Solver"]
 
 _TIME_TOLERANCE = 1e-9
 
@@ -22,11 +22,22 @@ class CFGRescale(str, Enum):
     """NONE: v_u + w (v_c - v_u). PER_POSITION: v_c + (w - 1) / size_j (v_c - v_u).
 
     PER_POSITION belongs to the noise-scale correction: a large cluster has less noise, so its
-    guidance is divided by its size.
+    guidance is divided by its size. On a grid nothing is merged, and both are the first.
     """
 
     NONE = "none"
     PER_POSITION = "per_position"
+
+
+class Guidance(str, Enum):
+    """What the weak branch is, whose difference from the strong one is followed w times.
+
+    CFG: without the class, at `uncond_num_tokens` or as many tokens as the step has.
+    AUTOGUIDANCE: with the class, at `uncond_num_tokens`, which are fewer.
+    """
+
+    CFG = "cfg"
+    AUTOGUIDANCE = "autoguidance"
 
 
 class Solver(str, Enum):
@@ -50,10 +61,11 @@ class SamplerConfig:
         cfg_rescale: See `CFGRescale`.
         timestep_shift: a of t' = a t / (1 + (a - 1) t).
         solver: See `Solver`.
-        uncond_num_tokens: Coarse guidance: the unconditional branch runs at this many tokens, or
-            at the length of the step where that is smaller. None: at the step's length.
+        uncond_num_tokens: The weak branch runs at this many tokens, or at the length of the step
+            where that is smaller. None: at the step's length.
         length_schedule: Growing length: (t, K) pairs; from shifted time t on, steps run at K.
             The first t is 0, the last K is the length asked for. Empty: one length.
+        guidance: See `Guidance`.
     """
 
     num_steps: int = 25
@@ -64,14 +76,26 @@ class SamplerConfig:
     solver: Solver = Solver.EULER
     uncond_num_tokens: int | None = None
     length_schedule: tuple[tuple[float, int], ...] = ()
+    guidance: Guidance = Guidance.CFG
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning, all at once."""
         schedule = tuple((float(t), int(num_tokens)) for t, num_tokens in self.length_schedule)
         object.__setattr__(self, "length_schedule", schedule)
+        problems = [
+            *self._enum_problems("cfg_rescale", CFGRescale),
+            *self._enum_problems("solver", Solver),
+            *self._enum_problems("guidance", Guidance),
+            *self._number_problems(),
+        ]
+        if not problems and schedule:
+            problems = self._schedule_problems()
+        if problems:
+            raise ConfigError(problems, "sampler")
+
+    def _number_problems(self) -> list[str]:
         lo, hi = self.cfg_interval
-        problems = [*self._enum_problems("cfg_rescale", CFGRescale)]
-        problems += self._enum_problems("solver", Solver)
+        problems = []
         if self.num_steps < 2:
             problems.append(f"num_steps: {self.num_steps} grid points; needs 2 or more")
         if not math.isfinite(self.cfg_scale):
@@ -84,12 +108,12 @@ class SamplerConfig:
             problems.append(f"timestep_shift: {self.timestep_shift} must be above 0, and finite")
         if self.uncond_num_tokens is not None and self.uncond_num_tokens < 1:
             problems.append(f"uncond_num_tokens: {self.uncond_num_tokens} must be 1 or more")
-        if problems:
-            raise ConfigError(problems, "sampler")
-        if schedule:
-            problems = self._schedule_problems()
-        if problems:
-            raise ConfigError(problems, "sampler")
+        if self.guidance is Guidance.AUTOGUIDANCE and self.uncond_num_tokens is None:
+            problems.append(
+                "guidance: autoguidance needs uncond_num_tokens, the fewer tokens of its weak "
+                "branch; set it, or take guidance cfg"
+            )
+        return problems
 
     def _enum_problems(self, name: str, values: type[Enum]) -> list[str]:
         """Take a plain string for a member; say so if there is none of that name."""
@@ -147,8 +171,27 @@ class SamplerConfig:
         return begun[-1]
 
     def uncond_length(self, num_tokens: int) -> int:
-        """Tokens of the unconditional branch of a step at `num_tokens`."""
+        """Tokens of the weak branch of a step at `num_tokens`."""
         return min(self.uncond_num_tokens or num_tokens, num_tokens)
+
+    def check_guidance(self, num_tokens: int) -> None:
+        """Refuse autoguidance whose weak branch is not weaker, when `num_tokens` are asked for.
+
+        Raises: ConfigError naming the guided step's length.
+        """
+        if self.guidance is not Guidance.AUTOGUIDANCE:
+            return
+        weak = self.uncond_num_tokens
+        assert weak is not None  # a rule of the configuration
+        lengths = [self.length_at(start, num_tokens) for start, t in self.evaluations()
+                   if self.guided(t)]  # fmt: skip
+        least = min([num_tokens, *lengths])
+        if weak >= least:
+            where = "num_tokens is" if least == num_tokens else "length_schedule guides a step at"
+            raise ConfigError(
+                f"uncond_num_tokens: {weak}; autoguidance needs fewer tokens in its weak branch "
+                f"than in the strong one, and {where} {least}; lower it, or take guidance cfg"
+            )
 
     def evaluations(self) -> list[tuple[float, float]]:
         """Every network evaluation, in order: (start of its step, its own time)."""

@@ -1,6 +1,7 @@
-"""Classifier-free guidance: both branches at one length, or the unconditional one at fewer tokens.
+"""Guidance on merged tokens: both branches at one length, or the weak one at fewer tokens.
 
-Source: LGM release (per-position guidance); coarse guidance is ours.
+Source: LGM release (per-position guidance); coarse guidance is ours. Autoguidance (Karras et al.
+2024, arXiv 2406.02507) with fewer tokens as the weaker model: ELIT (arXiv 2603.12245).
 """
 
 from __future__ import annotations
@@ -47,23 +48,24 @@ def coarse_guided_velocity(
     z_t: Tensor,
     t: Tensor,
     labels: Tensor,
-    null_label: int,
+    null_label: int | None,
     nesting: Nesting,
     cfg_scale: float,
     cfg_rescale: CFGRescale,
 ) -> Tensor:
-    """Unconditional branch at K' tokens; guidance in the subspace that both branches share.
+    """Weak branch at K' tokens; guidance in the subspace that both branches share.
 
     delta = M v_c(x_t) - v_u(M x_t), with M the size-weighted mean over the coarse clusters, is
     expanded to K and added to v_c as guidance would be. (Expanding v_u and subtracting it from v_c
     would push v_c's fine detail up by w - 1.) PER_POSITION divides by the *fine* cluster's size.
+    The weak branch is unconditional; without a `null_label` it keeps the class (autoguidance).
 
     Shapes: z_t [B, K, D], t [B], labels [B] -> [B, K, D] float32. Plain guidance at K' = K.
     Source: ours. Costs K' / K of guidance's second half.
     """
-    null = torch.full_like(labels, null_label)
+    weak = labels if null_label is None else torch.full_like(labels, null_label)
     v_cond = velocity(z_t, t, labels, nesting.fine).float()
-    v_uncond = velocity(nesting.merge(z_t), t, null, nesting.coarse).float()  # [B, K', D]
+    v_uncond = velocity(nesting.merge(z_t), t, weak, nesting.coarse).float()  # [B, K', D]
     delta = nesting.expand(nesting.merge(v_cond) - v_uncond)
     if cfg_rescale is CFGRescale.NONE:
         return v_cond + (cfg_scale - 1) * delta

@@ -1,4 +1,4 @@
-"""From noise to latents: the ODE solver, at one length or growing.
+"""From noise to latents of merged tokens, at one length or growing.
 
 Noise of image i depends on (seed, i) alone, so an image does not change with the batch it is
 made in, the number of ranks or the length of the sweep; and it is one full-length noise, so the
@@ -11,7 +11,6 @@ unconditional half is not computed where guidance is off. Growing length is ours
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,8 +22,9 @@ from lgm_scale.merging import MergeAssignment, MergeTree
 from lgm_scale.nesting import ContrastStats, Nesting, contrast_basis, split_clusters
 from lgm_scale.objectives.flow import NoiseScale, merged_noise
 from lgm_scale.randomness import Purpose, stream_keys
-from lgm_scale.sampling.config import SamplerConfig
+from lgm_scale.sampling.config import Guidance, SamplerConfig
 from lgm_scale.sampling.guidance import Velocity, coarse_guided_velocity, guided_velocity
+from lgm_scale.sampling.integration import integrate
 
 __all__ = ["initial_noise", "sample", "sample_latents"]
 
@@ -78,25 +78,29 @@ class _Trajectory:
         return self.nesting(self.final.num_tokens, num_tokens).merge(self.noise)
 
     def grow(self, z_t: Tensor, t: float, num_tokens: int) -> Tensor:
-        """Split clusters at time t. Shapes: z_t [B, K', D] -> [B, K, D]."""
+        """Split clusters at time t, if K asks for it. Shapes: z_t [B, K', D] -> [B, K, D]."""
+        if num_tokens == z_t.shape[1]:
+            return z_t
         if self.contrasts is None or self.tree is None:
             raise ConfigError("sampler: length_schedule needs the data's contrasts; pass them")
         nesting = self.nesting(num_tokens, z_t.shape[1])
         basis = contrast_basis(self.tree)
         return split_clusters(z_t, t, self.noise, nesting, self.final, basis, self.contrasts)
 
-    def guided(self, z_t: Tensor, t: float) -> Tensor:
-        """Velocity at time t and whatever length z_t has. Shapes: [B, K, D] -> same, float32."""
-        config, length = self.config, z_t.shape[1]
+    def guided(self, z_t: Tensor, t: float, length: int) -> Tensor:
+        """Velocity at time t. Shapes: [B, K, D] -> same, float32."""
+        config = self.config
         times = torch.full((len(z_t),), t, device=z_t.device, dtype=torch.float32)
         if not config.guided(t):
             return self.velocity(z_t, times, self.labels, self.cut(length)).float()
-        state = (self.velocity, z_t, times, self.labels, self.null_label)
+        state = (self.velocity, z_t, times, self.labels)
         strength = (config.cfg_scale, config.cfg_rescale)
         coarse = config.uncond_length(length)
         if coarse == length:
-            return guided_velocity(*state, self.cut(length), *strength).float()
-        return coarse_guided_velocity(*state, self.nesting(length, coarse), *strength)
+            null = self.null_label
+            return guided_velocity(*state, null, self.cut(length), *strength).float()
+        null = None if config.guidance is Guidance.AUTOGUIDANCE else self.null_label
+        return coarse_guided_velocity(*state, null, self.nesting(length, coarse), *strength)
 
 
 @torch.inference_mode()
@@ -125,21 +129,13 @@ def sample(
         on_step: Called after every step.
 
     Shapes: -> unmerged latents [B, N, D], standardised.
-    Raises: ConfigError if something needed is missing.
+    Raises: ConfigError if something needed is missing, or autoguidance has no weaker branch.
     """
-    path = _Trajectory(velocity, noise, labels, null_label, assignment, config, tree, contrasts)
     num_tokens = assignment.num_tokens
-    z_t = path.start(config.length_at(0.0, num_tokens))
-    for t, t_next in itertools.pairwise(config.grid()):
-        length = config.length_at(t, num_tokens)
-        if length > z_t.shape[1]:
-            z_t = path.grow(z_t, t, length)
-        v = path.guided(z_t, t)
-        if config.corrects(t_next):
-            v = (v + path.guided(z_t + (t_next - t) * v, t_next)) / 2
-        z_t = z_t + (t_next - t) * v
-        if on_step is not None:
-            on_step()
+    config.check_guidance(num_tokens)
+    path = _Trajectory(velocity, noise, labels, null_label, assignment, config, tree, contrasts)
+    start = path.start(config.length_at(0.0, num_tokens))
+    z_t = integrate(start, path.guided, config, num_tokens, path.grow, on_step)
     return assignment.unmerge(z_t)
 
 
@@ -178,6 +174,7 @@ def check_nested(
     contrasts: ContrastStats | None,
 ) -> None:
     """Refuse what a generator cannot do, before anything is computed."""
+    config.check_guidance(num_tokens)
     for length in config.rows(num_tokens):
         tree.assignment(length)
     if config.nested and scale == NoiseScale.LEGACY:

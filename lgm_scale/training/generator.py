@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lgm_scale.merging import MergeAssignment, MergeTree
 from lgm_scale.models.dit import MergeDiT
+from lgm_scale.models.elit import SiT
 from lgm_scale.objectives.flow import (
     NoiseScale,
     flow_loss,
@@ -22,7 +23,7 @@ from lgm_scale.objectives.flow import (
 from lgm_scale.randomness import Purpose, keyed_uniform
 from lgm_scale.training.record import LossRecord
 
-__all__ = ["TIMESTEP_BINS", "GeneratorModel", "GeneratorOutput", "timestep_bins"]
+__all__ = ["TIMESTEP_BINS", "FlowModel", "GeneratorModel", "GeneratorOutput", "timestep_bins"]
 
 TIMESTEP_BINS = tuple(f"loss/t={low:.2f}-{low + 0.25:.2f}" for low in (0.0, 0.25, 0.5, 0.75))
 """Names of the four equal parts of [0, 1] by which the loss is reported, besides its mean."""
@@ -36,6 +37,55 @@ def timestep_bins(t: Tensor) -> Tensor:
     return (t * len(TIMESTEP_BINS)).long().clamp(0, len(TIMESTEP_BINS) - 1)
 
 
+class Draws(NamedTuple):
+    """What the samples of a step draw. Shapes: each keys[purpose], t and labels [B]."""
+
+    keys: dict[Purpose, Tensor]
+    t: Tensor
+    labels: Tensor
+
+
+class FlowModel(ComposerModel):
+    """What training a generator by rectified flow is, whatever its state looks like.
+
+    Args:
+        net: The network; a direct child, which is what Composer's sharding wraps.
+        label_dropout: Share of samples that train the unconditional branch.
+        timestep_mean: Of the logit-normal law of t.
+        timestep_std: Of the same.
+        seed: Of noise, timesteps and label dropout.
+    """
+
+    def __init__(
+        self,
+        net: MergeDiT | SiT,
+        label_dropout: float,
+        timestep_mean: float,
+        timestep_std: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.label_dropout = label_dropout
+        self.timestep_mean = timestep_mean
+        self.timestep_std = timestep_std
+        self.seed = seed
+        self.record = LossRecord()
+
+    def draw(self, batch: dict[str, Any]) -> Draws:
+        """Times and labels of this step, and the keys of everything else."""
+        keys = training_keys(self.seed, batch["step"], batch["sample_ids"])
+        t = sample_timesteps(keys[Purpose.TIMESTEP], self.timestep_mean, self.timestep_std)
+        dropped = keyed_uniform(keys[Purpose.LABEL_DROPOUT]) < self.label_dropout
+        return Draws(keys, t, torch.where(dropped, self.net.null_label, batch["labels"]))
+
+    def noted(self, loss: Tensor, t: Tensor) -> Tensor:
+        """The mean of a loss per sample, which is noted by time as well. Shapes: [B] x 2 -> []."""
+        self.record.add(len(loss), {"loss": loss.mean()})
+        self.record.add_groups(TIMESTEP_BINS, timestep_bins(t), loss)
+        return loss.mean()
+
+
 class GeneratorOutput(NamedTuple):
     """Shapes: v_pred, v_target [B, K, D], t [B] in [0, 1]."""
 
@@ -45,7 +95,7 @@ class GeneratorOutput(NamedTuple):
     t: Tensor
 
 
-class GeneratorModel(ComposerModel):
+class GeneratorModel(FlowModel):
     """Reads batches {latents [B, N, D], labels [B], sample_ids [B], step int, num_tokens int}.
 
     Args:
@@ -60,6 +110,7 @@ class GeneratorModel(ComposerModel):
         seed: Of noise, timesteps and label dropout.
     """
 
+    net: MergeDiT
     latent_mean: Tensor
     latent_std: Tensor
     # Given by the data. They are in the resume state, so that it never meets another data set.
@@ -77,15 +128,9 @@ class GeneratorModel(ComposerModel):
         timestep_std: float,
         seed: int,
     ) -> None:
-        super().__init__()
-        self.net = net
+        super().__init__(net, label_dropout, timestep_mean, timestep_std, seed)
         self.tree = tree
         self.noise_scale = noise_scale
-        self.label_dropout = label_dropout
-        self.timestep_mean = timestep_mean
-        self.timestep_std = timestep_std
-        self.seed = seed
-        self.record = LossRecord()
         self.register_buffer("latent_mean", mean.float())
         self.register_buffer("latent_std", std.float())
         self.register_buffer("merge_tree", tree.merges.clone())
@@ -94,11 +139,8 @@ class GeneratorModel(ComposerModel):
         """Draw noise and t for this step, and predict the velocity."""
         z = (batch["latents"].float() - self.latent_mean) / self.latent_std  # [B, N, D]
         assignment = self.tree.assignment(batch["num_tokens"], z.device)
-        keys = training_keys(self.seed, batch["step"], batch["sample_ids"])
-        t = sample_timesteps(keys[Purpose.TIMESTEP], self.timestep_mean, self.timestep_std)
+        keys, t, labels = self.draw(batch)
         noise = merged_noise(keys[Purpose.NOISE], assignment, z.shape[-1], self.noise_scale)
-        dropped = keyed_uniform(keys[Purpose.LABEL_DROPOUT]) < self.label_dropout
-        labels = torch.where(dropped, self.net.null_label, batch["labels"])
         z_merged = assignment.merge(z)  # [B, K, D]
         v_pred = self.net(interpolate(z_merged, noise, t), t, labels, assignment)
         return GeneratorOutput(v_pred, velocity_target(z_merged, noise), assignment, t)
@@ -106,6 +148,4 @@ class GeneratorModel(ComposerModel):
     def loss(self, outputs: GeneratorOutput, batch: dict[str, Any]) -> Tensor:
         """Mean over the batch of the size-weighted squared error."""
         loss = flow_loss(outputs.v_pred, outputs.v_target, outputs.assignment, self.noise_scale)
-        self.record.add(len(loss), {"loss": loss.mean()})
-        self.record.add_groups(TIMESTEP_BINS, timestep_bins(outputs.t), loss)
-        return loss.mean()
+        return self.noted(loss, outputs.t)

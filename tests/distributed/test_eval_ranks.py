@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from small_pipeline import ROOT
+from small_spatial import make_spatial_bundle
 from small_sweep import make_sweep_inputs, numbers_of, sweep_config, sweep_file
 
 from eval.chunks import ChunkStore, Job, Made
@@ -78,6 +79,19 @@ def test_three_ranks_give_the_same_bits(made, alone, tmp_path):
     run(sweep_file(made, out, **PIXELS | {"batch_size": 7}), 3)
     same_results(out, alone)
     assert (out / "index.html").is_file()
+
+
+def test_two_ranks_give_the_same_bits_on_a_grid(made, tmp_path):
+    """Two budgets of an ELIT, one of them with autoguidance."""
+    auto = {"num_tokens": 16, "uncond_num_tokens": 4, "guidance": "autoguidance"}
+    changes: dict[str, Any] = {
+        "bundle": str(make_spatial_bundle(tmp_path / "elit")),
+        "cells": [{"num_tokens": 4}, auto],
+    }
+    measure(sweep_config(made, tmp_path / "one", batch_size=3, **changes))
+    run(sweep_file(made, tmp_path / "two", batch_size=2, **changes), 2)
+    same_results(tmp_path / "two", tmp_path / "one")
+    assert (tmp_path / "two" / "index.html").is_file()
 
 
 def test_two_ranks_give_the_same_bits_with_inception(made, tmp_path, inception_file):

@@ -18,7 +18,7 @@ from test_strategies import STRATEGIES
 from lgm_scale.data.epochs import EpochDataset
 
 STEPS = 80
-KILLS = int(os.environ.get("LGM_KILLS", "5"))
+KILLS = int(os.environ.get("LGM_KILLS", "3"))
 """By hand: LGM_KILLS=20 pytest tests/distributed/test_kill.py."""
 SURVIVOR_SECONDS = 120  # on a machine with other work
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from small_pipeline import Steps, metrics, random_generator, train_in_process
 
-from lgm_scale.build import build_dataset, build_model, build_optimizer
+from lgm_scale.build import build_model, build_optimizer
+from lgm_scale.build_data import build_dataset
 from lgm_scale.bundle import GENERATOR_NAME, load_generator, read_bundle
 from lgm_scale.config_rules import load_training_run
 from lgm_scale.errors import CheckpointError, ConfigError

@@ -8,6 +8,7 @@ from torch import nn
 
 from lgm_scale.merging import MergeTree
 from lgm_scale.models.dit import MergeDiT
+from lgm_scale.models.elit import ELIT
 from lgm_scale.parallel.compile import compile_blocks
 
 LENGTHS = [8, 16, 24, 32, 48, 64, 96, 128, 256]  # more than torch's own limit of 8 graphs
@@ -43,7 +44,7 @@ def nets(golden_dit) -> tuple[MergeDiT, MergeDiT, GraphCounter]:
     """The same network twice, eager and compiled."""
     compiled, counter = MergeDiT(64, 2, 4, 8, 256, 10), GraphCounter()
     compiled.load_state_dict(golden_dit.state_dict())
-    compile_blocks(compiled, len(LENGTHS), backend=counter)
+    compile_blocks(compiled, LENGTHS, backend=counter)
     return golden_dit, compiled, counter
 
 
@@ -96,3 +97,21 @@ def test_without_the_raised_limit_torch_gives_up(fresh_compiler, golden_dit, tre
     for num_tokens in LENGTHS:
         step(golden_dit, tree, num_tokens)
     assert counter.graphs == torch._dynamo.config.recompile_limit < len(LENGTHS)
+
+
+def test_an_elit_has_a_graph_per_budget_and_one_for_its_outer_blocks(fresh_compiler):
+    torch.manual_seed(0)
+    options = {"head_blocks": 1, "tail_blocks": 1, "group_size": 2, "position_rows": 64}
+    eager, compiled = (ELIT(32, 4, 4, 3, 16, 2, 5, **options) for _ in range(2))
+    for parameter in eager.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    compiled.load_state_dict(eager.state_dict())
+    counter, budgets = GraphCounter(), (16, 32, 48)
+    compile_blocks(compiled, budgets, backend=counter)
+    z_t, t, labels = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.8]), torch.tensor([1, 5])
+    for num_tokens in budgets * 2:
+        losses = [net(z_t, t, labels, num_tokens).square().mean() for net in (eager, compiled)]
+        torch.testing.assert_close(losses[1], losses[0])
+        losses[1].backward()
+    assert counter.graphs == len(budgets) + 1
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -8,18 +8,19 @@ import torch
 import yaml
 
 from lgm_scale.bundle import build_generator, build_tokenizer
-from lgm_scale.config import GeneratorRun
+from lgm_scale.config import GeneratorRun, SpatialRun
 from lgm_scale.config_loading import to_dict
 from lgm_scale.config_rules import load_training_run
 from lgm_scale.errors import ConfigError
 from lgm_scale.models.dit import DIT_SIZES
 from lgm_scale.plan import describe
 from lgm_scale.run_folder import RunFolder
+from lgm_scale.spatial_bundle import build_spatial_generator
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = ROOT / "yamls/eval_sweep.yaml"  # trains nothing; see test_eval_sweep.py
 PUBLISHED = sorted(set(ROOT.glob("yamls/*.yaml")) - {SWEEP})
-QUICKSTART = [ROOT / "yamls/quickstart/tokenizer.yaml", ROOT / "yamls/quickstart/dit.yaml"]
+QUICKSTART = [ROOT / f"yamls/quickstart/{name}.yaml" for name in ("tokenizer", "dit", "elit")]
 TOKENIZER = str(QUICKSTART[0])
 GENERATOR = str(QUICKSTART[1])
 
@@ -55,6 +56,9 @@ def test_recipes_build_with_the_expected_size(path):
     with torch.device("meta"):
         if isinstance(config, GeneratorRun):
             count = sum(p.numel() for p in build_generator(config.model).parameters())
+        elif isinstance(config, SpatialRun):
+            net = build_spatial_generator(config.model, config.space)
+            count = sum(p.numel() for p in net.parameters())
         else:
             count = sum(p.numel() for p in build_tokenizer(config.model).parameters())
     if path in PUBLISHED and isinstance(config, GeneratorRun):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,3 +253,37 @@ def test_data_sets_opened_at_one_moment_do_not_meet(folder, monkeypatch):
     second = epochs_of(folder)
     assert first._shm_prefix_int != second._shm_prefix_int
     assert len(list(first)) == len(list(second)) == NUM_SAMPLES
+
+
+# A cache that is too small
+
+
+def test_a_shard_that_was_evicted_while_it_was_waited_for_is_fetched_again(folder, monkeypatch):
+    """The library's thread waits for it for ever: it looked once, when the shard was on its way."""
+    dataset = epochs_of(folder, options=StreamOptions(Patience(1, 2), cache_limit=10**6))
+    dataset._event = threading.Event()
+    on_its_way, evicted, there = 2, 1, 3
+    it = SimpleNamespace(
+        sample_ids=np.array([-1, 0]), total=2, yield_index=0, ready_index=1,
+        should_exit=lambda: False, on_exit=lambda: None,
+    )  # fmt: skip
+    fetched = []
+
+    def prepare(shard_id, blocking):
+        fetched.append(shard_id)
+        dataset._shard_states[shard_id] = there
+        it.ready_index = 2  # the library's thread has seen it
+
+    monkeypatch.setattr(dataset, "prepare_shard", prepare)
+    dataset._shard_states[0] = on_its_way
+
+    def evict_soon():
+        time.sleep(0.1)
+        assert not fetched  # whoever fetches a shard is left alone
+        dataset._shard_states[0] = evicted
+
+    thread = threading.Thread(target=evict_soon)
+    thread.start()
+    assert list(dataset._each_sample_id(it)) == [0]
+    thread.join()
+    assert fetched == [0]

@@ -85,6 +85,7 @@ def reconstructor(small_pipeline) -> ReconstructionPlans:
         tree=MergeTree.load(small_pipeline.tokenizer / "merge_tree.safetensors"),
         files={},
         images=images,
+        device=torch.device("cpu"),
         spaces=Spaces([MeanColours()], images),
         perceptual=None,
         reference=None,

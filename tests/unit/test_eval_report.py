@@ -11,11 +11,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from small_sweep import make_sweep_inputs, results_of, sweep_config
 
 from eval import report
 from eval.measure import measure
+from eval.point_names import NamedPoint, name_points
 from eval.report import write_comparison, write_report
 from eval.results import comparable, differences
 from eval.theme import LIGHT
@@ -138,6 +142,26 @@ def test_what_is_measured_may_differ_but_not_how():
     row = {"protocol": {"cell": {"num_tokens": 4}, "weights": "a", "seed": 0, "num_images": 9}}
     assert comparable(row) == {"seed": 0, "num_images": 9}
     assert differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2}) == ["a.b: 1 against 3"]
+
+
+# --- names of points --------------------------------------------------------------------------
+
+
+def test_names_of_close_points_do_not_cover_each_other():
+    figure = Figure(figsize=(6, 4), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.1, 0.1, 0.85, 0.85))
+    across = [1.0, 1.1, 1.2, 1.21, 2.0, 2.05]
+    axes.plot(across, [5.0] * 6)
+    axes.set(xscale="log", ylim=(0, 10))
+    name_points(axes, [NamedPoint(x, 5.0, f"K = {i * 100}") for i, x in enumerate(across)], LIGHT)
+    figure.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [f"K = {i * 100}" for i in range(6)]
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert axes.bbox.y0 < box.y0
+        assert abs(box.y0 - axes.transData.transform((1.0, 5.0))[1]) < 100
 
 
 # --- published points -------------------------------------------------------------------------

@@ -329,7 +329,7 @@ def test_every_problem_is_told_at_once(made, tmp_path):
 
 def test_a_tokenizer_bundle_is_refused(made, tmp_path):
     (problem,) = problems_of(made, tmp_path, bundle=str(made / "tokenizer"))
-    assert "is a tokenizer bundle; a generator bundle is needed" in problem
+    assert "is a tokenizer bundle; a generator or spatial_generator bundle is needed" in problem
 
 
 def test_a_bundle_of_strangers_is_refused(made, tmp_path):

@@ -19,7 +19,13 @@ from torch.utils.data import DataLoader
 
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader
-from lgm_scale.data.images import ImageDataset, center_crop, decode_image, random_resized_crop
+from lgm_scale.data.images import (
+    ImageDataset,
+    center_crop,
+    decode_image,
+    random_flip,
+    random_resized_crop,
+)
 from lgm_scale.data.manifest import (
     Manifest,
     check_shards,
@@ -27,7 +33,7 @@ from lgm_scale.data.manifest import (
     write_manifest,
     written_aside,
 )
-from lgm_scale.errors import DataError
+from lgm_scale.errors import ConfigError, DataError
 
 SIZE = 16
 
@@ -213,6 +219,57 @@ def test_augmentation_does_not_depend_on_workers_or_global_state(tmp_path):
     fresh = DataLoader(dataset_of(folder), batch_size=4)
     assert same(alone, by_sample(fresh))
     assert same(second, by_sample(fresh))
+
+
+def centre(sample_id: int) -> torch.Tensor:
+    """A sample of `write_images`, centre-cropped."""
+    pixels = np.asarray(center_crop(noise_image(sample_id), SIZE)).transpose(2, 0, 1)
+    return torch.from_numpy(pixels.copy())
+
+
+def test_training_crops_and_flips_by_default(tmp_path):
+    folder = write_images(tmp_path / "mds", 6)
+    default, crop = (dataset_of(folder, **more) for more in ({}, {"augment": "crop"}))
+    for sample_id in range(6):
+        rng = np.random.default_rng([7, 0, sample_id, 0x696D67])
+        image = random_flip(random_resized_crop(noise_image(sample_id), SIZE, rng), rng)
+        expected = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+        assert torch.equal(default[sample_id]["images"], expected)
+        assert torch.equal(crop[sample_id]["images"], expected)
+
+
+def test_flip_alone_mirrors_the_centre_crop(tmp_path):
+    folder = write_images(tmp_path / "mds", 24)
+    dataset = dataset_of(folder, augment="flip")
+
+    def flips(epoch: int) -> list[bool]:
+        dataset.epoch = epoch
+        found = []
+        for sample_id in range(24):
+            image, plain = dataset[sample_id]["images"], centre(sample_id)
+            found.append(torch.equal(image, plain.flip(-1)))
+            assert found[-1] or torch.equal(image, plain)
+        return found
+
+    first, second = flips(0), flips(1)
+    assert 4 < sum(first) < 20
+    assert first != second
+    assert flips(0) == first
+
+
+@pytest.mark.parametrize("augment", ["flip", "none"])
+def test_training_without_crops_is_shuffled(tmp_path, augment):
+    folder = write_images(tmp_path / "mds", 24)
+    loader = DataLoader(dataset_of(folder, augment=augment), batch_size=4)
+    seen = by_sample(loader)
+    assert sorted(seen) == list(range(24)) != list(seen)
+    unchanged = [torch.equal(image, centre(sample_id)) for sample_id, image in seen.items()]
+    assert all(unchanged) == (augment == "none")
+
+
+def test_an_unknown_augmentation_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"augment is 'mirror': it must be one of \('crop',"):
+        dataset_of(tmp_path, augment="mirror")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -14,6 +14,7 @@ from lgm_scale.nesting import ContrastStats, Nesting, contrast_basis
 from lgm_scale.objectives.flow import NoiseScale
 from lgm_scale.sampling import (
     CFGRescale,
+    Guidance,
     SamplerConfig,
     Solver,
     coarse_guided_velocity,
@@ -139,6 +140,47 @@ def test_coarse_guidance_costs_coarse_rows(net, tree):
     assert config.rows(64) == {64: 24, 16: 12}
     assert config.num_forwards() == 36
     assert counter.rows == {64: 3 * 24, 16: 3 * 12}
+
+
+# --- autoguidance -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rescale", list(CFGRescale))
+def test_autoguidance_keeps_the_class_in_its_weak_branch(net, tree, rescale):
+    config = SamplerConfig(
+        num_steps=2, cfg_scale=4.0, cfg_rescale=rescale, cfg_interval=(0.0, 1.0),
+        uncond_num_tokens=16, guidance=Guidance.AUTOGUIDANCE,
+    )  # fmt: skip
+    fine, coarse = tree.assignment(64), tree.assignment(16)
+    nesting, t = Nesting.between(fine, coarse), torch.zeros(3)
+    noise = initial_noise(0, torch.arange(3), fine, 8, NoiseScale.CORRECTED)
+    v_cond = net(noise, t, LABELS, fine)
+    v_weak = net(nesting.merge(noise), t, LABELS, coarse)
+    push = 3 * nesting.expand(nesting.merge(v_cond) - v_weak)
+    if rescale is CFGRescale.PER_POSITION:
+        push = push / fine.sizes[:, None]
+    expected = fine.unmerge(noise + v_cond + push)
+    counter = RowCounter(net)
+    torch.testing.assert_close(latents(counter, tree, 64, config), expected, atol=1e-4, rtol=0)
+    assert counter.rows == {64: 3, 16: 3}
+    assert config.rows(64) == {64: 1, 16: 1}
+    plain = SamplerConfig(
+        num_steps=2, cfg_scale=4.0, cfg_rescale=rescale, cfg_interval=(0.0, 1.0),
+        uncond_num_tokens=16,
+    )  # fmt: skip
+    assert (latents(net, tree, 64, plain) - expected).abs().max() > 0.02
+
+
+def test_autoguidance_without_a_weaker_branch_is_refused(net, tree, contrasts):
+    auto = {"guidance": Guidance.AUTOGUIDANCE, "uncond_num_tokens": 32, "cfg_scale": 2.0}
+    with pytest.raises(ConfigError, match="than in the strong one, and num_tokens is 32"):
+        latents(net, tree, 32, SamplerConfig(**auto))
+    growing = SamplerConfig(**auto, length_schedule=((0.0, 16), (0.3, 64)))
+    with pytest.raises(ConfigError, match="length_schedule guides a step at 16"):
+        latents(net, tree, 64, growing, contrasts)
+    noise = initial_noise(0, torch.arange(3), tree.assignment(32), 8, NoiseScale.CORRECTED)
+    with pytest.raises(ConfigError, match="needs fewer tokens in its weak branch"):
+        sample(net, noise, LABELS, NULL, tree.assignment(32), SamplerConfig(**auto), tree)
 
 
 # --- growing length ---------------------------------------------------------------------------

@@ -248,7 +248,6 @@ def test_an_imported_generator_has_the_same_velocity(files, generator, tokenizer
 
 
 def test_noise_scale_and_classes_reach_the_bundle(files, monkeypatch, capsys):
-    from eval.generate import noise_scale_of
     from lgm_scale.pipeline import LGMPipeline
 
     (files / "names.txt").write_text("cat\ndog\nnewt\n")
@@ -261,8 +260,8 @@ def test_noise_scale_and_classes_reach_the_bundle(files, monkeypatch, capsys):
     assert "noise scale: legacy" in capsys.readouterr().out
     bundle = load_generator(files / "out")
     assert bundle.info["training"]["imported"]["epoch"] == 399
-    assert noise_scale_of(bundle, "out").value == "legacy"
     pipe = LGMPipeline(bundle)
+    assert pipe.protocol() == {"noise_scale": "legacy"}
     assert pipe.noise_scale.value == "legacy"
     images = pipe(["newt", 0], num_tokens=8, num_steps=3, progress_bar=False)
     assert images.shape == (2, 32, 32, 3)  # type: ignore[union-attr]  # an array

@@ -93,6 +93,8 @@ def test_submitting_without_slurm_is_one_clear_error(tmp_path: Path):
         (["--job", "eval"], "--config: missing"),
         (["--array", "4"], "--array: 4 jobs of kind train; only a sweep"),
         (["--job", "encode", "images=a", "tokeniser=b"], "did you mean 'tokenizer'"),
+        (["--job", "encode", "images=a", "out=b"], "tokenizer: missing; encode needs"),
+        (["--job", "encode", "images=a", "out=b", "encoder=sd-vae"], "vae: missing; encode needs"),
         (
             ["--time", "60", "--seconds-per-step", "4"],
             "--time: 60 is shorter than the 67 minutes between two resume states",
@@ -101,6 +103,16 @@ def test_submitting_without_slurm_is_one_clear_error(tmp_path: Path):
 )
 def test_bad_input_is_told_before_anything_is_submitted(args: list[str], text: str):
     assert re.search(text, refused(*args, "--dry-run"))
+
+
+def test_generators_on_a_grid_are_launched_like_others():
+    config = "yamls/elit_xl.yaml"
+    assert "lgm_scale/train.py" in launch("slurm.py", "--config", config, "--dry-run").stdout
+    words = ["encoder=sd-vae", "vae=v", "image_size=256", "images=i", "out=data/z"]
+    job = describe_job("encode", None, words, 8)
+    assert set(job.arguments) >= {"--encoder=sd-vae", "--vae=v", "--image-size=256"}
+    text = refused("--job", "tokenizer", "--config", config, "--dry-run")
+    assert "is a spatial_generator; give --job train" in text
 
 
 def test_enough_time_between_states_is_accepted():

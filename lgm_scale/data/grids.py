@@ -1,0 +1,144 @@
+"""Latents on a grid: the data set of MDS shards with the moments of an image autoencoder.
+
+A folder is made by `data_tools.encode_latents --encoder sd-vae`. It holds what the encoder gives, a
+mean and a standard deviation per latent, of both flips; which latent a visit sees is drawn in
+training, where the noise belongs. The manifest names the encoder by the hash of its weights, and
+has the factor that a generator scales the latents with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lgm_scale.data.config import SourceConfig, as_sources
+from lgm_scale.data.epochs import EpochDataset, StreamOptions
+from lgm_scale.data.manifest import Manifest
+from lgm_scale.errors import DataError
+from lgm_scale.randomness import Purpose
+
+__all__ = ["SpatialLatentDataset", "check_grids"]
+
+
+def check_grids(
+    where: str, manifest: Manifest, channels: int, side: int, encoder_id: str | None
+) -> None:
+    """Check a folder of grids against the model and the autoencoder that will use it.
+
+    Args:
+        where: Its name, for messages.
+        manifest: Its manifest.
+        channels: Of the model's input.
+        side: Latents along a side of the model's input.
+        encoder_id: Hash of the encoder's weights; None leaves the check out.
+
+    Raises: DataError if it has other shapes or another encoder.
+    """
+    found = (manifest.extra.get("channels"), manifest.extra.get("side"))
+    if found != (channels, side):
+        raise DataError(
+            f"{where} holds latents of {found[0]} channels x {found[1]} x {found[1]}, of images of "
+            f"{manifest.image_size} pixels; the model wants {channels} x {side} x {side}. Give the "
+            "model the channels and the image size of the latents, or encode with another "
+            "--image-size or --vae"
+        )
+    made_by = manifest.extra.get("encoder_id")
+    if encoder_id is not None and made_by != encoder_id:
+        raise DataError(
+            f"{where} was encoded by encoder {str(made_by)[:12]}, but that of the configured "
+            f"autoencoder is {encoder_id[:12]}: its decoder does not know these latents. Encode "
+            "again with this autoencoder, or configure the one that was used (another decoder to "
+            "the same encoder will do)"
+        )
+
+
+def _check_one_encoder(sources: Sequence[SourceConfig], manifests: Sequence[Manifest]) -> None:
+    """Raise DataError if the latents of a mixture come from several encoders or scales."""
+    for key, what in (("encoder_id", "encoder"), ("scale", "scale")):
+        values = [str(manifest.extra.get(key)) for manifest in manifests]
+        for source, value in zip(sources, values, strict=True):
+            if value != values[0]:
+                raise DataError(
+                    f"data.mixture: {sources[0].path} has latents of {what} {values[0][:12]} and "
+                    f"{source.path} of {value[:12]}; latents of two {what}s do not mix. Encode "
+                    "one of them again"
+                )
+
+
+class SpatialLatentDataset(EpochDataset):
+    """Moments of latents on a grid, of one of the two stored flips per visit.
+
+    An item is {"mean", "std": float16 [C, h, w], "labels": int64 [], "sample_ids": int64 []}.
+    A latent is mean + std * noise, not scaled; the noise is drawn where it is used.
+
+    Args:
+        data: MDS folder of grids, or sources with their classes and shares.
+        shuffle: In another order every epoch.
+        flip: Draw one of the flips; otherwise the image as it is.
+        seed: Of order and flips; a flip depends on (seed, epoch, sample id) alone.
+        batch_size: Per device.
+        channels: C, for the check.
+        side: h and w, for the check.
+        encoder_id: See `check_grids`.
+        options: Cache and patience.
+
+    Raises: DataError if a source is no complete MDS folder of such latents, or the encoders or
+        scales of several differ.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str] | Sequence[SourceConfig],
+        *,
+        shuffle: bool,
+        flip: bool,
+        seed: int,
+        batch_size: int,
+        channels: int,
+        side: int,
+        encoder_id: str | None,
+        options: StreamOptions | None = None,
+    ) -> None:
+        super().__init__(
+            as_sources(data),
+            "spatial_latents",
+            shuffle=shuffle,
+            seed=seed,
+            batch_size=batch_size,
+            options=options or StreamOptions(),
+        )
+        for source, manifest in zip(self.sources, self.manifests, strict=True):
+            check_grids(source.path, manifest, channels, side, encoder_id)
+        _check_one_encoder(self.sources, self.manifests)
+        scale = self.manifests[0].extra.get("scale")
+        if not isinstance(scale, (int, float)):
+            raise DataError(
+                f"{self.sources[0].path}: its manifest has scale {scale!r}, a number is needed: "
+                "the folder is damaged. Encode again"
+            )
+        self.scale = float(scale)
+        self.flip = flip
+        self.seed = seed
+
+    scale: float
+    """What the latents are to be multiplied with."""
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
+        """Read one sample."""
+        sample: dict[str, Any] = super().get_item(sample_id, retry)
+        flipped = False
+        if self.flip:
+            key = [self.seed, int(Purpose.FLIP), self.epoch, int(sample_id)]
+            flipped = bool(np.random.default_rng(key).integers(2))
+        ending = "_flipped" if flipped else ""
+        return {
+            "mean": torch.from_numpy(sample[f"mean{ending}"].copy()),
+            "std": torch.from_numpy(sample[f"std{ending}"].copy()),
+            "labels": torch.tensor(int(sample["label"]), dtype=torch.int64),
+            "sample_ids": torch.tensor(int(sample_id), dtype=torch.int64),
+        }

@@ -1,0 +1,51 @@
+"""The solver's loop, the same for every family of generators: from noise (t = 0) to data (t = 1).
+
+What a state is, and what its velocity, the loop does not know. The velocity is asked for at a time
+and a length, K; guided and unguided times are told apart by whoever answers.
+
+Source: Euler and Heun's method; growing length is ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lgm_scale.sampling.config import SamplerConfig
+
+__all__ = ["integrate"]
+
+
+def integrate(
+    z_t: Tensor,
+    velocity: Callable[[Tensor, float, int], Tensor],
+    config: SamplerConfig,
+    num_tokens: int,
+    begin_step: Callable[[Tensor, float, int], Tensor] | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """Integrate the ODE over the whole grid. Both evaluations of a step are at one length.
+
+    Args:
+        z_t: The state at t = 0, at the length of the first step.
+        velocity: (state, t, K) -> its velocity, float32.
+        config: Solver, grid and lengths.
+        num_tokens: K asked for.
+        begin_step: (state, t, K) -> the state at K, before a step; None: a state fits every K.
+        on_step: Called after every step.
+
+    Shapes: any -> the same, or what `begin_step` made of it.
+    """
+    for t, t_next in itertools.pairwise(config.grid()):
+        length = config.length_at(t, num_tokens)
+        if begin_step is not None:
+            z_t = begin_step(z_t, t, length)
+        v = velocity(z_t, t, length)
+        if config.corrects(t_next):
+            v = (v + velocity(z_t + (t_next - t) * v, t_next, length)) / 2
+        z_t = z_t + (t_next - t) * v
+        if on_step is not None:
+            on_step()
+    return z_t

@@ -1,0 +1,104 @@
+"""An ELIT run under every kind of strategy: one set of numbers, exact resume, equal budgets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rank_processes import rewound, run_ranks
+from safetensors.torch import load_file
+from small_pipeline import SmallPipeline, metrics
+
+from lgm_scale.training.length_schedule import LengthSchedule
+
+STEPS, LAST_STATE = 10, 4
+TOLERANCE = 1e-6
+STRATEGIES = {
+    "ddp": ["train.device_microbatch_size=2"],
+    "fsdp1": ["parallel.strategy=fsdp", "parallel.fsdp.version=1"],
+    "fsdp2": ["parallel.strategy=fsdp", "parallel.activation_checkpointing=0.5"],
+    "zero2": ["parallel.strategy=deepspeed", "parallel.deepspeed.stage=2"],
+    "zero3": ["parallel.strategy=deepspeed", "parallel.deepspeed.stage=3"],
+}
+
+
+def config(pipeline: SmallPipeline, out: Path) -> Path:
+    optimizer = {"lr": 1e-3, "clip_norm": 0.5, "warmup": 3}
+    return pipeline.spatial_config(
+        out, run_name="spatial", optimizer=optimizer, checkpoint={"interval": "4ba", "keep": 5}
+    )
+
+
+def losses(out: Path) -> list[float]:
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    return [row["loss"] for row in rows]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "bundle" / "generator.safetensors")
+
+
+def assert_same_run(out: Path, expected: Path, tolerance: float) -> None:
+    torch.testing.assert_close(losses(out), losses(expected), rtol=0, atol=tolerance)
+    found, wanted = weights(out), weights(expected)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.fixture(scope="module")
+def folder(small_pipeline):
+    path = small_pipeline.root / "spatial"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(small_pipeline, folder):
+    """Every strategy on two ranks, and one process alone."""
+    run_ranks(1, [(config(small_pipeline, folder / "one"), [])], folder / "one-log")
+    jobs = [(config(small_pipeline, folder / name), keys) for name, keys in STRATEGIES.items()]
+    run_ranks(2, jobs, folder / "two-log")
+    return {name: folder / name for name in ("one", *STRATEGIES)}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_strategy_does_not_change_the_run(runs, name):
+    assert_same_run(runs[name], runs["one"], TOLERANCE)
+
+
+def test_every_rank_runs_the_budget_that_seed_and_step_say(runs):
+    """A rank with another K would have another loss: the mean over ranks equals one process."""
+    schedule = LengthSchedule([64, 48, 32, 16], [1, 1, 1, 2], seed=0)
+    expected = [schedule.num_tokens(step) for step in range(STEPS)]
+    assert len(set(expected)) >= 3
+    for out in runs.values():
+        assert [row["num_tokens"] for row in metrics(out)] == expected
+
+
+def test_weights_do_move(runs):
+    first, last = losses(runs["one"])[0], losses(runs["one"])[-1]
+    assert abs(first - last) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def continued(small_pipeline, folder, runs):
+    """Runs taken up after their first state: on the same ranks, and one on fewer."""
+    outs = {name: rewound(runs[name], folder / f"again-{name}", LAST_STATE) for name in STRATEGIES}
+    jobs = [(config(small_pipeline, out), STRATEGIES[name]) for name, out in outs.items()]
+    run_ranks(2, jobs, folder / "again-log")
+    outs["2 fsdp2 to 1"] = rewound(runs["fsdp2"], folder / "fewer", LAST_STATE)
+    run_ranks(1, [(config(small_pipeline, outs["2 fsdp2 to 1"]), [])], folder / "fewer-log")
+    return outs
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_same_ranks_go_on_bit_by_bit(runs, continued, name):
+    assert losses(continued[name]) == losses(runs[name])
+    assert_same_run(continued[name], runs[name], tolerance=0)
+
+
+def test_a_run_goes_on_with_fewer_ranks(runs, continued):
+    assert_same_run(continued["2 fsdp2 to 1"], runs["one"], TOLERANCE)

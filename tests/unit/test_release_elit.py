@@ -1,0 +1,128 @@
+"""Checkpoints of ELIT's authors: every key, the fixed table, and what cannot be theirs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lgm_scale.config import InterfaceConfig, SpaceConfig, SpatialModelConfig
+from lgm_scale.errors import CheckpointError
+from lgm_scale.models.elit import ELIT, SiT
+from lgm_scale.release_import.elit import our_elit_name, spatial_config_from_shapes
+from lgm_scale.release_import.names import fit, translate
+from lgm_scale.spatial_bundle import build_spatial_generator
+
+READ, WRITE = "input_token_editor.adapters.0", "output_token_editor.adapters.0"
+OUTER = {
+    "x_embedder.proj.weight": "x_embed.weight",
+    "x_embedder.proj.bias": "x_embed.bias",
+    "t_embedder.mlp.0.weight": "t_embed.mlp.0.weight",
+    "t_embedder.mlp.0.bias": "t_embed.mlp.0.bias",
+    "t_embedder.mlp.2.weight": "t_embed.mlp.2.weight",
+    "t_embedder.mlp.2.bias": "t_embed.mlp.2.bias",
+    "y_embedder.embedding_table.weight": "label_embed.table.weight",
+    "final_layer.linear.weight": "final.linear.weight",
+    "final_layer.linear.bias": "final.linear.bias",
+    "final_layer.adaLN_modulation.1.weight": "final.modulation.1.weight",
+    "final_layer.adaLN_modulation.1.bias": "final.modulation.1.bias",
+}
+BLOCK = {
+    "attn.qkv": "attn.qkv",
+    "attn.proj": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "adaLN_modulation.1": "modulation.1",
+}
+CROSS = {
+    "q_proj.weight": "q.weight",
+    "q_proj.bias": "q.bias",
+    "kv_proj.weight": "kv.weight",
+    "kv_proj.bias": "kv.bias",
+    "q_norm.scale": "q_norm.weight",
+    "k_norm.scale": "k_norm.weight",
+    "proj.weight": "proj.weight",
+    "proj.bias": "proj.bias",
+}
+INTERFACE = {
+    f"{READ}.learned_query_embed": "read.queries",
+    f"{READ}.pos_embed": "read.offset",
+    f"{READ}.latent_pos_embed": "read.positions",
+    f"{READ}.fit_layer.read_ff.0.fc1.weight": "read.mlp.fc1.weight",
+    f"{READ}.fit_layer.read_ff.0.fc2.weight": "read.mlp.fc2.weight",
+    f"{READ}.fit_layer.adaLN_modulation.1.weight": "read.modulation.1.weight",
+    f"{READ}.fit_layer.adaLN_modulation.1.bias": "read.modulation.1.bias",
+    f"{WRITE}.pos_embed": "write.offset",
+    f"{WRITE}.write_ff.0.fc1.weight": "write.mlp.fc1.weight",
+    f"{WRITE}.write_ff.0.fc2.weight": "write.mlp.fc2.weight",
+} | {
+    f"{theirs}.{a}": f"{ours}.{b}"
+    for theirs, ours in (
+        (f"{READ}.fit_layer.latents_attend_to_patches.0", "read.attn"),
+        (f"{WRITE}.patches_attend_to_latents.0", "write.attn"),
+    )
+    for a, b in CROSS.items()
+}
+INTERFACE_OF_S = InterfaceConfig(split="released", group_size=2, position_rows=4096)
+SPACE = SpaceConfig(kind="sd_vae", image_size=64, vae="vae")
+
+
+def names(depth: int, interface: bool) -> dict[str, str]:
+    """The release's name of every weight -> ours."""
+    blocks = {
+        f"blocks.{i}.{a}.{kind}": f"blocks.{i}.{b}.{kind}"
+        for i in range(depth)
+        for a, b in BLOCK.items()
+        for kind in ("weight", "bias")
+    }
+    return OUTER | blocks | (INTERFACE if interface else {})
+
+
+def released(net: SiT) -> dict[str, torch.Tensor]:
+    """A checkpoint of the release with this network's weights."""
+    ours = net.state_dict()
+    table = names(len(net.blocks), isinstance(net, ELIT))
+    assert set(table.values()) == set(ours)
+    return {theirs: ours[name] for theirs, name in table.items()} | {
+        "pos_embed": net.pos_embed[None],
+        "projectors.0.weight": torch.ones(2, 2),
+    }
+
+
+def small(interface: InterfaceConfig | None) -> tuple[SpatialModelConfig, SiT]:
+    model = SpatialModelConfig(size="s", patch_size=2, num_classes=3, interface=interface)
+    torch.manual_seed(0)
+    net = build_spatial_generator(model, SPACE)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.1)
+    return model, net.eval()
+
+
+@pytest.mark.parametrize("interface", [INTERFACE_OF_S, None], ids=["elit", "sit"])
+@torch.no_grad()
+def test_every_key_arrives(interface):
+    model, net = small(interface)
+    state = released(net)
+    assert spatial_config_from_shapes(state, "released", "vae", "x.pt") == (model, SPACE)
+    report = translate(state, our_elit_name, {"pos_embed": "computed", "projectors.": "not needed"})
+    assert set(report.ignored) == {"pos_embed", "projectors.0.weight"}
+    again = build_spatial_generator(model, SPACE)
+    again.load_state_dict(fit(state, report, again.state_dict(), "x.pt"))
+    z_t, t = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7])
+    labels, num_tokens = torch.tensor([0, 3]), net.token_lengths[0]
+    assert torch.equal(again.eval()(z_t, t, labels, num_tokens), net(z_t, t, labels, num_tokens))
+
+
+def test_weights_of_another_size():
+    _, net = small(None)
+    state = {n: v for n, v in released(net).items() if not n.startswith("blocks.11")}
+    with pytest.raises(CheckpointError, match="width 384 and 11 blocks; known sizes"):
+        spatial_config_from_shapes(state, "released", None, "x.pt")
+
+
+def test_a_window_that_is_no_square():
+    _, net = small(INTERFACE_OF_S)
+    state = released(net)
+    state[f"{READ}.learned_query_embed"] = torch.zeros(6, 384)
+    with pytest.raises(CheckpointError, match="6 rows; a square number is needed"):
+        spatial_config_from_shapes(state, "released", None, "x.pt")
