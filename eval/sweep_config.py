@@ -201,7 +201,7 @@ def load_sweep(path: str, overrides: list[str]) -> SweepConfig:
 
 
 def check_sweep(
-    values: dict[str, Any], source: str, rules: Any, sampler: dict[str, Any]
+    values: dict[str, Any], source: str, rules: Any, sampler: dict[str, Any] | None = None
 ) -> SweepConfig:
     """Type-check plain values, and hear the rules.
 
@@ -209,7 +209,7 @@ def check_sweep(
         values: Keys of a sweep.
         source: Where they were read, for messages.
         rules: Configuration -> problems.
-        sampler: Defaults of `sampler` that are not `SamplerSection`'s.
+        sampler: Defaults of `sampler` that are not `SamplerSection`'s; None: all are.
 
     Raises: ConfigError with every problem.
     """
