@@ -40,8 +40,10 @@ $(DEEPSPEED): $(STAMP)
 quickstart: $(STAMP)
 	@sh quickstart.sh
 
+# Unit tests in two processes, each file in one; the others start processes of their own.
 test: $(STAMP) $(DEEPSPEED)
-	pytest
+	pytest -n 2 --dist loadfile tests/unit
+	pytest tests/distributed tests/system
 
 test-system: $(STAMP) $(DEEPSPEED)
 	pytest -m servers tests/system

@@ -18,6 +18,8 @@ __all__ = ["PUBLISHED_NAME", "main_metric", "tradeoff_figure"]
 PUBLISHED_NAME = "gFID-50K"
 """Published points stand beside this metric and no other."""
 MARKERS = "oDs^vP*X"
+_WIDE = 6
+"""Above this ratio of its ends, an axis has labels enough without those of every minor tick."""
 DASHES = ("-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """Two lines have colours of their own; the next pair is dashed."""
 
@@ -164,7 +166,8 @@ def _dress(axes: Axes, label: str, theme: Theme) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:.3g}")
     axes.tick_params(which="both", colors=theme.muted, labelsize=9.5)
-    axes.xaxis.set_minor_formatter(_sparse)
+    low, high = axes.get_xlim()
+    axes.xaxis.set_minor_formatter(_sparse if high / low > _WIDE else "{x:.3g}")
     axes.set_xlabel(label, size=10.5, color=theme.ink)
     axes.grid(axis="y", color=theme.rule, linewidth=0.8)
     axes.set_axisbelow(True)
