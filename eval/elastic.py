@@ -162,6 +162,10 @@ def plot(results: dict[str, list[list[Row]]], path: Path) -> None:
         xscale="log",
     )
     axes.set_ylim(bottom=0)
+    axes.margins(x=0.1)
+    axes.xaxis.set_major_formatter("{x:.3g}")
+    axes.xaxis.set_minor_formatter("{x:.3g}")
+    axes.tick_params(which="minor", labelsize=8)
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title("Demo scale, equal training operations; lower is better", size=10)

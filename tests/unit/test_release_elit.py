@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from small_vae import save_small_vae
 
 from lgm_scale.config import InterfaceConfig, SpaceConfig, SpatialModelConfig
 from lgm_scale.errors import CheckpointError
 from lgm_scale.models.elit import ELIT, SiT
-from lgm_scale.release_import.elit import our_elit_name, spatial_config_from_shapes
+from lgm_scale.pipeline import SpatialPipeline, load_pipeline
+from lgm_scale.release_import.elit import (
+    import_elit,
+    our_elit_name,
+    spatial_config_from_shapes,
+)
 from lgm_scale.release_import.names import fit, translate
 from lgm_scale.spatial_bundle import build_spatial_generator
 
@@ -126,3 +136,65 @@ def test_a_window_that_is_no_square():
     state[f"{READ}.learned_query_embed"] = torch.zeros(6, 384)
     with pytest.raises(CheckpointError, match="6 rows; a square number is needed"):
         spatial_config_from_shapes(state, "released", None, "x.pt")
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+class Hostile:
+    """Runs a command of the file's choice when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    return save_small_vae(tmp_path_factory.mktemp("vae") / "vae")
+
+
+def test_a_checkpoint_becomes_a_bundle_that_samples(tmp_path, vae):
+    _, net = small(INTERFACE_OF_S)
+    ema = {f"module.{name}": value for name, value in released(net).items()}
+    torch.save({"model": {}, "ema": ema, "steps": 400_000}, tmp_path / "elit.pt")
+    report, remarks = import_elit(tmp_path / "elit.pt", tmp_path / "bundle", str(vae))
+    assert report.counts()["ignored"] == 2
+    assert any("split: released (--split); the checkpoint does not say" in r for r in remarks)
+    pipe = load_pipeline(tmp_path / "bundle", "cpu")
+    assert isinstance(pipe, SpatialPipeline)
+    found = pipe.bundle.net
+    assert isinstance(found, ELIT)
+    assert (found.head_blocks, found.tail_blocks, found.token_lengths) == (8, 2, (4, 8, 12, 16))
+    with torch.no_grad():
+        z_t, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([0, 3])
+        assert torch.equal(found(z_t, t, labels, 8), net(z_t, t, labels, 8))
+    images = pipe([0, "2"], num_tokens=4, num_steps=3, progress_bar=False)
+    assert np.asarray(images).shape == (2, 64, 64, 3)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, vae):
+    torch.save({"ema": Hostile(tmp_path / "owned")}, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match="nothing was executed"):
+        import_elit(tmp_path / "bad.pt", tmp_path / "bundle", str(vae))
+    assert not (tmp_path / "owned").exists()
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda s: s | {"pos_embed": s["pos_embed"] + 0.01}, "differs from the fixed sin-cos"),
+        (lambda s: s | {"blocks.0.attn.q_norm.weight": torch.ones(64)}, "unknown"),
+        (lambda s: {n: v for n, v in s.items() if "kv_proj.bias" not in n}, "missing"),
+        (lambda s: s | {"final_layer.linear.bias": torch.full((16,), torch.nan)}, "not finite"),
+    ],
+)
+def test_what_does_not_fit_entirely_is_refused(tmp_path, vae, change, text):
+    _, net = small(INTERFACE_OF_S)
+    torch.save({"ema": change(released(net))}, tmp_path / "elit.pt")
+    with pytest.raises(CheckpointError, match=text):
+        import_elit(tmp_path / "elit.pt", tmp_path / "bundle", str(vae))
+    assert not (tmp_path / "bundle").exists()
