@@ -166,9 +166,14 @@ class SpaceConfig:
         return 4 if self.kind == "sd_vae" else 3
 
     @property
+    def downsampling(self) -> int:
+        """Pixels per place of the state, along a side."""
+        return 8 if self.kind == "sd_vae" else 1
+
+    @property
     def side(self) -> int:
         """Of the state."""
-        return self.image_size // 8 if self.kind == "sd_vae" else self.image_size
+        return self.image_size // self.downsampling
 
 
 @dataclass(frozen=True, kw_only=True)

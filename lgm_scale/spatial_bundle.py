@@ -141,6 +141,12 @@ def load_spatial_bundle(folder: str | Path, device: torch.device | str = "cpu") 
         from lgm_scale.models.sd_vae import load_sd_vae
 
         vae = load_sd_vae(Path(folder) / VAE_FOLDER, device)
+        found, wanted = (vae.channels, vae.downsampling), (space.channels, space.downsampling)
+        if found != wanted:
+            raise CheckpointError(
+                f"{folder}: its autoencoder has {found[0]} channels at 1/{found[1]} of the side, "
+                f"the generator's states {wanted[0]} at 1/{wanted[1]}; they do not belong together"
+            )
     return SpatialBundle(net.to(device), vae, model, space, classes, info)
 
 

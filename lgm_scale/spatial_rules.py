@@ -17,7 +17,6 @@ _SPLITS = {
     "paper": ("b", "xl"),
 }
 """Sizes that each split is known for: those of `models.elit.SPLITS`."""
-_VAE_DOWNSAMPLING = 8
 
 
 def token_lengths(model: SpatialModelConfig, space: SpaceConfig) -> tuple[int, ...]:
@@ -50,12 +49,10 @@ def spatial_rules(config: SpatialRun) -> Iterator[str]:
 
 def _space(config: SpatialRun) -> Iterator[str]:
     space, model = config.space, config.model
-    if space.image_size < 1 or (
-        space.kind == "sd_vae" and space.image_size % _VAE_DOWNSAMPLING != 0
-    ):
+    if space.image_size < 1 or space.image_size % space.downsampling != 0:
         yield (
-            f"space.image_size: {space.image_size} is not divisible by {_VAE_DOWNSAMPLING}, by "
-            "which the autoencoder makes images smaller"
+            f"space.image_size: {space.image_size} is not divisible by {space.downsampling}, by "
+            "which the space makes images smaller"
         )
     elif model.patch_size < 1 or space.side % model.patch_size != 0:
         valid = [p for p in range(1, space.side + 1) if space.side % p == 0]

@@ -50,7 +50,7 @@ def make_spatial_bundle(
 class StandInVAE(nn.Module):
     """Answers as the real autoencoder does: eight pixels for each latent, its first channels."""
 
-    scale = 0.5
+    scale, channels, downsampling = 0.5, 4, 8
 
     def __init__(self, gain: float) -> None:
         super().__init__()

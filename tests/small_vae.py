@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 
 
-def save_small_vae(folder: Path, seed: int = 0) -> Path:
-    """Write one as diffusers does: 8 pixels per latent, 4 channels, 0.6 million weights."""
+def save_small_vae(folder: Path, seed: int = 0, blocks: int = 4) -> Path:
+    """Write one as diffusers does: 8 pixels per latent (of 4 blocks), 4 channels."""
     from diffusers import AutoencoderKL
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = AutoencoderKL(
-            block_out_channels=(32, 32, 32, 32),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(32,) * blocks,
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
             latent_channels=4,
             norm_num_groups=8,
         )

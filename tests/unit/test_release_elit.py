@@ -198,3 +198,12 @@ def test_what_does_not_fit_entirely_is_refused(tmp_path, vae, change, text):
     with pytest.raises(CheckpointError, match=text):
         import_elit(tmp_path / "elit.pt", tmp_path / "bundle", str(vae))
     assert not (tmp_path / "bundle").exists()
+
+
+def test_an_autoencoder_of_another_kind_is_told_when_the_bundle_is_opened(tmp_path):
+    _, net = small(INTERFACE_OF_S)
+    torch.save({"ema": released(net)}, tmp_path / "elit.pt")
+    coarse = save_small_vae(tmp_path / "coarse", blocks=3)
+    import_elit(tmp_path / "elit.pt", tmp_path / "bundle", str(coarse))
+    with pytest.raises(CheckpointError, match="4 channels at 1/4 of the side"):
+        load_pipeline(tmp_path / "bundle", "cpu")
