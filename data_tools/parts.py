@@ -42,6 +42,7 @@ __all__ = ["DEFAULT_SHARD_SIZE", "PartRecord", "PartsFolder", "check_shard_optio
 DEFAULT_SHARD_SIZE = 64 << 20
 LARGEST_SHARD = 1 << 30  # an offset has 32 bits, and a shard is made in memory
 PLAN_NAME = "plan.json"
+ASIDE_PREFIX, ASIDE_SUFFIX = ".part.", ".aside"  # of what is being written
 
 
 def check_shard_options(shard_size: int, compression: str | None) -> None:
@@ -148,7 +149,7 @@ class PartsFolder:
         """
         plan = {"made_from": self.made_from, "num_parts": self.num_parts, "out": self.out}
         path = self.folder / PLAN_NAME
-        if self.folder.exists() and not path.is_file() and any(self.folder.iterdir()):
+        if self.folder.exists() and not path.is_file() and not _only_scraps(self.folder):
             raise DataError(
                 f"{self.folder} is where the unfinished result goes, but it holds something else: "
                 "move it away"
@@ -188,7 +189,7 @@ class PartsFolder:
             record: called when all samples are written.
             compression: of the shard.
         """
-        aside = self.folder / f".part.{part:05}"
+        aside = self.folder / f"{ASIDE_PREFIX}{part:05}"
         shutil.rmtree(aside, ignore_errors=True)
         # One shard, whatever its size: the parts have been cut to size before.
         writer = MDSWriter(
@@ -287,9 +288,11 @@ class PartsFolder:
             if (self.folder / PLAN_NAME).is_file():
                 shutil.rmtree(self.folder)
             return
-        for name in os.listdir(self.out):
-            if _is_record(name) or name == PLAN_NAME:
-                Path(self.out, name).unlink(missing_ok=True)
+        for path in list(Path(self.out).iterdir()):
+            if path.is_dir() and _is_scrap(path.name):
+                shutil.rmtree(path)
+            elif _is_scrap(path.name) or _is_record(path.name) or path.name == PLAN_NAME:
+                path.unlink(missing_ok=True)
 
 
 def _aside(out: Path) -> Path:
@@ -300,8 +303,17 @@ def _is_record(name: str) -> bool:
     return name.startswith("part.") and name.endswith(".json")
 
 
+def _is_scrap(name: str) -> bool:
+    """Whether a killed command left this: a file of `_write_whole`, or the folder of a shard."""
+    return name.startswith(".") and (name.endswith(ASIDE_SUFFIX) or name.startswith(ASIDE_PREFIX))
+
+
+def _only_scraps(folder: Path) -> bool:
+    return all(_is_scrap(path.name) for path in folder.iterdir())
+
+
 def _write_whole(path: Path, text: str) -> None:
     """Write a file aside first, so that it is whole or absent."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.aside")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{ASIDE_SUFFIX}")
     aside.write_text(text + "\n")
     aside.replace(path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +51,8 @@ def stored(folder: Path) -> list[tuple[bytes, int]]:
     return [(sample["image"], sample["label"]) for sample in samples]
 
 
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def digests_of(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -99,8 +101,8 @@ def test_the_bytes_do_not_depend_on_workers_or_place(source, tmp_path):
     convert_folder(source, tmp_path / "one", image_size=16)
     moved = source.rename(tmp_path / "moved")
     convert_folder(moved, tmp_path / "two", image_size=16, num_workers=2)
-    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
-    assert sorted(bytes_of(tmp_path / "one")) == [
+    assert digests_of(tmp_path / "one") == digests_of(tmp_path / "two")
+    assert sorted(digests_of(tmp_path / "one")) == [
         "index.json",
         "labels.npy",
         "manifest.json",
@@ -111,14 +113,14 @@ def test_the_bytes_do_not_depend_on_workers_or_place(source, tmp_path):
 def test_a_finished_folder_is_skipped_and_another_refused(source, tmp_path):
     target = tmp_path / "mds"
     convert_folder(source, target)
-    before = bytes_of(target)
+    before = digests_of(target)
     assert "nothing to do" in convert_folder(source, target, num_workers=2)
     with pytest.raises(DataError, match=r"holds another data set \(image_size differ\)"):
         convert_folder(source, target, image_size=16)
     noise(9).save(source / "cat" / "new.jpg")
     with pytest.raises(DataError, match=r"another data set \(fingerprint differ\)"):
         convert_folder(source, target)
-    assert bytes_of(target) == before
+    assert digests_of(target) == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(DataError, match="never overwritten"):
@@ -132,6 +134,40 @@ def test_foreign_leftovers_are_not_touched(source, tmp_path):
     with pytest.raises(DataError, match="it holds something else"):
         convert_folder(source, tmp_path / "mds")
     assert (aside / "thesis.tex").exists()
+
+
+def test_a_kill_between_any_two_steps_leaves_no_trace(tmp_path, monkeypatch):
+    """Every change of the disk in turn is the one that a killed command did not come to."""
+    source, calls, fatal = tmp_path / "source", 0, 0
+    (source / "cat").mkdir(parents=True)
+    for i in range(2):
+        noise(i, 16, 16).save(source / "cat" / f"{i}.jpg")
+    convert_folder(source, tmp_path / "whole", shard_size=1)
+
+    def killed_at_the_fatal_call(function):
+        def step(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == fatal:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return step
+
+    for owner, name in ((Path, "mkdir"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree")):
+        monkeypatch.setattr(owner, name, killed_at_the_fatal_call(getattr(owner, name)))
+    interrupted, kills = True, 0
+    while interrupted:
+        kills += 1
+        target, calls, fatal, interrupted = tmp_path / f"killed{kills}", 0, kills, False
+        try:
+            convert_folder(source, target, shard_size=1)
+        except KeyboardInterrupt:
+            interrupted, fatal = True, 0
+            convert_folder(source, target, shard_size=1)
+        assert digests_of(target) == digests_of(tmp_path / "whole"), f"killed before step {kills}"
+        assert not target.with_name(f"{target.name}.partial").exists()
+    assert kills > 12  # the steps of two shards
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
