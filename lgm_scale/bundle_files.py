@@ -39,7 +39,8 @@ def start_bundle(folder: str | Path) -> Path:
     if folder.exists() and not (folder / INFO_NAME).is_file() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} exists and is no bundle: choose another folder")
     aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    for scrap in (aside, _replaced(folder)):
+        shutil.rmtree(scrap, ignore_errors=True)
     aside.mkdir(parents=True)
     return aside
 
@@ -65,9 +66,16 @@ def finish_bundle(
         "training": training,
     } | ({"adapters": adapters} if adapters else {})
     (aside / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n")
+    old = _replaced(Path(folder))
     if Path(folder).exists():
-        shutil.rmtree(folder)
+        Path(folder).rename(old)  # a kill while it is deleted must not leave half of it here
     aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    """Where the bundle goes that a new one replaces, until it is deleted."""
+    return folder.with_name(folder.name + ".replaced")
 
 
 def write_info(folder: str | Path, info: dict[str, Any]) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from kill_points import KillPoints
 
 from lgm_scale.bundle import (
     build_generator,
@@ -69,6 +72,30 @@ def test_saving_again_gives_the_same_bytes(bundles, tmp_path):
     )
     for path in bundles[0].iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+def test_a_kill_while_a_bundle_is_replaced_leaves_a_whole_one_or_none(
+    bundles, tmp_path, monkeypatch
+):
+    tokenizer = load_tokenizer(bundles[0])
+    weights, tree = tokenizer.state_dict(), tokenizer.merge_tree()
+    folder = tmp_path / "run" / "bundle"
+
+    def save(version: int) -> None:
+        save_tokenizer_bundle(folder, TOKENIZER, weights, tree, {"version": version})
+
+    def version() -> int | None:
+        return read_bundle(folder, "tokenizer")["training"]["version"] if folder.exists() else None
+
+    points, step, found = KillPoints(monkeypatch), 1, []
+    save(0)
+    while points.run(partial(save, step), step):
+        found.append("old" if version() == step - 1 else "new" if version() == step else version())
+        save(step)
+        assert version() == step
+        assert os.listdir(folder.parent) == ["bundle"]
+        step += 1
+    assert found == ["old"] * found.count("old") + [None, "new"]
 
 
 def test_no_file_of_a_bundle_is_a_pickle(bundles):

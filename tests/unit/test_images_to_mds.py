@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-import shutil
 import subprocess
 import sys
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+from kill_points import KillPoints
 from PIL import Image
 from streaming import StreamingDataset
 
@@ -137,37 +138,20 @@ def test_foreign_leftovers_are_not_touched(source, tmp_path):
 
 
 def test_a_kill_between_any_two_steps_leaves_no_trace(tmp_path, monkeypatch):
-    """Every change of the disk in turn is the one that a killed command did not come to."""
-    source, calls, fatal = tmp_path / "source", 0, 0
-    (source / "cat").mkdir(parents=True)
+    (tmp_path / "source" / "cat").mkdir(parents=True)
     for i in range(2):
-        noise(i, 16, 16).save(source / "cat" / f"{i}.jpg")
-    convert_folder(source, tmp_path / "whole", shard_size=1)
-
-    def killed_at_the_fatal_call(function):
-        def step(*arguments, **options):
-            nonlocal calls
-            calls += 1
-            if calls == fatal:
-                raise KeyboardInterrupt
-            return function(*arguments, **options)
-
-        return step
-
-    for owner, name in ((Path, "mkdir"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree")):
-        monkeypatch.setattr(owner, name, killed_at_the_fatal_call(getattr(owner, name)))
-    interrupted, kills = True, 0
-    while interrupted:
-        kills += 1
-        target, calls, fatal, interrupted = tmp_path / f"killed{kills}", 0, kills, False
-        try:
-            convert_folder(source, target, shard_size=1)
-        except KeyboardInterrupt:
-            interrupted, fatal = True, 0
-            convert_folder(source, target, shard_size=1)
-        assert digests_of(target) == digests_of(tmp_path / "whole"), f"killed before step {kills}"
+        noise(i, 16, 16).save(tmp_path / "source" / "cat" / f"{i}.jpg")
+    convert_folder(tmp_path / "source", tmp_path / "whole", shard_size=1)
+    points, step, killed = KillPoints(monkeypatch), 0, True
+    while killed:
+        step += 1
+        target = tmp_path / f"killed{step}"
+        convert = partial(convert_folder, tmp_path / "source", target, shard_size=1)
+        killed = points.run(convert, step)
+        convert()
+        assert digests_of(target) == digests_of(tmp_path / "whole"), f"killed before step {step}"
         assert not target.with_name(f"{target.name}.partial").exists()
-    assert kills > 12  # the steps of two shards
+    assert step > 12  # two shards take that many
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
