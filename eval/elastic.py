@@ -197,11 +197,14 @@ def main() -> int:
     work = {name: training_work(name) for name in LENGTHS}
     budget = BUDGET_STEPS * work["sit"][0]
     steps = {name: equal_steps(*each, budget) for name, each in work.items()}
-    results: dict[str, list[list[Row]]] = {}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for name in LENGTHS:
-            each = partial(train_and_measure, name, steps[name], out, args.overrides)
-            results[name] = list(pool.map(each, args.seeds))
+    with ThreadPoolExecutor(args.jobs) as pool:  # all at once: no job waits for a family's last
+        waiting = {
+            name: pool.map(
+                partial(train_and_measure, name, steps[name], out, args.overrides), args.seeds
+            )
+            for name in LENGTHS
+        }
+        results = {name: list(rows) for name, rows in waiting.items()}
     table = render(results, steps, budget)
     doc = Path(args.doc)
     write_between_markers(doc, table)

@@ -165,7 +165,7 @@ def _published(left: Axes, right: Axes, theme: Theme) -> None:
 def _dress(axes: Axes, label: str, theme: Theme) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:.3g}")
-    axes.tick_params(which="both", colors=theme.muted, labelsize=9.5)
+    axes.tick_params(which="both", colors=theme.muted, labelsize=9.5, length=3, pad=4)
     low, high = axes.get_xlim()
     axes.xaxis.set_minor_formatter(_sparse if high / low > _WIDE else "{x:.3g}")
     axes.set_xlabel(label, size=10.5, color=theme.ink)
