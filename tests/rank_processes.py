@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -93,6 +93,19 @@ def run_ranks(
     if any(statuses):
         said = "\n".join(path.read_text()[-3000:] for path in log.parent.glob(log.name + "-*.txt"))
         raise AssertionError(f"ranks ended with {statuses}:\n{said}")
+
+
+def run_strategies(
+    config: Callable[[Path], Path], folder: Path, strategies: Mapping[str, list[str]]
+) -> dict[str, Path]:
+    """Train `config(out)` once in one process, and on two ranks with every strategy's overrides.
+
+    Returns: the runs' folders by strategy; "one" is the single process.
+    """
+    run_ranks(1, [(config(folder / "one"), [])], folder / "one-log")
+    jobs = [(config(folder / name), keys) for name, keys in strategies.items()]
+    run_ranks(2, jobs, folder / "two-log")
+    return {name: folder / name for name in ("one", *strategies)}
 
 
 def _rank(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,8 +66,6 @@ class SmallPipeline:
         """A YAML file of a tokenizer run of 10 steps."""
         values = {
             "task": "tokenizer",
-            "run_name": out.name,
-            "out": str(out),
             "model": {
                 "size": "tiny",
                 "image_size": 32,
@@ -79,19 +78,13 @@ class SmallPipeline:
             "data": {"path": str(self.images), "num_workers": 0},
             "lengths": {"choices": [4, 8, 16], "weights": [2, 2, 1]},
             "optimizer": {"lr": 1e-3, "clip_norm": 1.0},
-            "ema": {"decay": 0.9},
-            "train": {"max_duration": "10ba", "global_batch_size": 8, "precision": "fp32"},
-            "checkpoint": {"interval": "4ba"},
-            "logging": {"interval": 3, "progress_bar": False},
         }
-        return _write(out, values | changes)
+        return _write(out, values, changes)
 
     def generator_config(self, out: Path, **changes: object) -> Path:
         """A YAML file of a generator run of 10 steps."""
         values = {
             "task": "generator",
-            "run_name": out.name,
-            "out": str(out),
             "tokenizer": str(self.tokenizer),
             "model": {
                 "size": "tiny",
@@ -102,19 +95,13 @@ class SmallPipeline:
             "data": {"path": str(self.latents), "num_workers": 0},
             "lengths": {"choices": [8, 4, 16]},
             "optimizer": {"lr": 1e-3},
-            "ema": {"decay": 0.9},
-            "train": {"max_duration": "10ba", "global_batch_size": 8, "precision": "fp32"},
-            "checkpoint": {"interval": "4ba"},
-            "logging": {"interval": 3, "progress_bar": False},
         }
-        return _write(out, values | changes)
+        return _write(out, values, changes)
 
     def spatial_config(self, out: Path, **changes: object) -> Path:
         """A YAML file of an ELIT run of 10 steps on pixels, budgets drawn at random."""
         values = {
             "task": "spatial_generator",
-            "run_name": out.name,
-            "out": str(out),
             "model": {
                 "size": "tiny",
                 "patch_size": 4,
@@ -125,23 +112,45 @@ class SmallPipeline:
             "data": {"path": str(self.images), "num_workers": 0},
             "lengths": {"choices": [64, 48, 32, 16], "weights": [1, 1, 1, 2]},
             "optimizer": {"lr": 1e-3},
-            "ema": {"decay": 0.9},
-            "train": {"max_duration": "10ba", "global_batch_size": 8, "precision": "fp32"},
-            "checkpoint": {"interval": "4ba"},
-            "logging": {"interval": 3, "progress_bar": False},
         }
-        return _write(out, values | changes)
+        return _write(out, values, changes)
 
 
-def _write(out: Path, values: dict[str, object]) -> Path:
+def _write(out: Path, values: dict[str, object], changes: dict[str, object]) -> Path:
+    """What all runs share, their own values, and what a test changes."""
+    common = {
+        "run_name": out.name,
+        "out": str(out),
+        "ema": {"decay": 0.9},
+        "train": {"max_duration": "10ba", "global_batch_size": 8, "precision": "fp32"},
+        "checkpoint": {"interval": "4ba"},
+        "logging": {"interval": 3, "progress_bar": False},
+    }
     path = out.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(common | values | changes))
     return path
 
 
 def metrics(out: Path) -> list[dict]:
     """The lines of a run's log."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path, steps: int) -> list[float]:
+    """Of a finished run, every step once."""
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == list(range(steps))
+    return [row["loss"] for row in rows]
+
+
+def assert_same_run(out: Path, expected: Path, steps: int, tolerance: float) -> None:
+    """Losses and averaged weights of two finished generator runs."""
+    found, wanted = (losses(run, steps) for run in (out, expected))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+    weights, other = (load_file(run / "bundle/generator.safetensors") for run in (out, expected))
+    assert weights.keys() == other.keys()
+    for name, value in other.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=tolerance)
 
 
 def random_generator(pipeline: SmallPipeline) -> Path:

@@ -34,6 +34,7 @@ from lgm_scale.data.manifest import Manifest, check_columns, check_shards, read_
 from lgm_scale.data.mixture import View, draw_passes, samples_per_source, view_sources
 from lgm_scale.data.shards import ShardStream, fill_cache, local_folder
 from lgm_scale.errors import DataError
+from lgm_scale.randomness import Purpose
 
 __all__ = ["CheckedLoader", "EpochDataset", "StreamOptions"]
 
@@ -83,7 +84,7 @@ class EpochDataset(StreamingDataset):
         sources: one or more MDS folders.
         kind: "images", "latents" or "spatial_latents".
         shuffle: in another order every epoch; otherwise in the order of the sources.
-        seed: of the order.
+        seed: of the order, and of flips.
         batch_size: per device.
         options: see `StreamOptions`.
 
@@ -105,6 +106,7 @@ class EpochDataset(StreamingDataset):
         options: StreamOptions = _DEFAULTS,
     ) -> None:
         self.sources = tuple(sources)
+        self.seed = seed
         self.patience = options.patience
         started = maybe_init_dist()
         try:
@@ -144,6 +146,11 @@ class EpochDataset(StreamingDataset):
                 folder = local_folder(source)
                 if folder.exists():  # otherwise the manifest's own check says more
                     check_shards(folder)
+
+    def draw_flip(self, sample_id: int) -> bool:
+        """Whether this epoch's visit of a sample sees it mirrored: of (seed, epoch, sample id)."""
+        key = [self.seed, int(Purpose.FLIP), self.epoch, int(sample_id)]
+        return bool(np.random.default_rng(key).integers(2))
 
     samples_taken: list[int]
     """Samples that an epoch takes from each source."""

@@ -12,15 +12,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lgm_scale.data.config import SourceConfig, as_sources
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.data.manifest import Manifest
+from lgm_scale.data.mixture import check_one_maker
 from lgm_scale.errors import DataError
-from lgm_scale.randomness import Purpose
 
 __all__ = ["SpatialLatentDataset", "check_grids"]
 
@@ -55,19 +54,6 @@ def check_grids(
             "again with this autoencoder, or configure the one that was used (another decoder to "
             "the same encoder will do)"
         )
-
-
-def _check_one_encoder(sources: Sequence[SourceConfig], manifests: Sequence[Manifest]) -> None:
-    """Raise DataError if the latents of a mixture come from several encoders or scales."""
-    for key, what in (("encoder_id", "encoder"), ("scale", "scale")):
-        values = [str(manifest.extra.get(key)) for manifest in manifests]
-        for source, value in zip(sources, values, strict=True):
-            if value != values[0]:
-                raise DataError(
-                    f"data.mixture: {sources[0].path} has latents of {what} {values[0][:12]} and "
-                    f"{source.path} of {value[:12]}; latents of two {what}s do not mix. Encode "
-                    "one of them again"
-                )
 
 
 class SpatialLatentDataset(EpochDataset):
@@ -114,7 +100,8 @@ class SpatialLatentDataset(EpochDataset):
         )
         for source, manifest in zip(self.sources, self.manifests, strict=True):
             check_grids(source.path, manifest, channels, side, encoder_id)
-        _check_one_encoder(self.sources, self.manifests)
+        check_one_maker(self.sources, self.manifests, "encoder_id", "encoder")
+        check_one_maker(self.sources, self.manifests, "scale", "scale")
         scale = self.manifests[0].extra.get("scale")
         if not isinstance(scale, (int, float)):
             raise DataError(
@@ -123,7 +110,6 @@ class SpatialLatentDataset(EpochDataset):
             )
         self.scale = float(scale)
         self.flip = flip
-        self.seed = seed
 
     scale: float
     """What the latents are to be multiplied with."""
@@ -131,11 +117,7 @@ class SpatialLatentDataset(EpochDataset):
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
         """Read one sample."""
         sample: dict[str, Any] = super().get_item(sample_id, retry)
-        flipped = False
-        if self.flip:
-            key = [self.seed, int(Purpose.FLIP), self.epoch, int(sample_id)]
-            flipped = bool(np.random.default_rng(key).integers(2))
-        ending = "_flipped" if flipped else ""
+        ending = "_flipped" if self.flip and self.draw_flip(sample_id) else ""
         return {
             "mean": torch.from_numpy(sample[f"mean{ending}"].copy()),
             "std": torch.from_numpy(sample[f"std{ending}"].copy()),

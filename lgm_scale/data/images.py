@@ -179,7 +179,6 @@ class ImageDataset(EpochDataset):
         )
         self.image_size = image_size
         self.augment: Augment = augment or ("crop" if train else "none")
-        self.seed = seed
         self.max_scale = max_scale
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, torch.Tensor]:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,11 +20,11 @@ from torch import Tensor
 from lgm_scale.data.config import SourceConfig, as_sources
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.data.manifest import Manifest
+from lgm_scale.data.mixture import check_one_maker
 from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import DataError
 from lgm_scale.merging import MergeTree
 from lgm_scale.nesting import ContrastStats
-from lgm_scale.randomness import Purpose
 
 __all__ = ["LatentDataset", "LatentStats", "check_latents", "mixed_stats"]
 
@@ -103,18 +102,6 @@ def check_latents(
         )
 
 
-def _check_one_tokenizer(sources: Sequence[SourceConfig], manifests: Sequence[Manifest]) -> None:
-    """Raise DataError if the latents of a mixture come from several tokenizers."""
-    makers = [str(manifest.extra.get("tokenizer_id")) for manifest in manifests]
-    for source, maker in zip(sources, makers, strict=True):
-        if maker != makers[0]:
-            raise DataError(
-                f"data.mixture: {sources[0].path} was encoded by tokenizer {makers[0][:12]} and "
-                f"{source.path} by {maker[:12]}; latents of two tokenizers do not mix. Encode "
-                "one of them again"
-            )
-
-
 def mixed_stats(parts: Sequence[LatentStats], counts: Sequence[int]) -> LatentStats:
     """Statistics of an epoch that takes `counts` samples from data of these statistics.
 
@@ -186,8 +173,7 @@ class LatentDataset(EpochDataset):
         )
         for source, manifest in zip(self.sources, self.manifests, strict=True):
             check_latents(source.path, manifest, num_base_tokens, latent_dim, tokenizer_id)
-        _check_one_tokenizer(self.sources, self.manifests)
-        self.seed = seed
+        check_one_maker(self.sources, self.manifests, "tokenizer_id", "tokenizer")
         folders = [local_folder(source) for source in self.sources]
         stats = [LatentStats.load(folder / STATS_NAME) for folder in folders]
         self.stats = mixed_stats(stats, self.samples_taken)
@@ -196,10 +182,7 @@ class LatentDataset(EpochDataset):
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
         """Read one sample."""
         sample: dict[str, Any] = super().get_item(sample_id, retry)
-        flipped = False
-        if self.shuffle:
-            key = [self.seed, int(Purpose.FLIP), self.epoch, int(sample_id)]
-            flipped = bool(np.random.default_rng(key).integers(2))
+        flipped = self.shuffle and self.draw_flip(sample_id)
         latents = sample["latents_flipped" if flipped else "latents"]
         return {
             "latents": torch.from_numpy(latents.copy()),

@@ -18,7 +18,7 @@ from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.manifest import Manifest, read_labels
 from lgm_scale.errors import DataError
 
-__all__ = ["View", "draw_passes", "samples_per_source", "view_sources"]
+__all__ = ["View", "check_one_maker", "draw_passes", "samples_per_source", "view_sources"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,27 @@ class View:
     labels: NDArray[np.int64]
     kept: NDArray[np.int64] | None
     num_kept: int
+
+
+def check_one_maker(
+    sources: Sequence[SourceConfig], manifests: Sequence[Manifest], key: str, what: str
+) -> None:
+    """Raise DataError if the latents of a mixture were made in several ways.
+
+    Args:
+        sources: as configured.
+        manifests: theirs.
+        key: the entry of the manifests that must be one.
+        what: its name, for the message.
+    """
+    makers = [str(manifest.extra.get(key)) for manifest in manifests]
+    for source, maker in zip(sources, makers, strict=True):
+        if maker != makers[0]:
+            raise DataError(
+                f"data.mixture: {sources[0].path} has latents of {what} {makers[0][:12]} and "
+                f"{source.path} of {maker[:12]}; latents of two {what}s do not mix. Encode one of "
+                "them again"
+            )
 
 
 def view_sources(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from rank_processes import rewound, run_ranks
-from safetensors.torch import load_file
-from small_pipeline import SmallPipeline, metrics
+from rank_processes import rewound, run_ranks, run_strategies
+from small_pipeline import SmallPipeline, assert_same_run, losses, metrics
 
 from lgm_scale.training.length_schedule import LengthSchedule
 
@@ -30,24 +29,6 @@ def config(pipeline: SmallPipeline, out: Path) -> Path:
     )
 
 
-def losses(out: Path) -> list[float]:
-    rows = metrics(out)
-    assert [row["step"] for row in rows] == list(range(STEPS))
-    return [row["loss"] for row in rows]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "bundle" / "generator.safetensors")
-
-
-def assert_same_run(out: Path, expected: Path, tolerance: float) -> None:
-    torch.testing.assert_close(losses(out), losses(expected), rtol=0, atol=tolerance)
-    found, wanted = weights(out), weights(expected)
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=name)
-
-
 @pytest.fixture(scope="module")
 def folder(small_pipeline):
     path = small_pipeline.root / "spatial"
@@ -58,15 +39,12 @@ def folder(small_pipeline):
 @pytest.fixture(scope="module")
 def runs(small_pipeline, folder):
     """Every strategy on two ranks, and one process alone."""
-    run_ranks(1, [(config(small_pipeline, folder / "one"), [])], folder / "one-log")
-    jobs = [(config(small_pipeline, folder / name), keys) for name, keys in STRATEGIES.items()]
-    run_ranks(2, jobs, folder / "two-log")
-    return {name: folder / name for name in ("one", *STRATEGIES)}
+    return run_strategies(partial(config, small_pipeline), folder, STRATEGIES)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_strategy_does_not_change_the_run(runs, name):
-    assert_same_run(runs[name], runs["one"], TOLERANCE)
+    assert_same_run(runs[name], runs["one"], STEPS, TOLERANCE)
 
 
 def test_every_rank_runs_the_budget_that_seed_and_step_say(runs):
@@ -79,8 +57,8 @@ def test_every_rank_runs_the_budget_that_seed_and_step_say(runs):
 
 
 def test_weights_do_move(runs):
-    first, last = losses(runs["one"])[0], losses(runs["one"])[-1]
-    assert abs(first - last) > 1e-2
+    values = losses(runs["one"], STEPS)
+    assert abs(values[0] - values[-1]) > 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +74,8 @@ def continued(small_pipeline, folder, runs):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_same_ranks_go_on_bit_by_bit(runs, continued, name):
-    assert losses(continued[name]) == losses(runs[name])
-    assert_same_run(continued[name], runs[name], tolerance=0)
+    assert_same_run(continued[name], runs[name], STEPS, tolerance=0)
 
 
 def test_a_run_goes_on_with_fewer_ranks(runs, continued):
-    assert_same_run(continued["2 fsdp2 to 1"], runs["one"], TOLERANCE)
+    assert_same_run(continued["2 fsdp2 to 1"], runs["one"], STEPS, TOLERANCE)

@@ -176,7 +176,7 @@ def test_latents_of_two_tokenizers_do_not_mix(small_pipeline, tmp_path):
     assert both.manifest.class_counts == tuple(2 * n for n in both.manifests[0].class_counts)
     manifest = read_manifest(other, "latents")
     write_manifest(other, replace(manifest, extra={**manifest.extra, "tokenizer_id": "f" * 64}))
-    with pytest.raises(DataError, match=r"by tokenizer .* by ffffffffffff; .* do not mix"):
+    with pytest.raises(DataError, match=r"of tokenizer .* of ffffffffffff; .* do not mix"):
         LatentDataset(sources, **arguments)
 
 
