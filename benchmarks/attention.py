@@ -3,7 +3,7 @@
     python -m benchmarks.attention [--device cuda]
 
 mask: log sizes as a float mask. channel: log sizes in an extra channel of the keys, which leaves
-the flash kernels open. `lgm_scale.models.layers.proportional_attention` uses, per device, the one
+the flash kernels open. `lgm_scale.layers.proportional_attention` uses, per device, the one
 that is faster here.
 """
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import alternating_medians, print_table
-from lgm_scale.models.layers import extra_channel_attention, masked_attention
+from lgm_scale.layers import extra_channel_attention, masked_attention
 
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "plain": lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v),

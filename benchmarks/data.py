@@ -37,9 +37,9 @@ from lgm_scale.data.images import (
     random_flip,
     random_resized_crop,
 )
-from lgm_scale.data.latents import STATS_NAME, TREE_NAME, LatentDataset, LatentStats
 from lgm_scale.data.manifest import Manifest
-from lgm_scale.merging import MergeTree
+from lgm_scale.families.lgm.data import STATS_NAME, TREE_NAME, LatentDataset, LatentStats
+from lgm_scale.merging.tree import MergeTree
 
 SIDE = 256
 NUM_TOKENS, LATENT_DIM = 256, 32

@@ -27,12 +27,12 @@ import torch
 import yaml
 
 from benchmarks.timing import alternating_medians, print_table
-from eval.chunks import Job, Made
-from eval.engine import Engine
-from eval.inception import InceptionFeatures
-from eval.moments import Moments, frechet_distance
-from eval.work import Part
 from lgm_scale.errors import exit_on_user_error
+from lgm_scale.evaluation.engine.chunks import Job, Made
+from lgm_scale.evaluation.engine.parts import Part
+from lgm_scale.evaluation.engine.stages import Engine
+from lgm_scale.evaluation.features.inception import InceptionFeatures
+from lgm_scale.evaluation.metrics.moments import Moments, frechet_distance
 
 DIM = 2048
 
@@ -139,8 +139,8 @@ def statistics_in_a_process(num_images: int, threads: int) -> None:
 
 def shares(bundle: str, weights: Path) -> None:
     """Share of every stage in a small sweep of a bundle, and what the ranks waited for."""
-    from eval.measure import measure
-    from eval.sweep_config import load_sweep
+    from lgm_scale.evaluation.sweep.config import load_sweep
+    from lgm_scale.evaluation.sweep.measure import measure
 
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/unused.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))

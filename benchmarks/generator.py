@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from benchmarks.timing import alternating_medians, print_table
 from lgm_scale.errors import ConfigError, exit_on_user_error
+from lgm_scale.families.lgm.network import DIT_SIZES, MergeDiT
 from lgm_scale.flops import dit_flops
-from lgm_scale.merging import MergeAssignment, MergeTree
-from lgm_scale.models.dit import DIT_SIZES, MergeDiT
+from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.parallel.compile import compile_blocks
 
 NUM_CLASSES, LATENT_DIM, NUM_BASE_TOKENS = 1000, 32, 256

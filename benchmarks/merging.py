@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from sklearn.cluster import AgglomerativeClustering
 
+from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.flops import tokenizer_flops
-from lgm_scale.merging import MergeTree, cosine_similarity, in_block_pairs
-from lgm_scale.models.tokenizer import Tokenizer
+from lgm_scale.merging.tree import MergeTree, cosine_similarity, in_block_pairs
 
 SIZES = (256, 1024)
 NUM_BLOCKS = 4

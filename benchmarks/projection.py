@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.timing import print_table
-from lgm_scale.config import FSDPConfig, ParallelConfig
+from lgm_scale.config.schema import FSDPConfig, ParallelConfig
+from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.flops import dit_flops
-from lgm_scale.models.dit import MergeDiT
 from lgm_scale.parallel.memory import parameter_infos, planned_bytes
 
 __all__ = ["Cluster", "communication_seconds", "print_projection"]

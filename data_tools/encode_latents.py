@@ -44,7 +44,7 @@ from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.storage import shown
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
-from lgm_scale.training.tokenizer import to_unit_range
+from lgm_scale.pixels import to_unit_range
 
 DEFAULT_IMAGE_SIZE = 256
 

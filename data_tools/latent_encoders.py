@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lgm_scale.bundle import load_tokenizer, tokenizer_id
-from lgm_scale.data.latents import STATS_NAME, TREE_NAME, LatentStats
 from lgm_scale.errors import ConfigError
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.sd_vae import encoder_id, load_sd_vae
-from lgm_scale.nesting import contrast_basis
+from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae
+from lgm_scale.families.lgm.bundle import load_tokenizer, tokenizer_id
+from lgm_scale.families.lgm.data import STATS_NAME, TREE_NAME, LatentStats
+from lgm_scale.merging.nesting import contrast_basis
+from lgm_scale.merging.tree import MergeTree
 
 __all__ = ["AutoencoderEncoder", "LatentEncoder", "LatentMoments", "TokenizerEncoder"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ConfigDict
 
-from lgm_scale.config_loading import load_config, read_yaml
+from lgm_scale.config.loading import load_config, read_yaml
 from lgm_scale.errors import ConfigError
 
 __all__ = ["CLUSTERS", "Cluster", "load_cluster", "minutes"]

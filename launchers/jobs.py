@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.sweep_config import check_sweep, load_sweep
-from lgm_scale.config import TrainingRun
-from lgm_scale.config_loading import read_yaml
-from lgm_scale.config_rules import load_training_run
+from lgm_scale.config.loading import read_yaml
+from lgm_scale.config.rules import load_training_run
+from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
+from lgm_scale.evaluation.sweep.config import check_sweep, load_sweep
 
 __all__ = ["KINDS", "TOOLS", "Job", "Tool", "describe_job"]
 

@@ -23,7 +23,7 @@ from launchers.cluster import load_cluster
 from launchers.jobs import describe_job
 from launchers.launch import Launch, world_size
 from launchers.submission import describe, refuse_live, submit, with_join
-from lgm_scale.config_loading import load_config, read_yaml
+from lgm_scale.config.loading import load_config, read_yaml
 from lgm_scale.errors import ConfigError, exit_on_user_error
 
 _STRICT = ConfigDict(extra="forbid", strict=True)

@@ -7,7 +7,7 @@ import re
 from launchers.cluster import minutes
 from launchers.launch import Launch
 from launchers.run_log import last_speed
-from lgm_scale.config import TrainingRun
+from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
 
 __all__ = ["check_save_interval", "interval_steps"]

@@ -8,10 +8,15 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+_PIPELINES = {
+    "LGMPipeline": "lgm_scale.families.lgm.pipeline",
+    "SpatialPipeline": "lgm_scale.families.elit.pipeline",
+    "load_pipeline": "lgm_scale.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Load a pipeline, and torch with it, only when somebody asks for it."""
-    if name in ("LGMPipeline", "SpatialPipeline", "load_pipeline"):
-        return getattr(import_module("lgm_scale.pipeline"), name)
+    if name in _PIPELINES:
+        return getattr(import_module(_PIPELINES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,55 +23,55 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from lgm_scale.build_data import TrainingDataset, build_data
-from lgm_scale.bundle import (
-    build_generator,
-    build_tokenizer,
-    save_generator_bundle,
-    save_tokenizer_bundle,
-)
 from lgm_scale.checkpoint.resume import Resume
 from lgm_scale.checkpoint.saver import StateSaver
-from lgm_scale.config import (
+from lgm_scale.config.loading import to_dict
+from lgm_scale.config.schema import (
     GeneratorRun,
     OptimizerConfig,
     SpatialRun,
     TokenizerRun,
     TrainingRun,
 )
-from lgm_scale.config_loading import to_dict
-from lgm_scale.data.grids import SpatialLatentDataset
-from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import ConfigError
-from lgm_scale.flops import network_flops, tokenizer_flops
-from lgm_scale.models.assets import (
+from lgm_scale.families.elit.bundle import build_spatial_generator, save_spatial_bundle
+from lgm_scale.families.elit.data import SpatialLatentDataset
+from lgm_scale.families.elit.training import SpatialModel
+from lgm_scale.families.lgm.bundle import (
+    build_generator,
+    build_tokenizer,
+    save_generator_bundle,
+    save_tokenizer_bundle,
+)
+from lgm_scale.families.lgm.data import LatentDataset
+from lgm_scale.families.lgm.lora import add_adapter
+from lgm_scale.families.lgm.lora_run import export_adapter, load_base
+from lgm_scale.families.lgm.training import GeneratorModel
+from lgm_scale.families.tokenizer.assets import (
     FROM_HUB,
     TEACHER_WIDTHS,
     build_frozen,
     load_from_hub,
     load_pretrained,
 )
-from lgm_scale.models.discriminator import CriticHeads
-from lgm_scale.models.lora import add_adapter
-from lgm_scale.models.tokenizer import AUXILIARY_SIZE, Decoder
-from lgm_scale.objectives.flow import NoiseScale
+from lgm_scale.families.tokenizer.critic import CriticHeads
+from lgm_scale.families.tokenizer.network import AUXILIARY_SIZE, Decoder
+from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.flops import network_flops, tokenizer_flops
+from lgm_scale.flow import NoiseScale
 from lgm_scale.parallel.activation_checkpointing import checkpoint_blocks
 from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.parallel.compile import compile_blocks
 from lgm_scale.parallel.fsdp import shard_group, transformer_blocks
 from lgm_scale.parallel.trainers import start_trainer
-from lgm_scale.spatial_bundle import build_spatial_generator, save_spatial_bundle
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
+from lgm_scale.training.clipping import PlayerClipping, parameters_of
 from lgm_scale.training.ema import EMA
-from lgm_scale.training.generator import GeneratorModel
 from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
-from lgm_scale.training.lora import export_adapter, load_base
-from lgm_scale.training.players import PlayerClipping, parameters_of
-from lgm_scale.training.spatial import SpatialModel
 from lgm_scale.training.stopping import StopRequest
 from lgm_scale.training.throughput import Throughput
-from lgm_scale.training.tokenizer import TokenizerModel
 
 __all__ = [
     "build_auxiliary",
@@ -250,7 +250,7 @@ def build_evaluation(
     The package's only look outwards, at the moment a run asks for it: the evaluator stays one
     implementation in eval/, and training without it imports nothing of it.
     """
-    from eval.during_training import EvaluationDuringTraining
+    from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
 
     return EvaluationDuringTraining(config, dataset, ema)
 

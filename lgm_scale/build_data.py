@@ -8,14 +8,14 @@ import torch
 from composer.core import DataSpec
 from composer.utils import dist
 
-from lgm_scale.bundle import tokenizer_id
-from lgm_scale.config import SpatialRun, TokenizerRun, TrainingRun
+from lgm_scale.config.schema import SpatialRun, TokenizerRun, TrainingRun
 from lgm_scale.data.epochs import CheckedLoader, StreamOptions
-from lgm_scale.data.grids import SpatialLatentDataset
 from lgm_scale.data.images import ImageDataset
-from lgm_scale.data.latents import LatentDataset
 from lgm_scale.errors import DataError
-from lgm_scale.models.sd_vae import encoder_id, latent_scale
+from lgm_scale.families.elit.data import SpatialLatentDataset
+from lgm_scale.families.elit.sd_vae import encoder_id, latent_scale
+from lgm_scale.families.lgm.bundle import tokenizer_id
+from lgm_scale.families.lgm.data import LatentDataset
 from lgm_scale.training.batch_scaling import ScaledLoader, split_by_tokens
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.stopping import ignore_stop_signals

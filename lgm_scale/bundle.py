@@ -1,283 +1,153 @@
-"""Bundles of LGM: a folder of safetensors weights, configuration, merge tree and statistics.
+"""The folder of a bundle, whatever is in it: written aside, described in bundle.json, hashed.
 
-    bundle/
-      bundle.json                format, kind, configuration, hash of every file
-      tokenizer.safetensors      EMA weights
-      merge_tree.safetensors     unless the tokenizer's length control has no tree
-      generator.safetensors      generator bundles: EMA weights, beside the tokenizer they need
-      latent_stats.safetensors
-      adapter_64.safetensors     changes for one token length, if any were trained
-
-No pickle: reading a bundle executes nothing. A file that does not match its hash is refused.
+Free of torch: what a bundle says about itself can be read before the slow imports.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from lgm_scale.bundle_files import (
-    finish_bundle,
-    model_config,
-    read_bundle,
-    start_bundle,
-    write_info,
-)
-from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
-from lgm_scale.config_loading import to_dict
-from lgm_scale.data.latents import STATS_NAME, TREE_NAME, LatentStats
+from lgm_scale.config.loading import load_config
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.merging import MergeAssignment, MergeTree
-from lgm_scale.models.dit import MergeDiT
-from lgm_scale.models.lora import Adapter, with_adapter
-from lgm_scale.models.tokenizer import Tokenizer
-from lgm_scale.sampling import SamplerConfig
+from lgm_scale.hashing import file_hash
 
 __all__ = [
-    "GeneratorBundle",
-    "load_generator",
-    "load_tokenizer",
-    "load_weights",
+    "INFO_NAME",
+    "check_kind",
+    "finish_bundle",
+    "model_config",
     "read_bundle",
-    "save_adapted_bundle",
-    "save_generator_bundle",
-    "save_tokenizer_bundle",
-    "save_weights",
-    "set_sampling_defaults",
-    "tokenizer_id",
+    "read_info",
+    "start_bundle",
+    "write_info",
 ]
 
-TOKENIZER_NAME = "tokenizer.safetensors"
-GENERATOR_NAME = "generator.safetensors"
+FORMAT_VERSION = 1
+INFO_NAME = "bundle.json"
+_FAMILIES = {
+    "generator": "LGM, on merged tokens",
+    "spatial_generator": "ELIT or SiT, on a grid",
+}
 
 
-@dataclass(frozen=True)
-class GeneratorBundle:
-    """A generator with all it needs to make images."""
-
-    net: MergeDiT
-    tokenizer: Tokenizer
-    tree: MergeTree
-    stats: LatentStats
-    classes: tuple[str, ...]
-    info: dict[str, Any]
-    """Contents of bundle.json."""
-    adapters: dict[int, Adapter] = field(default_factory=dict)
-    """By token length; a length without one runs on `net` as it is."""
-    _adapted: dict[int, MergeDiT] = field(default_factory=dict, init=False, repr=False)
-
-    def network(self, num_tokens: int) -> MergeDiT:
-        """The network for K tokens: `net`, or a copy with K's adapter, made at its first use."""
-        if num_tokens not in self.adapters:
-            return self.net
-        if num_tokens not in self._adapted:
-            self._adapted[num_tokens] = with_adapter(self.net, self.adapters[num_tokens])
-        return self._adapted[num_tokens]
-
-    def velocity(
-        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment
-    ) -> Tensor:
-        """What the sampler integrates, at each length with its own network; see `MergeDiT`."""
-        return self.network(assignment.num_tokens)(z_t, t, labels, assignment)
+def start_bundle(folder: str | Path) -> Path:
+    """An empty folder aside, to write into. Raises: CheckpointError if `folder` is no bundle."""
+    folder = Path(folder)
+    if folder.exists() and not (folder / INFO_NAME).is_file() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} exists and is no bundle: choose another folder")
+    aside = folder.with_name(folder.name + ".partial")
+    for scrap in (aside, _replaced(folder)):
+        shutil.rmtree(scrap, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
 
 
-def build_tokenizer(config: TokenizerModelConfig) -> Tokenizer:
-    """A tokenizer with fresh weights; a pretrained encoder is the training run's affair."""
-    arguments = to_dict(config)
-    del arguments["pretrained_encoder"]
-    return Tokenizer(**arguments)
-
-
-def build_generator(config: GeneratorModelConfig) -> MergeDiT:
-    """A generator with fresh weights."""
-    return MergeDiT.from_size(
-        config.size, config.latent_dim, config.num_base_tokens, config.num_classes
-    )
-
-
-def save_tokenizer_bundle(
+def finish_bundle(
+    aside: Path,
     folder: str | Path,
-    config: TokenizerModelConfig,
-    weights: dict[str, Tensor],
-    tree: MergeTree | None,
-    training: dict[str, Any],
-) -> None:
-    """Write a tokenizer bundle, aside first, so that it is complete or absent.
-
-    Args:
-        folder: Where to; replaced if it is a bundle already.
-        config: Of the model.
-        weights: State of the tokenizer.
-        tree: Its merge tree; None if its length control has none.
-        training: Anything about how it came about (steps, the run's configuration).
-    """
-    aside = start_bundle(folder)
-    save_weights(weights, aside / TOKENIZER_NAME)
-    if tree is not None:
-        tree.save(aside / TREE_NAME)
-    finish_bundle(aside, folder, "tokenizer", {"tokenizer": to_dict(config)}, (), training)
-
-
-def save_generator_bundle(
-    folder: str | Path,
-    config: GeneratorModelConfig,
-    weights: dict[str, Tensor],
-    stats: LatentStats,
+    kind: str,
+    models: dict[str, Any],
     classes: tuple[str, ...],
-    tokenizer_bundle: str | Path,
     training: dict[str, Any],
-    tree: MergeTree | None = None,
+    adapters: dict[str, Any] | None = None,
 ) -> None:
-    """Write a generator bundle; tokenizer and merge tree are copied from the tokenizer's bundle.
+    """Describe what lies aside, and put it in the folder's place."""
+    found = sorted(path for path in aside.rglob("*") if path.is_file())
+    info = {
+        "format": "lgm_scale.families.lgm.bundle",
+        "version": FORMAT_VERSION,
+        "kind": kind,
+        "models": models,
+        "classes": list(classes),
+        "files": {path.relative_to(aside).as_posix(): file_hash(path) for path in found},
+        "training": training,
+    } | ({"adapters": adapters} if adapters else {})
+    (aside / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n")
+    old = _replaced(Path(folder))
+    if Path(folder).exists():
+        Path(folder).rename(old)  # a kill while it is deleted must not leave half of it here
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
-    Args:
-        folder: Where to; replaced if it is a bundle already.
-        config: Of the model.
-        weights: State of the generator.
-        stats: Of the latents it was trained on.
-        classes: Names of the classes.
-        tokenizer_bundle: Bundle of the tokenizer that made the latents.
-        training: Anything about how it came about.
-        tree: The merge tree that it was trained with, where it is not the tokenizer's.
+
+def _replaced(folder: Path) -> Path:
+    """Where the bundle goes that a new one replaces, until it is deleted."""
+    return folder.with_name(folder.name + ".replaced")
+
+
+def write_info(folder: str | Path, info: dict[str, Any]) -> None:
+    """Replace bundle.json, aside first."""
+    aside = Path(folder) / f"{INFO_NAME}.partial"
+    aside.write_text(json.dumps(info, indent=1) + "\n")
+    aside.replace(Path(folder) / INFO_NAME)
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """Contents of bundle.json; the files are not looked at.
+
+    Raises: CheckpointError if it is missing, damaged or of another format version.
     """
-    source = read_bundle(tokenizer_bundle, "tokenizer")
-    if TREE_NAME not in source["files"]:
+    path = Path(folder) / INFO_NAME
+    if not path.is_file():
         raise CheckpointError(
-            f"{tokenizer_bundle} has no merge tree, and a generator needs one: its tokenizer was "
-            "trained with another length_control than lgm or fixed"
+            f"{folder} is no bundle: it has no {INFO_NAME}; give the `bundle` folder of a run"
         )
-    aside = start_bundle(folder)
-    for name in (TOKENIZER_NAME, TREE_NAME):
-        shutil.copyfile(Path(tokenizer_bundle) / name, aside / name)
-    if tree is not None:
-        tree.save(aside / TREE_NAME)
-    save_weights(weights, aside / GENERATOR_NAME)
-    stats.save(aside / STATS_NAME)
-    models = {"tokenizer": source["models"]["tokenizer"], "generator": to_dict(config)}
-    finish_bundle(aside, folder, "generator", models, classes, training)
-
-
-def save_adapted_bundle(
-    folder: str | Path,
-    base: str | Path,
-    num_tokens: int,
-    adapter: Adapter,
-    training: dict[str, Any],
-) -> None:
-    """Write a copy of a generator bundle with one more adapter; the base's weights stay.
-
-    Args:
-        folder: Where to; replaced if it is a bundle already.
-        base: Generator bundle that the adapter was trained on; it may hold others.
-        num_tokens: Length that the adapter is for.
-        adapter: Its weights.
-        training: Anything about how the adapter came about.
-
-    Raises: CheckpointError if the base is no generator bundle.
-    """
-    info = read_bundle(base, "generator")
-    aside = start_bundle(folder)
-    for name in info["files"]:
-        shutil.copyfile(Path(base) / name, aside / name)
-    file = f"adapter_{num_tokens}.safetensors"
-    save_weights(adapter.weights, aside / file)
-    entry = {"file": file, "alpha": adapter.alpha, "training": training}
-    adapters = info.get("adapters", {}) | {str(num_tokens): entry}
-    classes = tuple(info["classes"])
-    finish_bundle(aside, folder, "generator", info["models"], classes, info["training"], adapters)
-
-
-def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
-
-
-def set_sampling_defaults(folder: str | Path, defaults: dict[int, dict[str, Any]]) -> None:
-    """Store what a pipeline samples with at each K when a call names no settings.
-
-    Args:
-        folder: A generator bundle of either family.
-        defaults: K -> fields of `SamplerConfig`, such as a sweep found best. Other K keep theirs.
-
-    Raises: ConfigError for settings without meaning; CheckpointError for no generator bundle.
-    """
-    info = read_bundle(folder, "generator", "spatial_generator")
-    for num_tokens, settings in defaults.items():
-        unknown = sorted(settings.keys() - SamplerConfig.__dataclass_fields__.keys())
-        if unknown:
-            raise ConfigError(f"sampling defaults at K = {num_tokens}: no setting {unknown[0]!r}")
-        SamplerConfig(**settings)
-    stored = info.get("sampling", {}) | {str(k): settings for k, settings in defaults.items()}
-    write_info(folder, info | {"sampling": stored})
-
-
-def tokenizer_id(folder: str | Path) -> str:
-    """Hash of the tokenizer's weights: what latents and generators refer to."""
-    return read_bundle(folder, "tokenizer")["files"][TOKENIZER_NAME]
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Read a module's weights; it is frozen, and in eval mode. Raises: CheckpointError."""
     try:
-        module.load_state_dict(load_file(str(path)))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit its configuration: {error}") from error
-    module.eval().requires_grad_(False)
-
-
-def load_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> Tokenizer:
-    """The tokenizer of a tokenizer or generator bundle, frozen and in eval mode.
-
-    Raises: CheckpointError.
-    """
-    info = read_bundle(folder, "tokenizer")
-    tokenizer = build_tokenizer(model_config(info, "tokenizer", TokenizerModelConfig, folder))
-    load_weights(tokenizer, Path(folder) / TOKENIZER_NAME)
-    return tokenizer.to(device)
-
-
-def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> GeneratorBundle:
-    """A generator and all it needs, frozen and in eval mode.
-
-    Raises: CheckpointError.
-    """
-    info = read_bundle(folder, "generator")
-    net = build_generator(model_config(info, "generator", GeneratorModelConfig, folder))
-    load_weights(net, Path(folder) / GENERATOR_NAME)
-    tree = MergeTree.load(Path(folder) / TREE_NAME)
-    if tree.num_base_tokens != net.num_base_tokens:
+        info = json.loads(path.read_text())
+        version, _, files = info["version"], info["kind"], dict(info["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder}: the merge tree has {tree.num_base_tokens} tokens, the generator "
-            f"{net.num_base_tokens}; they do not belong together"
+            f"{path}: format version {version}; this release reads version {FORMAT_VERSION}"
         )
-    adapters = _load_adapters(info, folder, net)
-    return GeneratorBundle(
-        net=net.to(device),
-        tokenizer=load_tokenizer(folder, device),
-        tree=tree,
-        stats=LatentStats.load(Path(folder) / STATS_NAME),
-        classes=tuple(info["classes"]),
-        info=info,
-        adapters={k: adapter.to(device) for k, adapter in adapters.items()},
-    )
+    for name in files:
+        inside = PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise CheckpointError(f"{path} is damaged: {name!r} is no file of the bundle")
+    return info
 
 
-def _load_adapters(info: dict[str, Any], folder: str | Path, net: MergeDiT) -> dict[int, Adapter]:
-    adapters = {}
+def check_kind(info: dict[str, Any], folder: str | Path, *kinds: str) -> None:
+    """Raise CheckpointError unless a bundle is of one of these kinds.
+
+    A generator bundle is a tokenizer bundle, too: it holds the one it needs.
+    """
+    found = info["kind"]
+    if found in kinds or ("tokenizer" in kinds and found == "generator"):
+        return
+    text = f"{folder} is a {found} bundle; a {' or '.join(kinds)} bundle is needed here"
+    if found in _FAMILIES and any(kind in _FAMILIES for kind in kinds):
+        text += f" ({'; '.join(f'{kind}: {what}' for kind, what in _FAMILIES.items())})"
+    raise CheckpointError(text)
+
+
+def read_bundle(folder: str | Path, *kinds: str) -> dict[str, Any]:
+    """Read bundle.json, and check format, kind and every file's hash.
+
+    Args:
+        folder: Of the bundle.
+        kinds: Those that will do.
+
+    Raises: CheckpointError naming the folder, what was found and what is needed.
+    """
+    info = read_info(folder)
+    check_kind(info, folder, *kinds)
+    for name, expected in info["files"].items():
+        file = Path(folder) / name
+        if not file.is_file() or file_hash(file) != expected:
+            raise CheckpointError(
+                f"{file} is missing or differs from its hash in {INFO_NAME}: copy the bundle again"
+            )
+    return info
+
+
+def model_config(info: dict[str, Any], name: str, schema: type, folder: str | Path) -> Any:
+    """One of a bundle's configurations, typed. Raises: CheckpointError."""
     try:
-        for num_tokens, entry in info.get("adapters", {}).items():
-            if entry["file"] not in info["files"]:
-                raise CheckpointError(f"{entry['file']} is not among its files")
-            weights = load_file(str(Path(folder) / entry["file"]))
-            adapters[int(num_tokens)] = adapter = Adapter(weights, float(entry["alpha"]))
-            adapter.check(net)
-    except (CheckpointError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its adapters are damaged: {error}") from error
-    return adapters
+        return load_config(info["models"][name], schema)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: its {name} configuration is damaged: {error}") from error

@@ -5,11 +5,11 @@ Elementwise work (norms, activations, softmax) is left out, as torch's FlopCount
 
 from __future__ import annotations
 
-from lgm_scale.models.dit import MergeDiT
-from lgm_scale.models.elit import ELIT, SiT
-from lgm_scale.models.layers import swiglu_hidden
-from lgm_scale.models.tokenizer import TOKENIZER_SIZES, Tokenizer
-from lgm_scale.sampling import SamplerConfig
+from lgm_scale.families.elit.network import ELIT, SiT
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.tokenizer.network import TOKENIZER_SIZES, Tokenizer
+from lgm_scale.layers import swiglu_hidden
+from lgm_scale.sampling.config import SamplerConfig
 
 __all__ = [
     "decoder_flops",

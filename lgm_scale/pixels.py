@@ -8,10 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["PIXEL_STD", "finite_images", "psnr", "to_uint8"]
+__all__ = ["PIXEL_STD", "finite_images", "psnr", "to_uint8", "to_unit_range"]
 
 PIXEL_STD = 0.5
 """What a generator of pixels divides pixels in [-1, 1] by: about the deviation of photographs."""
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Map uint8 pixels to [-1, 1]. Shapes: any -> the same, float32."""
+    return images.float() / 127.5 - 1.0
 
 
 def to_uint8(pixels: Tensor, truncate: bool = False) -> Tensor:

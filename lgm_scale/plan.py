@@ -10,8 +10,8 @@ import yaml
 from torch import nn
 
 from lgm_scale.build import build_auxiliary, build_critic
-from lgm_scale.bundle import build_generator, build_tokenizer
-from lgm_scale.config import (
+from lgm_scale.config.loading import to_dict
+from lgm_scale.config.schema import (
     DeepSpeedConfig,
     FSDPConfig,
     GeneratorRun,
@@ -20,13 +20,13 @@ from lgm_scale.config import (
     TokenizerRun,
     TrainingRun,
 )
-from lgm_scale.config_loading import to_dict
+from lgm_scale.families.elit.bundle import build_spatial_generator
+from lgm_scale.families.lgm.bundle import build_generator, build_tokenizer
+from lgm_scale.families.lgm.lora import add_adapter
+from lgm_scale.families.tokenizer.assets import build_frozen
 from lgm_scale.flops import network_flops, tokenizer_flops
-from lgm_scale.models.assets import build_frozen
-from lgm_scale.models.lora import add_adapter
 from lgm_scale.parallel.fsdp import transformer_blocks
 from lgm_scale.parallel.memory import ParameterInfo, parameter_infos, planned_bytes
-from lgm_scale.spatial_bundle import build_spatial_generator
 from lgm_scale.training.batch_scaling import loader_batches, steps_per_epoch
 from lgm_scale.training.length_schedule import LengthSchedule
 

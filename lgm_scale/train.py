@@ -16,11 +16,11 @@ import os
 import sys
 from pathlib import Path
 
-from lgm_scale.config import TrainingRun
-from lgm_scale.config_rules import load_training_run
+from lgm_scale.checkpoint.run_folder import RunFolder
+from lgm_scale.config.rules import load_training_run
+from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import exit_on_user_error
-from lgm_scale.first_failure import first_failure_on_top
-from lgm_scale.run_folder import RunFolder
+from lgm_scale.parallel.first_failure import first_failure_on_top
 
 log = logging.getLogger("lgm_scale")
 
@@ -33,7 +33,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="composer lgm_scale/train.py",
         description="Train a tokenizer or a generator; the same command again resumes the run.",
-        epilog="Keys and defaults are in lgm_scale/config.py; yamls/ holds ready configurations.",
+        epilog="Keys and defaults: lgm_scale/config/schema.py; yamls/ holds ready configurations.",
     )
     parser.add_argument("config", help="YAML file, for example yamls/quickstart/tokenizer.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key")

@@ -118,9 +118,9 @@ def _rank(
 ) -> None:
     import torch
 
-    from lgm_scale.config_rules import load_training_run
+    from lgm_scale.checkpoint.run_folder import RunFolder
+    from lgm_scale.config.rules import load_training_run
     from lgm_scale.errors import exit_on_user_error
-    from lgm_scale.run_folder import RunFolder
     from lgm_scale.train import train
 
     torch.set_num_threads(1)

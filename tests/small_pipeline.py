@@ -155,9 +155,9 @@ def assert_same_run(out: Path, expected: Path, steps: int, tolerance: float) -> 
 
 def random_generator(pipeline: SmallPipeline) -> Path:
     """A generator bundle on the small tokenizer, random weights, legacy noise."""
-    from lgm_scale.bundle import build_generator, save_generator_bundle
-    from lgm_scale.config import GeneratorModelConfig
-    from lgm_scale.data.latents import STATS_NAME, LatentStats
+    from lgm_scale.config.schema import GeneratorModelConfig
+    from lgm_scale.families.lgm.bundle import build_generator, save_generator_bundle
+    from lgm_scale.families.lgm.data import STATS_NAME, LatentStats
 
     config = GeneratorModelConfig(size="tiny", latent_dim=8, num_base_tokens=16, num_classes=17)
     generator = torch.Generator().manual_seed(0)
@@ -177,8 +177,8 @@ def train_in_process(
     path: Path, *overrides: str, on_step: Callable[[int, dict], object] = lambda step, batch: None
 ) -> Path:
     """Run the training of a configuration, here. `on_step` sees each step's batch beforehand."""
-    from lgm_scale.config_rules import load_training_run
-    from lgm_scale.run_folder import RunFolder
+    from lgm_scale.checkpoint.run_folder import RunFolder
+    from lgm_scale.config.rules import load_training_run
     from lgm_scale.train import train
     from lgm_scale.training.callbacks import StepKeys
 

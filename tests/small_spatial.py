@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lgm_scale.config import InterfaceConfig, SpaceConfig, SpatialModelConfig
-from lgm_scale.models.elit import SiT
-from lgm_scale.spatial_bundle import build_spatial_generator, save_spatial_bundle
+from lgm_scale.config.schema import InterfaceConfig, SpaceConfig, SpatialModelConfig
+from lgm_scale.families.elit.bundle import build_spatial_generator, save_spatial_bundle
+from lgm_scale.families.elit.network import SiT
 
 CLASSES = ("cat_one", "dog", "eel")
 PIXELS = SpaceConfig(kind="pixels", image_size=16)
@@ -65,7 +65,7 @@ class StandInVAE(nn.Module):
 
 def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the stand-in be read and written for the real autoencoder."""
-    module: Any = ModuleType("lgm_scale.models.sd_vae")
+    module: Any = ModuleType("lgm_scale.families.elit.sd_vae")
 
     def load_sd_vae(folder: str | Path, device: torch.device | str = "cpu") -> StandInVAE:
         return StandInVAE(float((Path(folder) / "weights.txt").read_text())).to(device)
@@ -74,4 +74,4 @@ def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copytree(folder, to)
 
     module.load_sd_vae, module.save_sd_vae, module.SDVAE = load_sd_vae, save_sd_vae, StandInVAE
-    monkeypatch.setitem(sys.modules, "lgm_scale.models.sd_vae", module)
+    monkeypatch.setitem(sys.modules, "lgm_scale.families.elit.sd_vae", module)

@@ -12,15 +12,15 @@ import yaml
 from PIL import Image
 
 from data_tools.images_to_mds import convert_folder
-from eval.sweep_config import SweepConfig, load_sweep
-from lgm_scale.bundle import (
+from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.evaluation.sweep.config import SweepConfig, load_sweep
+from lgm_scale.families.lgm.bundle import (
     build_generator,
     build_tokenizer,
     save_generator_bundle,
     save_tokenizer_bundle,
 )
-from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
-from lgm_scale.data.latents import LatentStats
+from lgm_scale.families.lgm.data import LatentStats
 
 CLASSES = ("cat_one", "dog", "eel")
 

@@ -22,17 +22,17 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lgm_scale.build import build_optimizer, build_scheduler
-from lgm_scale.config import DeepSpeedConfig, OptimizerConfig
+from lgm_scale.config.schema import DeepSpeedConfig, OptimizerConfig
 from lgm_scale.errors import DivergenceError
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.dit import MergeDiT
-from lgm_scale.objectives.flow import NoiseScale
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.lgm.training import GeneratorModel
+from lgm_scale.flow import NoiseScale
+from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel import deepspeed as zero
 from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.parallel.compile import compile_blocks
 from lgm_scale.parallel.pieces import Piece, gather, local_pieces
 from lgm_scale.parallel.zero_pieces import live_gradients, zero_pieces
-from lgm_scale.training.generator import GeneratorModel
 
 BATCH, STEPS = 8, 12
 LENGTHS = (8, 16)

@@ -10,11 +10,11 @@ import json
 from dataclasses import dataclass
 
 from lgm_scale.checkpoint.resume import open_run
+from lgm_scale.checkpoint.run_folder import METRICS_NAME, RunFolder, differing_keys
 from lgm_scale.checkpoint.storage import Storage, open_storage
-from lgm_scale.config_loading import to_dict
+from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import ConfigError
 from lgm_scale.parallel.agreement import on_rank_zero
-from lgm_scale.run_folder import METRICS_NAME, RunFolder, differing_keys
 
 __all__ = ["EnteredRun", "enter_run", "leave_result"]
 

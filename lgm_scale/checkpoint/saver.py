@@ -32,7 +32,7 @@ class StateSaver(Callback):
         companions: dict[str, Path] | None = None,
     ) -> None:
         match = re.fullmatch(r"(\d+)(ba|ep)", interval)
-        assert match, "checked by lgm_scale.config_rules"
+        assert match, "checked by lgm_scale.config.rules"
         self.resume = resume
         self.every, self.unit = int(match[1]), match[2]
         self.stop = stop

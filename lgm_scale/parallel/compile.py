@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lgm_scale.models.dit import MergeDiT
-from lgm_scale.models.elit import SiT
+from lgm_scale.families.elit.network import SiT
+from lgm_scale.families.lgm.network import MergeDiT
 
 __all__ = ["compile_blocks"]
 

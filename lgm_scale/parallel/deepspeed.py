@@ -24,7 +24,7 @@ from composer.core import Precision
 from composer.utils import ensure_tuple
 from torch import nn
 
-from lgm_scale.config import DeepSpeedConfig
+from lgm_scale.config.schema import DeepSpeedConfig
 from lgm_scale.errors import ConfigError, DivergenceError
 
 __all__ = ["DeepSpeedTrainer", "EngineOptimizer", "settings", "start_engine"]

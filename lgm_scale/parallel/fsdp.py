@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from lgm_scale.config import FSDPConfig
+from lgm_scale.config.schema import FSDPConfig
 from lgm_scale.errors import ConfigError
 
 __all__ = [

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lgm_scale.config import DeepSpeedConfig, FSDPConfig, ParallelConfig
+from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig
 from lgm_scale.parallel.pieces import Piece
 
 __all__ = ["ParameterInfo", "StateBytes", "measured_bytes", "parameter_infos", "planned_bytes"]

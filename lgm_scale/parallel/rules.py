@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from lgm_scale.config import DeepSpeedConfig, TokenizerRun, TrainingRun
+from lgm_scale.config.schema import DeepSpeedConfig, TokenizerRun, TrainingRun
 
 __all__ = ["parallel_rules"]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from composer import Trainer
 
-from lgm_scale.config import DeepSpeedConfig, FSDPConfig, TrainingRun
+from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, TrainingRun
 from lgm_scale.parallel.fsdp import FSDP2Trainer, composer_fsdp1, fsdp1_on_cpu
 from lgm_scale.parallel.pieces import Piece, local_pieces
 from lgm_scale.parallel.zero_pieces import reload, zero_pieces

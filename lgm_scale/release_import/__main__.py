@@ -65,11 +65,11 @@ def main() -> int:
     """Import, then report every key."""
     args = parse_args(sys.argv[1:])
     if args.kind == "tokenizer":
-        from lgm_scale.release_import.tokenizer import import_tokenizer
+        from lgm_scale.families.tokenizer.release import import_tokenizer
 
         report, remarks = import_tokenizer(args.source, args.folder, args.weights)
     elif args.kind == "elit":
-        from lgm_scale.release_import.elit import import_elit
+        from lgm_scale.families.elit.release import import_elit
 
         report, remarks = import_elit(
             args.source, args.folder, args.vae, args.split, args.classes, args.weights
@@ -82,7 +82,7 @@ def main() -> int:
                 "latents_stats.pt, or encode images with this tokenizer (data_tools/"
                 "encode_latents.py) and give latent_stats.safetensors of that folder"
             )
-        from lgm_scale.release_import.generator import import_generator
+        from lgm_scale.families.lgm.release import import_generator
 
         report, remarks = import_generator(
             args.source, args.folder, args.tokenizer, args.latent_stats, args.merge_tree,

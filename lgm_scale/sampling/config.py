@@ -11,7 +11,7 @@ from enum import Enum
 import torch
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.objectives.flow import shift_timesteps
+from lgm_scale.flow import shift_timesteps
 
 __all__ = ["CFGRescale", "Guidance", "SamplerConfig", "Solver"]
 

@@ -9,9 +9,9 @@ import torch
 from composer.algorithms import EMA, SAM, SWA, GradientClipping
 from composer.callbacks import OptimizerMonitor
 
-from lgm_scale.config import DeepSpeedConfig
+from lgm_scale.config.schema import DeepSpeedConfig
 from lgm_scale.errors import ConfigError
-from lgm_scale.training.players import PlayerClipping
+from lgm_scale.training.clipping import PlayerClipping
 from lgm_scale.training.record import LossRecord
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")

@@ -21,10 +21,10 @@ from small_pipeline import ROOT
 from small_spatial import make_spatial_bundle
 from small_sweep import make_sweep_inputs, numbers_of, sweep_config, sweep_file
 
-from eval.chunks import ChunkStore, Job, Made
-from eval.measure import measure
-from eval.sweep_config import load_sweep
-from eval.work import Part, make_missing, missing_tasks
+from lgm_scale.evaluation.engine.chunks import ChunkStore, Job, Made
+from lgm_scale.evaluation.engine.parts import Part, make_missing, missing_tasks
+from lgm_scale.evaluation.sweep.config import load_sweep
+from lgm_scale.evaluation.sweep.measure import measure
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
 
@@ -141,7 +141,7 @@ def test_a_killed_sweep_goes_on_with_another_number_of_ranks(
     kept = chunk_files(out)
     assert wanted <= len(kept) < total
     made_now: Counter[tuple[int, int]] = Counter()
-    from eval import generate
+    from lgm_scale.evaluation.sweep import samples as generate
 
     real = generate.sample_images
 

@@ -9,9 +9,9 @@ import torch
 from composer.utils import dist, get_device
 from torch import nn
 
-from lgm_scale.config import FSDPConfig
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.dit import MergeDiT
+from lgm_scale.config.schema import FSDPConfig
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.fsdp import shard
 
 

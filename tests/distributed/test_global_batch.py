@@ -15,9 +15,9 @@ from small_tokenizer import OPTIMIZER, small_batch, small_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lgm_scale.build import build_optimizer
-from lgm_scale.models.discriminator import one_rank
+from lgm_scale.families.tokenizer.critic import one_rank
 from lgm_scale.parallel.collectives import mean_over_ranks
-from lgm_scale.training.players import PlayerClipping
+from lgm_scale.training.clipping import PlayerClipping
 
 NUM_STEPS = 5
 TOLERANCE = 1e-5

@@ -12,8 +12,8 @@ import torch
 from rank_processes import run_ranks
 from test_strategies import FSDP1, FSDP2, ZERO
 
-from lgm_scale.bundle import build_generator
-from lgm_scale.config_rules import load_training_run
+from lgm_scale.config.rules import load_training_run
+from lgm_scale.families.lgm.bundle import build_generator
 from lgm_scale.parallel.memory import measured_bytes, parameter_infos, planned_bytes
 from lgm_scale.training.guard import FiniteGuard
 

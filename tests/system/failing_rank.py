@@ -6,7 +6,7 @@ import os
 
 import lgm_scale.train
 from lgm_scale.errors import exit_on_user_error
-from lgm_scale.training.generator import GeneratorModel
+from lgm_scale.families.lgm.training import GeneratorModel
 
 loss = GeneratorModel.loss
 

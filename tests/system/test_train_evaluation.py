@@ -11,9 +11,9 @@ import yaml
 from safetensors.torch import load_file
 from small_pipeline import SmallPipeline, metrics, run_command, train_in_process
 
-from eval.measure import measure
-from eval.sweep_config import load_sweep
 from lgm_scale.errors import ConfigError
+from lgm_scale.evaluation.sweep.config import load_sweep
+from lgm_scale.evaluation.sweep.measure import measure
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
 

@@ -11,9 +11,9 @@ from small_pipeline import Steps, metrics, random_generator, train_in_process
 
 from lgm_scale.build import build_model, build_optimizer
 from lgm_scale.build_data import build_dataset
-from lgm_scale.bundle import GENERATOR_NAME, load_generator, read_bundle
-from lgm_scale.config_rules import load_training_run
+from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_generator, read_bundle
 from lgm_scale.parallel.pieces import local_pieces
 from lgm_scale.plan import describe
 from lgm_scale.training.ema import EMA

@@ -17,7 +17,7 @@ from small_pipeline import (
 )
 from small_vae import save_small_vae
 
-from lgm_scale.bundle_files import read_bundle
+from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import DataError
 from lgm_scale.pipeline import load_pipeline
 

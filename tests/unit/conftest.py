@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lgm_scale.merging import MergeAssignment
-from lgm_scale.models.dit import MergeDiT
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.merging.tree import MergeAssignment
 from lgm_scale.release_import.names import our_generator_name
 
 GOLDEN_DIR = Path(__file__).resolve().parents[1] / "golden"

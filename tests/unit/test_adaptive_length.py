@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from eval import adaptive
-from eval.adaptive import adaptive_saving, default_lengths
 from lgm_scale import pixels
-from lgm_scale.bundle import load_tokenizer
 from lgm_scale.errors import ConfigError
-from lgm_scale.models.adaptive_length import choose_length
-from lgm_scale.models.tokenizer import Tokenizer
+from lgm_scale.evaluation.commands import adaptive
+from lgm_scale.evaluation.commands.adaptive import adaptive_saving, default_lengths
+from lgm_scale.families.lgm.bundle import load_tokenizer
+from lgm_scale.families.tokenizer.adaptive_length import choose_length
+from lgm_scale.families.tokenizer.network import Tokenizer
 
 N = 16
 

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from small_tokenizer import OBJECTIVE, small_batch, small_model, vision_transformer
 
-from lgm_scale.models.discriminator import CriticHeads, GlobalBatchNorm, critic_view
-from lgm_scale.models.frozen import CriticBackbone, to_imagenet
-from lgm_scale.objectives.adversarial import (
+from lgm_scale.families.tokenizer.adversarial import (
     adaptive_weight,
     consistency_loss,
     diff_augment,
@@ -22,7 +20,9 @@ from lgm_scale.objectives.adversarial import (
     lecam_loss,
     with_gradient,
 )
-from lgm_scale.objectives.reconstruction import perceptual_weight
+from lgm_scale.families.tokenizer.critic import CriticHeads, GlobalBatchNorm, critic_view
+from lgm_scale.families.tokenizer.frozen import CriticBackbone, to_imagenet
+from lgm_scale.families.tokenizer.losses import perceptual_weight
 
 
 def test_hinge_and_generator_loss():
@@ -62,10 +62,10 @@ def test_consistency_gradient_reaches_both_sides():
 
 
 def test_consistency_vanishes_without_augmentation(monkeypatch):
-    monkeypatch.setattr("lgm_scale.objectives.adversarial.diff_augment", lambda x, draws: x)
+    monkeypatch.setattr("lgm_scale.families.tokenizer.adversarial.diff_augment", lambda x, draws: x)
     # A critic that sees the whole image draws no crop either.
     monkeypatch.setattr(
-        "lgm_scale.training.tokenizer.critic_view",
+        "lgm_scale.families.tokenizer.training.critic_view",
         lambda images, size, rng: F.interpolate(images, (size, size), mode="area"),
     )
     model = small_model()

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from eval import alignment
-from eval.adaptive import image_batches
-from eval.alignment import PairCosine, cknna, cknna_matrix, draw_heat_map
-from eval.length_control import mean_and_std, write_between_markers
-from lgm_scale.bundle import load_tokenizer
+from experiments.length_control import mean_and_std, write_between_markers
 from lgm_scale.errors import ConfigError
+from lgm_scale.evaluation.commands import alignment
+from lgm_scale.evaluation.commands.adaptive import image_batches
+from lgm_scale.evaluation.commands.alignment import PairCosine, cknna, cknna_matrix, draw_heat_map
+from lgm_scale.families.lgm.bundle import load_tokenizer
 
 
 def features(rows: int = 40, width: int = 6, seed: int = 0) -> torch.Tensor:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from small_tokenizer import small_batch, small_model
 
 from lgm_scale.build import build_model, export_bundle
-from lgm_scale.config import (
+from lgm_scale.config.schema import (
     AssetsConfig,
     DataConfig,
     LengthsConfig,
@@ -22,8 +22,8 @@ from lgm_scale.config import (
     TrainConfig,
 )
 from lgm_scale.errors import CheckpointError, MissingAssetError
-from lgm_scale.models import assets
-from lgm_scale.models.frozen import Frozen
+from lgm_scale.families.tokenizer import assets
+from lgm_scale.families.tokenizer.frozen import Frozen
 
 
 def run_of(tmp_path, objective=None, **changes) -> TokenizerRun:

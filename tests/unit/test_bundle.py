@@ -11,7 +11,9 @@ import pytest
 import torch
 from kill_points import KillPoints
 
-from lgm_scale.bundle import (
+from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.errors import CheckpointError
+from lgm_scale.families.lgm.bundle import (
     build_generator,
     build_tokenizer,
     load_generator,
@@ -21,9 +23,7 @@ from lgm_scale.bundle import (
     save_tokenizer_bundle,
     tokenizer_id,
 )
-from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
-from lgm_scale.data.latents import LatentStats
-from lgm_scale.errors import CheckpointError
+from lgm_scale.families.lgm.data import LatentStats
 
 TOKENIZER = TokenizerModelConfig(
     size="tiny", image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32

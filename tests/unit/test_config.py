@@ -7,15 +7,15 @@ import pytest
 import torch
 import yaml
 
-from lgm_scale.bundle import build_generator, build_tokenizer
-from lgm_scale.config import GeneratorRun, SpatialRun
-from lgm_scale.config_loading import to_dict
-from lgm_scale.config_rules import load_training_run
+from lgm_scale.checkpoint.run_folder import RunFolder
+from lgm_scale.config.loading import to_dict
+from lgm_scale.config.rules import load_training_run
+from lgm_scale.config.schema import GeneratorRun, SpatialRun
 from lgm_scale.errors import ConfigError
-from lgm_scale.models.dit import DIT_SIZES
+from lgm_scale.families.elit.bundle import build_spatial_generator
+from lgm_scale.families.lgm.bundle import build_generator, build_tokenizer
+from lgm_scale.families.lgm.network import DIT_SIZES
 from lgm_scale.plan import describe
-from lgm_scale.run_folder import RunFolder
-from lgm_scale.spatial_bundle import build_spatial_generator
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = ROOT / "yamls/eval_sweep.yaml"  # trains nothing; see test_eval_sweep.py

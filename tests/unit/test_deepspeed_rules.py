@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 
-from lgm_scale.config import (
+from lgm_scale.config.schema import (
     DataConfig,
     DeepSpeedConfig,
     GeneratorModelConfig,

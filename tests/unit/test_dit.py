@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.merging import MergeAssignment, MergeTree
-from lgm_scale.models.dit import DIT_SIZES, MergeDiT
-from lgm_scale.models.layers import extra_channel_attention, proportional_attention
+from lgm_scale.families.lgm.network import DIT_SIZES, MergeDiT
+from lgm_scale.layers import extra_channel_attention, proportional_attention
+from lgm_scale.merging.tree import MergeAssignment, MergeTree
 
 # As published, at D = 32, N = 256 and 1000 classes: width, layers, heads, millions of parameters.
 PUBLISHED_SIZES = {

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgm_scale.config import InterfaceConfig, SpaceConfig, SpatialModelConfig
+from lgm_scale.config.schema import InterfaceConfig, SpaceConfig, SpatialModelConfig
 from lgm_scale.errors import ConfigError
+from lgm_scale.families.elit.bundle import build_spatial_generator
+from lgm_scale.families.elit.interface import from_windows, to_windows
+from lgm_scale.families.elit.network import ELIT, SIT_SIZES, SPLITS, SiT, sincos_table
+from lgm_scale.families.elit.rules import _SPLITS
 from lgm_scale.flops import network_flops
-from lgm_scale.models.elit import ELIT, SIT_SIZES, SPLITS, SiT, sincos_table
-from lgm_scale.models.latent_interface import from_windows, to_windows
-from lgm_scale.spatial_bundle import build_spatial_generator
-from lgm_scale.spatial_rules import _SPLITS
 
 WIDTH, HEADS = 32, 4
 

@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from eval.elastic import BUDGET_STEPS, LENGTHS, YAMLS, equal_steps, plot, render, training_work
-from lgm_scale.config_loading import read_yaml
+from experiments.elastic import (
+    BUDGET_STEPS,
+    LENGTHS,
+    YAMLS,
+    equal_steps,
+    plot,
+    render,
+    training_work,
+)
+from lgm_scale.config.loading import read_yaml
 
 
 def test_every_generator_gets_the_same_work():

@@ -12,10 +12,10 @@ from random_weights import torchmetrics_lpips
 from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from eval.features import FeatureSpace
-from eval.image_metrics import PerceptualDistance, ssim
-from eval.inception import InceptionFeatures
 from lgm_scale.errors import CheckpointError
+from lgm_scale.evaluation.features.base import FeatureSpace
+from lgm_scale.evaluation.features.inception import InceptionFeatures
+from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance, ssim
 from lgm_scale.pixels import psnr
 
 

@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from eval import moments as moments_module
-from eval.features import images_hash
-from eval.generate import refuse_broken
-from eval.moments import Moments, Sums, frechet_distance, moments_of, symmetric_distance
-from eval.pixel_pca import PixelPCA
-from eval.rows import RowStore
-from eval.training_loss import loss_per_length
 from lgm_scale.errors import DataError
+from lgm_scale.evaluation.engine.rows import RowStore
+from lgm_scale.evaluation.features.base import images_hash
+from lgm_scale.evaluation.features.pixel_pca import PixelPCA
+from lgm_scale.evaluation.metrics import moments as moments_module
+from lgm_scale.evaluation.metrics.moments import (
+    Moments,
+    Sums,
+    frechet_distance,
+    moments_of,
+    symmetric_distance,
+)
+from lgm_scale.evaluation.sweep.samples import refuse_broken
+from lgm_scale.evaluation.sweep.training_loss import loss_per_length
 from lgm_scale.pixels import finite_images, psnr, to_uint8
 
 

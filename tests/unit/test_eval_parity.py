@@ -11,15 +11,20 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from eval.chunks import Job
-from eval.engine import Engine
-from eval.image_work import OriginalsWork
-from eval.inception import NETWORK, InceptionFeatures, register_network
-from eval.metrics import compute, describe_metrics, select, warn_few_images
-from eval.moments import frechet_distance, moments_of
-from eval.reference_files import Reference
-from eval.scores import inception_score
-from eval.work import Part
+from lgm_scale.evaluation.engine.chunks import Job
+from lgm_scale.evaluation.engine.parts import Part
+from lgm_scale.evaluation.engine.stages import Engine
+from lgm_scale.evaluation.features.inception import NETWORK, InceptionFeatures, register_network
+from lgm_scale.evaluation.metrics.catalogue import (
+    compute,
+    describe_metrics,
+    select,
+    warn_few_images,
+)
+from lgm_scale.evaluation.metrics.moments import frechet_distance, moments_of
+from lgm_scale.evaluation.metrics.scores import inception_score
+from lgm_scale.evaluation.reconstructions.images import OriginalsWork
+from lgm_scale.evaluation.references.files import Reference
 
 COUNT = 16
 CPU = torch.device("cpu")
@@ -224,8 +229,8 @@ def test_too_few_images_are_said_loudly(caplog):
 def test_the_conformance_command_needs_the_published_files(
     tmp_path, monkeypatch, inception_file, missing, problem
 ):
-    from eval import conformance
     from lgm_scale.errors import MissingAssetError
+    from lgm_scale.evaluation.commands import conformance
 
     paths = {key: tmp_path / f"{key}.npz" for key in ("samples", "reference")}
     for path in paths.values():
@@ -243,8 +248,8 @@ def test_the_conformance_command_needs_the_published_files(
 @pytest.mark.slow
 def test_the_conformance_command_scores_an_npz(tmp_path, inception_file):
     """Its machinery on 12 random images and random weights; the numbers are no published ones."""
-    from eval.conformance import score
-    from eval.reference import make_reference, parse_args
+    from lgm_scale.evaluation.commands.conformance import score
+    from lgm_scale.evaluation.commands.reference import make_reference, parse_args
 
     for name, seed in (("samples", 0), ("reference", 1)):
         np.savez(tmp_path / f"{name}.npz", pictures(seed)[:12].permute(0, 2, 3, 1).numpy())

@@ -15,18 +15,19 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from small_pipeline import SmallPipeline, assert_user_error, run_command
 
-from eval import image_work, reconstruct
-from eval.engine import Engine
-from eval.image_metrics import PerceptualDistance
-from eval.image_work import StoredImages, encode
-from eval.image_work import reconstruct as reconstruct_images
-from eval.moments import frechet_distance, moments_of
-from eval.reconstruction import ReconstructionPlans
-from eval.spaces import Spaces, ValidationImages
-from lgm_scale.bundle import build_tokenizer, load_tokenizer, save_tokenizer_bundle
-from lgm_scale.config import TokenizerModelConfig
+from lgm_scale.config.schema import TokenizerModelConfig
 from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError
-from lgm_scale.merging import MergeTree
+from lgm_scale.evaluation.commands import reconstruct
+from lgm_scale.evaluation.engine.stages import Engine
+from lgm_scale.evaluation.features.spaces import Spaces, ValidationImages
+from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
+from lgm_scale.evaluation.metrics.moments import frechet_distance, moments_of
+from lgm_scale.evaluation.reconstructions import images as image_work
+from lgm_scale.evaluation.reconstructions.images import StoredImages, encode
+from lgm_scale.evaluation.reconstructions.images import reconstruct as reconstruct_images
+from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
+from lgm_scale.families.lgm.bundle import build_tokenizer, load_tokenizer, save_tokenizer_bundle
+from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pixels import psnr, to_uint8
 
 

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from small_sweep import make_images, make_sweep_inputs, sweep_config
 
-from eval import preflight, reference
-from eval.image_sources import NpzImages, open_source
-from eval.inception import SPATIAL_DIM
-from eval.measure import measure
-from eval.moments import moments_of
-from eval.reference_files import Reference, load_reference, save_reference
 from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError
+from lgm_scale.evaluation.commands import preflight, reference
+from lgm_scale.evaluation.features.inception import SPATIAL_DIM
+from lgm_scale.evaluation.metrics.moments import moments_of
+from lgm_scale.evaluation.references.files import Reference, load_reference, save_reference
+from lgm_scale.evaluation.references.sources import NpzImages, open_source
+from lgm_scale.evaluation.sweep.measure import measure
 
 
 def statistics(dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -304,8 +304,8 @@ def dinov2_file(tmp_path_factory) -> Path:
 def test_dinov2_features_are_the_class_token_of_antialiased_images(dinov2_file):
     import torch.nn.functional as F
 
-    from eval.dinov2 import DINOv2Features, resample_positions
-    from eval.metrics import metric_name
+    from lgm_scale.evaluation.features.dinov2 import DINOv2Features, resample_positions
+    from lgm_scale.evaluation.metrics.catalogue import metric_name
 
     space = DINOv2Features(dinov2_file)
     images = torch.randint(0, 256, (5, 3, 40, 40), dtype=torch.uint8)
@@ -336,7 +336,7 @@ def test_dinov2_features_are_the_class_token_of_antialiased_images(dinov2_file):
 
 
 def test_a_file_that_is_no_dinov2_is_refused(tmp_path):
-    from eval.dinov2 import DINOv2Features
+    from lgm_scale.evaluation.features.dinov2 import DINOv2Features
 
     for state in ({"pos_embed": torch.zeros(1, 5, 7)}, {"pos_embed": torch.zeros(1, 257, 384)}):
         torch.save(state, tmp_path / "weights.pth")
@@ -345,7 +345,7 @@ def test_a_file_that_is_no_dinov2_is_refused(tmp_path):
 
 
 def test_a_metric_is_called_by_its_published_name_only_where_it_is_that_metric():
-    from eval.metrics import metric_name
+    from lgm_scale.evaluation.metrics.catalogue import metric_name
 
     published = {"weights_sha256": "6726825d" + "0" * 56}
     other = {"weights_sha256": "ab" * 32}

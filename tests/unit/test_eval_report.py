@@ -17,14 +17,14 @@ from matplotlib.text import Text
 from PIL import Image
 from small_sweep import make_sweep_inputs, results_of, sweep_config
 
-from eval import report
-from eval.measure import measure
-from eval.point_names import NamedPoint, name_points
-from eval.report import write_comparison, write_report
-from eval.results import comparable, differences
-from eval.theme import LIGHT
-from eval.tradeoff import tradeoff_figure
 from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.evaluation.commands import report
+from lgm_scale.evaluation.commands.report import write_comparison, write_report
+from lgm_scale.evaluation.report.point_names import NamedPoint, name_points
+from lgm_scale.evaluation.report.theme import LIGHT
+from lgm_scale.evaluation.report.tradeoff import tradeoff_figure
+from lgm_scale.evaluation.sweep.measure import measure
+from lgm_scale.evaluation.sweep.results import comparable, differences
 
 CELLS = [{"num_tokens": [4, 9, 16]}, {"num_tokens": 9, "cfg_scale": 3.0}]
 

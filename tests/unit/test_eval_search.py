@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from small_sweep import make_sweep_inputs, numbers_of, results_of, sweep_config
 
-from eval import generate
-from eval.measure import measure
-from eval.search import next_cells, winners
-from eval.sweep_config import Cell, SearchConfig
 from lgm_scale.errors import DataError
+from lgm_scale.evaluation.sweep import samples as generate
+from lgm_scale.evaluation.sweep.config import Cell, SearchConfig
+from lgm_scale.evaluation.sweep.measure import measure
+from lgm_scale.evaluation.sweep.search import next_cells, winners
 
 CELL = Cell(32, 1.0, (0.15, 1.0), "per_position", 25, 0.2, "euler", None, ())
 SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)

@@ -32,21 +32,21 @@ from small_sweep import (
     sweep_values,
 )
 
-from eval import generate
-from eval.during_training import EvaluationDuringTraining
-from eval.families import SpatialFamily, read_generator_info
-from eval.measure import measure
-from eval.report import write_comparison, write_report
-from eval.sweep import describe
-from eval.sweep_config import expand
-from eval.theme import LIGHT
-from eval.tradeoff import tradeoff_figure
-from lgm_scale.config import SpaceConfig, SpatialRun
-from lgm_scale.config_loading import load_config, to_dict
+from lgm_scale.config.loading import load_config, to_dict
+from lgm_scale.config.schema import SpaceConfig, SpatialRun
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.errors import ConfigError
+from lgm_scale.evaluation.commands.report import write_comparison, write_report
+from lgm_scale.evaluation.commands.sweep import describe
+from lgm_scale.evaluation.report.theme import LIGHT
+from lgm_scale.evaluation.report.tradeoff import tradeoff_figure
+from lgm_scale.evaluation.sweep import samples as generate
+from lgm_scale.evaluation.sweep.config import expand
+from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
+from lgm_scale.evaluation.sweep.families import SpatialFamily, read_generator_info
+from lgm_scale.evaluation.sweep.measure import measure
+from lgm_scale.families.elit.bundle import save_spatial_bundle
 from lgm_scale.pipeline import load_pipeline
-from lgm_scale.spatial_bundle import save_spatial_bundle
 
 CELLS = [{"num_tokens": [4, 16]}]
 
@@ -109,9 +109,9 @@ def test_every_budget_has_its_row(made, swept):
 
 def test_the_distance_is_that_of_the_samples_themselves(made, tmp_path):
     """Once more without chunks, sums or rows."""
-    from eval.image_work import StoredImages
-    from eval.moments import frechet_distance, moments_of
-    from eval.pixel_pca import PixelPCA
+    from lgm_scale.evaluation.features.pixel_pca import PixelPCA
+    from lgm_scale.evaluation.metrics.moments import frechet_distance, moments_of
+    from lgm_scale.evaluation.reconstructions.images import StoredImages
 
     cells = [{"num_tokens": 16, "uncond_num_tokens": 4, "guidance": "autoguidance"}]
     config = config_of(made, tmp_path / "report", cells=cells)
@@ -241,7 +241,7 @@ def test_a_dry_run_shows_the_work_of_each_budget(made, tmp_path):
 
 def test_plain_guidance_keeps_the_identity_that_it_had():
     """Finished work of sweeps from before `guidance` counts."""
-    from eval.sweep_config import Cell
+    from lgm_scale.evaluation.sweep.config import Cell
 
     plain = Cell(4, 1.5, (0.0, 1.0), "none", 4, 1.0, "euler", 2, ())
     assert "guidance" not in plain.values()

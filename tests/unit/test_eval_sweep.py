@@ -25,11 +25,11 @@ from small_sweep import (
     sweep_file,
 )
 
-from eval import generate
-from eval.measure import measure
-from eval.sweep_config import SweepConfig, expand, load_sweep, with_lists
-from lgm_scale.bundle import TOKENIZER_NAME
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
+from lgm_scale.evaluation.sweep import samples as generate
+from lgm_scale.evaluation.sweep.config import SweepConfig, expand, load_sweep, with_lists
+from lgm_scale.evaluation.sweep.measure import measure
+from lgm_scale.families.lgm.bundle import TOKENIZER_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -102,10 +102,10 @@ def test_the_distance_is_that_of_the_samples_themselves(made, tmp_path):
     """Once more without chunks, sums or rows."""
     import torch
 
-    from eval.image_work import StoredImages
-    from eval.moments import frechet_distance, moments_of
-    from eval.pixel_pca import PixelPCA
-    from lgm_scale.pipeline import LGMPipeline
+    from lgm_scale.evaluation.features.pixel_pca import PixelPCA
+    from lgm_scale.evaluation.metrics.moments import frechet_distance, moments_of
+    from lgm_scale.evaluation.reconstructions.images import StoredImages
+    from lgm_scale.families.lgm.pipeline import LGMPipeline
 
     config = sweep_config(made, tmp_path / "report", cells=[{"num_tokens": 9}])
     results = measure(config)
@@ -245,7 +245,7 @@ def test_a_part_that_is_done_makes_nothing(made, tmp_path, sampled):
 
 
 def test_a_part_is_not_reduced(made, tmp_path, monkeypatch):
-    from eval import sweep
+    from lgm_scale.evaluation.commands import sweep
 
     path = sweep_file(made, tmp_path / "report")
     monkeypatch.setattr("sys.argv", ["sweep", str(path), "part=0/2", "--reduce"])

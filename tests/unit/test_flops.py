@@ -7,6 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.lgm.sampling import sample_latents
+from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.flops import (
     decoder_flops,
     dit_flops,
@@ -14,11 +17,9 @@ from lgm_scale.flops import (
     sampling_flops,
     tokenizer_flops,
 )
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.dit import MergeDiT
-from lgm_scale.models.tokenizer import Tokenizer
-from lgm_scale.nesting import ContrastStats
-from lgm_scale.sampling import SamplerConfig, Solver, sample_latents
+from lgm_scale.merging.nesting import ContrastStats
+from lgm_scale.merging.tree import MergeTree
+from lgm_scale.sampling.config import SamplerConfig, Solver
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
-from lgm_scale.merging import MergeAssignment, MergeTree
-from lgm_scale.objectives.flow import (
+from lgm_scale.flow import (
     NoiseScale,
     flow_loss,
     interpolate,
@@ -19,6 +18,7 @@ from lgm_scale.objectives.flow import (
     training_keys,
     velocity_target,
 )
+from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
 
 LENGTHS = [32, 64, 128, 256]

@@ -29,13 +29,13 @@ from data_tools.encode_latents import Encoder
 from data_tools.verify_mds import verify
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader
-from lgm_scale.data.grids import SpatialLatentDataset
 from lgm_scale.data.images import ImageDataset
-from lgm_scale.data.latents import LatentDataset
 from lgm_scale.data.manifest import Manifest, read_manifest, write_manifest
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
-from lgm_scale.models.sd_vae import encoder_id, load_sd_vae
-from lgm_scale.training.tokenizer import to_unit_range
+from lgm_scale.families.elit.data import SpatialLatentDataset
+from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae
+from lgm_scale.families.lgm.data import LatentDataset
+from lgm_scale.pixels import to_unit_range
 
 COUNT = 40
 SIZE = 16

@@ -13,9 +13,9 @@ from small_tokenizer import OPTIMIZER, small_batch, small_model
 from lgm_scale.build import build_optimizer
 from lgm_scale.errors import DivergenceError
 from lgm_scale.parallel.pieces import local_pieces
+from lgm_scale.training.clipping import PlayerClipping
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
-from lgm_scale.training.players import PlayerClipping
 
 
 class Poison(Callback):

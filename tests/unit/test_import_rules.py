@@ -52,26 +52,26 @@ FROM_ANYWHERE = {"config", "config_loading", "errors"}
 OUTER_ROOMS = {"eval", "data_tools", "launchers", "benchmarks", "tests"}
 # The one door outwards: a run that names `evaluation` gets the sweep's evaluator as a callback.
 # Lazy, so that the package stands without eval/; one implementation serves training and command.
-DOORS_OUT = {"lgm_scale/build.py": {"eval.during_training"}}
+DOORS_OUT = {"lgm_scale/build.py": {"lgm_scale.evaluation.sweep.during_training"}}
 # These know neither the trainer nor the data stream nor other processes ...
 PURE = (
     "lgm_scale/models/",
     "lgm_scale/objectives/",
-    "lgm_scale/merging.py",
-    "lgm_scale/linkage.py",
-    "lgm_scale/nesting.py",
+    "lgm_scale/merging/tree.py",
+    "lgm_scale/merging/linkage.py",
+    "lgm_scale/merging/nesting.py",
     "lgm_scale/pixels.py",
 )
 PURE_MAY_NOT = ("composer", "torch.distributed", "streaming")
 # ... and these are read before the slow import of torch, to report a wrong config at once. The
 # command itself imports torch, but only after that, inside a function.
 TORCH_FREE = (
-    "lgm_scale/bundle_files.py",
+    "lgm_scale/bundle.py",
     "lgm_scale/config",
     "lgm_scale/errors.py",
-    "lgm_scale/first_failure.py",
-    "lgm_scale/run_folder.py",
-    "lgm_scale/spatial_rules.py",
+    "lgm_scale/parallel/first_failure.py",
+    "lgm_scale/checkpoint/run_folder.py",
+    "lgm_scale/families/elit/rules.py",
     "lgm_scale/data/config.py",
     "lgm_scale/data/manifest.py",
     "lgm_scale/data/mixture.py",
@@ -199,7 +199,7 @@ def load_time_closure(path: str, files: dict[str, str]) -> dict[str, str]:
 
 
 def test_there_is_something_to_check():
-    assert {"lgm_scale/merging.py", "lgm_scale/models/dit.py"} <= set(PACKAGE)
+    assert {"lgm_scale/merging/tree.py", "lgm_scale/families/lgm/network.py"} <= set(PACKAGE)
     assert "tests/unit/test_import_rules.py" in FILES
     assert set(ORDER) >= FROM_ANYWHERE
     assert len(ORDER) == len(set(ORDER))
@@ -268,14 +268,22 @@ def test_an_import_of_an_outer_room_is_seen(line):
 @pytest.mark.parametrize(
     ("path", "line", "found"),
     [
-        ("lgm_scale/merging.py", "from lgm_scale.models.dit import MergeDiT", ["models"]),
-        ("lgm_scale/models/dit.py", "from lgm_scale import sampling", ["sampling"]),
+        (
+            "lgm_scale/merging/tree.py",
+            "from lgm_scale.families.lgm.network import MergeDiT",
+            ["models"],
+        ),
+        ("lgm_scale/families/lgm/network.py", "from lgm_scale import sampling", ["sampling"]),
         ("lgm_scale/data/images.py", "import lgm_scale.training.ema", ["training"]),
         ("lgm_scale/flops.py", "def f():\n    import lgm_scale.train", ["train"]),
         ("lgm_scale/__init__.py", "from lgm_scale.pipeline import LGMPipeline", ["pipeline"]),
-        ("lgm_scale/not_listed.py", "import lgm_scale.merging", ["merging"]),
-        ("lgm_scale/models/dit.py", "from lgm_scale.models.layers import Attention", []),
-        ("lgm_scale/models/dit.py", "from lgm_scale.config_loading import load_config", []),
+        ("lgm_scale/not_listed.py", "import lgm_scale.merging.tree", ["merging"]),
+        ("lgm_scale/families/lgm/network.py", "from lgm_scale.layers import Attention", []),
+        (
+            "lgm_scale/families/lgm/network.py",
+            "from lgm_scale.config.loading import load_config",
+            [],
+        ),
         ("lgm_scale/randomness.py", "from lgm_scale import __version__, errors", []),
     ],
 )
@@ -305,15 +313,15 @@ def test_torch_is_seen_through_other_modules():
         "lgm_scale/data/__init__.py": "import torch",
         "lgm_scale/data/manifest.py": "import json",
         "lgm_scale/flops.py": "from lgm_scale import merging",
-        "lgm_scale/merging.py": "try:\n    import torch\nexcept ImportError:\n    pass",
-        "lgm_scale/config.py": "from lgm_scale.flops import dit_flops",
+        "lgm_scale/merging/tree.py": "try:\n    import torch\nexcept ImportError:\n    pass",
+        "lgm_scale/config/schema.py": "from lgm_scale.flops import dit_flops",
         "lgm_scale/errors.py": (
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n"
             "def f():\n    import torch"
         ),
     }
     closures = {path: load_time_closure(path, files).get("torch") for path in files}
-    assert closures["lgm_scale/config.py"] == "lgm_scale/merging.py"
+    assert closures["lgm_scale/config/schema.py"] == "lgm_scale/merging/tree.py"
     assert closures["lgm_scale/data/manifest.py"] == "lgm_scale/data/__init__.py"
     assert closures["lgm_scale/errors.py"] is None
 

@@ -18,13 +18,13 @@ from data_tools.encode_latents import (
     plan_parts,
 )
 from data_tools.parts import PartRecord
-from lgm_scale.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.images import ImageDataset
-from lgm_scale.data.latents import LatentDataset, LatentStats, mixed_stats
 from lgm_scale.data.manifest import read_manifest, write_manifest
 from lgm_scale.errors import DataError, LGMError
-from lgm_scale.training.tokenizer import to_unit_range
+from lgm_scale.families.lgm.bundle import load_tokenizer, tokenizer_id
+from lgm_scale.families.lgm.data import LatentDataset, LatentStats, mixed_stats
+from lgm_scale.pixels import to_unit_range
 
 
 def latent_dataset(pipeline: SmallPipeline, **changes) -> LatentDataset:

@@ -9,28 +9,32 @@ import numpy as np
 import pytest
 import torch
 
-from lgm_scale.bundle import (
+from lgm_scale.config.loading import read_yaml
+from lgm_scale.config.rules import load_training_run
+from lgm_scale.config.schema import (
+    GeneratorModelConfig,
+    TokenizerModelConfig,
+    TokenizerObjectiveConfig,
+)
+from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.families.lgm.bundle import (
     build_tokenizer,
     load_tokenizer,
     save_generator_bundle,
     save_tokenizer_bundle,
 )
-from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig, TokenizerObjectiveConfig
-from lgm_scale.config_loading import read_yaml
-from lgm_scale.config_rules import load_training_run
-from lgm_scale.data.latents import LatentStats
-from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.bipartite_merging import bipartite_labels, spread_means
-from lgm_scale.models.length_control import (
+from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.tokenizer.bipartite_merging import bipartite_labels, spread_means
+from lgm_scale.families.tokenizer.length_control import (
     LENGTH_CONTROLS,
     LengthControl,
     build_length_control,
     exploration_noise,
 )
-from lgm_scale.models.tokenizer import Tokenizer
+from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.merging.tree import MergeTree
 from lgm_scale.training.length_schedule import LengthSchedule
-from lgm_scale.training.tokenizer import TokenizerModel
 
 N, BLOCKS, DIM = 16, 4, 6
 ROOT = Path(__file__).resolve().parents[2]

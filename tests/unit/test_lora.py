@@ -14,15 +14,20 @@ from safetensors.torch import load_file, save_file
 from test_bundle import bundles  # noqa: F401  a fixture
 from torch import Tensor, nn
 
-from eval.generate import sample_images
-from lgm_scale.bundle import GENERATOR_NAME, load_generator, read_bundle, save_adapted_bundle
 from lgm_scale.errors import CheckpointError
+from lgm_scale.evaluation.sweep.samples import sample_images
+from lgm_scale.families.lgm.bundle import (
+    GENERATOR_NAME,
+    load_generator,
+    read_bundle,
+    save_adapted_bundle,
+)
+from lgm_scale.families.lgm.lora import TARGETS, Adapter, add_adapter, plain_names, with_adapter
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.hashing import file_hash
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.dit import MergeDiT
-from lgm_scale.models.lora import TARGETS, Adapter, add_adapter, plain_names, with_adapter
-from lgm_scale.pipeline import LGMPipeline
-from lgm_scale.sampling import CFGRescale, SamplerConfig
+from lgm_scale.merging.tree import MergeTree
+from lgm_scale.sampling.config import CFGRescale, SamplerConfig
 
 
 def network() -> MergeDiT:
@@ -178,5 +183,5 @@ def test_sampling_takes_the_adapter_of_its_length(bundles, adapted):  # noqa: F8
 
 
 def test_sampling_does_not_import_peft():
-    code = "import sys, lgm_scale.models.lora; sys.exit('peft' in sys.modules)"
+    code = "import sys, lgm_scale.families.lgm.lora; sys.exit('peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

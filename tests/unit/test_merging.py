@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.merging import (
+from lgm_scale.merging.tree import (
     MergeAssignment,
     MergeTree,
     cosine_similarity,

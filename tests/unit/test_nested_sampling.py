@@ -8,21 +8,13 @@ import pytest
 import torch
 
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.dit import MergeDiT
-from lgm_scale.nesting import ContrastStats, Nesting, contrast_basis
-from lgm_scale.objectives.flow import NoiseScale
-from lgm_scale.sampling import (
-    CFGRescale,
-    Guidance,
-    SamplerConfig,
-    Solver,
-    coarse_guided_velocity,
-    guided_velocity,
-    initial_noise,
-    sample,
-    sample_latents,
-)
+from lgm_scale.families.lgm.guidance import coarse_guided_velocity, guided_velocity
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.lgm.sampling import initial_noise, sample, sample_latents
+from lgm_scale.flow import NoiseScale
+from lgm_scale.merging.nesting import ContrastStats, Nesting, contrast_basis
+from lgm_scale.merging.tree import MergeTree
+from lgm_scale.sampling.config import CFGRescale, Guidance, SamplerConfig, Solver
 
 NULL = 10
 LABELS = torch.tensor([1, 4, 7])

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.merging import MergeAssignment, MergeTree
-from lgm_scale.nesting import (
+from lgm_scale.merging.nesting import (
     ContrastStats,
     Nesting,
     contrast_basis,
     split_clusters,
     tree_from_cuts,
 )
+from lgm_scale.merging.tree import MergeAssignment, MergeTree
 
 DRAWS = 20_000
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lgm_scale.config_rules import load_training_run
+from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError
 
 DIT_B = Path(__file__).resolve().parents[2] / "yamls" / "dit_b.yaml"

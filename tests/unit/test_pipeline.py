@@ -15,20 +15,20 @@ from PIL import Image
 
 import lgm_scale
 from lgm_scale import sample as sample_command
-from lgm_scale.bundle import (
+from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.families.lgm.bundle import (
     build_generator,
     build_tokenizer,
     save_generator_bundle,
     save_tokenizer_bundle,
     set_sampling_defaults,
 )
-from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
-from lgm_scale.data.latents import LatentStats
-from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.pipeline import LGMPipeline, default_cfg_scale
 from lgm_scale.hashing import file_hash
-from lgm_scale.merging import MergeTree
-from lgm_scale.pipeline import LGMPipeline, default_cfg_scale
-from lgm_scale.sampling import CFGRescale, SamplerConfig, Solver
+from lgm_scale.merging.tree import MergeTree
+from lgm_scale.sampling.config import CFGRescale, SamplerConfig, Solver
 
 CLASSES = ("goldfish", "gold finch", "tabby cat")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lgm_scale.config_rules import load_training_run
-from lgm_scale.models.tokenizer import TOKENIZER_SIZES
+from lgm_scale.config.rules import load_training_run
+from lgm_scale.families.tokenizer.network import TOKENIZER_SIZES
 from lgm_scale.plan import Sizes, describe
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"

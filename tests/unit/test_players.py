@@ -12,14 +12,14 @@ from composer.core import Event
 from small_tokenizer import OBJECTIVE, OPTIMIZER, small_batch, small_model
 
 from lgm_scale.build import build_optimizer
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.discriminator import critic_view
-from lgm_scale.models.length_control import exploration_noise
-from lgm_scale.objectives.adversarial import diff_augment
-from lgm_scale.objectives.reconstruction import alignment_loss, entropy_loss
+from lgm_scale.families.tokenizer.adversarial import diff_augment
+from lgm_scale.families.tokenizer.critic import critic_view
+from lgm_scale.families.tokenizer.length_control import exploration_noise
+from lgm_scale.families.tokenizer.losses import alignment_loss, entropy_loss
+from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.merging.tree import MergeTree
 from lgm_scale.randomness import Purpose, keyed_uniforms, stream_keys
-from lgm_scale.training.players import PlayerClipping
-from lgm_scale.training.tokenizer import TokenizerModel
+from lgm_scale.training.clipping import PlayerClipping
 
 NUM_STEPS = 20
 CLIP_NORM = 0.05  # below both players' norms: clipping them together would show

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torchmetrics.functional.image.lpips import _LPIPS
 
-from lgm_scale.merging import cosine_similarity
-from lgm_scale.models.frozen import LPIPS
-from lgm_scale.models.quantizer import SoftQuantizer
-from lgm_scale.objectives.reconstruction import (
+from lgm_scale.families.tokenizer.frozen import LPIPS
+from lgm_scale.families.tokenizer.losses import (
     alignment_loss,
     entropy_loss,
     pixel_loss,
     representation_loss,
 )
+from lgm_scale.families.tokenizer.quantizer import SoftQuantizer
+from lgm_scale.merging.tree import cosine_similarity
 
 
 @pytest.mark.parametrize("num_tokens", [8, 16, 32])

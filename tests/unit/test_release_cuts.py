@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lgm_scale.errors import CheckpointError
-from lgm_scale.merging import MergeTree
-from lgm_scale.release_import.cuts import read_tree
+from lgm_scale.families.lgm.release_cuts import read_tree
+from lgm_scale.merging.tree import MergeTree
 
 
 def random_tree(seed: int) -> MergeTree:

@@ -10,17 +10,14 @@ import pytest
 import torch
 from small_vae import save_small_vae
 
-from lgm_scale.config import InterfaceConfig, SpaceConfig, SpatialModelConfig
+from lgm_scale.config.schema import InterfaceConfig, SpaceConfig, SpatialModelConfig
 from lgm_scale.errors import CheckpointError
-from lgm_scale.models.elit import ELIT, SiT
-from lgm_scale.pipeline import SpatialPipeline, load_pipeline
-from lgm_scale.release_import.elit import (
-    import_elit,
-    our_elit_name,
-    spatial_config_from_shapes,
-)
+from lgm_scale.families.elit.bundle import build_spatial_generator
+from lgm_scale.families.elit.network import ELIT, SiT
+from lgm_scale.families.elit.pipeline import SpatialPipeline
+from lgm_scale.families.elit.release import import_elit, our_elit_name, spatial_config_from_shapes
+from lgm_scale.pipeline import load_pipeline
 from lgm_scale.release_import.names import fit, translate
-from lgm_scale.spatial_bundle import build_spatial_generator
 
 READ, WRITE = "input_token_editor.adapters.0", "output_token_editor.adapters.0"
 OUTER = {

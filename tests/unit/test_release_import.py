@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from small_pipeline import assert_user_error, run_command
 from torch import Tensor
 
-from lgm_scale.bundle import (
+from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.errors import CheckpointError, ConfigError, DataError, exit_on_user_error
+from lgm_scale.families.lgm.bundle import (
     build_generator,
     build_tokenizer,
     load_generator,
@@ -20,16 +22,16 @@ from lgm_scale.bundle import (
     read_bundle,
     save_tokenizer_bundle,
 )
-from lgm_scale.config import GeneratorModelConfig, TokenizerModelConfig
-from lgm_scale.data.latents import LatentStats
-from lgm_scale.errors import CheckpointError, ConfigError, DataError, exit_on_user_error
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.dit import MergeDiT
-from lgm_scale.models.tokenizer import Tokenizer
-from lgm_scale.nesting import ContrastStats
+from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.lgm.release import class_names, import_generator, read_stats
+from lgm_scale.families.lgm.release import config_from_shapes as generator_config
+from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.families.tokenizer.release import config_from_shapes as tokenizer_config
+from lgm_scale.families.tokenizer.release import import_tokenizer
+from lgm_scale.merging.nesting import ContrastStats
+from lgm_scale.merging.tree import MergeTree
 from lgm_scale.release_import.__main__ import main
-from lgm_scale.release_import.generator import class_names, import_generator, read_stats
-from lgm_scale.release_import.generator import config_from_shapes as generator_config
 from lgm_scale.release_import.names import (
     IGNORED_BY_TOKENIZER,
     fit,
@@ -37,8 +39,6 @@ from lgm_scale.release_import.names import (
     our_tokenizer_name,
     translate,
 )
-from lgm_scale.release_import.tokenizer import config_from_shapes as tokenizer_config
-from lgm_scale.release_import.tokenizer import import_tokenizer
 
 TOKENIZER = TokenizerModelConfig(
     size="tiny", image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32
@@ -248,7 +248,7 @@ def test_an_imported_generator_has_the_same_velocity(files, generator, tokenizer
 
 
 def test_noise_scale_and_classes_reach_the_bundle(files, monkeypatch, capsys):
-    from lgm_scale.pipeline import LGMPipeline
+    from lgm_scale.families.lgm.pipeline import LGMPipeline
 
     (files / "names.txt").write_text("cat\ndog\nnewt\n")
     status = command(
@@ -389,7 +389,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(
 
 
 def test_the_backbone_named_in_args_must_be_the_weights_own(golden_dir):
-    from lgm_scale.release_import.tokenizer import check_args
+    from lgm_scale.families.tokenizer.release import check_args
 
     base = argparse.Namespace(encoder_model="vit_base_patch14_dinov2.lvd142m")
     assert check_args(base, TokenizerModelConfig(), "file") == ["encoder_model"]

@@ -6,17 +6,12 @@ import pytest
 import torch
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.merging import MergeAssignment, MergeTree
-from lgm_scale.models.dit import MergeDiT
-from lgm_scale.objectives.flow import NoiseScale
-from lgm_scale.sampling import (
-    CFGRescale,
-    SamplerConfig,
-    Solver,
-    guided_velocity,
-    initial_noise,
-    sample,
-)
+from lgm_scale.families.lgm.guidance import guided_velocity
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.lgm.sampling import initial_noise, sample
+from lgm_scale.flow import NoiseScale
+from lgm_scale.merging.tree import MergeAssignment, MergeTree
+from lgm_scale.sampling.config import CFGRescale, SamplerConfig, Solver
 
 LENGTHS = [32, 64, 128, 256]
 NULL = 10

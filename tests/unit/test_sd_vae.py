@@ -17,7 +17,7 @@ from small_vae import save_small_vae
 from torch import Tensor
 
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.models.sd_vae import encoder_id, load_sd_vae, save_sd_vae
+from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae, save_sd_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -299,7 +299,7 @@ def test_the_published_sizes_are_counted_without_their_weights():
     """A decode of 256 px takes 622 GFLOP; 2 x 1024^2 x 512 x 2 of them are attention."""
     from diffusers import AutoencoderKL
 
-    from lgm_scale.models.sd_vae import SDVAE
+    from lgm_scale.families.elit.sd_vae import SDVAE
 
     with torch.device("meta"):
         vae = SDVAE(

@@ -26,15 +26,18 @@ from small_sweep import make_bundles
 
 import lgm_scale
 from lgm_scale import sample as sample_command
-from lgm_scale.bundle import load_generator, read_bundle, set_sampling_defaults
-from lgm_scale.config import SpaceConfig
+from lgm_scale.config.schema import SpaceConfig
 from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.families.elit import network as elit
+from lgm_scale.families.elit.bundle import SpatialBundle, load_spatial_bundle, save_spatial_bundle
+from lgm_scale.families.elit.pipeline import SpatialPipeline
+from lgm_scale.families.elit.sampling import initial_state_noise
+from lgm_scale.families.lgm.bundle import load_generator, read_bundle, set_sampling_defaults
+from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.flops import sit_flops
-from lgm_scale.models import elit
-from lgm_scale.pipeline import LGMPipeline, SpatialPipeline, load_pipeline
+from lgm_scale.pipeline import load_pipeline
 from lgm_scale.pixels import PIXEL_STD, to_uint8
-from lgm_scale.sampling import CFGRescale, Guidance, SamplerConfig, initial_state_noise
-from lgm_scale.spatial_bundle import SpatialBundle, load_spatial_bundle, save_spatial_bundle
+from lgm_scale.sampling.config import CFGRescale, Guidance, SamplerConfig
 
 SD_VAE = SpaceConfig(kind="sd_vae", image_size=32, vae="/somewhere/else")
 ON_LATENTS = replace(ELIT, patch_size=1)

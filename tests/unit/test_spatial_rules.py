@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lgm_scale.config import SpatialRun
-from lgm_scale.config_rules import load_training_run
+from lgm_scale.config.rules import load_training_run
+from lgm_scale.config.schema import SpatialRun
 from lgm_scale.errors import ConfigError
-from lgm_scale.models.elit import ELIT, SIT_SIZES
-from lgm_scale.spatial_bundle import build_spatial_generator
-from lgm_scale.spatial_rules import token_lengths
+from lgm_scale.families.elit.bundle import build_spatial_generator
+from lgm_scale.families.elit.network import ELIT, SIT_SIZES
+from lgm_scale.families.elit.rules import token_lengths
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 QUICKSTART = str(YAMLS / "quickstart/elit.yaml")

@@ -10,16 +10,10 @@ import torch
 from small_spatial import ELIT, small_network
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.models import elit
+from lgm_scale.families.elit import network as elit
+from lgm_scale.families.elit.sampling import initial_state_noise, sample_state
 from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
-from lgm_scale.sampling import (
-    CFGRescale,
-    Guidance,
-    SamplerConfig,
-    Solver,
-    initial_state_noise,
-    sample_state,
-)
+from lgm_scale.sampling.config import CFGRescale, Guidance, SamplerConfig, Solver
 
 WINDOWS = 4  # a grid of 4 x 4 tokens in windows of 2 x 2: K = 4, 8, 12, 16
 LABELS = torch.tensor([1, 4, 7])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lgm_scale.models.elit import ELIT
+from lgm_scale.families.elit.network import ELIT
+from lgm_scale.families.elit.training import SpatialModel
 from lgm_scale.pixels import PIXEL_STD
-from lgm_scale.training.spatial import SpatialModel
 
 SCALE = 0.18215
 

@@ -12,7 +12,7 @@ from test_training import generator_model, latent_batch, part
 
 from lgm_scale.training import callbacks
 from lgm_scale.training.callbacks import MetricsLog
-from lgm_scale.training.generator import TIMESTEP_BINS, timestep_bins
+from lgm_scale.training.flow_model import TIMESTEP_BINS, timestep_bins
 from lgm_scale.training.record import LossRecord
 
 

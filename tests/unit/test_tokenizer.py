@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.models.length_control import LearnedMerging, exploration_noise
-from lgm_scale.models.tokenizer import Tokenizer, lattice_positions
-from lgm_scale.objectives.reconstruction import alignment_loss, entropy_loss, pixel_loss
+from lgm_scale.families.tokenizer.length_control import LearnedMerging, exploration_noise
+from lgm_scale.families.tokenizer.losses import alignment_loss, entropy_loss, pixel_loss
+from lgm_scale.families.tokenizer.network import Tokenizer, lattice_positions
 
 
 def small_tokenizer(latent_init: str = "aligned") -> Tokenizer:

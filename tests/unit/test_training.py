@@ -7,18 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from lgm_scale.config import TokenizerObjectiveConfig
-from lgm_scale.merging import MergeTree
-from lgm_scale.models.dit import MergeDiT
-from lgm_scale.models.tokenizer import Tokenizer
-from lgm_scale.objectives.flow import NoiseScale
+from lgm_scale.config.schema import TokenizerObjectiveConfig
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.lgm.training import GeneratorModel
+from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.flow import NoiseScale
+from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.pieces import local_pieces
+from lgm_scale.pixels import to_unit_range
 from lgm_scale.training.callbacks import StepKeys
 from lgm_scale.training.ema import EMA
-from lgm_scale.training.generator import GeneratorModel
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.record import LossRecord
-from lgm_scale.training.tokenizer import TokenizerModel, to_unit_range
 
 
 def generator_model(label_dropout: float = 0.1, scale: NoiseScale = NoiseScale.CORRECTED):

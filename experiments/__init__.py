@@ -1,0 +1,1 @@
+"""Comparisons: several runs, measured alike, in one table and one picture."""

@@ -1,0 +1,1 @@
+"""What every run can be told: the schema, how files become it, and the rules between its keys."""

@@ -1,0 +1,1 @@
+"""The evaluator: features, metrics, references, sweeps over token lengths, and their report."""

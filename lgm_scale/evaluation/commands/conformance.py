@@ -1,0 +1,108 @@
+r"""Check this evaluator against published numbers: ADM's sample batch scored with ADM's reference.
+
+    python -m eval.conformance --samples admnet_guided_upsampled_imagenet256.npz \
+        --reference VIRTUAL_imagenet256_labeled.npz --inception INCEPTION.pth
+
+The three files are published, large, and never downloaded here. Prints measured and published
+numbers side by side; exit status 1 if one is outside its tolerance, 2 if a file is missing. This
+comparison has not been run by the project's authors, who had none of the files at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from lgm_scale.errors import MissingAssetError, exit_on_user_error
+from lgm_scale.evaluation.commands.preflight import ADM
+from lgm_scale.evaluation.commands.reference import make_reference
+from lgm_scale.evaluation.commands.reference import parse_args as reference_args
+from lgm_scale.evaluation.engine.chunks import Job
+from lgm_scale.evaluation.engine.parts import Part, join_ranks
+from lgm_scale.evaluation.engine.stages import Engine
+from lgm_scale.evaluation.features.inception import PUBLISHED_HASH, WEIGHTS_URL
+from lgm_scale.evaluation.features.spaces import network_spaces
+from lgm_scale.evaluation.metrics.catalogue import compute, select
+from lgm_scale.evaluation.reconstructions.images import OriginalsWork
+from lgm_scale.evaluation.references.files import Reference
+from lgm_scale.evaluation.references.sources import NpzImages
+from lgm_scale.hashing import file_hash
+
+__all__ = ["PUBLISHED", "score"]
+
+PUBLISHED = {
+    "is": (215.837, 0.3),
+    "fid": (3.94256, 0.005),
+    "sfid": (6.14043, 0.005),
+    "precision": (0.8265, 0.005),
+    "recall": (0.5309, 0.005),
+}
+"""What ADM's own evaluator gives for that batch, and how far a port may be from it; precision and
+recall are computed there from distances in half precision."""
+
+
+def score(samples: Path, reference: Reference, inception: str, work: Path) -> dict[str, float]:
+    """Metrics of an npz of images against a reference."""
+    device = join_ranks()
+    source = NpzImages(samples)
+    spaces = network_spaces(inception, None, device)
+    maker = OriginalsWork(source, spaces, device, 50)
+    protocol = {"sha256": file_hash(samples), "features": [s.describe() for s in spaces]}
+    job = Job("samples", protocol, len(source), 250, maker)
+    engine = Engine(work, device)
+    engine.make_chunks([job], Part(), "samples", may_work=True)
+    outputs = {name: dim for space in spaces for name, dim in space.outputs.items()}
+    chosen = select(PUBLISHED, outputs, reference, len(source))
+    engine.make_sums([(job, chosen.moment_features)])
+    moments = engine.moments(job, chosen.moment_features)
+    return compute(chosen, moments, partial(engine.features, job), reference, device)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.conformance",
+        description="Score ADM's published samples, and compare with ADM's published numbers.",
+    )
+    parser.add_argument("--samples", required=True, metavar="NPZ")
+    parser.add_argument("--reference", required=True, metavar="NPZ", help=f"from {ADM}")
+    parser.add_argument("--inception", required=True, metavar="FILE", help=f"from {WEIGHTS_URL}")
+    parser.add_argument("--work", help="folder to keep unfinished work in; default: none is kept")
+    args = parser.parse_args(sys.argv[1:])
+    missing = [
+        f"--{key}: {getattr(args, key)} is not a file"
+        for key in ("samples", "reference", "inception")
+        if not Path(getattr(args, key)).is_file()
+    ]
+    if missing:
+        raise MissingAssetError("\n".join(missing))
+    if not file_hash(args.inception).startswith(PUBLISHED_HASH):
+        raise MissingAssetError(
+            f"--inception: the hash of {args.inception} does not begin with {PUBLISHED_HASH}: "
+            "these are not the published weights, of which alone published numbers speak"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(args.work or scratch)
+        reference = make_reference(
+            reference_args(
+                [args.reference, "--out", str(work / "reference"), "--inception", args.inception]
+            )
+        )
+        numbers = score(Path(args.samples), reference, args.inception, work / "samples")
+    status = 0
+    print("metric      measured    published   tolerance")
+    for key, (expected, tolerance) in PUBLISHED.items():
+        found = numbers.get(key, float("nan"))
+        good = abs(found - expected) <= tolerance
+        status = status if good else 1
+        print(
+            f"{key:10s} {found:9.4f} {expected:12.4f} {tolerance:11.4f}   {'ok' if good else 'NO'}"
+        )
+    return status
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,143 @@
+"""Which files the evaluation needs, where it looks for them, and what each unlocks.
+
+    python -m eval.preflight [CONFIG.yaml] [key=value ...] [--strict]
+
+Reads files and hashes them; touches no GPU and no network. With --strict a missing or wrong file
+ends with status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lgm_scale.config.loading import read_yaml
+from lgm_scale.errors import LGMError, MissingAssetError, exit_on_user_error
+from lgm_scale.hashing import file_hash
+
+__all__ = ["EvalAsset", "assets", "report"]
+
+ADM = (
+    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
+    "VIRTUAL_imagenet256_labeled.npz"
+)
+
+
+@dataclass(frozen=True)
+class EvalAsset:
+    """One file: its key, where it is to be had, and the metrics that need it."""
+
+    key: str
+    url: str
+    size: str
+    unlocks: str
+    hash_prefix: str | None = None
+    """First digits of the SHA-256, where the file's own published name says them."""
+
+
+def assets() -> list[EvalAsset]:
+    """Everything that may be given."""
+    from lgm_scale.evaluation.features.dinov2 import WEIGHTS_URL as DINOV2_URL
+    from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
+    from lgm_scale.evaluation.features.inception import WEIGHTS_URL as INCEPTION_URL
+    from lgm_scale.families.tokenizer.assets import VGG16_URL
+
+    return [
+        EvalAsset(
+            "inception", INCEPTION_URL, "96 MB", "FID, sFID, IS, KID, precision, recall, rFID",
+            PUBLISHED_HASH,
+        ),
+        EvalAsset("dinov2", DINOV2_URL, "1.2 GB", "FD-DINOv2"),
+        EvalAsset("vgg16", VGG16_URL, "528 MB", "LPIPS of reconstructions", "397923af"),
+        EvalAsset("reference", ADM, "about 2 GB", "FID and sFID as published; KID, precision and "
+                  "recall after `python -m eval.reference`"),
+        EvalAsset("images", "your data: data_tools/images_to_mds.py", "-",
+                  "reconstructions: rFID, PSNR, SSIM, LPIPS; a reference where none is given"),
+    ]  # fmt: skip
+
+
+def _expected(asset: EvalAsset) -> str:
+    known = asset.hash_prefix
+    return f"its sha256 begins with {known}" if known else "no hash is published with it"
+
+
+def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
+    """State and detail of one file: ("there" | "missing" | "wrong" | "not given", ...)."""
+    if path is None:
+        return "not given", f"set `{asset.key}` to use it"
+    if not Path(path).exists():
+        return "missing", f"looked for at {path}"
+    if asset.key == "images":
+        from lgm_scale.data.manifest import read_manifest
+
+        try:
+            manifest = read_manifest(path, "images")
+        except LGMError as error:
+            return "wrong", str(error)
+        return "there", f"{path}, {manifest.num_samples} images of {manifest.image_size} pixels"
+    digest = file_hash(path)
+    megabytes = Path(path).stat().st_size / 1e6
+    detail = f"{path}, {megabytes:.1f} MB, sha256 {digest}"
+    if asset.key == "reference":
+        return _look_into_reference(path, detail)
+    if asset.hash_prefix is not None and not digest.startswith(asset.hash_prefix):
+        return "wrong", (
+            f"{detail}, which does not begin with {asset.hash_prefix}: not the published weights, "
+            "and results will not be called by the published names"
+        )
+    return "there", detail
+
+
+def _look_into_reference(path: str, detail: str) -> tuple[str, str]:
+    from lgm_scale.evaluation.references.files import load_reference
+
+    try:
+        reference = load_reference(path)
+    except LGMError as error:
+        return "wrong", str(error)
+    held = [f"statistics of {name}" for name in reference.moments]
+    held += [f"{len(values)} vectors of {name}" for name, values in reference.features.items()]
+    return "there", f"{detail}; {', '.join(held)}"
+
+
+def report(values: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The list as text, and the keys of files that are missing or wrong."""
+    lines, bad = [], []
+    for asset in assets():
+        state, detail = look(asset, values.get(asset.key))
+        if state in ("missing", "wrong"):
+            bad.append(asset.key)
+        lines += [
+            f"{asset.key:10s} {state}",
+            f"    unlocks  {asset.unlocks}",
+            f"    found    {detail}",
+            f"    from     {asset.url} ({asset.size}; {_expected(asset)})",
+        ]
+    return "\n".join(lines), bad
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.preflight",
+        description="List the files that metrics need, where they were looked for, and what each "
+        "unlocks. Nothing is downloaded.",
+    )
+    parser.add_argument("config", nargs="?", help="YAML file of a sweep")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key")
+    parser.add_argument("--strict", action="store_true", help="status 2 if a file is not in order")
+    args = parser.parse_intermixed_args(sys.argv[1:])
+    values = read_yaml(args.config, args.overrides) if args.config else {}
+    text, bad = report(values)
+    print(text)
+    if args.strict and bad:
+        raise MissingAssetError(f"{', '.join(bad)}: not in order, see above")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

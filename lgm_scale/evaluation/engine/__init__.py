@@ -1,0 +1,1 @@
+"""Work over images in chunks that any number of processes share."""

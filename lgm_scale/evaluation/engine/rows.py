@@ -1,0 +1,65 @@
+"""Finished numbers: one JSON file per row, with the whole protocol that it was measured under.
+
+A row is `<name>-<id>.json`, and pictures beside it as safetensors; the id is a hash of everything
+that the numbers depend on. So a row counts only under its own protocol, and is the same file
+whoever writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from lgm_scale.errors import DataError
+from lgm_scale.evaluation.files import digest, write_aside, write_json
+
+__all__ = ["RowStore"]
+
+
+class RowStore:
+    """The rows in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def key(self, name: str, protocol: dict[str, Any]) -> str:
+        """Name of a row's files."""
+        return f"{name}-{digest(protocol)[:12]}"
+
+    def find(self, name: str, protocol: dict[str, Any]) -> dict[str, Any] | None:
+        """A finished row, or None if it is missing, damaged or of another protocol."""
+        key = self.key(name, protocol)
+        try:
+            row = json.loads((self.folder / f"{key}.json").read_text())
+            same = row["protocol"] == json.loads(json.dumps(protocol))
+            return row if same and self._pictures(key).is_file() else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def save(
+        self, name: str, protocol: dict[str, Any], row: dict[str, Any], pictures: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Keep a row and its pictures; the JSON comes last. Returns the complete row."""
+        key = self.key(name, protocol)
+        arrays = {name: np.ascontiguousarray(values) for name, values in pictures.items()}
+        write_aside(self._pictures(key), save(arrays))
+        complete = {"key": key, **row, "protocol": protocol}
+        write_json(self.folder / f"{key}.json", complete)
+        return json.loads(json.dumps(complete))
+
+    def pictures(self, key: str) -> dict[str, np.ndarray]:
+        """Pictures of a row. Raises: DataError if they cannot be read."""
+        try:
+            return load_file(self._pictures(key))
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"{self._pictures(key)} cannot be read ({error}); run the sweep again"
+            ) from error
+
+    def _pictures(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"

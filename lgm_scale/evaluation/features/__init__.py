@@ -1,0 +1,1 @@
+"""Feature spaces: what maps 8-bit images to vectors."""

@@ -1,0 +1,1 @@
+"""Distances and scores of features, and of images beside their originals."""

@@ -1,0 +1,211 @@
+"""Which metrics there are, what each needs, what it may be called, and their numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
+from lgm_scale.evaluation.metrics.moments import Moments, frechet_distance
+from lgm_scale.evaluation.metrics.scores import (
+    IS_SPLITS,
+    KID_SUBSETS,
+    NEIGHBOURS,
+    inception_score,
+    kernel_distance,
+    kid_subset_size,
+    precision_recall,
+)
+from lgm_scale.evaluation.references.files import Reference
+
+__all__ = ["METRICS", "Metric", "Selection", "compute", "count_name", "select", "warn_few_images"]
+
+log = logging.getLogger("lgm_scale")
+
+Need = Literal["statistics", "features", "nothing"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: the feature it reads, and what of the reference."""
+
+    key: str
+    name: str
+    feature: str
+    needs: Need
+    better: Literal["lower", "higher"]
+
+
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric("fid", "FID", "inception_pool", "statistics", "lower"),
+        Metric("sfid", "sFID", "inception_spatial", "statistics", "lower"),
+        Metric("is", "IS", "inception_logits", "nothing", "higher"),
+        Metric("kid", "KID", "inception_pool", "features", "lower"),
+        Metric("precision", "Precision", "inception_pool", "features", "higher"),
+        Metric("recall", "Recall", "inception_pool", "features", "higher"),
+        Metric("fd_dinov2", "FD-DINOv2", "dinov2", "statistics", "lower"),
+        Metric("pixel_frechet", "Pixel distance", "pixel_pca", "statistics", "lower"),
+    )
+}
+
+
+def count_name(count: int) -> str:
+    """How a number of images is said in a metric's name: 50K, 10K, 272."""
+    return f"{count // 1000}K" if count and count % 1000 == 0 else str(count)
+
+
+def metric_name(key: str, count: int, space: Mapping[str, Any], prefix: str = "") -> str:
+    """What a metric may be called: never without its count, never FID on other weights.
+
+    Args:
+        key: Of METRICS.
+        count: Images on the generated side.
+        space: Description of its feature space.
+        prefix: "g" or "r" before FID.
+    """
+    metric = METRICS[key]
+    weights = str(space.get("weights_sha256", ""))
+    if key == "pixel_frechet":
+        return (
+            f"Frechet distance in {space['num_components']} principal components of validation "
+            f"pixels (not FID), {count_name(count)} images"
+        )
+    published = metric.feature == "dinov2" or weights.startswith(PUBLISHED_HASH)
+    if key == "fd_dinov2" and "(large)" not in space["network"]:
+        return f"Frechet distance in {space['network'].split(',')[0]}-{count_name(count)}"
+    if published:
+        return f"{prefix}{metric.name}-{count_name(count)}"
+    return (
+        f"{metric.name}-like on unpublished Inception weights {weights[:8]} (not {metric.name}), "
+        f"{count_name(count)} images"
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Metrics that are on, and for the others the one line that says why not."""
+
+    on: tuple[str, ...]
+    off: dict[str, str]
+
+    @property
+    def moment_features(self) -> tuple[str, ...]:
+        """Features whose moments are needed."""
+        return tuple(
+            sorted({METRICS[key].feature for key in self.on if METRICS[key].needs == "statistics"})
+        )
+
+    @property
+    def whole_features(self) -> tuple[str, ...]:
+        """Features that are needed vector by vector."""
+        return tuple(
+            sorted({METRICS[key].feature for key in self.on if METRICS[key].needs != "statistics"})
+        )
+
+
+def select(
+    wanted: Iterable[str], outputs: Mapping[str, int], reference: Reference, count: int
+) -> Selection:
+    """Choose among the wanted metrics those that features, reference and count allow.
+
+    Args:
+        wanted: Keys of METRICS.
+        outputs: Features there are, with their dimensions.
+        reference: What images are compared with.
+        count: Images on the generated side.
+    """
+    on, off = [], {}
+    for key in wanted:
+        reason = _why_off(METRICS[key], outputs, reference, count)
+        if reason is None:
+            on.append(key)
+        else:
+            off[key] = f"{METRICS[key].name} is off: {reason}"
+    return Selection(tuple(on), off)
+
+
+def _why_off(
+    metric: Metric, outputs: Mapping[str, int], reference: Reference, count: int
+) -> str | None:
+    if metric.feature not in outputs:
+        space = metric.feature.split("_")[0]
+        key = {"pixel": "num_components", "inception": "inception", "dinov2": "dinov2"}[space]
+        return f"`{key}` is not given; `python -m eval.preflight` lists what is needed"
+    held = {"statistics": reference.moments, "features": reference.features}
+    if metric.needs in held and metric.feature not in held[metric.needs]:
+        return (
+            f"the reference {reference.name} holds no {metric.needs} of {metric.feature}; make "
+            "one with `python -m eval.reference`"
+        )
+    if metric.key in ("precision", "recall") and count <= NEIGHBOURS:
+        return f"{count} images have no {NEIGHBOURS} neighbours each"
+    if metric.key == "is" and count < IS_SPLITS:
+        return f"{count} images do not fill {IS_SPLITS} splits"
+    return None
+
+
+def warn_few_images(selection: Selection, outputs: Mapping[str, int], count: int) -> None:
+    """Say loudly where there are fewer images than dimensions."""
+    for feature in selection.moment_features:
+        if count <= outputs[feature]:
+            log.warning(
+                "FEW IMAGES: %d in %d dimensions (%s): the covariance has not full rank, and the "
+                "distance compares with nothing but runs of the very same count",
+                count, outputs[feature], feature,
+            )  # fmt: skip
+
+
+def compute(
+    selection: Selection,
+    moments: Mapping[str, Moments],
+    features: Callable[[Sequence[str]], Mapping[str, np.ndarray]],
+    reference: Reference,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """The selected metrics.
+
+    Args:
+        selection: From `select`.
+        moments: Of the generated side, for `selection.moment_features`.
+        features: Gives whole features of the generated side, in the order of the images.
+        reference: What they are compared with.
+        device: Where precision and recall find neighbours.
+    """
+    numbers: dict[str, float] = {}
+    for key in selection.on:
+        metric = METRICS[key]
+        if metric.needs == "statistics":
+            name = metric.feature
+            numbers[key] = frechet_distance(moments[name], reference.moments[name], metric.name)
+    held = features(selection.whole_features) if selection.whole_features else {}
+    if "is" in selection.on:
+        numbers["is"], numbers["is_std"] = inception_score(held["inception_logits"])
+    if "kid" in selection.on:
+        other = reference.features["inception_pool"]
+        numbers["kid"], numbers["kid_std"] = kernel_distance(held["inception_pool"], other)
+    if {"precision", "recall"} & set(selection.on):
+        other = reference.features["inception_pool"]
+        found = precision_recall(held["inception_pool"], other, device)
+        both = dict(zip(("precision", "recall"), found, strict=True))
+        numbers |= {key: value for key, value in both.items() if key in selection.on}
+    return numbers
+
+
+def describe_metrics(selection: Selection, count: int, reference: Reference) -> dict[str, Any]:
+    """Constants behind the numbers, for the protocol."""
+    described: dict[str, Any] = {"moments": "float64, unbiased covariance"}
+    if "is" in selection.on:
+        described["is"] = f"{IS_SPLITS} splits after a fixed shuffle"
+    if "kid" in selection.on:
+        size = kid_subset_size(count, len(reference.features["inception_pool"]))
+        described["kid"] = f"{KID_SUBSETS} subsets of {size}"
+    if {"precision", "recall"} & set(selection.on):
+        described["precision_recall"] = f"{NEIGHBOURS} neighbours"
+    return described

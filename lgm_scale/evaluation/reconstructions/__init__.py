@@ -1,0 +1,1 @@
+"""Validation images through a tokenizer at every K."""

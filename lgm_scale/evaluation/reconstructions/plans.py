@@ -1,0 +1,326 @@
+"""Reconstructions as jobs and rows: every metric in one pass over the images at each K.
+
+The sweep and `eval/reconstruct.py` share this. The validation images are a job of their own: what
+reconstructions are compared with, and samples too where no other reference is given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from composer.utils import dist
+
+from lgm_scale import __version__
+from lgm_scale.errors import DataError
+from lgm_scale.evaluation.engine.chunks import Job
+from lgm_scale.evaluation.engine.stages import Engine, RowPlan
+from lgm_scale.evaluation.features.spaces import Spaces, ValidationImages
+from lgm_scale.evaluation.metrics.catalogue import METRICS, count_name, metric_name
+from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
+from lgm_scale.evaluation.metrics.moments import Moments, frechet_distance
+from lgm_scale.evaluation.reconstructions.images import OriginalsWork, ReconstructionWork
+from lgm_scale.evaluation.references.files import Reference
+from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.merging.tree import MergeTree
+
+__all__ = ["ReconstructionPlans"]
+
+DISTANCES = ("fid", "fd_dinov2", "pixel_frechet")
+NUM_SHOWN = 8
+PSNR = "mean over images, float64; an identical image counts as if one value were one level off"
+SSIM = (
+    "mean over images, float64; uniform 7 x 7 window inside the image, sample covariance, k1 0.01, "
+    "k2 0.03, mean over channels"
+)
+
+
+class _Features(Mapping[str, np.ndarray]):
+    """Features of the validation images, read when they are asked for."""
+
+    def __init__(self, engine: Engine, job: Job, names: Sequence[str]) -> None:
+        self.engine, self.job, self.names = engine, job, names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.engine.features(self.job, [name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass
+class ReconstructionPlans:
+    """Jobs and rows of the reconstructions of a tokenizer; nothing where there are no images.
+
+    Without a tokenizer the validation images are still a reference, and nothing is reconstructed.
+
+    Args:
+        tokenizer: Frozen, in eval mode, on its device; None for a generator without one.
+        tree: Its merge tree; None for a length control without one.
+        files: Hashes of the files of both, or whatever else identifies them.
+        images: Validation images.
+        device: Where features are computed.
+        spaces: Feature spaces.
+        perceptual: For LPIPS; None: off.
+        reference: A second one, such as ADM's; None: none.
+        chunk_size: Images per chunk.
+        batch_size: Images at once.
+        metrics: Keys of METRICS that are wanted.
+    """
+
+    tokenizer: Tokenizer | None
+    tree: MergeTree | None
+    files: dict[str, Any]
+    images: ValidationImages | None
+    device: torch.device
+    spaces: Spaces
+    perceptual: PerceptualDistance | None
+    reference: Reference | None
+    chunk_size: int
+    batch_size: int
+    metrics: Sequence[str]
+    _validation: Reference | None = field(default=None, init=False)
+    _work: ReconstructionWork | None = field(default=None, init=False)
+
+    @property
+    def on(self) -> tuple[str, ...]:
+        """Distances between images and reconstructions, as keys of METRICS."""
+        outputs = self.spaces.outputs
+        return tuple(k for k in DISTANCES if k in self.metrics and METRICS[k].feature in outputs)
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """Features whose moments are needed."""
+        return tuple(METRICS[key].feature for key in self.on)
+
+    @property
+    def off(self) -> dict[str, str]:
+        """Metric -> the line that says why it is off."""
+        if self.tokenizer is None:
+            return {
+                "reconstructions": "Reconstructions are off, and the merge tree with them: this "
+                "generator's K is the work of its core, and no image is coded in K tokens"
+            }
+        if self.images is None:
+            return {"reconstructions": "Reconstructions are off: `images` is not given"}
+        lines = {}
+        if self.perceptual is None:
+            lines["lpips"] = (
+                "LPIPS is off: `vgg16` is not given; `python -m eval.preflight` says where it is"
+            )
+        if "fid" in self.metrics and "fid" not in self.on:
+            lines["rfid_val"] = (
+                "rFID is off: `inception` is not given; `python -m eval.preflight` says where it is"
+            )
+        return lines
+
+    # --- jobs ---------------------------------------------------------------------------------
+
+    def jobs(self, lengths: Sequence[int]) -> list[Job]:
+        """The validation images, and their reconstructions at each K."""
+        if self.images is None:
+            return []
+        coded = lengths if self.tokenizer is not None else ()
+        return [self._originals(), *(self._job(k) for k in coded)]
+
+    def _originals(self) -> Job:
+        assert self.images is not None
+        work = OriginalsWork(self.images.stored, self.spaces.all, self.device, self.batch_size)
+        protocol = {
+            "kind": "images",
+            "lgm_scale": __version__,
+            "images": self.images.description,
+            "features": self.spaces.describe(),
+        }
+        return Job("images", protocol, len(self.images.stored), self.chunk_size, work)
+
+    def _job(self, num_tokens: int) -> Job:
+        assert self.images is not None
+        assert self.tokenizer is not None
+        if self._work is None:
+            self._work = ReconstructionWork(
+                self.tokenizer, self.tree, self.images.stored, self.spaces.all, self.perceptual,
+                self.batch_size, shown=self._shown(),
+            )  # fmt: skip
+        protocol = {
+            "kind": "reconstructions",
+            "lgm_scale": __version__,
+            "weights": self.files,
+            "num_tokens": num_tokens,
+            "images": self.images.description,
+            "pixels": "(x + 1) / 2, clipped to [0, 1], rounded to 8 bits",
+            "precision": "fp32",
+            "features": self.spaces.describe(),
+            "lpips": None if self.perceptual is None else self.perceptual.weights_hash,
+        }
+        count = len(self.images.stored)
+        name = f"reconstructions-k{num_tokens:04d}"
+        return Job(name, protocol, count, self.chunk_size, partial(self._work, num_tokens))
+
+    def _shown(self) -> tuple[int, ...]:
+        """The first validation image of a few classes, spread over all that there are."""
+        assert self.images is not None
+        manifest = self.images.stored.dataset.manifest
+        assert manifest is not None
+        starts = np.cumsum([0, *manifest.class_counts[:-1]])
+        present = [
+            int(start) for start, count in zip(starts, manifest.class_counts, strict=True) if count
+        ]
+        count = min(NUM_SHOWN, len(present))
+        return tuple(present[i * len(present) // count] for i in range(count))
+
+    # --- what the validation images are, as a reference ---------------------------------------
+
+    def ready(self, engine: Engine, needed: bool) -> bool:
+        """Whether numbers can be computed: where the images are the reference, their chunks are."""
+        if not needed:
+            return True
+        if self.images is None:
+            return False
+        job = self._originals()
+        found: list[Any] = [None]
+        if dist.get_global_rank() == 0:
+            found = [all(engine.chunks.path(job, bounds).is_file() for bounds in job.bounds)]
+        dist.broadcast_object_list(found)
+        if found[0]:
+            self.reduce(engine)
+        return found[0]
+
+    def reduce(self, engine: Engine) -> None:
+        """Turn the chunks of the validation images into a reference. Every rank must call it."""
+        if self.images is None:
+            return
+        job, features = self._originals(), self._moment_features()
+        moments: dict[str, Moments] = {}
+        if features:
+            engine.make_sums([(job, features)])
+            moments = engine.moments(job, features)
+        hashes = engine.features(job, ["hashes"])["hashes"]
+        description = self.images.description | {
+            "images_sha256": hashlib.sha256(hashes.tobytes()).hexdigest()
+        }
+        self._validation = Reference(
+            name="validation images",
+            moments=moments,
+            features=_Features(engine, job, list(self.spaces.outputs)),  # type: ignore[arg-type]  # a Mapping
+            image_size=self.images.description["image_size"],
+            description=description,
+        )
+
+    def _moment_features(self) -> tuple[str, ...]:
+        wanted = {
+            METRICS[key].feature for key in self.metrics if METRICS[key].needs == "statistics"
+        }
+        return tuple(sorted(wanted & self.spaces.outputs.keys()))
+
+    @property
+    def validation(self) -> Reference:
+        """The validation images as a reference; after `reduce`."""
+        if self._validation is None:
+            raise DataError("reference: missing, and so are validation images; give one of them")
+        return self._validation
+
+    def outline(self, outer: Reference | None) -> Reference:
+        """The reference of samples as far as it is known before any image was read."""
+        if outer is not None:
+            return outer
+        nothing = Moments(np.empty(0), np.empty((0, 0)), None)
+        features = {name: np.empty((0, 0)) for name in self.spaces.outputs}
+        return Reference("validation images", dict.fromkeys(features, nothing), features)
+
+    # --- rows ---------------------------------------------------------------------------------
+
+    def plans(self, lengths: Sequence[int]) -> list[RowPlan]:
+        """One row per K; after `reduce`."""
+        if self.images is None or self.tokenizer is None:
+            return []
+        return [self._plan(k) for k in lengths]
+
+    def _plan(self, num_tokens: int) -> RowPlan:
+        job = self._job(num_tokens)
+        outer = None if self.reference is None else self.reference.description
+        definitions = {"psnr_db": PSNR, "ssim": SSIM}
+        if self.perceptual is not None:
+            definitions["lpips"] = (
+                "version 0.1, VGG16, mean over images, rounded and clipped images in [-1, 1]"
+            )
+        protocol = {
+            **job.protocol,
+            "num_images": job.count,
+            "images_sha256": self.validation.description["images_sha256"],
+            "reference": outer,
+            "definitions": definitions,
+            "selected": list(self.on),
+        }
+        finish = partial(self._finish, num_tokens)
+        title = f"K = {num_tokens}, reconstructions"
+        return RowPlan(job.name, job, protocol, self.sums, finish, title)
+
+    def _finish(
+        self, num_tokens: int, plan: RowPlan, engine: Engine
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        scores = ["psnr_db", "ssim", *(["lpips"] if self.perceptual is not None else [])]
+        found = engine.features(plan.job, [*scores, "identical"])
+        numbers = {name: math.fsum(found[name]) / plan.job.count for name in scores}
+        names = {"psnr_db": "PSNR in dB", "ssim": "SSIM", "lpips": "LPIPS (VGG16, rounded pixels)"}
+        names = {key: value for key, value in names.items() if key in numbers}
+        moments = engine.moments(plan.job, plan.sums) if plan.sums else {}
+        for key in self.on:
+            feature = METRICS[key].feature
+            space = self.spaces.described(feature)
+            text = metric_name(key, plan.job.count, space, "r")
+            against = {"val": self.validation}
+            if self.reference is not None and feature in self.reference.moments:
+                against["reference"] = self.reference
+            for short, reference in against.items():
+                name = f"r{key}_{short}"
+                other = reference.moments[feature]
+                numbers[name] = frechet_distance(moments[feature], other, name)
+                names[name] = (
+                    f"{text}, against {reference.name}{_rank(plan.job.count, moments[feature])}"
+                )
+        seconds, devices = engine.seconds(plan.job)
+        row = {
+            "kind": "reconstructions",
+            "num_tokens": num_tokens,
+            "num_images": plan.job.count,
+            "metrics": numbers,
+            "names": names,
+            "num_identical": int(found["identical"].sum()),
+            "run": {"seconds": seconds, "devices": devices},
+        }
+        return row, self._pictures(plan.job, engine)
+
+    def psnr(self, num_tokens: int, engine: Engine) -> np.ndarray:
+        """PSNR of every image at K, in order: [M]."""
+        return engine.features(self._job(num_tokens), ["psnr_db"])["psnr_db"]
+
+    def _pictures(self, job: Job, engine: Engine) -> dict[str, np.ndarray]:
+        names = ("shown_pixels", "shown_originals", "shown_labels")
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        shown = self._shown()
+        for bounds in job.bounds:
+            if any(bounds[0] <= index < bounds[1] for index in shown):
+                arrays = engine.chunks.read(job, bounds, names).arrays
+                for name in names:
+                    parts[name].append(arrays[name])
+        pixels, originals, labels = (np.concatenate(parts[name]) for name in names)
+        return {"images": pixels, "originals": originals, "labels": labels}
+
+
+def _rank(count: int, moments: Moments) -> str:
+    if count > len(moments.mean):
+        return ""
+    return (
+        f" ({count_name(count)} images in {len(moments.mean)} dimensions: rank deficient, compares "
+        "only with the same images)"
+    )

@@ -1,0 +1,1 @@
+"""What samples are compared with, in every published form."""

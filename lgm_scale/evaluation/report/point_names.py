@@ -1,0 +1,75 @@
+"""Names beside the points of a diagram, moved up or down until none covers another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
+
+from lgm_scale.evaluation.report.theme import Theme
+
+__all__ = ["NamedPoint", "name_points"]
+
+SIZE = 10
+LETTER, LINE = 0.62, 1.25
+"""Mean width and height of the type, as a share of its size."""
+ASIDE, NEAR, STEP, TRIES = 4, 7, 13, 6
+"""Points of type: to the right of a mark, above it, between two places; and how many there are."""
+
+
+class NamedPoint(NamedTuple):
+    """A point in the data's coordinates, and what it is called."""
+
+    x: float
+    y: float
+    name: str
+
+
+def name_points(axes: Axes, points: Sequence[NamedPoint], theme: Theme) -> None:
+    """Write the names. The axes' limits must be final; what is far off gets a thin line.
+
+    Args:
+        axes: On which the points are marked.
+        points: In any order; earlier ones get the nearer places.
+        theme: Colours.
+    """
+    scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]  # it is on a figure
+    taken = [_mark_box(*_place(axes, point), 4 * scale) for point in points]
+    for point in points:
+        across, up = _place(axes, point)
+        x, y, name = point
+        places = [(_text_box(across, up, offset, name, scale), offset) for offset in _offsets()]
+        inside = [place for place in places if axes.bbox.y0 <= place[0].y0] or places
+        free = (place for place in inside if not any(place[0].overlaps(box) for box in taken))
+        box, offset = next(free, inside[0])
+        taken.append(box)
+        line: dict[str, Any] = {"arrowstyle": "-", "color": theme.muted, "linewidth": 0.7}
+        axes.annotate(
+            name, (x, y), xytext=(ASIDE, offset), textcoords="offset points", color=theme.ink,
+            size=SIZE, arrowprops=line if abs(offset) > NEAR + SIZE else None,
+        )  # fmt: skip
+
+
+def _offsets() -> list[float]:
+    """Distances of a text's base line from its mark, in points: above, below, further above, ..."""
+    above = [float(NEAR + i * STEP) for i in range(TRIES)]
+    below = [-NEAR - SIZE + 1 - i * STEP for i in range(TRIES)]
+    return [offset for pair in zip(above, below, strict=True) for offset in pair]
+
+
+def _text_box(x: float, y: float, offset: float, name: str, scale: float) -> Bbox:
+    """Where a name would stand, in pixels."""
+    left, bottom = x + ASIDE * scale, y + (offset - 0.2 * SIZE) * scale
+    return Bbox.from_bounds(left, bottom, len(name) * LETTER * SIZE * scale, LINE * SIZE * scale)
+
+
+def _place(axes: Axes, point: NamedPoint) -> tuple[float, float]:
+    """Where a mark is, in pixels."""
+    across, up = axes.transData.transform((point.x, point.y))
+    return float(across), float(up)
+
+
+def _mark_box(x: float, y: float, radius: float) -> Bbox:
+    return Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius)

@@ -1,0 +1,1 @@
+"""A generator measured at many token counts and sampler settings."""

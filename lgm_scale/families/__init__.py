@@ -1,0 +1,1 @@
+"""One folder per family of models; nothing outside of them knows what is inside."""

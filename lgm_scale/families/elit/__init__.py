@@ -1,0 +1,1 @@
+"""ELIT and SiT: generators on a grid, whose middle runs on K latents."""

@@ -1,0 +1,154 @@
+"""A checkpoint {model, ema} of ELIT's authors, or of a SiT of theirs, as a bundle on a grid."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lgm_scale.config.schema import InterfaceConfig, SpaceConfig, SpatialModelConfig
+from lgm_scale.errors import CheckpointError
+from lgm_scale.families.elit.bundle import build_spatial_generator, save_spatial_bundle
+from lgm_scale.families.elit.network import SIT_SIZES, sincos_table
+from lgm_scale.families.lgm.release import class_names
+from lgm_scale.families.tokenizer.release import provenance, shape_of
+from lgm_scale.release_import.names import KeyReport, fit, translate
+from lgm_scale.release_import.reading import read_dictionary, weights_of
+
+__all__ = ["import_elit", "our_elit_name", "spatial_config_from_shapes"]
+
+_READ, _WRITE = "input_token_editor.adapters.0.", "output_token_editor.adapters.0."
+_PARTS = {
+    f"{_READ}fit_layer.latents_attend_to_patches.0.": "read.attn.",
+    f"{_READ}fit_layer.read_ff.0.": "read.mlp.",
+    f"{_READ}fit_layer.": "read.",
+    f"{_READ}learned_query_embed": "read.queries",
+    f"{_READ}latent_pos_embed": "read.positions",
+    f"{_READ}pos_embed": "read.offset",
+    f"{_WRITE}patches_attend_to_latents.0.": "write.attn.",
+    f"{_WRITE}write_ff.0.": "write.mlp.",
+    f"{_WRITE}pos_embed": "write.offset",
+    "adaLN_modulation": "modulation",
+    ".q_proj.": ".q.",
+    ".kv_proj.": ".kv.",
+    "_norm.scale": "_norm.weight",
+    "x_embedder.proj.": "x_embed.",
+    "t_embedder.": "t_embed.",
+    "y_embedder.embedding_table": "label_embed.table",
+    "final_layer.": "final.",
+}
+"""Parts of the release's names and ours; they are replaced in this order."""
+_IGNORED = {
+    "pos_embed": "fixed positions; ours are computed, and these were found equal",
+    "projectors.": "predicts features of another network in training; not needed for use",
+}
+_TABLE_TOLERANCE = 1e-5
+
+
+def our_elit_name(name: str) -> str:
+    """From the release's name of a weight to ours."""
+    for theirs, ours in _PARTS.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def import_elit(
+    source: str | Path,
+    folder: str | Path,
+    vae: str,
+    split: str = "released",
+    classes: str | None = None,
+    weights: str = "ema",
+) -> tuple[KeyReport, list[str]]:
+    """Write a bundle of an ELIT, or of a SiT if the checkpoint has no interface.
+
+    Args:
+        source: The checkpoint.
+        folder: Bundle to write.
+        vae: Folder of the autoencoder that decodes; it is copied into the bundle.
+        split: Blocks before Read and after Write, see `models.elit.SPLITS`. Nothing in a
+            checkpoint says it; those that were released ran as `released`.
+        classes: See `class_names`.
+        weights: Which of its weights, 'ema' or 'model'.
+
+    Returns: what became of every key, and remarks for the user.
+
+    Raises: CheckpointError, ConfigError.
+    """
+    state = weights_of(read_dictionary(source), weights, source)
+    model, space = spatial_config_from_shapes(state, split, vae, source)
+    _check_positions(state, model, space, source)
+    report = translate(state, our_elit_name, _IGNORED)
+    with torch.device("meta"):
+        expected = build_spatial_generator(model, space).state_dict()
+    tensors = fit(state, report, expected, source)
+    names = class_names(classes, model.num_classes)
+    training: dict[str, Any] = {"weights": weights, "imported": provenance(source, report, "ELIT")}
+    save_spatial_bundle(folder, model, space, tensors, names, training, vae)
+    remarks = [f"model: {model}"]
+    if model.interface is not None:
+        remarks.append(f"split: {split} (--split); the checkpoint does not say")
+    return report, remarks
+
+
+def spatial_config_from_shapes(
+    state: Mapping[str, Tensor], split: str, vae: str | None, path: str | Path
+) -> tuple[SpatialModelConfig, SpaceConfig]:
+    """Model and space that these weights belong to.
+
+    Raises: CheckpointError naming key and shapes.
+    """
+    form = (None, 4, None, None)
+    width, _, patch_size, _ = shape_of(state, "x_embedder.proj.weight", form, path)
+    _, num_tokens, _ = shape_of(state, "pos_embed", (1, None, width), path)
+    rows = shape_of(state, "y_embedder.embedding_table.weight", (None, width), path)[0]
+    found = [re.match(r"blocks\.(\d+)\.", name) for name in state]
+    depth = len({match.group(1) for match in found if match})
+    sizes = [n for n, row in SIT_SIZES.items() if (row.width, row.depth) == (width, depth)]
+    if not sizes:
+        known = ", ".join(f"{n}: {row.width} x {row.depth}" for n, row in SIT_SIZES.items())
+        raise CheckpointError(
+            f"{path}: width {width} and {depth} blocks; known sizes (width x blocks): {known}"
+        )
+    grid = _root(num_tokens, "pos_embed", path)
+    interface = None
+    if f"{_READ}learned_query_embed" in state:
+        window = shape_of(state, f"{_READ}learned_query_embed", (None, width), path)[0]
+        position_rows = shape_of(state, f"{_READ}latent_pos_embed", (None, width), path)[0]
+        interface = InterfaceConfig(
+            split=split,  # type: ignore[arg-type]  # a choice of the command line
+            group_size=_root(window, f"{_READ}learned_query_embed", path),
+            position_rows=position_rows,
+        )
+    model = SpatialModelConfig(
+        size=sizes[0],  # type: ignore[arg-type]  # a key of SIT_SIZES
+        patch_size=patch_size,
+        num_classes=rows - 1,
+        interface=interface,
+    )
+    return model, SpaceConfig(kind="sd_vae", image_size=8 * grid * patch_size, vae=vae)
+
+
+def _root(number: int, key: str, path: str | Path) -> int:
+    root = math.isqrt(number)
+    if root**2 != number:
+        raise CheckpointError(f"{path}: key {key}: {number} rows; a square number is needed")
+    return root
+
+
+def _check_positions(
+    state: Mapping[str, Tensor], model: SpatialModelConfig, space: SpaceConfig, path: str | Path
+) -> None:
+    table = state["pos_embed"][0].float()
+    expected = sincos_table(table.shape[1], space.side // model.patch_size)
+    error = float((table - expected).abs().max())
+    if not error <= _TABLE_TOLERANCE:
+        raise CheckpointError(
+            f"{path}: key pos_embed differs from the fixed sin-cos table by {error:.3g}: these "
+            "weights belong to another network"
+        )

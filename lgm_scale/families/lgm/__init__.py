@@ -1,0 +1,1 @@
+"""LGM's generator: a diffusion transformer on merged tokens (MergeDiT)."""

@@ -1,0 +1,277 @@
+"""Bundles of LGM: a folder of safetensors weights, configuration, merge tree and statistics.
+
+    bundle/
+      bundle.json                format, kind, configuration, hash of every file
+      tokenizer.safetensors      EMA weights
+      merge_tree.safetensors     unless the tokenizer's length control has no tree
+      generator.safetensors      generator bundles: EMA weights, beside the tokenizer they need
+      latent_stats.safetensors
+      adapter_64.safetensors     changes for one token length, if any were trained
+
+No pickle: reading a bundle executes nothing. A file that does not match its hash is refused.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lgm_scale.bundle import finish_bundle, model_config, read_bundle, start_bundle, write_info
+from lgm_scale.config.loading import to_dict
+from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.families.lgm.data import STATS_NAME, TREE_NAME, LatentStats
+from lgm_scale.families.lgm.lora import Adapter, with_adapter
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.merging.tree import MergeAssignment, MergeTree
+from lgm_scale.sampling.config import SamplerConfig
+
+__all__ = [
+    "GeneratorBundle",
+    "load_generator",
+    "load_tokenizer",
+    "load_weights",
+    "read_bundle",
+    "save_adapted_bundle",
+    "save_generator_bundle",
+    "save_tokenizer_bundle",
+    "save_weights",
+    "set_sampling_defaults",
+    "tokenizer_id",
+]
+
+TOKENIZER_NAME = "tokenizer.safetensors"
+GENERATOR_NAME = "generator.safetensors"
+
+
+@dataclass(frozen=True)
+class GeneratorBundle:
+    """A generator with all it needs to make images."""
+
+    net: MergeDiT
+    tokenizer: Tokenizer
+    tree: MergeTree
+    stats: LatentStats
+    classes: tuple[str, ...]
+    info: dict[str, Any]
+    """Contents of bundle.json."""
+    adapters: dict[int, Adapter] = field(default_factory=dict)
+    """By token length; a length without one runs on `net` as it is."""
+    _adapted: dict[int, MergeDiT] = field(default_factory=dict, init=False, repr=False)
+
+    def network(self, num_tokens: int) -> MergeDiT:
+        """The network for K tokens: `net`, or a copy with K's adapter, made at its first use."""
+        if num_tokens not in self.adapters:
+            return self.net
+        if num_tokens not in self._adapted:
+            self._adapted[num_tokens] = with_adapter(self.net, self.adapters[num_tokens])
+        return self._adapted[num_tokens]
+
+    def velocity(
+        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment
+    ) -> Tensor:
+        """What the sampler integrates, at each length with its own network; see `MergeDiT`."""
+        return self.network(assignment.num_tokens)(z_t, t, labels, assignment)
+
+
+def build_tokenizer(config: TokenizerModelConfig) -> Tokenizer:
+    """A tokenizer with fresh weights; a pretrained encoder is the training run's affair."""
+    arguments = to_dict(config)
+    del arguments["pretrained_encoder"]
+    return Tokenizer(**arguments)
+
+
+def build_generator(config: GeneratorModelConfig) -> MergeDiT:
+    """A generator with fresh weights."""
+    return MergeDiT.from_size(
+        config.size, config.latent_dim, config.num_base_tokens, config.num_classes
+    )
+
+
+def save_tokenizer_bundle(
+    folder: str | Path,
+    config: TokenizerModelConfig,
+    weights: dict[str, Tensor],
+    tree: MergeTree | None,
+    training: dict[str, Any],
+) -> None:
+    """Write a tokenizer bundle, aside first, so that it is complete or absent.
+
+    Args:
+        folder: Where to; replaced if it is a bundle already.
+        config: Of the model.
+        weights: State of the tokenizer.
+        tree: Its merge tree; None if its length control has none.
+        training: Anything about how it came about (steps, the run's configuration).
+    """
+    aside = start_bundle(folder)
+    save_weights(weights, aside / TOKENIZER_NAME)
+    if tree is not None:
+        tree.save(aside / TREE_NAME)
+    finish_bundle(aside, folder, "tokenizer", {"tokenizer": to_dict(config)}, (), training)
+
+
+def save_generator_bundle(
+    folder: str | Path,
+    config: GeneratorModelConfig,
+    weights: dict[str, Tensor],
+    stats: LatentStats,
+    classes: tuple[str, ...],
+    tokenizer_bundle: str | Path,
+    training: dict[str, Any],
+    tree: MergeTree | None = None,
+) -> None:
+    """Write a generator bundle; tokenizer and merge tree are copied from the tokenizer's bundle.
+
+    Args:
+        folder: Where to; replaced if it is a bundle already.
+        config: Of the model.
+        weights: State of the generator.
+        stats: Of the latents it was trained on.
+        classes: Names of the classes.
+        tokenizer_bundle: Bundle of the tokenizer that made the latents.
+        training: Anything about how it came about.
+        tree: The merge tree that it was trained with, where it is not the tokenizer's.
+    """
+    source = read_bundle(tokenizer_bundle, "tokenizer")
+    if TREE_NAME not in source["files"]:
+        raise CheckpointError(
+            f"{tokenizer_bundle} has no merge tree, and a generator needs one: its tokenizer was "
+            "trained with another length_control than lgm or fixed"
+        )
+    aside = start_bundle(folder)
+    for name in (TOKENIZER_NAME, TREE_NAME):
+        shutil.copyfile(Path(tokenizer_bundle) / name, aside / name)
+    if tree is not None:
+        tree.save(aside / TREE_NAME)
+    save_weights(weights, aside / GENERATOR_NAME)
+    stats.save(aside / STATS_NAME)
+    models = {"tokenizer": source["models"]["tokenizer"], "generator": to_dict(config)}
+    finish_bundle(aside, folder, "generator", models, classes, training)
+
+
+def save_adapted_bundle(
+    folder: str | Path,
+    base: str | Path,
+    num_tokens: int,
+    adapter: Adapter,
+    training: dict[str, Any],
+) -> None:
+    """Write a copy of a generator bundle with one more adapter; the base's weights stay.
+
+    Args:
+        folder: Where to; replaced if it is a bundle already.
+        base: Generator bundle that the adapter was trained on; it may hold others.
+        num_tokens: Length that the adapter is for.
+        adapter: Its weights.
+        training: Anything about how the adapter came about.
+
+    Raises: CheckpointError if the base is no generator bundle.
+    """
+    info = read_bundle(base, "generator")
+    aside = start_bundle(folder)
+    for name in info["files"]:
+        shutil.copyfile(Path(base) / name, aside / name)
+    file = f"adapter_{num_tokens}.safetensors"
+    save_weights(adapter.weights, aside / file)
+    entry = {"file": file, "alpha": adapter.alpha, "training": training}
+    adapters = info.get("adapters", {}) | {str(num_tokens): entry}
+    classes = tuple(info["classes"])
+    finish_bundle(aside, folder, "generator", info["models"], classes, info["training"], adapters)
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write tensors as safetensors."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+
+
+def set_sampling_defaults(folder: str | Path, defaults: dict[int, dict[str, Any]]) -> None:
+    """Store what a pipeline samples with at each K when a call names no settings.
+
+    Args:
+        folder: A generator bundle of either family.
+        defaults: K -> fields of `SamplerConfig`, such as a sweep found best. Other K keep theirs.
+
+    Raises: ConfigError for settings without meaning; CheckpointError for no generator bundle.
+    """
+    info = read_bundle(folder, "generator", "spatial_generator")
+    for num_tokens, settings in defaults.items():
+        unknown = sorted(settings.keys() - SamplerConfig.__dataclass_fields__.keys())
+        if unknown:
+            raise ConfigError(f"sampling defaults at K = {num_tokens}: no setting {unknown[0]!r}")
+        SamplerConfig(**settings)
+    stored = info.get("sampling", {}) | {str(k): settings for k, settings in defaults.items()}
+    write_info(folder, info | {"sampling": stored})
+
+
+def tokenizer_id(folder: str | Path) -> str:
+    """Hash of the tokenizer's weights: what latents and generators refer to."""
+    return read_bundle(folder, "tokenizer")["files"][TOKENIZER_NAME]
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Read a module's weights; it is frozen, and in eval mode. Raises: CheckpointError."""
+    try:
+        module.load_state_dict(load_file(str(path)))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit its configuration: {error}") from error
+    module.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> Tokenizer:
+    """The tokenizer of a tokenizer or generator bundle, frozen and in eval mode.
+
+    Raises: CheckpointError.
+    """
+    info = read_bundle(folder, "tokenizer")
+    tokenizer = build_tokenizer(model_config(info, "tokenizer", TokenizerModelConfig, folder))
+    load_weights(tokenizer, Path(folder) / TOKENIZER_NAME)
+    return tokenizer.to(device)
+
+
+def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> GeneratorBundle:
+    """A generator and all it needs, frozen and in eval mode.
+
+    Raises: CheckpointError.
+    """
+    info = read_bundle(folder, "generator")
+    net = build_generator(model_config(info, "generator", GeneratorModelConfig, folder))
+    load_weights(net, Path(folder) / GENERATOR_NAME)
+    tree = MergeTree.load(Path(folder) / TREE_NAME)
+    if tree.num_base_tokens != net.num_base_tokens:
+        raise CheckpointError(
+            f"{folder}: the merge tree has {tree.num_base_tokens} tokens, the generator "
+            f"{net.num_base_tokens}; they do not belong together"
+        )
+    adapters = _load_adapters(info, folder, net)
+    return GeneratorBundle(
+        net=net.to(device),
+        tokenizer=load_tokenizer(folder, device),
+        tree=tree,
+        stats=LatentStats.load(Path(folder) / STATS_NAME),
+        classes=tuple(info["classes"]),
+        info=info,
+        adapters={k: adapter.to(device) for k, adapter in adapters.items()},
+    )
+
+
+def _load_adapters(info: dict[str, Any], folder: str | Path, net: MergeDiT) -> dict[int, Adapter]:
+    adapters = {}
+    try:
+        for num_tokens, entry in info.get("adapters", {}).items():
+            if entry["file"] not in info["files"]:
+                raise CheckpointError(f"{entry['file']} is not among its files")
+            weights = load_file(str(Path(folder) / entry["file"]))
+            adapters[int(num_tokens)] = adapter = Adapter(weights, float(entry["alpha"]))
+            adapter.check(net)
+    except (CheckpointError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its adapters are damaged: {error}") from error
+    return adapters

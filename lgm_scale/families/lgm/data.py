@@ -1,0 +1,191 @@
+"""Latents: the data set of MDS latent shards, and what belongs to all of them.
+
+A latent folder is made by `data_tools.encode_latents` with one tokenizer. Beside the shards stand
+that tokenizer's merge tree and the per-channel statistics of all latents; the manifest names the
+tokenizer by the hash of its weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lgm_scale.data.config import SourceConfig, as_sources
+from lgm_scale.data.epochs import EpochDataset, StreamOptions
+from lgm_scale.data.manifest import Manifest
+from lgm_scale.data.mixture import check_one_maker
+from lgm_scale.data.shards import local_folder
+from lgm_scale.errors import DataError
+from lgm_scale.merging.nesting import ContrastStats
+from lgm_scale.merging.tree import MergeTree
+
+__all__ = ["LatentDataset", "LatentStats", "check_latents", "mixed_stats"]
+
+STATS_NAME = "latent_stats.safetensors"
+TREE_NAME = "merge_tree.safetensors"
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """Statistics over all latents, both flips.
+
+    Shapes: mean and std [D], per channel, of the latents; contrasts, of the standardised latents
+    at every merge of the tree (None in a folder or bundle from before they were measured: only
+    growing length needs them).
+    """
+
+    mean: Tensor
+    std: Tensor
+    contrasts: ContrastStats | None = None
+
+    def with_contrasts(self, mean: Tensor, std: Tensor) -> LatentStats:
+        """Add the contrasts of the latents as they are, not standardised. Shapes: [R, D] each."""
+        scale = self.std.clamp_min(torch.finfo(self.std.dtype).tiny)
+        return replace(self, contrasts=ContrastStats(mean / scale, std / scale))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write as safetensors."""
+        tensors = {"mean": self.mean, "std": self.std}
+        if self.contrasts is not None:
+            tensors["contrast_mean"] = self.contrasts.mean
+            tensors["contrast_std"] = self.contrasts.std
+        save_file({name: value.contiguous() for name, value in tensors.items()}, str(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatentStats:
+        """Read what `save` wrote. Raises: DataError if missing or damaged."""
+        try:
+            tensors = load_file(str(path))
+            stats = cls(tensors["mean"], tensors["std"])
+            if "contrast_mean" not in tensors:
+                return stats
+            contrasts = ContrastStats(tensors["contrast_mean"], tensors["contrast_std"])
+            return replace(stats, contrasts=contrasts)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DataError(f"{path}: no readable latent statistics ({error})") from error
+
+
+def check_latents(
+    where: str, manifest: Manifest, num_base_tokens: int, latent_dim: int, tokenizer_id: str | None
+) -> None:
+    """Check a latent folder against the model and the tokenizer that will use it.
+
+    Args:
+        where: Its name, for messages.
+        manifest: Its manifest.
+        num_base_tokens: N of the model.
+        latent_dim: D of the model.
+        tokenizer_id: Hash of the tokenizer's weights; None leaves the check out.
+
+    Raises: DataError if it has other shapes or another tokenizer.
+    """
+    found = (manifest.extra.get("num_base_tokens"), manifest.extra.get("latent_dim"))
+    if found != (num_base_tokens, latent_dim):
+        raise DataError(
+            f"{where} holds latents of {found[0]} tokens x {found[1]} channels; the model wants "
+            f"{num_base_tokens} x {latent_dim}. Set model.num_base_tokens and model.latent_dim to "
+            "the tokenizer's, or encode with another tokenizer"
+        )
+    made_by = manifest.extra.get("tokenizer_id")
+    if tokenizer_id is not None and made_by != tokenizer_id:
+        raise DataError(
+            f"{where} was encoded by tokenizer {str(made_by)[:12]}, but the configured one is "
+            f"{tokenizer_id[:12]}: its statistics and merge tree belong to another tokenizer. "
+            "Encode again with this tokenizer, or point `tokenizer` to the one that was used"
+        )
+
+
+def mixed_stats(parts: Sequence[LatentStats], counts: Sequence[int]) -> LatentStats:
+    """Statistics of an epoch that takes `counts` samples from data of these statistics.
+
+    The moments of each part are those of all of its samples, also where a run leaves classes out.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    weights = [count / sum(counts) for count in counts]
+    mean, std = _mixed([(part.mean, part.std) for part in parts], weights)
+    stats = LatentStats(mean, std)
+    pairs = [
+        (part.contrasts.mean * part.std, part.contrasts.std * part.std)
+        for part in parts
+        if part.contrasts is not None
+    ]
+    if len(pairs) < len(parts):
+        return stats
+    return stats.with_contrasts(*_mixed(pairs, weights))
+
+
+def _mixed(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, ...]:
+    """Mean and standard deviation of a mixture of distributions given by theirs."""
+    means = [mean.double() for mean, _ in pairs]
+    mean = sum((w * m for w, m in zip(weights, means, strict=True)), torch.zeros_like(means[0]))
+    square = torch.zeros_like(mean)
+    for weight, part, (_, std) in zip(weights, means, pairs, strict=True):
+        square += weight * (std.double().square() + (part - mean).square())
+    return mean.float(), square.sqrt().float()
+
+
+class LatentDataset(EpochDataset):
+    """Latents at full length, one of the two stored flips per visit.
+
+    An item is {"latents": float16 [N, D], "labels": int64 [], "sample_ids": int64 []}.
+
+    Args:
+        data: MDS folder of latents, or sources with their classes and shares.
+        shuffle: Shuffle, and draw the flip; otherwise the unflipped latents in order.
+        seed: Of order and flips; a flip depends on (seed, epoch, sample id) alone.
+        batch_size: Per device.
+        num_base_tokens: N, for the check.
+        latent_dim: D, for the check.
+        tokenizer_id: See `check_latents`.
+        options: Cache and patience.
+
+    Raises: DataError if a source is no complete MDS folder of such latents, or the tokenizers of
+        several differ.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str] | Sequence[SourceConfig],
+        *,
+        shuffle: bool,
+        seed: int,
+        batch_size: int,
+        num_base_tokens: int,
+        latent_dim: int,
+        tokenizer_id: str | None,
+        options: StreamOptions | None = None,
+    ) -> None:
+        super().__init__(
+            as_sources(data),
+            "latents",
+            shuffle=shuffle,
+            seed=seed,
+            batch_size=batch_size,
+            options=options or StreamOptions(),
+        )
+        for source, manifest in zip(self.sources, self.manifests, strict=True):
+            check_latents(source.path, manifest, num_base_tokens, latent_dim, tokenizer_id)
+        check_one_maker(self.sources, self.manifests, "tokenizer_id", "tokenizer")
+        folders = [local_folder(source) for source in self.sources]
+        stats = [LatentStats.load(folder / STATS_NAME) for folder in folders]
+        self.stats = mixed_stats(stats, self.samples_taken)
+        self.tree = MergeTree.load(folders[0] / TREE_NAME)  # one tokenizer, one tree
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
+        """Read one sample."""
+        sample: dict[str, Any] = super().get_item(sample_id, retry)
+        flipped = self.shuffle and self.draw_flip(sample_id)
+        latents = sample["latents_flipped" if flipped else "latents"]
+        return {
+            "latents": torch.from_numpy(latents.copy()),
+            "labels": torch.tensor(int(sample["label"]), dtype=torch.int64),
+            "sample_ids": torch.tensor(int(sample_id), dtype=torch.int64),
+        }

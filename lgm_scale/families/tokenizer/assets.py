@@ -1,0 +1,226 @@
+"""Files of frozen or pretrained networks that the user provides, and how they are read.
+
+Nothing is ever downloaded. A missing file is reported before anything else is built, with its
+config key, path, source and purpose. Files are read as safetensors or with
+`torch.load(weights_only=True)`: reading one executes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from lgm_scale.config.schema import TokenizerRun
+from lgm_scale.errors import CheckpointError, MissingAssetError
+from lgm_scale.families.tokenizer.frozen import LPIPS, CriticBackbone, Frozen, FrozenNets, Teacher
+
+__all__ = [
+    "FROM_HUB",
+    "TEACHER_WIDTHS",
+    "VGG16_URL",
+    "Asset",
+    "build_frozen",
+    "load_from_hub",
+    "load_perceptual",
+    "load_pretrained",
+    "needed_assets",
+    "read_weights",
+]
+
+FROM_HUB = "hub"
+"""Value of model.pretrained_encoder that asks for a download."""
+TEACHER_WIDTHS = {"s": 384, "b": 768, "l": 1024}
+"""Feature width of each DINOv2 size."""
+_SIZE_NAMES = {"s": "small", "b": "base", "l": "large"}
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One file: its config key and path there, where it is to be had, and what needs it."""
+
+    key: str
+    path: str | None
+    url: str
+    size: str
+    unlocks: str
+
+    @property
+    def present(self) -> bool:
+        """Whether the file is there."""
+        return self.path is not None and Path(self.path).is_file()
+
+
+def needed_assets(config: TokenizerRun) -> list[Asset]:
+    """The files that this configuration needs; losses of weight 0 need none."""
+    objective, assets, needed = config.objective, config.assets, []
+    if objective.perceptual > 0:
+        unlocks = "the perceptual loss (objective.perceptual)"
+        needed.append(Asset("assets.vgg16", assets.vgg16, VGG16_URL, "528 MB", unlocks))
+    if objective.adversarial > 0:
+        url = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
+        unlocks = "the adversarial loss (objective.adversarial)"
+        needed.append(Asset("assets.dino_critic", assets.dino_critic, url, "87 MB", unlocks))
+    if objective.representation > 0:
+        size = assets.dinov2_size
+        url = f"{_DINOV2}/dinov2_vit{size}14/dinov2_vit{size}14_pretrain.pth"
+        weight = {"s": "88 MB", "b": "346 MB", "l": "1.2 GB"}[size]
+        unlocks = "the representation loss (objective.representation)"
+        needed.append(Asset("assets.dinov2_teacher", assets.dinov2_teacher, url, weight, unlocks))
+    if config.model.pretrained_encoder not in (None, FROM_HUB):
+        size = config.model.size
+        url = f"{_DINOV2}/dinov2_vit{size}14/dinov2_vit{size}14_pretrain.pth"
+        weight = {"s": "88 MB", "b": "346 MB", "l": "1.2 GB"}.get(size, "size unknown")
+        path = config.model.pretrained_encoder
+        unlocks = "the encoder's pretrained start (null: from scratch)"
+        needed.append(Asset("model.pretrained_encoder", path, url, weight, unlocks))
+    return needed
+
+
+def _check(assets: list[Asset], allow_random: bool) -> tuple[str, ...]:
+    """Keys of missing assets, if random ones are allowed. Raises: MissingAssetError naming all."""
+    missing = [asset for asset in assets if not asset.present]
+    if missing and not allow_random:
+        lines = [
+            f"  - {asset.key}: {asset.path or 'no path given'} is not a file; needed for "
+            f"{asset.unlocks}; about {asset.size}, from {asset.url}"
+            for asset in missing
+        ]
+        raise MissingAssetError(
+            "\n".join(
+                [
+                    "files are missing:",
+                    *lines,
+                    "set the keys to where the files are, switch the losses off (weight 0), or, "
+                    "for a trial without meaning, set assets.allow_random_assets: true",
+                ]
+            )
+        )
+    return tuple(asset.key for asset in missing)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a file, without executing anything in it. Raises: CheckpointError."""
+    try:
+        if str(path).endswith(".safetensors"):
+            return load_file(str(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds no dictionary of weights")
+    return state
+
+
+def load_pretrained(vit: VisionTransformer, path: str | Path) -> None:
+    """Load a DINO or DINOv2 checkpoint, named as by timm or by its authors.
+
+    timm resamples the patch kernel and the position grid.
+
+    Raises: CheckpointError if a weight of the network is missing in the file, or does not fit.
+    """
+    state = checkpoint_filter_fn(read_weights(path), vit)
+    try:
+        result = vit.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the network: {error}") from error
+    if result.missing_keys:
+        names = ", ".join(result.missing_keys[:3])
+        raise CheckpointError(f"{path}: {len(result.missing_keys)} weights are missing ({names})")
+
+
+def load_from_hub(vit: VisionTransformer, size: str) -> None:
+    """Load timm's DINOv2 of this size from the model hub: a download, asked for by the key's value.
+
+    Raises: MissingAssetError if the hub does not answer.
+    """
+    name = f"vit_{_SIZE_NAMES[size]}_patch14_dinov2.lvd142m"
+    try:
+        hub = timm.create_model(name, pretrained=True, num_classes=0)
+    except (OSError, RuntimeError, ValueError) as error:  # whatever the hub's client meets
+        raise MissingAssetError(
+            f"model.pretrained_encoder: hub was asked for timm/{name} and did not give it "
+            f"({error}); check the network, or give the path of the file instead"
+        ) from error
+    vit.load_state_dict(checkpoint_filter_fn(hub.state_dict(), vit))
+
+
+def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:
+    """The frozen networks that the configuration asks for.
+
+    Args:
+        config: Of the run.
+        read: Load the files; else only the structure is built (to count).
+
+    Raises: MissingAssetError, CheckpointError.
+    """
+    assets = {asset.key: asset for asset in needed_assets(config)}
+    random = _check(list(assets.values()), config.assets.allow_random_assets) if read else ()
+
+    def path_of(key: str) -> str | None:
+        return assets[key].path if read and assets[key].present else None
+
+    return FrozenNets(
+        perceptual=load_perceptual(path_of("assets.vgg16")) if "assets.vgg16" in assets else None,
+        teacher=_teacher(config, path_of("assets.dinov2_teacher"))
+        if "assets.dinov2_teacher" in assets
+        else None,
+        critic=_critic(path_of("assets.dino_critic")) if "assets.dino_critic" in assets else None,
+        random_assets=random,
+    )
+
+
+def load_perceptual(path: str | None) -> Frozen:
+    """LPIPS on VGG16 weights as torchvision publishes them; None for random ones.
+
+    Raises: CheckpointError.
+    """
+    lpips = LPIPS()
+    if path is not None:
+        prefix = "features."
+        state = {
+            name.removeprefix(prefix): value
+            for name, value in read_weights(path).items()
+            if name.startswith(prefix)
+        }
+        _load_all(lpips.features, state, path)
+    return Frozen(lpips)
+
+
+def _load_all(module: nn.Module, state: dict[str, Tensor], path: str) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the network: {error}") from error
+
+
+def _teacher(config: TokenizerRun, path: str | None) -> Frozen:
+    vit = timm.create_model(
+        f"vit_{_SIZE_NAMES[config.assets.dinov2_size]}_patch14_dinov2",
+        pretrained=False,
+        img_size=config.model.image_size,
+        patch_size=config.model.patch_size,
+        num_classes=0,
+    )
+    return _vision(vit, path, Teacher)
+
+
+def _critic(path: str | None) -> Frozen:
+    vit = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0)
+    return _vision(vit, path, CriticBackbone)
+
+
+def _vision(vit: nn.Module, path: str | None, wrap: type[Teacher] | type[CriticBackbone]) -> Frozen:
+    assert isinstance(vit, VisionTransformer)
+    if path is not None:
+        load_pretrained(vit, path)
+    return Frozen(wrap(vit))

@@ -1,0 +1,338 @@
+"""The image tokenizer: encoder, soft quantizer, merging, decoder.
+
+Source: LGM paper; the SoftVQ backbone on timm vision transformers. Images are in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lgm_scale.errors import ConfigError
+from lgm_scale.families.tokenizer.adaptive_length import LengthChoice, choose_length
+from lgm_scale.families.tokenizer.length_control import build_length_control
+from lgm_scale.families.tokenizer.quantizer import SoftQuantizer
+from lgm_scale.merging.tree import MergeTree
+
+__all__ = [
+    "AUXILIARY_SIZE",
+    "TOKENIZER_SIZES",
+    "Decoder",
+    "Tokenizer",
+    "TokenizerOutput",
+    "TokenizerSize",
+]
+
+
+@dataclass(frozen=True)
+class TokenizerSize:
+    """Width, layers and heads of encoder and decoder; initial layer scale (None: no scale)."""
+
+    width: int
+    depth: int
+    num_heads: int
+    layer_scale: float | None
+
+
+TOKENIZER_SIZES = {
+    #                    width depth heads layer scale
+    "tiny": TokenizerSize(96, 2, 3, None),
+    "s": TokenizerSize(384, 12, 6, 1e-5),
+    "b": TokenizerSize(768, 12, 12, 1e-5),
+    "l": TokenizerSize(1024, 24, 16, 1e-5),
+}
+
+AUXILIARY_SIZE = TokenizerSize(192, 3, 3, 1e-5)
+"""Of the decoder that predicts the teacher's features."""
+
+
+class TokenizerOutput(NamedTuple):
+    """What the losses read.
+
+    Shapes: reconstruction [B, 3, S, S]; z [B, N, D], quantized and not merged;
+    code_logits [num_codebooks, M, codebook_size]; similarity [N, N] of the merge embeddings,
+    None where none are learned;
+    decoded_latents [B, N, D], merged and expanded, what the decoder read;
+    last_hidden [B, P, C], the input of the decoder's last layer.
+    """
+
+    reconstruction: Tensor
+    z: Tensor
+    code_logits: Tensor
+    similarity: Tensor | None
+    decoded_latents: Tensor
+    last_hidden: Tensor
+
+
+def lattice_positions(grid: int, width: int, extent: float) -> Tensor:
+    """2-D sine-cosine table of a grid x grid lattice stretched over [0, extent): [grid^2, C].
+
+    Frequencies fall geometrically from 3 to 0.1 radians per patch, so that neighbours differ.
+    Lattices of different density over one extent agree in position.
+    """
+    count = width // 4
+    centres = (torch.arange(grid, dtype=torch.float64) + 0.5) * (extent / grid)
+    frequencies = 3.0 * 30.0 ** (-torch.arange(count, dtype=torch.float64) / count)
+    angles = centres[:, None] * frequencies  # [grid, C/4]
+    axis = torch.cat((angles.sin(), angles.cos()), dim=-1)  # [grid, C/2]
+    rows = axis[:, None, :].expand(grid, grid, -1)
+    columns = axis[None, :, :].expand(grid, grid, -1)
+    return torch.cat((rows, columns), dim=-1).reshape(grid * grid, -1).float()
+
+
+@torch.no_grad()
+def start_aligned(vit: VisionTransformer) -> None:
+    """Let attention start as a soft copy of what stands at the same position.
+
+    Keys equal queries (times 2, so that the softmax is peaked where positions agree), and the
+    output projection is twice the transpose of the value projection.
+    Source: ours, after mimetic initialization (Trockman and Kolter, 2023).
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+            nn.init.zeros_(module.bias)
+    for block in vit.blocks:
+        attention: Any = block.attn
+        query, key, value = attention.qkv.weight.chunk(3)
+        query *= 2.0
+        key.copy_(query)
+        attention.proj.weight.copy_(2.0 * value.T)
+
+
+def _vision_transformer(size: TokenizerSize, image_size: int, patch_size: int) -> VisionTransformer:
+    return VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        embed_dim=size.width,
+        depth=size.depth,
+        num_heads=size.num_heads,
+        init_values=size.layer_scale,
+        num_classes=0,
+        global_pool="",
+    )
+
+
+def _with_positions(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """Class token in front, positions added. Shapes: [B, P, C] -> [B, 1 + P, C]."""
+    cls_token, pos_embed = vit.cls_token, vit.pos_embed
+    assert cls_token is not None  # timm's default
+    assert pos_embed is not None
+    return torch.cat((cls_token.expand(len(x), -1, -1), x), dim=1) + pos_embed
+
+
+def _run_blocks(vit: VisionTransformer, x: Tensor) -> Tensor:
+    for block in vit.blocks:
+        x = block(x)
+    return vit.norm(x)
+
+
+class Encoder(nn.Module):
+    """Image to N latent tokens. Shapes: images [B, 3, S, S] in [-1, 1] -> [B, N, C]."""
+
+    def __init__(
+        self, size: TokenizerSize, image_size: int, patch_size: int, num_base_tokens: int
+    ) -> None:
+        super().__init__()
+        self.num_base_tokens = num_base_tokens
+        self.vit = _vision_transformer(size, image_size, patch_size)
+        self.latent_tokens = nn.Parameter(torch.empty(1, num_base_tokens, size.width))
+        self.latent_pos_embed = nn.Parameter(torch.empty(1, num_base_tokens, size.width))
+        nn.init.normal_(self.latent_tokens, std=0.02)
+        nn.init.trunc_normal_(self.latent_pos_embed, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Run image and latent tokens jointly; keep the latents."""
+        x = _with_positions(self.vit, self.vit.patch_embed(images))  # [B, 1 + P, C]
+        latents = (self.latent_tokens + self.latent_pos_embed).expand(len(x), -1, -1)
+        x = torch.cat((x, latents.to(x.dtype)), dim=1)  # [B, 1 + P + N, C]
+        return _run_blocks(self.vit, x)[:, -self.num_base_tokens :]
+
+
+class Decoder(nn.Module):
+    """N latent tokens to per-patch values.
+
+    Shapes: [B, N, D] -> values [B, P, out_dim] and the last layer's input [B, P, C].
+    """
+
+    def __init__(
+        self,
+        size: TokenizerSize,
+        image_size: int,
+        patch_size: int,
+        num_base_tokens: int,
+        latent_dim: int,
+        out_dim: int,
+    ) -> None:
+        super().__init__()
+        self.vit = _vision_transformer(size, image_size, patch_size)
+        self.num_patches = self.vit.patch_embed.num_patches
+        self.vit.patch_embed = nn.Identity()  # it reads no image: no idle weights
+        self.latent_in = nn.Linear(latent_dim, size.width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, size.width))
+        self.latent_pos_embed = nn.Parameter(torch.empty(1, num_base_tokens, size.width))
+        self.out = nn.Linear(size.width, out_dim)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.latent_pos_embed, std=0.02)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Run mask tokens and latents jointly; keep the image positions."""
+        latents = self.latent_in(z) + self.latent_pos_embed.to(z.dtype)  # [B, N, C]
+        masks = self.mask_token.expand(len(z), self.num_patches, -1)
+        x = _with_positions(self.vit, masks)  # [B, 1 + P, C]
+        x = torch.cat((x.to(latents.dtype), latents), dim=1)  # [B, 1 + P + N, C]
+        hidden = _run_blocks(self.vit, x)[:, 1 : 1 + self.num_patches]
+        return self.out(hidden), hidden
+
+
+class Tokenizer(nn.Module):
+    """Images to N latents, and back from any K of them.
+
+    Args:
+        size: A key of `TOKENIZER_SIZES`.
+        image_size: Pixels per side, divisible by patch_size.
+        patch_size: Of the vision transformers.
+        num_base_tokens: N.
+        latent_dim: D.
+        num_codebooks: Segments of the quantizer, and blocks within which tokens may merge.
+        codebook_size: Codes per segment.
+        latent_init: 'normal' (published), or 'aligned': latents and patches start from one
+            lattice of positions, and attention from copying along it, in encoder and decoder. A
+            short run from scratch needs it; a pretrained encoder does not (ours).
+        length_control: How it reaches K tokens; a key of `LENGTH_CONTROLS`.
+        dropped_tokens: What the decoder reads in place of a token that 'truncate' dropped: 'zero',
+            or a 'learned' vector.
+    """
+
+    def __init__(
+        self,
+        size: str,
+        image_size: int,
+        patch_size: int,
+        num_base_tokens: int,
+        latent_dim: int,
+        num_codebooks: int = 4,
+        codebook_size: int = 8192,
+        latent_init: str = "normal",
+        length_control: str = "lgm",
+        dropped_tokens: str = "zero",
+    ) -> None:
+        super().__init__()
+        row = TOKENIZER_SIZES[size]
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.num_base_tokens = num_base_tokens
+        self.latent_dim = latent_dim
+        self.encoder = Encoder(row, image_size, patch_size, num_base_tokens)
+        self.to_latent = nn.Linear(row.width, latent_dim)
+        self.quantizer = SoftQuantizer(num_codebooks, codebook_size, latent_dim)
+        self.merging = build_length_control(
+            length_control, num_base_tokens, num_codebooks, latent_dim, dropped_tokens
+        )
+        self.decoder = Decoder(
+            row, image_size, patch_size, num_base_tokens, latent_dim, 3 * patch_size**2
+        )
+        if latent_init == "aligned":
+            self._start_aligned(row.width)
+
+    def _start_aligned(self, width: int) -> None:
+        patches = self.image_size // self.patch_size
+        latents = round(self.num_base_tokens**0.5)
+        with torch.no_grad():
+            for part in (self.encoder, self.decoder):
+                start_aligned(part.vit)
+                assert part.vit.pos_embed is not None
+                part.vit.pos_embed[0, 1:] = lattice_positions(patches, width, patches)
+                places = lattice_positions(latents, width, patches)
+                part.latent_pos_embed[0] = places[self.merging.lattice_order()]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Quantized latents at full length. Shapes: [B, 3, S, S] in [-1, 1] -> [B, N, D]."""
+        return self._encode(images)[0]
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            height, width = images.shape[-2:]
+            raise ConfigError(
+                f"images of {height}x{width} given to a tokenizer of {self.image_size} pixels"
+            )
+        return self.quantizer(self.to_latent(self.encoder(images)))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixels from (unmerged) latents. Shapes: [B, N, D] -> [B, 3, S, S], about [-1, 1]."""
+        return self.unpatchify(self.decoder(z)[0])
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """Pixels from per-patch values. Shapes: [B, P, 3 p^2] -> [B, 3, S, S]."""
+        grid = self.image_size // self.patch_size
+        return rearrange(
+            patches,
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=grid, p=self.patch_size, q=self.patch_size,
+        )  # fmt: skip
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """Inverse of `unpatchify`. Shapes: [B, 3, S, S] -> [B, P, 3 p^2]."""
+        return rearrange(
+            images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size
+        )
+
+    def merge_tree(self) -> MergeTree:
+        """The tree of all images, without exploration noise.
+
+        Raises: ConfigError from a length control that has none.
+        """
+        return self.merging.tree()
+
+    def reconstruct(self, images: Tensor, num_tokens: int) -> Tensor:
+        """Encode, go to K tokens and back, decode. Shapes: [B, 3, S, S] -> the same."""
+        return self.decode(self.merging.full_length(self.encode(images), num_tokens))
+
+    @torch.no_grad()
+    def choose_length(
+        self, images: Tensor, target_psnr: float, lengths: Sequence[int] | None = None
+    ) -> LengthChoice:
+        """Per image, the smallest of the lengths (None: of all) that reaches a PSNR in dB.
+
+        One encoder pass; then a batched decode per K, of the images not satisfied yet. Where no
+        K reaches the target, the choice is N with `reached` False. Shapes: [B, 3, S, S].
+        """
+        if lengths is None:
+            lengths = range(self.merging.min_tokens, self.num_base_tokens + 1)
+        return choose_length(
+            images,
+            self.encode(images),
+            lambda z, k: self.decode(self.merging.full_length(z, k)),
+            target_psnr,
+            lengths,
+        )
+
+    def forward(
+        self,
+        images: Tensor,
+        num_tokens: int | Tensor,
+        exploration: np.ndarray | None = None,
+    ) -> TokenizerOutput:
+        """One training pass at K tokens, or at one K per image: [B] int64.
+
+        Shapes: images [B, 3, S, S] in [-1, 1].
+        """
+        tree = self.merging.start_tree(exploration)  # travels to the host while the GPU encodes
+        z, code_logits = self._encode(images)
+        merged = self.merging(z, num_tokens, tree)
+        patches, hidden = self.decoder(merged)
+        return TokenizerOutput(
+            reconstruction=self.unpatchify(patches),
+            z=z,
+            code_logits=code_logits,
+            similarity=self.merging.similarity(),
+            decoded_latents=merged,
+            last_hidden=hidden,
+        )

@@ -1,1 +1,0 @@
-"""What is minimised: the flow objective of the generator, the losses of the tokenizer."""

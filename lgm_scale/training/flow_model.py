@@ -1,0 +1,77 @@
+"""What training a generator by rectified flow is, whatever its state looks like."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor
+
+from lgm_scale.families.elit.network import SiT
+from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.flow import sample_timesteps, training_keys
+from lgm_scale.randomness import Purpose, keyed_uniform
+from lgm_scale.training.record import LossRecord
+
+__all__ = ["TIMESTEP_BINS", "Draws", "FlowModel", "timestep_bins"]
+
+TIMESTEP_BINS = tuple(f"loss/t={low:.2f}-{low + 0.25:.2f}" for low in (0.0, 0.25, 0.5, 0.75))
+"""Names of the four equal parts of [0, 1] by which the loss is reported, besides its mean."""
+
+
+def timestep_bins(t: Tensor) -> Tensor:
+    """Which of `TIMESTEP_BINS` a sample is in; t = 1 is in the last.
+
+    Shapes: t [B] in [0, 1] -> [B] int64.
+    """
+    return (t * len(TIMESTEP_BINS)).long().clamp(0, len(TIMESTEP_BINS) - 1)
+
+
+class Draws(NamedTuple):
+    """What the samples of a step draw. Shapes: each keys[purpose], t and labels [B]."""
+
+    keys: dict[Purpose, Tensor]
+    t: Tensor
+    labels: Tensor
+
+
+class FlowModel(ComposerModel):
+    """What training a generator by rectified flow is, whatever its state looks like.
+
+    Args:
+        net: The network; a direct child, which is what Composer's sharding wraps.
+        label_dropout: Share of samples that train the unconditional branch.
+        timestep_mean: Of the logit-normal law of t.
+        timestep_std: Of the same.
+        seed: Of noise, timesteps and label dropout.
+    """
+
+    def __init__(
+        self,
+        net: MergeDiT | SiT,
+        label_dropout: float,
+        timestep_mean: float,
+        timestep_std: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.label_dropout = label_dropout
+        self.timestep_mean = timestep_mean
+        self.timestep_std = timestep_std
+        self.seed = seed
+        self.record = LossRecord()
+
+    def draw(self, batch: dict[str, Any]) -> Draws:
+        """Times and labels of this step, and the keys of everything else."""
+        keys = training_keys(self.seed, batch["step"], batch["sample_ids"])
+        t = sample_timesteps(keys[Purpose.TIMESTEP], self.timestep_mean, self.timestep_std)
+        dropped = keyed_uniform(keys[Purpose.LABEL_DROPOUT]) < self.label_dropout
+        return Draws(keys, t, torch.where(dropped, self.net.null_label, batch["labels"]))
+
+    def noted(self, loss: Tensor, t: Tensor) -> Tensor:
+        """The mean of a loss per sample, which is noted by time as well. Shapes: [B] x 2 -> []."""
+        self.record.add(len(loss), {"loss": loss.mean()})
+        self.record.add_groups(TIMESTEP_BINS, timestep_bins(t), loss)
+        return loss.mean()
