@@ -38,8 +38,8 @@ from lgm_scale.data.images import (
     random_resized_crop,
 )
 from lgm_scale.data.manifest import Manifest
-from lgm_scale.families.lgm.data import STATS_NAME, TREE_NAME, LatentDataset, LatentStats
-from lgm_scale.merging.tree import MergeTree
+from lgm_scale.families.lgm.data import STATS_NAME, LatentDataset, LatentStats
+from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
 SIDE = 256
 NUM_TOKENS, LATENT_DIM = 256, 32

@@ -139,8 +139,8 @@ def statistics_in_a_process(num_images: int, threads: int) -> None:
 
 def shares(bundle: str, weights: Path) -> None:
     """Share of every stage in a small sweep of a bundle, and what the ranks waited for."""
-    from lgm_scale.evaluation.sweep.config import load_sweep
     from lgm_scale.evaluation.sweep.measure import measure
+    from lgm_scale.evaluation.sweep.rules import load_sweep
 
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/unused.npz", mu=np.zeros(DIM), sigma=np.eye(DIM))

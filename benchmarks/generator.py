@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import alternating_medians, print_table
 from lgm_scale.errors import ConfigError, exit_on_user_error
-from lgm_scale.families.lgm.network import DIT_SIZES, MergeDiT
-from lgm_scale.flops import dit_flops
+from lgm_scale.families.lgm.config import DIT_SIZES
+from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.parallel.compile import compile_blocks
 
@@ -133,7 +133,7 @@ def main() -> int:
                 name: partial(getattr(step, mode), batch) for name, step in steps.items()
             }
             medians = alternating_medians(candidates, device, args.repeats)
-            teraflops = args.batch_size * passes * dit_flops(net, num_tokens) / 1e12
+            teraflops = args.batch_size * passes * net.flops(num_tokens) / 1e12
             row = [str(num_tokens), mode, *(f"{1e3 * medians[name]:.1f}" for name in steps)]
             row += [f"{medians[name] / medians['eager']:.2f}" for name in steps if name != "eager"]
             rows.append([*row, f"{teraflops / min(medians.values()):.3g}"])

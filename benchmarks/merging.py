@@ -26,7 +26,6 @@ import torch
 from sklearn.cluster import AgglomerativeClustering
 
 from lgm_scale.families.tokenizer.network import Tokenizer
-from lgm_scale.flops import tokenizer_flops
 from lgm_scale.merging.tree import MergeTree, cosine_similarity, in_block_pairs
 
 SIZES = (256, 1024)
@@ -88,7 +87,7 @@ def step_seconds(size: int, flops_per_second: float) -> float:
     side = 16 * round(size**0.5)
     with torch.device("meta"):
         tokenizer = Tokenizer("b", side, 16, size, 32)
-    return 3 * BATCH_PER_GPU * tokenizer_flops(tokenizer, "b") / flops_per_second
+    return 3 * BATCH_PER_GPU * tokenizer.flops(256) / flops_per_second
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

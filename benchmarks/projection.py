@@ -20,7 +20,6 @@ import torch
 from benchmarks.timing import print_table
 from lgm_scale.config.schema import FSDPConfig, ParallelConfig
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.flops import dit_flops
 from lgm_scale.parallel.memory import parameter_infos, planned_bytes
 
 __all__ = ["Cluster", "communication_seconds", "print_projection"]
@@ -82,7 +81,7 @@ def print_projection(
     with torch.device("meta"):
         net = MergeDiT.from_size(size, 32, 256, 1000)
     parameters = sum(p.numel() for p in net.parameters())
-    flops = 3 * dit_flops(net, num_tokens)
+    flops = 3 * net.flops(num_tokens)
     print(
         f"\nprojected, not measured: size {size}, K = {num_tokens}, global batch {batch_size}, "
         f"{cluster.peak_flops / 1e12:.0f} TFLOP/s x {cluster.utilization:.0%}, "

@@ -34,7 +34,8 @@ from benchmarks.projection import Cluster, print_projection
 from benchmarks.timing import alternating_medians, print_table
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig
 from lgm_scale.errors import exit_on_user_error
-from lgm_scale.families.lgm.network import DIT_SIZES, MergeDiT
+from lgm_scale.families.lgm.config import DIT_SIZES
+from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.fsdp import shard
 from lgm_scale.parallel.memory import measured_bytes, parameter_infos, planned_bytes

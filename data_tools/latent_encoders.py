@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae
-from lgm_scale.families.lgm.bundle import load_tokenizer, tokenizer_id
-from lgm_scale.families.lgm.data import STATS_NAME, TREE_NAME, LatentStats
+from lgm_scale.families.lgm.data import STATS_NAME, LatentStats
+from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.merging.nesting import contrast_basis
-from lgm_scale.merging.tree import MergeTree
+from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
 __all__ = ["AutoencoderEncoder", "LatentEncoder", "LatentMoments", "TokenizerEncoder"]
 

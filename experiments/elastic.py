@@ -26,9 +26,10 @@ import matplotlib as mpl
 from experiments.length_control import mean_and_std, write_between_markers
 from lgm_scale.checkpoint.run_folder import RunFolder
 from lgm_scale.config.rules import load_training_run
-from lgm_scale.config.schema import GeneratorRun, SpatialRun
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
 from lgm_scale.evaluation.sweep.results import read_results
+from lgm_scale.families.elit.config import ELITRun
+from lgm_scale.families.lgm.config import LGMRun
 
 __all__ = ["equal_steps", "render"]
 
@@ -48,19 +49,18 @@ def training_work(name: str) -> tuple[float, int]:
     """Operations of a mean step of a generator (forward and backward), and its cycle of lengths."""
     import torch
 
-    from lgm_scale.families.elit.bundle import build_spatial_generator
-    from lgm_scale.families.lgm.bundle import build_generator
-    from lgm_scale.flops import network_flops
+    from lgm_scale.families.elit.network import build_elit
+    from lgm_scale.families.lgm.network import build_merge_dit
 
     config = load_training_run(str(YAMLS / f"{name}.yaml"), [], 1, has_gpu=None)
     with torch.device("meta"):
-        if isinstance(config, SpatialRun):
-            net = build_spatial_generator(config.model, config.space)
+        if isinstance(config, ELITRun):
+            net = build_elit(config.model, config.space)
         else:
-            assert isinstance(config, GeneratorRun)
-            net = build_generator(config.model)
+            assert isinstance(config, LGMRun)
+            net = build_merge_dit(config.model)
     choices = config.lengths.choices
-    forward = statistics.mean(network_flops(net, k) for k in choices)
+    forward = statistics.mean(net.flops(k) for k in choices)
     return 3 * config.train.global_batch_size * forward, len(choices)
 
 

@@ -54,7 +54,7 @@ def measure_run(bundle: Path, images: str, lengths: Sequence[int]) -> Row:
 
     from lgm_scale.evaluation.commands.adaptive import psnr_table
     from lgm_scale.evaluation.commands.alignment import measure_alignment
-    from lgm_scale.families.lgm.bundle import load_tokenizer, tokenizer_id
+    from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 
     path = bundle.parent / "measured.json"
     key = {"tokenizer_id": tokenizer_id(bundle), "images": images, "lengths": list(lengths)}

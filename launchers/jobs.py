@@ -15,7 +15,7 @@ from lgm_scale.config.loading import read_yaml
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
-from lgm_scale.evaluation.sweep.config import check_sweep, load_sweep
+from lgm_scale.evaluation.sweep.rules import check_sweep, load_sweep
 
 __all__ = ["KINDS", "TOOLS", "Job", "Tool", "describe_job"]
 

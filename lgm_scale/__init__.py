@@ -8,15 +8,14 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-_PIPELINES = {
-    "LGMPipeline": "lgm_scale.families.lgm.pipeline",
-    "SpatialPipeline": "lgm_scale.families.elit.pipeline",
-    "load_pipeline": "lgm_scale.pipeline",
-}
 
 
 def __getattr__(name: str) -> Any:
     """Load a pipeline, and torch with it, only when somebody asks for it."""
-    if name in _PIPELINES:
-        return getattr(import_module(_PIPELINES[name]), name)
+    if name == "load_pipeline":
+        return import_module("lgm_scale.pipeline").load_pipeline
+    if name.endswith("Pipeline"):
+        for family in import_module("lgm_scale.families.base").generator_families().values():
+            if family.pipeline_class.endswith(f":{name}"):
+                return family.pipeline()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

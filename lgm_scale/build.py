@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from composer import Trainer
-from composer.core import Algorithm, Callback
+from composer.core import Algorithm, Callback, DataSpec
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.optim import (
     ComposerScheduler,
@@ -22,155 +20,77 @@ from composer.optim import (
 from composer.utils import dist
 from torch import Tensor, nn
 
-from lgm_scale.build_data import TrainingDataset, build_data
 from lgm_scale.checkpoint.resume import Resume
 from lgm_scale.checkpoint.saver import StateSaver
 from lgm_scale.config.loading import to_dict
-from lgm_scale.config.schema import (
-    GeneratorRun,
-    OptimizerConfig,
-    SpatialRun,
-    TokenizerRun,
-    TrainingRun,
-)
-from lgm_scale.errors import ConfigError
-from lgm_scale.families.elit.bundle import build_spatial_generator, save_spatial_bundle
-from lgm_scale.families.elit.data import SpatialLatentDataset
-from lgm_scale.families.elit.training import SpatialModel
-from lgm_scale.families.lgm.bundle import (
-    build_generator,
-    build_tokenizer,
-    save_generator_bundle,
-    save_tokenizer_bundle,
-)
-from lgm_scale.families.lgm.data import LatentDataset
-from lgm_scale.families.lgm.lora import add_adapter
-from lgm_scale.families.lgm.lora_run import export_adapter, load_base
-from lgm_scale.families.lgm.training import GeneratorModel
-from lgm_scale.families.tokenizer.assets import (
-    FROM_HUB,
-    TEACHER_WIDTHS,
-    build_frozen,
-    load_from_hub,
-    load_pretrained,
-)
-from lgm_scale.families.tokenizer.critic import CriticHeads
-from lgm_scale.families.tokenizer.network import AUXILIARY_SIZE, Decoder
-from lgm_scale.families.tokenizer.training import TokenizerModel
-from lgm_scale.flops import network_flops, tokenizer_flops
-from lgm_scale.flow import NoiseScale
+from lgm_scale.config.schema import OptimizerConfig, TrainingRun
+from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
+from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.families.base import family_of
 from lgm_scale.parallel.activation_checkpointing import checkpoint_blocks
-from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.parallel.compile import compile_blocks
 from lgm_scale.parallel.fsdp import shard_group, transformer_blocks
 from lgm_scale.parallel.trainers import start_trainer
-from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader
+from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.clipping import PlayerClipping, parameters_of
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
-from lgm_scale.training.stopping import StopRequest
+from lgm_scale.training.model import TrainingModel
+from lgm_scale.training.stopping import StopRequest, ignore_stop_signals
 from lgm_scale.training.throughput import Throughput
 
-__all__ = [
-    "build_auxiliary",
-    "build_critic",
-    "build_model",
-    "build_trainer",
-    "export_bundle",
-]
-
-log = logging.getLogger("lgm_scale")
-
-TrainingModel = TokenizerModel | GeneratorModel | SpatialModel
+__all__ = ["build_data", "build_dataset", "build_trainer", "export_bundle"]
 
 
-def build_model(config: TrainingRun, dataset: TrainingDataset) -> TrainingModel:
-    """The network in its Composer shell.
-
-    Raises: MissingAssetError, CheckpointError, ConfigError.
-    """
-    if isinstance(config, TokenizerRun):
-        return _build_tokenizer_model(config)
-    if isinstance(config, SpatialRun):
-        return _build_spatial_model(config, dataset)
-    assert isinstance(dataset, LatentDataset)
-    if config.lora is None:
-        net, stats = build_generator(config.model), dataset.stats
-    else:
-        base = load_base(config, dataset.tree)
-        net, stats = base.net, base.stats
-        add_adapter(net, config.lora.rank, config.lora.alpha)
-    return GeneratorModel(
-        net,
-        dataset.tree,
-        stats.mean,
-        stats.std,
-        NoiseScale(config.objective.noise_scale),
-        config.objective.label_dropout,
-        config.objective.timestep_mean,
-        config.objective.timestep_std,
-        config.seed,
-    )
+def build_dataset(config: TrainingRun) -> EpochDataset:
+    """The training set, checked against the model it is for. Raises: DataError."""
+    batch_size = config.train.global_batch_size // dist.get_world_size()
+    data = config.data
+    options = StreamOptions(data.patience, data.predownload, data.cache_limit)
+    dataset = family_of(config).dataset(config, batch_size, options)
+    _check_counts(config, dataset)
+    return dataset
 
 
-def _build_spatial_model(config: SpatialRun, dataset: TrainingDataset) -> SpatialModel:
-    objective = config.objective
-    return SpatialModel(
-        build_spatial_generator(config.model, config.space),
-        dataset.scale if isinstance(dataset, SpatialLatentDataset) else None,
-        objective.label_dropout,
-        objective.timestep_mean,
-        objective.timestep_std,
-        config.seed,
-    )
-
-
-def _build_tokenizer_model(config: TokenizerRun) -> TokenizerModel:
-    frozen = build_frozen(config)
-    if frozen.random_assets:
-        log.warning(
-            "RANDOM WEIGHTS stand in for %s: a trial, its losses and its result mean nothing",
-            ", ".join(frozen.random_assets),
+def _check_counts(config: TrainingRun, dataset: EpochDataset) -> None:
+    where = " + ".join(source.path for source in config.data.sources)
+    found, wanted = dataset.epoch_samples, config.data.num_samples
+    if wanted is not None and found != wanted:
+        raise DataError(
+            f"{where} holds {found:,} samples, data.num_samples says {wanted:,}: "
+            "the copy is not complete, or the key is wrong"
         )
-    net = build_tokenizer(config.model)
-    pretrained = config.model.pretrained_encoder
-    if pretrained == FROM_HUB:
-        load_from_hub(net.encoder.vit, config.model.size)
-    elif pretrained is not None and "model.pretrained_encoder" not in frozen.random_assets:
-        load_pretrained(net.encoder.vit, pretrained)
-    return TokenizerModel(
-        net,
-        config.objective,
-        config.seed,
-        frozen,
-        build_auxiliary(config),
-        build_critic(config),
-        mean_over_ranks,
+    if found < config.train.global_batch_size:
+        raise DataError(
+            f"{where} holds {found:,} samples, fewer than one batch of "
+            f"{config.train.global_batch_size:,}: lower train.global_batch_size"
+        )
+    classes, wanted = dataset.manifest.num_classes, family_of(config).num_classes(config)
+    if wanted is not None and classes != wanted:
+        raise DataError(
+            f"{where} has {classes} classes, model.num_classes says {wanted}: make them equal"
+        )
+
+
+def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedule) -> DataSpec:
+    """The loader of this rank's batches, and how they are counted and split."""
+    scaled = config.train.batch_scaling == "constant_tokens"
+    loader_class = partial(ScaledLoader, schedule=lengths) if scaled else CheckedLoader
+    loader = loader_class(
+        dataset,
+        batch_size=config.train.global_batch_size // dist.get_world_size(),
+        num_workers=config.data.num_workers,
+        persistent_workers=config.data.num_workers > 0,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=torch.cuda.is_available(),
     )
-
-
-def build_auxiliary(config: TokenizerRun) -> Decoder | None:
-    """The decoder that predicts the teacher's features; None without that loss."""
-    if config.objective.representation <= 0:
-        return None
-    model = config.model
-    return Decoder(
-        AUXILIARY_SIZE,
-        model.image_size,
-        model.patch_size,
-        model.num_base_tokens,
-        model.latent_dim,
-        TEACHER_WIDTHS[config.assets.dinov2_size],
+    return DataSpec(
+        loader,
+        get_num_samples_in_batch=lambda batch: len(batch["sample_ids"]),
+        split_batch=split_by_tokens(lengths) if scaled else None,
     )
-
-
-def build_critic(config: TokenizerRun) -> CriticHeads | None:
-    """The trained heads of the critic; None without an adversarial loss."""
-    if config.objective.adversarial <= 0:
-        return None
-    return CriticHeads(reduce_mean=mean_over_ranks)
 
 
 def build_optimizer(
@@ -211,54 +131,26 @@ def build_loggers(config: TrainingRun) -> list[LoggerDestination]:
     return loggers
 
 
-def _players(model: TrainingModel) -> dict[str, list[nn.Module]]:
-    return model.players() if isinstance(model, TokenizerModel) else {"generator": [model.net]}
-
-
 def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
     threshold = config.optimizer.clip_norm
     if threshold is None or config.parallel.strategy == "deepspeed":  # the engine clips
         return []
-    return [PlayerClipping(_players(model), threshold, model.record)]
-
-
-def _labels(model: TrainingModel) -> dict[str, Any]:
-    """What every row of metrics says about the run."""
-    random = model.frozen.random_assets if isinstance(model, TokenizerModel) else ()
-    return {"random_assets": list(random)} if random else {}
+    return [PlayerClipping(model.players(), threshold, model.record)]
 
 
 def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
     """Images, tokens and operations per second, for the loggers."""
-    if not isinstance(model, TokenizerModel):
-        forward = partial(network_flops, model.net)
-    else:
-        assert isinstance(config, TokenizerRun)
-        cost = tokenizer_flops(model.net, config.model.size)
-        forward = lambda num_tokens: cost  # noqa: E731  a tokenizer's cost is the same at every K
     peak = config.logging.peak_tflops
-    if isinstance(config, GeneratorRun) and config.lora is not None:
+    if peak is not None and family_of(config).forward_passes(config) != 3:
         peak = None  # a frozen network's backward pass costs less than the count says
-    return Throughput(config.logging.interval, forward, None if peak is None else peak * 1e12)
-
-
-def build_evaluation(
-    config: GeneratorRun | SpatialRun, dataset: TrainingDataset, ema: EMA
-) -> Callback:
-    """The sweep's evaluator as a callback.
-
-    The package's only look outwards, at the moment a run asks for it: the evaluator stays one
-    implementation in eval/, and training without it imports nothing of it.
-    """
-    from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
-
-    return EvaluationDuringTraining(config, dataset, ema)
+    flops: Any = model.net.flops
+    return Throughput(config.logging.interval, flops, None if peak is None else peak * 1e12)
 
 
 def build_trainer(
     config: TrainingRun,
     model: TrainingModel,
-    dataset: TrainingDataset,
+    dataset: EpochDataset,
     ema: EMA,
     resume: Resume,
     stop: StopRequest,
@@ -268,7 +160,7 @@ def build_trainer(
     advice = f"Run it again from {where} with a lower optimizer.lr, or look at the data."
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
-    if config.train.compile and not isinstance(model, TokenizerModel):
+    if config.train.compile:
         compile_blocks(model.net, config.lengths.choices)
     metrics = Path(config.out) / "metrics.jsonl"
     callbacks: list[Callback] = [
@@ -280,15 +172,17 @@ def build_trainer(
             config.logging.interval,
             model.record,
             config.logging.progress_bar,
-            _labels(model),
+            model.labels(),
             resume.attempts.check,
         ),
         _throughput(config, model),
         stop,
         StateSaver(resume, config.checkpoint.interval, stop, {metrics.name: metrics}),
     ]
-    if not isinstance(config, TokenizerRun) and config.evaluation is not None:
-        callbacks.append(build_evaluation(config, dataset, ema))  # after the EMA has moved
+    if family_of(config).evaluation(config) is not None:
+        from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
+
+        callbacks.append(EvaluationDuringTraining(config, dataset, ema))  # after the EMA moved
     data = build_data(config, dataset, lengths)
     if isinstance(data.dataloader, ScaledLoader):
         callbacks.append(LoaderStep(data.dataloader))
@@ -298,7 +192,7 @@ def build_trainer(
         model=model,
         train_dataloader=data,
         max_duration=config.train.max_duration,
-        optimizers=build_optimizer(config.optimizer, _players(model)),
+        optimizers=build_optimizer(config.optimizer, model.players()),
         schedulers=build_scheduler(config.optimizer),
         algorithms=_clipping(config, model),
         callbacks=callbacks,
@@ -321,7 +215,7 @@ def build_trainer(
 def export_bundle(
     config: TrainingRun,
     model: TrainingModel,
-    dataset: TrainingDataset,
+    dataset: EpochDataset,
     average: dict[str, Tensor],
     steps: int,
 ) -> Path:
@@ -335,31 +229,6 @@ def export_bundle(
         steps: How many made them.
     """
     folder = Path(config.out) / "bundle"
-    training: dict[str, Any] = {"steps": steps, "weights": "ema", "config": to_dict(config)}
-    if isinstance(config, GeneratorRun) and config.lora is not None:
-        export_adapter(folder, config, average, training)
-        return folder
-    if isinstance(config, TokenizerRun):
-        assert isinstance(model, TokenizerModel)
-        training["random_assets"] = list(model.frozen.random_assets)
-        net = build_tokenizer(config.model)  # a plain one: the trained one may be sharded
-        weights = net.state_dict() | average
-        net.load_state_dict(weights)
-        tree = net.merge_tree() if net.merging.has_tree else None
-        network = dataclasses.replace(config.model, pretrained_encoder=None)
-        save_tokenizer_bundle(folder, network, weights, tree, training)
-    elif isinstance(config, SpatialRun):
-        classes, vae = dataset.manifest.classes, config.space.vae
-        save_spatial_bundle(folder, config.model, config.space, average, classes, training, vae)
-    else:
-        assert isinstance(dataset, LatentDataset)
-        save_generator_bundle(
-            folder,
-            config.model,
-            average,
-            dataset.stats,
-            dataset.manifest.classes,
-            config.tokenizer,
-            training,
-        )
+    training = {"steps": steps, "weights": "ema", "config": to_dict(config)}
+    family_of(config).export(config, folder, model, dataset, average, training)
     return folder

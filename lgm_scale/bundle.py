@@ -12,7 +12,9 @@ from typing import Any
 
 from lgm_scale.config.loading import load_config
 from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.families.base import families, generator_families
 from lgm_scale.hashing import file_hash
+from lgm_scale.sampling.config import SamplerConfig
 
 __all__ = [
     "INFO_NAME",
@@ -21,16 +23,13 @@ __all__ = [
     "model_config",
     "read_bundle",
     "read_info",
+    "set_sampling_defaults",
     "start_bundle",
     "write_info",
 ]
 
 FORMAT_VERSION = 1
 INFO_NAME = "bundle.json"
-_FAMILIES = {
-    "generator": "LGM, on merged tokens",
-    "spatial_generator": "ELIT or SiT, on a grid",
-}
 
 
 def start_bundle(folder: str | Path) -> Path:
@@ -112,16 +111,15 @@ def read_info(folder: str | Path) -> dict[str, Any]:
 
 
 def check_kind(info: dict[str, Any], folder: str | Path, *kinds: str) -> None:
-    """Raise CheckpointError unless a bundle is of one of these kinds.
-
-    A generator bundle is a tokenizer bundle, too: it holds the one it needs.
-    """
-    found = info["kind"]
-    if found in kinds or ("tokenizer" in kinds and found == "generator"):
+    """Raise CheckpointError unless a bundle is of one of these kinds, or contains one."""
+    found, known = info["kind"], families()
+    if found in kinds or (found in known and set(known[found].contains) & set(kinds)):
         return
     text = f"{folder} is a {found} bundle; a {' or '.join(kinds)} bundle is needed here"
-    if found in _FAMILIES and any(kind in _FAMILIES for kind in kinds):
-        text += f" ({'; '.join(f'{kind}: {what}' for kind, what in _FAMILIES.items())})"
+    generators = generator_families()
+    if found in generators and any(kind in generators for kind in kinds):
+        titles = (f"{kind}: {family.title}" for kind, family in generators.items())
+        text += f" ({'; '.join(titles)})"
     raise CheckpointError(text)
 
 
@@ -151,3 +149,22 @@ def model_config(info: dict[str, Any], name: str, schema: type, folder: str | Pa
         return load_config(info["models"][name], schema)
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: its {name} configuration is damaged: {error}") from error
+
+
+def set_sampling_defaults(folder: str | Path, defaults: dict[int, dict[str, Any]]) -> None:
+    """Store what a pipeline samples with at each K when a call names no settings.
+
+    Args:
+        folder: A generator bundle of any family.
+        defaults: K -> fields of `SamplerConfig`, such as a sweep found best. Other K keep theirs.
+
+    Raises: ConfigError for settings without meaning; CheckpointError for no generator bundle.
+    """
+    info = read_bundle(folder, *generator_families())
+    for num_tokens, settings in defaults.items():
+        unknown = sorted(settings.keys() - SamplerConfig.__dataclass_fields__.keys())
+        if unknown:
+            raise ConfigError(f"sampling defaults at K = {num_tokens}: no setting {unknown[0]!r}")
+        SamplerConfig(**settings)
+    stored = info.get("sampling", {}) | {str(k): settings for k, settings in defaults.items()}
+    write_info(folder, info | {"sampling": stored})

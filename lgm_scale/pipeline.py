@@ -1,4 +1,9 @@
-"""What every pipeline shares: the call, classes by name, batches, the progress bar, the output.
+"""Images from a generator bundle of any family, in two lines.
+
+    from lgm_scale import load_pipeline
+    images = load_pipeline("runs/dit/bundle")(["goldfish", 207], num_tokens=64, seed=0)
+
+What every pipeline shares: the call, classes by name, batches, the progress bar, the output.
 
 A family of generators says the rest: its settings, its latents and how they become pixels; and,
 for whoever measures it, what its work is and what its samples depend on.
@@ -9,7 +14,7 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
@@ -17,15 +22,12 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lgm_scale.bundle import check_kind, read_info
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
-from lgm_scale.families.elit.network import SiT
-from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.families.tokenizer.network import Tokenizer
-from lgm_scale.flops import network_flops, rows_flops
+from lgm_scale.families.base import generator_families
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.sampling.config import SamplerConfig
@@ -36,11 +38,37 @@ __all__ = ["Bundle", "Pipeline", "count_parameters", "load_pipeline"]
 _BATCH_ROWS = {"cuda": 128, "cpu": 32}
 
 
+class GeneratorNetwork(Protocol):
+    """What the networks of all families can say."""
+
+    @property
+    def num_base_tokens(self) -> int:
+        """N, the largest number of tokens."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Classes without the null label."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+        ...
+
+    def flops(self, num_tokens: int) -> int:
+        """Operations of one forward pass of one sample at K tokens."""
+        ...
+
+    def block_lengths(self, num_tokens: int) -> set[int]:
+        """Token counts at which its blocks run when K tokens are asked for."""
+        ...
+
+
 class Bundle(Protocol):
     """What the bundles of all families have."""
 
     @property
-    def net(self) -> MergeDiT | SiT:
+    def net(self) -> GeneratorNetwork:
         """The network."""
         ...
 
@@ -81,7 +109,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
         source: str = "this bundle",
     ) -> None:
         self.bundle, self.dtype, self.source = bundle, dtype, source
-        self.device = bundle.net.pos_embed.device
+        self.device = next(bundle.net.parameters()).device
 
     @classmethod
     def from_bundle(
@@ -114,35 +142,6 @@ class Pipeline(ABC, Generic[AnyBundle]):
     def image_size(self) -> int:
         """S, pixels along a side."""
 
-    @property
-    @abstractmethod
-    def tokenizer(self) -> Tokenizer | None:
-        """What reconstructs images at K tokens; None in a family without such a thing."""
-
-    @property
-    @abstractmethod
-    def tree(self) -> MergeTree | None:
-        """The merge tree; None in a family that merges nothing."""
-
-    @abstractmethod
-    def parameters(self) -> dict[str, int]:
-        """How many parameters each of its networks has, the generator's first."""
-
-    @abstractmethod
-    def protocol(self) -> dict[str, str]:
-        """What samples depend on besides weights and settings.
-
-        Raises: CheckpointError if the bundle does not say.
-        """
-
-    @abstractmethod
-    def plain_config(self, num_tokens: int) -> SamplerConfig:
-        """Settings at K tokens, before what the bundle itself stores."""
-
-    @abstractmethod
-    def check(self, config: SamplerConfig, num_tokens: int) -> None:
-        """Refuse settings that this generator cannot do. Raises: ConfigError, CheckpointError."""
-
     @abstractmethod
     def latents(
         self,
@@ -162,13 +161,45 @@ class Pipeline(ABC, Generic[AnyBundle]):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in about [-1, 1]. Shapes: [B, ...] -> float32 [B, 3, S, S]."""
 
-    @abstractmethod
+    # --- what a family may say ----------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any:
+        """What reconstructs images at K tokens; None in a family without such a thing."""
+        return None
+
+    @property
+    def tree(self) -> MergeTree | None:
+        """The merge tree; None in a family that merges nothing."""
+        return None
+
+    @property
+    def reconstruction_files(self) -> tuple[str, ...]:
+        """Files of the bundle that reconstructions depend on."""
+        return ()
+
+    def parameters(self) -> dict[str, int]:
+        """How many parameters each of its networks has, the generator's first."""
+        return {"generator": count_parameters(self.bundle.net)}
+
+    def protocol(self) -> dict[str, str]:
+        """What samples depend on besides weights and settings.
+
+        Raises: CheckpointError if the bundle does not say.
+        """
+        return {}
+
+    def plain_config(self, num_tokens: int) -> SamplerConfig:
+        """Settings at K tokens, before what the bundle itself stores: the family's."""
+        return SamplerConfig(**generator_families()[self.kind].sampler_defaults)
+
+    def check(self, config: SamplerConfig, num_tokens: int) -> None:
+        """Refuse settings that this generator cannot do. Raises: ConfigError, CheckpointError."""
+        config.check_guidance(num_tokens)
+
     def decoder_flops(self) -> int:
         """Operations of turning one image's latents into pixels."""
-
-    @abstractmethod
-    def memory_tokens(self, num_tokens: int) -> int:
-        """Tokens that a row at K really takes memory for."""
+        return 0
 
     # --- what follows from it -----------------------------------------------------------------
 
@@ -194,11 +225,13 @@ class Pipeline(ABC, Generic[AnyBundle]):
 
     def row_flops(self, num_tokens: int) -> int:
         """Operations of one network row at K tokens."""
-        return network_flops(self.bundle.net, num_tokens)
+        return self.bundle.net.flops(num_tokens)
 
     def image_flops(self, config: SamplerConfig, num_tokens: int) -> int:
         """Operations of one image: every network row at its own length, and the decoder."""
-        return rows_flops(self.bundle.net, num_tokens, config) + self.decoder_flops()
+        rows = config.rows(num_tokens)
+        network = sum(count * self.row_flops(length) for length, count in rows.items())
+        return network + self.decoder_flops()
 
     def default_config(self, num_tokens: int) -> SamplerConfig:
         """Settings of a call at K tokens that names none: the bundle's own, where it has some."""
@@ -304,7 +337,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
 
     def _batch_size(self, num_tokens: int) -> int:
         rows = _BATCH_ROWS.get(self.device.type, _BATCH_ROWS["cpu"])
-        return max(1, min(rows, rows * 256 // self.memory_tokens(num_tokens)))
+        return max(1, min(rows, rows * 256 // max(self.bundle.net.block_lengths(num_tokens))))
 
     def _pictures(self, latents: Tensor) -> np.ndarray:
         """Images to hand out. Shapes: [B, ...] -> uint8 [B, S, S, 3]."""
@@ -334,7 +367,7 @@ def _dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def count_parameters(module: torch.nn.Module) -> int:
+def count_parameters(module: GeneratorNetwork | nn.Module) -> int:
     """All of a network's parameters."""
     return sum(p.numel() for p in module.parameters())
 
@@ -353,10 +386,6 @@ def load_pipeline(
 
     Raises: CheckpointError if it is no generator bundle, damaged, or of another format version.
     """
-    from lgm_scale.families.elit.pipeline import SpatialPipeline
-    from lgm_scale.families.lgm.pipeline import LGMPipeline
-
-    families = {family.kind: family for family in (LGMPipeline, SpatialPipeline)}
     info = read_info(folder)
-    check_kind(info, folder, *families)
-    return families[info["kind"]].from_bundle(folder, device, dtype)
+    check_kind(info, folder, *generator_families())
+    return generator_families()[info["kind"]].pipeline().from_bundle(folder, device, dtype)

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
-from lgm_scale.build import build_auxiliary, build_critic
 from lgm_scale.config.loading import to_dict
-from lgm_scale.config.schema import (
-    DeepSpeedConfig,
-    FSDPConfig,
-    GeneratorRun,
-    ParallelConfig,
-    SpatialRun,
-    TokenizerRun,
-    TrainingRun,
-)
-from lgm_scale.families.elit.bundle import build_spatial_generator
-from lgm_scale.families.lgm.bundle import build_generator, build_tokenizer
-from lgm_scale.families.lgm.lora import add_adapter
-from lgm_scale.families.tokenizer.assets import build_frozen
-from lgm_scale.flops import network_flops, tokenizer_flops
+from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig, TrainingRun
+from lgm_scale.families.base import Companions, family_of
 from lgm_scale.parallel.fsdp import transformer_blocks
 from lgm_scale.parallel.memory import ParameterInfo, parameter_infos, planned_bytes
 from lgm_scale.training.batch_scaling import loader_batches, steps_per_epoch
@@ -34,100 +21,75 @@ __all__ = ["describe"]
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters: of the network that is the result, and of what only its training needs.
+class Networks:
+    """What a run holds, on the meta device: the result, and what only its training needs.
 
-    All are float32; what is trained has a gradient and two moments, the network an average, too.
-    Of a network with an adapter, only the adapter is trained.
+    All parameters are float32; what is trained has a gradient and two moments, the network an
+    average, too. Of a network with an adapter, only the adapter is trained.
     """
 
-    network: int
-    adapter: int = 0
-    auxiliary: int = 0
-    critic: int = 0
-    frozen: int = 0
-
-    def lines(self) -> list[str]:
-        """One line per part that only the training has."""
-        parts = {
-            "auxiliary decoder": self.auxiliary,
-            "critic's heads": self.critic,
-            "frozen networks": self.frozen,
-        }
-        trained = f"  trained: the adapter's {self.adapter / 1e6:.2f} M, the rest is frozen"
-        return [trained] * bool(self.adapter) + [
-            f"  for training only: {name} {count / 1e6:.1f} M"
-            for name, count in parts.items()
-            if count
-        ]
-
-
-@dataclass(frozen=True)
-class Networks:
-    """What a run holds, on the meta device: the result, and what else is trained."""
-
-    sizes: Sizes
     network: nn.Module
-    others: tuple[nn.Module, ...] = ()
+    companions: Companions
 
     def infos(self) -> list[ParameterInfo]:
-        """Of all that is not a frozen network."""
+        """Parameters of all that is not a frozen network."""
         infos = parameter_infos(self.network, averaged=True)
-        return infos + [i for other in self.others for i in parameter_infos(other, averaged=False)]
+        for net in self.companions.trained.values():
+            infos += parameter_infos(net, averaged=False)
+        return infos
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the network."""
+        return _count(self.network)
+
+    @property
+    def num_frozen(self) -> int:
+        """Parameters of the networks that losses look through."""
+        return sum(_count(net) for net in self.companions.frozen)
 
     @property
     def largest_block(self) -> int:
         """Parameters of the largest transformer block."""
         return max((_count(block) for block in transformer_blocks(self.network)), default=0)
 
+    def lines(self) -> list[str]:
+        """One line for the network, and one per part that only the training has."""
+        count = self.num_parameters
+        lines = [f"parameters   {count / 1e6:.1f} M ({count:,})"]
+        trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+        if trained < count:
+            lines.append(f"  trained: the adapter's {trained / 1e6:.2f} M, the rest is frozen")
+        parts = {name: _count(net) for name, net in self.companions.trained.items()}
+        parts["frozen networks"] = self.num_frozen
+        lines += [
+            f"  for training only: {name} {part / 1e6:.1f} M"
+            for name, part in parts.items()
+            if part
+        ]
+        return lines
 
-def _count(module: nn.Module | None) -> int:
-    return sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
 
-
-def _tokenizer_networks(config: TokenizerRun, tokenizer: nn.Module) -> Networks:
-    nets = build_frozen(config, read=False)
-    frozen = [net.module for net in (nets.perceptual, nets.teacher, nets.critic) if net is not None]
-    auxiliary, critic = build_auxiliary(config), build_critic(config)
-    sizes = Sizes(
-        network=_count(tokenizer),
-        auxiliary=_count(auxiliary),
-        critic=_count(critic),
-        frozen=sum(_count(net) for net in frozen),
-    )
-    return Networks(sizes, tokenizer, tuple(net for net in (auxiliary, critic) if net is not None))
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def describe(config: TrainingRun, world_size: int) -> str:
     """Resolved configuration, sizes, work per step for each K, memory per rank, steps per epoch."""
+    family = family_of(config)
     with torch.device("meta"):
-        if isinstance(config, SpatialRun):
-            net = build_spatial_generator(config.model, config.space)
-            nets, forward = Networks(Sizes(_count(net)), net), partial(network_flops, net)
-        elif isinstance(config, GeneratorRun):
-            generator = build_generator(config.model)
-            forward = partial(network_flops, generator)
-            if config.lora is not None:
-                add_adapter(generator, config.lora.rank, config.lora.alpha)
-            adapter = sum(p.numel() for p in generator.parameters() if p.requires_grad)
-            sizes = Sizes(_count(generator), adapter if config.lora is not None else 0)
-            nets = Networks(sizes, generator)
-        else:
-            tokenizer = build_tokenizer(config.model)
-            cost = tokenizer_flops(tokenizer, config.model.size)
-            nets, forward = _tokenizer_networks(config, tokenizer), lambda k: cost
-    count, sizes = nets.sizes.network, nets.sizes
+        nets = Networks(family.network(config), family.companions(config))
     sections = [
         yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
-        "\n".join([f"parameters   {count / 1e6:.1f} M ({count:,})", *sizes.lines()]),
-        _work(config, forward),
+        "\n".join(nets.lines()),
+        _work(config, nets.network, family.forward_passes(config)),
         _memory(config, nets, world_size),
         _epoch(config),
     ]
     return "\n\n".join(sections)
 
 
-def _work(config: TrainingRun, forward) -> str:
+def _work(config: TrainingRun, network: Any, passes: int) -> str:
     """One line per K: its share of the steps, tokens and FLOPs of a step."""
     batch = config.train.global_batch_size
     lengths = config.lengths
@@ -138,15 +100,13 @@ def _work(config: TrainingRun, forward) -> str:
         }
     else:
         shares = dict(zip(lengths.choices, schedule.probabilities, strict=True))
-    # Three forward passes' worth; a frozen network's weights need no gradient.
-    passes = 2 if isinstance(config, GeneratorRun) and config.lora is not None else 3
     lines = [
         "   K   share of steps   tokens per step   TFLOPs per step (network, forward and backward)"
     ]
     scaled = config.train.batch_scaling == "constant_tokens"
     for k, share in sorted(shares.items()):
         samples = batch * (loader_batches(schedule, k) if scaled else 1)
-        work = passes * samples * forward(k) / 1e12
+        work = passes * samples * network.flops(k) / 1e12
         lines.append(f"{k:4d}   {share:14.1%}   {samples * k:15,}   {work:.4g}")
     return "\n".join(lines)
 
@@ -154,7 +114,7 @@ def _work(config: TrainingRun, forward) -> str:
 def _memory(config: TrainingRun, nets: Networks, world_size: int) -> str:
     """State per rank under every strategy, that of the configuration first. In GiB."""
     infos = nets.infos()
-    frozen = nets.sizes.frozen * 4 / 2**30
+    frozen = nets.num_frozen * 4 / 2**30
     rows = [
         f"memory per rank in GiB, {world_size} ranks, without activations"
         + (f"; {frozen:.2f} of it are frozen networks" if frozen else ""),
@@ -204,7 +164,7 @@ def _gathered(nets: Networks, parallel: ParallelConfig) -> int:
     if not sharded:
         return 0
     if parallel.fsdp is not None and parallel.fsdp.shard == "grad_op":
-        return 4 * nets.sizes.network
+        return 4 * nets.num_parameters
     return 4 * (2 + 1) * nets.largest_block
 
 

@@ -1,4 +1,4 @@
-"""Train a tokenizer or a generator.
+"""Train a model of any family: the configuration's `task` says which.
 
     composer lgm_scale/train.py CONFIG.yaml [key=value ...] [--dry-run]
     composer -n 8 lgm_scale/train.py yamls/dit_xl.yaml train.global_batch_size=512
@@ -20,6 +20,7 @@ from lgm_scale.checkpoint.run_folder import RunFolder
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import exit_on_user_error
+from lgm_scale.families.base import add_import_option, family_of
 from lgm_scale.parallel.first_failure import first_failure_on_top
 
 log = logging.getLogger("lgm_scale")
@@ -48,6 +49,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar="RANKS",
         help="with --dry-run: the number of ranks to plan for (default: those launched)",
     )
+    add_import_option(parser)
     args = parser.parse_intermixed_args(argv)
     if args.world_size is not None and not args.dry_run:
         parser.error("--world-size goes with --dry-run; the launcher's -n sets the ranks of a run")
@@ -87,8 +89,7 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
     """Run (or resume) to the end and write the bundle, or stop when asked; the exit status."""
     from composer.utils import dist, get_device, reproducibility
 
-    from lgm_scale.build import build_model, build_trainer, export_bundle
-    from lgm_scale.build_data import build_dataset
+    from lgm_scale.build import build_dataset, build_trainer, export_bundle
     from lgm_scale.checkpoint.resume import Resume
     from lgm_scale.checkpoint.run import enter_run, leave_result
     from lgm_scale.parallel.agreement import on_rank_zero
@@ -103,7 +104,7 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
             return _say(f"run {config.run_name} is finished: {folder.bundle}")
         reproducibility.seed_all(config.seed)  # equal initial weights on every rank
         dataset = build_dataset(config)
-        model = build_model(config, dataset)
+        model = family_of(config).training_model(config, dataset)
         ema = EMA(config.ema.decay, config.ema.interval)
         resume = Resume(run.storage, run.run_id, config.parallel.strategy, config.checkpoint.keep)
         trainer = build_trainer(config, model, dataset, ema, resume, stop)

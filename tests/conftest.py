@@ -51,8 +51,9 @@ def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> SmallPipeline:
     """68 images of 32 x 32 in 17 classes, a random tokenizer, and the latents it makes."""
     from data_tools.demo_images import DemoArguments, make_demo_images
     from data_tools.images_to_mds import convert_folder
-    from lgm_scale.config.schema import TokenizerModelConfig
-    from lgm_scale.families.lgm.bundle import build_tokenizer, save_tokenizer_bundle
+    from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
+    from lgm_scale.families.tokenizer.config import TokenizerModelConfig
+    from lgm_scale.families.tokenizer.network import build_tokenizer
 
     root = tmp_path_factory.mktemp("small")
     pipeline = SmallPipeline(root)

@@ -155,15 +155,16 @@ def assert_same_run(out: Path, expected: Path, steps: int, tolerance: float) -> 
 
 def random_generator(pipeline: SmallPipeline) -> Path:
     """A generator bundle on the small tokenizer, random weights, legacy noise."""
-    from lgm_scale.config.schema import GeneratorModelConfig
-    from lgm_scale.families.lgm.bundle import build_generator, save_generator_bundle
+    from lgm_scale.families.lgm.bundle import save_generator_bundle
+    from lgm_scale.families.lgm.config import LGMModelConfig
     from lgm_scale.families.lgm.data import STATS_NAME, LatentStats
+    from lgm_scale.families.lgm.network import build_merge_dit
 
-    config = GeneratorModelConfig(size="tiny", latent_dim=8, num_base_tokens=16, num_classes=17)
+    config = LGMModelConfig(size="tiny", latent_dim=8, num_base_tokens=16, num_classes=17)
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: 0.1 * torch.randn(value.shape, generator=generator)
-        for name, value in build_generator(config).state_dict().items()
+        for name, value in build_merge_dit(config).state_dict().items()
     }
     folder = pipeline.root / "random-generator"
     stats = LatentStats.load(pipeline.latents / STATS_NAME)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lgm_scale.config.schema import InterfaceConfig, SpaceConfig, SpatialModelConfig
-from lgm_scale.families.elit.bundle import build_spatial_generator, save_spatial_bundle
-from lgm_scale.families.elit.network import SiT
+from lgm_scale.families.elit.bundle import save_spatial_bundle
+from lgm_scale.families.elit.config import ELITModelConfig, InterfaceConfig, SpaceConfig
+from lgm_scale.families.elit.network import SiT, build_elit
 
 CLASSES = ("cat_one", "dog", "eel")
 PIXELS = SpaceConfig(kind="pixels", image_size=16)
-ELIT = SpatialModelConfig(
+ELIT = ELITModelConfig(
     size="tiny",
     patch_size=4,
     num_classes=len(CLASSES),
@@ -28,18 +28,18 @@ ELIT = SpatialModelConfig(
 BUDGETS = (4, 8, 12, 16)
 
 
-def small_network(model: SpatialModelConfig = ELIT, space: SpaceConfig = PIXELS) -> SiT:
+def small_network(model: ELITModelConfig = ELIT, space: SpaceConfig = PIXELS) -> SiT:
     """A network whose every weight is random: its outputs would start at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = build_spatial_generator(model, space)
+        net = build_elit(model, space)
         for parameter in net.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
     return net.eval().requires_grad_(False)
 
 
 def make_spatial_bundle(
-    folder: Path, model: SpatialModelConfig = ELIT, classes: tuple[str, ...] = CLASSES
+    folder: Path, model: ELITModelConfig = ELIT, classes: tuple[str, ...] = CLASSES
 ) -> Path:
     """A bundle on pixels."""
     weights = small_network(model).state_dict()

@@ -12,15 +12,15 @@ import yaml
 from PIL import Image
 
 from data_tools.images_to_mds import convert_folder
-from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
-from lgm_scale.evaluation.sweep.config import SweepConfig, load_sweep
-from lgm_scale.families.lgm.bundle import (
-    build_generator,
-    build_tokenizer,
-    save_generator_bundle,
-    save_tokenizer_bundle,
-)
+from lgm_scale.evaluation.sweep.config import SweepConfig
+from lgm_scale.evaluation.sweep.rules import load_sweep
+from lgm_scale.families.lgm.bundle import save_generator_bundle
+from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.network import build_merge_dit
+from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig
+from lgm_scale.families.tokenizer.network import build_tokenizer
 
 CLASSES = ("cat_one", "dog", "eel")
 
@@ -48,10 +48,10 @@ def make_bundles(folder: Path, training: dict[str, Any]) -> None:
     save_tokenizer_bundle(
         folder / "tokenizer", small, tokenizer.state_dict(), tokenizer.merge_tree(), {}
     )
-    config = GeneratorModelConfig(
+    config = LGMModelConfig(
         size="tiny", latent_dim=4, num_base_tokens=16, num_blocks=4, num_classes=3
     )
-    net = build_generator(config)
+    net = build_merge_dit(config)
     for parameter in net.parameters():  # its outputs start at zero
         parameter.data += 0.02 * torch.randn_like(parameter)
     stats = LatentStats(torch.zeros(4), torch.ones(4))

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from lgm_scale.config.schema import OptimizerConfig, TokenizerObjectiveConfig
+from lgm_scale.config.schema import OptimizerConfig
+from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig, TokenizerSize
 from lgm_scale.families.tokenizer.critic import CriticHeads, ReduceMean, one_rank
 from lgm_scale.families.tokenizer.frozen import CriticBackbone, Frozen, FrozenNets, Teacher
-from lgm_scale.families.tokenizer.network import Decoder, Tokenizer, TokenizerSize
+from lgm_scale.families.tokenizer.network import Decoder, Tokenizer
 from lgm_scale.families.tokenizer.training import TokenizerModel
 
 IMAGE_SIZE, PATCH_SIZE, NUM_TOKENS, LATENT_DIM, FEATURES = 32, 8, 16, 8, 24

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lgm_scale.config.loading import load_config, to_dict
+from lgm_scale.config.loading import load_config, to_dict, without_removed_keys
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
 
@@ -79,7 +79,7 @@ def differing_keys(there: dict[str, Any], config: TrainingRun) -> list[str]:
     A key that the record does not know, because it is younger, counts with its default.
     """
     with contextlib.suppress(ConfigError):  # it has keys that are gone; they will be told
-        there = to_dict(load_config(there, type(config)))
+        there = to_dict(load_config(without_removed_keys(there, type(config)), type(config)))
     old, new = _flatten(there), _flatten(to_dict(config))
     return [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} here"

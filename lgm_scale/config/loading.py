@@ -10,6 +10,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,14 @@ from yaml import YAMLError
 
 from lgm_scale.errors import ConfigError
 
-__all__ = ["InvalidValues", "load_config", "read_yaml", "to_dict"]
+__all__ = [
+    "InvalidValues",
+    "check_config",
+    "load_config",
+    "read_yaml",
+    "to_dict",
+    "without_removed_keys",
+]
 
 RunConfig = TypeVar("RunConfig")
 
@@ -49,30 +57,55 @@ def read_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str,
 def load_config(values: dict[str, Any], schema: type[RunConfig], source: str = "") -> RunConfig:
     """Turn plain values into a typed configuration, or report every problem at once.
 
-    Raises: InvalidValues (a ConfigError) with all of them. It carries the configuration with
-    defaults or placeholders for the wrong entries, so that rules between keys are heard as well.
+    Raises: InvalidValues (a ConfigError) with all of them.
     """
     adapter = TypeAdapter(schema)
-    problems, config = [], None
     try:
-        config = adapter.validate_json(json.dumps(values), strict=True)
+        return adapter.validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         problems = [_explain(item, schema) for item in error.errors()]
-        rest = json.loads(json.dumps(values))
-        for item in error.errors():
-            _repair(rest, item["loc"], schema)
-        try:
-            config = adapter.validate_json(json.dumps(rest), strict=True)
-        except ValidationError:
-            config = None
-    if problems:
-        raise InvalidValues(problems, source or None, config)
-    assert config is not None
+        wrong = [item["loc"] for item in error.errors()]
+    raise InvalidValues(problems, source or None, _without(values, wrong, adapter, schema))
+
+
+def check_config(
+    values: dict[str, Any],
+    schema: type[RunConfig],
+    rules: Callable[[RunConfig], Iterable[str]],
+    source: str,
+) -> RunConfig:
+    """As `load_config`, and every rule that the configuration breaks is told in the same error.
+
+    Args:
+        values: Plain values, as read from YAML.
+        schema: Dataclass of the configuration.
+        rules: Configuration -> lines `key: value; rule; fix`. It is also heard where values are
+            wrong, on the configuration as it would be without them.
+        source: Where the values were read.
+
+    Raises: ConfigError with every problem.
+    """
+    problems: list[str] = []
+    config: RunConfig | None
+    try:
+        config = load_config(values, schema, source)
+    except InvalidValues as error:
+        problems, config = error.problems, error.rest
+    if config is not None:
+        told = {problem.split(":")[0] for problem in problems}
+        problems += [line for line in rules(config) if line.split(":")[0] not in told]
+    if problems or config is None:
+        raise ConfigError(problems, source)
     return config
 
 
 class InvalidValues(ConfigError):
-    """Wrong keys or types; `rest` is the configuration without them, where it makes sense."""
+    """Wrong keys or types.
+
+    Attributes:
+        rest: The configuration without the wrong entries: with their defaults, or where a key has
+            none with the example that its schema gives. None where that is no configuration.
+    """
 
     def __init__(self, problems: list[str], source: str | None, rest: Any) -> None:
         self.rest = rest
@@ -84,26 +117,50 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-_PLACEHOLDERS = {str: "1ep", int: 1}
+def without_removed_keys(values: dict[str, Any], schema: type) -> dict[str, Any]:
+    """A recorded configuration of an earlier version, without keys that are gone by now."""
+    kept = {}
+    for key, value in values.items():
+        if key in getattr(schema, "removed", {}):
+            continue
+        inner = _field_type(schema, key) if dataclasses.is_dataclass(schema) else None
+        nested = isinstance(value, dict) and dataclasses.is_dataclass(inner)
+        kept[key] = without_removed_keys(value, inner) if nested else value  # type: ignore[arg-type]
+    return kept
 
 
-def _repair(values: dict[str, Any], loc: tuple[int | str, ...], schema: type) -> None:
-    """Drop the wrong entry at `loc`; a required one becomes a placeholder of its type."""
+def _without(
+    values: dict[str, Any], wrong: list[tuple[int | str, ...]], adapter: TypeAdapter, schema: type
+) -> Any:
+    """The configuration without the entries at these places; None if that is none."""
+    rest = json.loads(json.dumps(values))
+    for place in wrong:
+        _replace(rest, place, schema)
+    try:
+        return adapter.validate_json(json.dumps(rest), strict=True)
+    except ValidationError:
+        return None
+
+
+def _replace(values: dict[str, Any], place: tuple[int | str, ...], schema: Any) -> None:
+    """Drop the entry at a place; where its schema gives an example, that stands there instead."""
     node: Any = values
-    for key in loc[:-1]:
+    for key in place[:-1]:
         if not isinstance(node, dict) or not isinstance(node.get(str(key)), dict):
-            break
+            break  # the place is inside a list: the list is dropped whole
         node, schema = node[str(key)], _field_type(schema, key)
     else:
-        key = loc[-1]
+        key = place[-1]
     node.pop(str(key), None)
-    required = {
-        entry.name
-        for entry in dataclasses.fields(schema)
-        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    }
-    if key in required and _field_type(schema, key) in _PLACEHOLDERS:
-        node[str(key)] = _PLACEHOLDERS[_field_type(schema, key)]
+    example = _example(schema, str(key))
+    if example is not None:
+        node[str(key)] = example
+
+
+def _example(schema: Any, key: str) -> Any:
+    """What `required` says would do; None for keys with a default."""
+    fields = {entry.name: entry for entry in dataclasses.fields(schema)}
+    return fields[key].metadata.get("example") if key in fields else None
 
 
 def _explain(item: Any, schema: type) -> str:
@@ -112,11 +169,14 @@ def _explain(item: Any, schema: type) -> str:
     key = ".".join(str(part) for part in path)
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         names = _fields_at(schema, path[:-1])
+        removed = _removed_at(schema, path[:-1]).get(str(path[-1]))
+        if removed is not None:
+            return f"{key}: is gone; {removed}"
         close = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(names)}"
         return f"{key}: unknown key; {hint}"
     if item["type"] in ("missing", "missing_keyword_only_argument"):
-        return f"{key}: missing, and it has no default"
+        return f"{key}: missing, and it has no default{_for_example(schema, path)}"
     message = item["msg"][0].lower() + item["msg"][1:]
     return f"{key}: {json.dumps(item['input'])} is wrong: {message}"
 
@@ -126,7 +186,7 @@ def _is_union_tag(part: int | str) -> bool:
     return isinstance(part, str) and ("[" in part or part in ("int", "float", "str", "none"))
 
 
-def _field_type(schema: type, name: int | str) -> Any:
+def _field_type(schema: Any, name: int | str) -> Any:
     """Type of a field; of an optional one, the type besides None; of an entry, its tuple's."""
     if isinstance(name, int):
         return schema
@@ -138,8 +198,8 @@ def _field_type(schema: type, name: int | str) -> Any:
     return hint
 
 
-def _fields_at(schema: type, path: list[int | str]) -> list[str]:
-    """Names of the fields of the dataclass at `path`."""
+def _section_at(schema: Any, path: list[int | str]) -> Any:
+    """The dataclass at `path`; None where there is none."""
     for part in path:
         if isinstance(part, int):  # an entry of tuple[Entry, ...]
             schema = (typing.get_args(schema) or (schema,))[0]
@@ -148,5 +208,22 @@ def _fields_at(schema: type, path: list[int | str]) -> list[str]:
         if typing.get_origin(schema) is tuple:
             continue
         if not dataclasses.is_dataclass(schema):
-            return []
-    return [entry.name for entry in dataclasses.fields(schema)]
+            return None
+    return schema
+
+
+def _fields_at(schema: Any, path: list[int | str]) -> list[str]:
+    """Names of the fields of the dataclass at `path`."""
+    section = _section_at(schema, path)
+    return [] if section is None else [entry.name for entry in dataclasses.fields(section)]
+
+
+def _removed_at(schema: Any, path: list[int | str]) -> dict[str, str]:
+    """Keys that the dataclass at `path` had once -> what to write instead."""
+    return getattr(_section_at(schema, path), "removed", {})
+
+
+def _for_example(schema: Any, path: list[int | str]) -> str:
+    section = _section_at(schema, path[:-1])
+    example = None if section is None else _example(section, str(path[-1]))
+    return "" if example is None else f"; for example {json.dumps(example)}"

@@ -24,12 +24,16 @@ from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.merging.linkage import average_linkage, in_block_triangle
 
 __all__ = [
+    "TREE_NAME",
     "MergeAssignment",
     "MergeTree",
     "cosine_similarity",
     "in_block_pairs",
     "straight_through_merge",
 ]
+
+TREE_NAME = "merge_tree.safetensors"
+"""File of a merge tree, in folders of latents and in bundles."""
 
 
 @dataclass(frozen=True, eq=False)

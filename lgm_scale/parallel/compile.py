@@ -7,16 +7,13 @@ from typing import Any
 
 import torch
 
-from lgm_scale.families.elit.network import SiT
-from lgm_scale.families.lgm.network import MergeDiT
-
 __all__ = ["compile_blocks"]
 
 # Graphs per length: with and without gradients, and a last batch of another size.
 _GRAPHS_PER_LENGTH = 4
 
 
-def compile_blocks(net: MergeDiT | SiT, lengths: Collection[int], **options: Any) -> None:
+def compile_blocks(net: Any, lengths: Collection[int], **options: Any) -> None:
     """Compile every block in place, for static shapes; names of parameters stay as they are.
 
     All blocks share one graph per token length, so compilation takes the time of that many
@@ -28,7 +25,7 @@ def compile_blocks(net: MergeDiT | SiT, lengths: Collection[int], **options: Any
         lengths: Different K that will be run. An ELIT's outer blocks run at N besides.
         **options: For `torch.compile`.
     """
-    shapes = set(lengths) | ({net.num_base_tokens} if isinstance(net, SiT) else set())
+    shapes = {shape for length in lengths for shape in net.block_lengths(length)}
     limit = len(shapes) * _GRAPHS_PER_LENGTH
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     for block in net.blocks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from lgm_scale.config.schema import DeepSpeedConfig, TokenizerRun, TrainingRun
+from lgm_scale.config.schema import DeepSpeedConfig, TrainingRun
 
 __all__ = ["parallel_rules"]
 
@@ -89,12 +89,4 @@ def _deepspeed(config: TrainingRun) -> Iterator[str]:
             "train.compile: true has no use with parallel.deepspeed.stage: 3, whose hooks gather "
             "weights inside the blocks: torch compiles the pieces between them over and over, and "
             "gives up; set it to false, or use stage: 2 or parallel.strategy: fsdp"
-        )
-    clip_norm = config.optimizer.clip_norm
-    two_players = isinstance(config, TokenizerRun) and config.objective.adversarial > 0
-    if two_players and clip_norm is not None:
-        yield (
-            f"optimizer.clip_norm: {clip_norm} is for each player's gradient on its own, and "
-            "parallel.strategy: deepspeed knows the norm of all gradients alone; set it to null, "
-            "or use fsdp or ddp"
         )

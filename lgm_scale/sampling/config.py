@@ -1,17 +1,20 @@
-"""How images are sampled: the settings, the time grid they make, and the network rows they cost."""
+"""How images are sampled: the settings, the time grid they make, and the network rows they cost.
+
+Free of torch, so that rules of a sweep are heard before a network is built.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
+from fractions import Fraction
+from typing import Any
 
-import torch
-
+from lgm_scale.config.schema import STRICT
 from lgm_scale.errors import ConfigError
-from lgm_scale.flow import shift_timesteps
 
 __all__ = ["CFGRescale", "Guidance", "SamplerConfig", "Solver"]
 
@@ -50,38 +53,40 @@ class Solver(str, Enum):
     HEUN = "heun"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How images are sampled.
+    """How images are sampled: the one schema of YAML files, sweeps, pipelines and flags.
 
-    Args:
-        num_steps: Grid points: 25 points are 24 Euler steps.
-        cfg_scale: Guidance w; 1 turns it off.
-        cfg_interval: Times, ends included, between which guidance is on.
-        cfg_rescale: See `CFGRescale`.
-        timestep_shift: a of t' = a t / (1 + (a - 1) t).
-        solver: See `Solver`.
-        uncond_num_tokens: The weak branch runs at this many tokens, or at the length of the step
-            where that is smaller. None: at the step's length.
-        length_schedule: Growing length: (t, K) pairs; from shifted time t on, steps run at K.
-            The first t is 0, the last K is the length asked for. Empty: one length.
-        guidance: See `Guidance`.
+    Defaults are the published ones of merged tokens; a family of generators may have others
+    (`GeneratorFamily.sampler_defaults`). Settings without meaning raise ConfigError, all at once.
     """
 
-    num_steps: int = 25
+    __pydantic_config__ = STRICT
     cfg_scale: float = 1.0
+    """Guidance w; 1 turns it off."""
     cfg_interval: tuple[float, float] = (0.15, 1.0)
+    """Times, ends included, between which guidance is on."""
     cfg_rescale: CFGRescale = CFGRescale.PER_POSITION
+    """Whether guidance is divided by the size of each cluster."""
+    num_steps: int = 25
+    """Points of the time grid: 25 points are 24 Euler steps."""
     timestep_shift: float = 0.2
+    """a of t' = a t / (1 + (a - 1) t): below 1, more steps are near the noise."""
     solver: Solver = Solver.EULER
+    """One evaluation of the network per step, or two."""
     uncond_num_tokens: int | None = None
+    """Tokens of guidance's weak branch, or of the step where that has fewer; null: the step's."""
     length_schedule: tuple[tuple[float, int], ...] = ()
+    """Growing length: [t, K] pairs; from shifted time t on, steps run at K. The first t is 0, the
+    last K is the length asked for. Empty: one length."""
     guidance: Guidance = Guidance.CFG
+    """What the weak branch lacks: the class, or with `autoguidance` tokens alone."""
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning, all at once."""
         schedule = tuple((float(t), int(num_tokens)) for t, num_tokens in self.length_schedule)
         object.__setattr__(self, "length_schedule", schedule)
+        object.__setattr__(self, "cfg_interval", tuple(map(float, self.cfg_interval)))
         problems = [
             *self._enum_problems("cfg_rescale", CFGRescale),
             *self._enum_problems("solver", Solver),
@@ -148,8 +153,8 @@ class SamplerConfig:
 
     def grid(self) -> list[float]:
         """The shifted time grid, from 0 to 1."""
-        points = torch.linspace(0, 1, self.num_steps, dtype=torch.float64)
-        return shift_timesteps(points, self.timestep_shift).tolist()
+        shift, count = self.timestep_shift, self.num_steps
+        return [shift * t / (1 + (shift - 1) * t) for t in _even_grid(count)]
 
     def guided(self, t: float) -> bool:
         """Whether an evaluation at t is guided."""
@@ -219,3 +224,25 @@ class SamplerConfig:
             if self.guided(t):
                 rows[self.uncond_length(length)] += 1
         return dict(rows)
+
+    def settings(self) -> dict[str, Any]:
+        """All fields as plain values, which make the same configuration again."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+
+    def lengths(self, num_tokens: int) -> set[int]:
+        """Every number of tokens that is named, when `num_tokens` are asked for."""
+        weak = set() if self.uncond_num_tokens is None else {self.uncond_num_tokens}
+        return {num_tokens} | weak | {k for _, k in self.length_schedule}
+
+
+def _even_grid(count: int) -> list[float]:
+    """Points from 0 to 1, to the bit those of `torch.linspace` in float64.
+
+    torch counts from the nearer end and rounds once, as a fused multiply-add does: hence the
+    fractions. Images depend on these bits.
+    """
+    step = 1.0 / (count - 1)
+    near = [i * step for i in range(count // 2)]
+    far = [float(1 - (count - 1 - i) * Fraction(step)) for i in range(count // 2, count)]
+    return near + far

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from composer.models import ComposerModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from lgm_scale.families.elit.network import SiT
-from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.flow import sample_timesteps, training_keys
 from lgm_scale.randomness import Purpose, keyed_uniform
-from lgm_scale.training.record import LossRecord
+from lgm_scale.training.model import TrainingModel
 
 __all__ = ["TIMESTEP_BINS", "Draws", "FlowModel", "timestep_bins"]
 
@@ -36,32 +33,30 @@ class Draws(NamedTuple):
     labels: Tensor
 
 
-class FlowModel(ComposerModel):
+class FlowModel(TrainingModel):
     """What training a generator by rectified flow is, whatever its state looks like.
 
     Args:
         net: The network; a direct child, which is what Composer's sharding wraps.
         label_dropout: Share of samples that train the unconditional branch.
         timestep_mean: Of the logit-normal law of t.
-        timestep_std: Of the same.
+        timestep_std: Standard deviation of the normal law whose logistic function t is.
         seed: Of noise, timesteps and label dropout.
     """
 
     def __init__(
         self,
-        net: MergeDiT | SiT,
+        net: nn.Module,
         label_dropout: float,
         timestep_mean: float,
         timestep_std: float,
         seed: int,
     ) -> None:
-        super().__init__()
-        self.net = net
+        super().__init__(net)
         self.label_dropout = label_dropout
         self.timestep_mean = timestep_mean
         self.timestep_std = timestep_std
         self.seed = seed
-        self.record = LossRecord()
 
     def draw(self, batch: dict[str, Any]) -> Draws:
         """Times and labels of this step, and the keys of everything else."""

@@ -23,8 +23,8 @@ from small_sweep import make_sweep_inputs, numbers_of, sweep_config, sweep_file
 
 from lgm_scale.evaluation.engine.chunks import ChunkStore, Job, Made
 from lgm_scale.evaluation.engine.parts import Part, make_missing, missing_tasks
-from lgm_scale.evaluation.sweep.config import load_sweep
 from lgm_scale.evaluation.sweep.measure import measure
+from lgm_scale.evaluation.sweep.rules import load_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
 

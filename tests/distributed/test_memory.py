@@ -13,7 +13,7 @@ from rank_processes import run_ranks
 from test_strategies import FSDP1, FSDP2, ZERO
 
 from lgm_scale.config.rules import load_training_run
-from lgm_scale.families.lgm.bundle import build_generator
+from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.parallel.memory import measured_bytes, parameter_infos, planned_bytes
 from lgm_scale.training.guard import FiniteGuard
 
@@ -90,7 +90,7 @@ def test_the_plan_is_what_lies_in_memory(small_pipeline, measured, name):
     path = config(small_pipeline, small_pipeline.root / "memory" / "plan")
     run = load_training_run(str(path), CASES[name], 2, has_gpu=False)
     with torch.device("meta"):
-        infos = parameter_infos(build_generator(run.model), averaged=True)
+        infos = parameter_infos(build_merge_dit(run.model), averaged=True)
     planned = asdict(planned_bytes(infos, run.parallel, 2))
     for rank in measured[name, 2]:
         for part in ("weights", "gradients", "optimizer", "ema"):

@@ -13,11 +13,10 @@ import pytest
 from safetensors.torch import load_file
 from small_pipeline import ROOT, assert_user_error, metrics, run_command
 
-from lgm_scale.build import build_loggers
-from lgm_scale.build_data import build_dataset
+from lgm_scale.build import build_dataset, build_loggers
+from lgm_scale.bundle import read_bundle
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
-from lgm_scale.families.lgm.bundle import read_bundle
 
 TRAIN = "lgm_scale/train.py"
 

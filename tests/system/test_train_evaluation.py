@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from small_pipeline import SmallPipeline, metrics, run_command, train_in_process
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.evaluation.sweep.config import load_sweep
 from lgm_scale.evaluation.sweep.measure import measure
+from lgm_scale.evaluation.sweep.rules import load_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
 

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from small_pipeline import Steps, metrics, random_generator, train_in_process
 
-from lgm_scale.build import build_model, build_optimizer
-from lgm_scale.build_data import build_dataset
+from lgm_scale.build import build_dataset, build_optimizer
+from lgm_scale.bundle import read_bundle
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_generator, read_bundle
+from lgm_scale.families.base import family_of
+from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_generator
 from lgm_scale.parallel.pieces import local_pieces
 from lgm_scale.plan import describe
 from lgm_scale.training.ema import EMA
@@ -88,7 +89,7 @@ def loaded(path: Path, *overrides: str):
 
 def test_the_average_is_of_the_adapter_alone(small_pipeline, base):
     config = loaded(lora_config(small_pipeline, base, "lora-model"))
-    model = build_model(config, build_dataset(config))
+    model = family_of(config).training_model(config, build_dataset(config))
     ema = EMA(0.9)
     ema.start(local_pieces(model, build_optimizer(config.optimizer, {"generator": [model.net]})))
     names = ema.full_weights().keys()
@@ -102,15 +103,15 @@ def test_what_does_not_fit_the_base_is_told_at_once(small_pipeline, base, traine
     path = lora_config(small_pipeline, base, "lora-unfit")
     config = loaded(path, "objective.noise_scale=corrected", "model.num_blocks=2")
     with pytest.raises(ConfigError, match="does not fit this run") as caught:
-        build_model(config, build_dataset(config))
+        family_of(config).training_model(config, build_dataset(config))
     assert "noise_scale: 'corrected' here, 'legacy' there" in str(caught.value)
     assert "model.num_blocks: 2 here, 4 there" in str(caught.value)
     config = loaded(path, f"lora.base={trained / 'bundle'}")
     with pytest.raises(ConfigError, match="has an adapter for 8 already"):
-        build_model(config, build_dataset(config))
+        family_of(config).training_model(config, build_dataset(config))
     config = loaded(path, f"lora.base={small_pipeline.tokenizer}")
     with pytest.raises(CheckpointError, match="a generator bundle is needed"):
-        build_model(config, build_dataset(config))
+        family_of(config).training_model(config, build_dataset(config))
 
 
 def test_rules_of_an_adapter_run(small_pipeline, base):

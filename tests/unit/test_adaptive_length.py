@@ -13,8 +13,8 @@ from lgm_scale import pixels
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.commands import adaptive
 from lgm_scale.evaluation.commands.adaptive import adaptive_saving, default_lengths
-from lgm_scale.families.lgm.bundle import load_tokenizer
 from lgm_scale.families.tokenizer.adaptive_length import choose_length
+from lgm_scale.families.tokenizer.bundle import load_tokenizer
 from lgm_scale.families.tokenizer.network import Tokenizer
 
 N = 16

@@ -13,7 +13,7 @@ from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.commands import alignment
 from lgm_scale.evaluation.commands.adaptive import image_batches
 from lgm_scale.evaluation.commands.alignment import PairCosine, cknna, cknna_matrix, draw_heat_map
-from lgm_scale.families.lgm.bundle import load_tokenizer
+from lgm_scale.families.tokenizer.bundle import load_tokenizer
 
 
 def features(rows: int = 40, width: int = 6, seed: int = 0) -> torch.Tensor:

@@ -11,19 +11,23 @@ import torch
 from safetensors.torch import save_file
 from small_tokenizer import small_batch, small_model
 
-from lgm_scale.build import build_model, export_bundle
-from lgm_scale.config.schema import (
+from lgm_scale.build import export_bundle
+from lgm_scale.config.schema import DataConfig, LengthsConfig, TrainConfig
+from lgm_scale.errors import CheckpointError, MissingAssetError
+from lgm_scale.families.base import family_of
+from lgm_scale.families.tokenizer import assets
+from lgm_scale.families.tokenizer.config import (
     AssetsConfig,
-    DataConfig,
-    LengthsConfig,
     TokenizerModelConfig,
     TokenizerObjectiveConfig,
     TokenizerRun,
-    TrainConfig,
 )
-from lgm_scale.errors import CheckpointError, MissingAssetError
-from lgm_scale.families.tokenizer import assets
 from lgm_scale.families.tokenizer.frozen import Frozen
+from lgm_scale.families.tokenizer.training import TokenizerModel
+
+
+def training_model(config: TokenizerRun) -> TokenizerModel:
+    return family_of(config).training_model(config, None)  # type: ignore[return-value]
 
 
 def run_of(tmp_path, objective=None, **changes) -> TokenizerRun:
@@ -65,7 +69,7 @@ def test_every_missing_file_is_named_with_its_key_path_source_size_and_purpose(t
         ),
     )
     with pytest.raises(MissingAssetError) as caught:
-        build_model(config, None)  # type: ignore[arg-type]
+        training_model(config)
     text = str(caught.value)
     for part in (
         "assets.vgg16: /nowhere/vgg.pth is not a file",
@@ -105,7 +109,7 @@ def test_random_assets_are_labelled_everywhere(tmp_path, caplog):
         TokenizerObjectiveConfig(perceptual=1.0),
         assets=AssetsConfig(allow_random_assets=True),
     )
-    model = build_model(config, None)  # type: ignore[arg-type]
+    model = training_model(config)
     assert "RANDOM WEIGHTS stand in for assets.vgg16" in caplog.text
     average = dict(model.net.named_parameters())
     folder = export_bundle(config, model, None, average, 1)  # type: ignore[arg-type]
@@ -115,7 +119,7 @@ def test_random_assets_are_labelled_everywhere(tmp_path, caplog):
 
 def test_a_bundle_without_random_assets_says_so_and_holds_the_tokenizer_alone(tmp_path):
     config = run_of(tmp_path)
-    model = build_model(config, None)  # type: ignore[arg-type]
+    model = training_model(config)
     average = dict(model.net.named_parameters())
     folder = export_bundle(config, model, None, average, 1)  # type: ignore[arg-type]
     info = json.loads((folder / "bundle.json").read_text())
@@ -173,7 +177,7 @@ def test_pretrained_encoder_is_loaded_and_resampled(tmp_path, suffix):
         patch_size=16,
         pretrained_encoder=str(path),
     )
-    net = build_model(run_of(tmp_path, model=model), None).net  # type: ignore[arg-type]
+    net = training_model(run_of(tmp_path, model=model)).net
     ours, theirs = net.encoder.vit.state_dict(), source.state_dict()
     assert torch.equal(ours["blocks.11.mlp.fc2.weight"], theirs["blocks.11.mlp.fc2.weight"])
     assert ours["patch_embed.proj.weight"].shape == (384, 3, 16, 16)
@@ -200,7 +204,7 @@ def test_the_hub_is_asked_only_when_told_to(tmp_path, monkeypatch):
     config = run_of(tmp_path, model=model)
     assert [asset.key for asset in assets.needed_assets(config)] == []
     monkeypatch.setattr(assets.timm, "create_model", create_model)
-    net = build_model(config, None).net  # type: ignore[arg-type]
+    net = training_model(config).net
     assert asked == [("vit_small_patch14_dinov2.lvd142m", True)]
     theirs = source.state_dict()["blocks.11.mlp.fc2.weight"]
     assert torch.equal(net.encoder.vit.state_dict()["blocks.11.mlp.fc2.weight"], theirs)
@@ -210,7 +214,7 @@ def test_the_hub_is_asked_only_when_told_to(tmp_path, monkeypatch):
 
     monkeypatch.setattr(assets.timm, "create_model", offline)
     with pytest.raises(MissingAssetError, match=r"pretrained_encoder: hub .*no route to host"):
-        build_model(config, None)  # type: ignore[arg-type]
+        training_model(config)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):

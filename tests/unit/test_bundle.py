@@ -11,31 +11,27 @@ import pytest
 import torch
 from kill_points import KillPoints
 
-from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.lgm.bundle import (
-    build_generator,
-    build_tokenizer,
-    load_generator,
-    load_tokenizer,
-    read_bundle,
-    save_generator_bundle,
-    save_tokenizer_bundle,
-    tokenizer_id,
-)
+from lgm_scale.families.lgm.bundle import load_generator, save_generator_bundle
+from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.network import build_merge_dit
+from lgm_scale.families.tokenizer.bundle import load_tokenizer, save_tokenizer_bundle, tokenizer_id
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig
+from lgm_scale.families.tokenizer.network import build_tokenizer
 
 TOKENIZER = TokenizerModelConfig(
     size="tiny", image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32
 )
-GENERATOR = GeneratorModelConfig(size="tiny", latent_dim=8, num_base_tokens=16, num_classes=2)
+GENERATOR = LGMModelConfig(size="tiny", latent_dim=8, num_base_tokens=16, num_classes=2)
 
 
 @pytest.fixture
 def bundles(tmp_path: Path) -> tuple[Path, Path]:
     """A tokenizer bundle and a generator bundle made with it, random weights."""
     torch.manual_seed(0)
-    tokenizer, generator = build_tokenizer(TOKENIZER), build_generator(GENERATOR)
+    tokenizer, generator = build_tokenizer(TOKENIZER), build_merge_dit(GENERATOR)
     first, second = tmp_path / "tokenizer", tmp_path / "generator"
     tree = tokenizer.merge_tree()
     save_tokenizer_bundle(first, TOKENIZER, tokenizer.state_dict(), tree, {"steps": 3})

@@ -10,11 +10,12 @@ import yaml
 from lgm_scale.checkpoint.run_folder import RunFolder
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.rules import load_training_run
-from lgm_scale.config.schema import GeneratorRun, SpatialRun
 from lgm_scale.errors import ConfigError
-from lgm_scale.families.elit.bundle import build_spatial_generator
-from lgm_scale.families.lgm.bundle import build_generator, build_tokenizer
-from lgm_scale.families.lgm.network import DIT_SIZES
+from lgm_scale.families.elit.config import ELITRun
+from lgm_scale.families.elit.network import build_elit
+from lgm_scale.families.lgm.config import DIT_SIZES, LGMRun
+from lgm_scale.families.lgm.network import build_merge_dit
+from lgm_scale.families.tokenizer.network import build_tokenizer
 from lgm_scale.plan import describe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,14 +55,14 @@ def test_there_is_a_recipe_for_every_published_size():
 def test_recipes_build_with_the_expected_size(path):
     config = load_training_run(str(path), [], 1, has_gpu=None)
     with torch.device("meta"):
-        if isinstance(config, GeneratorRun):
-            count = sum(p.numel() for p in build_generator(config.model).parameters())
-        elif isinstance(config, SpatialRun):
-            net = build_spatial_generator(config.model, config.space)
+        if isinstance(config, LGMRun):
+            count = sum(p.numel() for p in build_merge_dit(config.model).parameters())
+        elif isinstance(config, ELITRun):
+            net = build_elit(config.model, config.space)
             count = sum(p.numel() for p in net.parameters())
         else:
             count = sum(p.numel() for p in build_tokenizer(config.model).parameters())
-    if path in PUBLISHED and isinstance(config, GeneratorRun):
+    if path in PUBLISHED and isinstance(config, LGMRun):
         assert count / 1e6 == pytest.approx(DIT_SIZES[config.model.size].params_m, abs=0.05)
     assert f"({count:,})" in describe(config, 8)
 

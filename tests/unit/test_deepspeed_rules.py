@@ -10,15 +10,16 @@ import pytest
 from lgm_scale.config.schema import (
     DataConfig,
     DeepSpeedConfig,
-    GeneratorModelConfig,
-    GeneratorRun,
     LengthsConfig,
     OptimizerConfig,
     ParallelConfig,
+    TrainConfig,
+)
+from lgm_scale.families.lgm.config import LGMModelConfig, LGMRun
+from lgm_scale.families.tokenizer.config import (
     TokenizerModelConfig,
     TokenizerObjectiveConfig,
     TokenizerRun,
-    TrainConfig,
 )
 from lgm_scale.parallel.rules import parallel_rules
 
@@ -29,9 +30,7 @@ COMMON = {
     "lengths": LengthsConfig(choices=(8,)),
     "train": TrainConfig(max_duration="1ep", global_batch_size=8),
 }
-GENERATOR = GeneratorRun(
-    **COMMON, task="generator", tokenizer="bundle", model=GeneratorModelConfig()
-)
+GENERATOR = LGMRun(**COMMON, task="generator", tokenizer="bundle", model=LGMModelConfig())
 TOKENIZER = TokenizerRun(**COMMON, task="tokenizer", model=TokenizerModelConfig())
 
 

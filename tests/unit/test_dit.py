@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.families.lgm.network import DIT_SIZES, MergeDiT
+from lgm_scale.families.lgm.config import DIT_SIZES
+from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.layers import extra_channel_attention, proportional_attention
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 

@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgm_scale.config.schema import InterfaceConfig, SpaceConfig, SpatialModelConfig
 from lgm_scale.errors import ConfigError
-from lgm_scale.families.elit.bundle import build_spatial_generator
+from lgm_scale.families.elit.config import (
+    SIT_SIZES,
+    SPLITS,
+    ELITModelConfig,
+    InterfaceConfig,
+    SpaceConfig,
+)
 from lgm_scale.families.elit.interface import from_windows, to_windows
-from lgm_scale.families.elit.network import ELIT, SIT_SIZES, SPLITS, SiT, sincos_table
-from lgm_scale.families.elit.rules import _SPLITS
-from lgm_scale.flops import network_flops
+from lgm_scale.families.elit.network import ELIT, SiT, build_elit, sincos_table
 
 WIDTH, HEADS = 32, 4
 
@@ -88,15 +91,14 @@ def test_operations_are_the_releases_within_half_a_percent(published):
         sit, net = on_meta(row["size"], row["side"], row["group_size"], head, tail)
         assert head + core + tail == len(net.blocks)
         full = net.num_base_tokens
-        assert network_flops(sit, full) / 1e9 == pytest.approx(row["sit"], rel=5e-3)
+        assert sit.flops(full) / 1e9 == pytest.approx(row["sit"], rel=5e-3)
         for (part, whole), gflops in zip(published["budgets"], row["elit"], strict=True):
-            found = network_flops(net, full * part // whole) / 1e9
+            found = net.flops(full * part // whole) / 1e9
             assert found == pytest.approx(gflops, rel=5e-3), (row, part, whole)
 
 
-def test_splits_fill_the_blocks_and_the_rules_know_them():
-    for name, sizes in SPLITS.items():
-        assert set(_SPLITS[name]) == set(sizes)
+def test_splits_fill_the_blocks():
+    for sizes in SPLITS.values():
         assert all(sum(split) == SIT_SIZES[size].depth for size, split in sizes.items())
     assert SPLITS["released"]["xl"] == (8, 16, 4)
     assert SPLITS["declared"]["xl"] == (4, 20, 4)
@@ -113,7 +115,7 @@ def test_operations_against_torchs_counter(drop_mode):
             torch.no_grad(),
         ):
             net(z_t, t, labels, num_tokens)
-        expected = 4 * network_flops(net, num_tokens)
+        expected = 4 * net.flops(num_tokens)
         assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
 
 
@@ -366,6 +368,6 @@ def test_budgets_outside_of_one_to_j(num_tokens):
 
 def test_a_split_that_a_size_does_not_have():
     space = SpaceConfig(kind="pixels", image_size=32)
-    model = SpatialModelConfig(size="s", interface=InterfaceConfig(split="paper"))
+    model = ELITModelConfig(size="s", interface=InterfaceConfig(split="paper"))
     with pytest.raises(ConfigError, match="'paper' knows no size 's'; it has b, xl"):
-        build_spatial_generator(model, space)
+        build_elit(model, space)

@@ -15,7 +15,6 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 from small_pipeline import SmallPipeline, assert_user_error, run_command
 
-from lgm_scale.config.schema import TokenizerModelConfig
 from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError
 from lgm_scale.evaluation.commands import reconstruct
 from lgm_scale.evaluation.engine.stages import Engine
@@ -26,7 +25,9 @@ from lgm_scale.evaluation.reconstructions import images as image_work
 from lgm_scale.evaluation.reconstructions.images import StoredImages, encode
 from lgm_scale.evaluation.reconstructions.images import reconstruct as reconstruct_images
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
-from lgm_scale.families.lgm.bundle import build_tokenizer, load_tokenizer, save_tokenizer_bundle
+from lgm_scale.families.tokenizer.bundle import load_tokenizer, save_tokenizer_bundle
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig
+from lgm_scale.families.tokenizer.network import build_tokenizer
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pixels import psnr, to_uint8
 

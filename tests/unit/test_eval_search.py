@@ -14,8 +14,9 @@ from lgm_scale.evaluation.sweep import samples as generate
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig
 from lgm_scale.evaluation.sweep.measure import measure
 from lgm_scale.evaluation.sweep.search import next_cells, winners
+from lgm_scale.sampling.config import SamplerConfig
 
-CELL = Cell(32, 1.0, (0.15, 1.0), "per_position", 25, 0.2, "euler", None, ())
+CELL = Cell(32, SamplerConfig())
 SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 
 
@@ -24,24 +25,27 @@ def run(cells: list[Cell], fid: dict[Cell, float], search: SearchConfig, **score
     known, tried = {}, []
     while now := next_cells(cells, known, search):
         tried += now
-        known |= {cell: {"fid": fid[cell]} | scores.get(f"w{cell.cfg_scale:g}", {}) for cell in now}
+        known |= {
+            cell: {"fid": fid[cell]} | scores.get(f"w{cell.sampler.cfg_scale:g}", {})
+            for cell in now
+        }
     return tried
 
 
 def line(cell: Cell = CELL) -> list[Cell]:
-    return [replace(cell, cfg_scale=w) for w in SCALES]
+    return [Cell(cell.num_tokens, replace(cell.sampler, cfg_scale=w)) for w in SCALES]
 
 
 def parabola(cells: list[Cell], best: float) -> dict[Cell, float]:
-    return {cell: 3 + (cell.cfg_scale - best) ** 2 for cell in cells}
+    return {cell: 3 + (cell.sampler.cfg_scale - best) ** 2 for cell in cells}
 
 
 def test_a_line_stops_after_three_that_are_clearly_worse():
     cells = line()
     tried = run(cells[::-1], parabola(cells, 3.0), SearchConfig())
-    assert [cell.cfg_scale for cell in tried] == [1, 2, 3, 4, 5, 6]
+    assert [cell.sampler.cfg_scale for cell in tried] == [1, 2, 3, 4, 5, 6]
     known = {cell: {"fid": value} for cell, value in parabola(tried, 3.0).items()}
-    assert [cell.cfg_scale for cell in winners(known, "fid")] == [3]
+    assert [cell.sampler.cfg_scale for cell in winners(known, "fid")] == [3]
 
 
 def test_what_is_within_the_margin_is_not_worse_and_a_better_one_starts_anew():
@@ -54,14 +58,14 @@ def test_what_is_within_the_margin_is_not_worse_and_a_better_one_starts_anew():
 
 def test_a_line_ends_where_images_become_too_sharp():
     cells = line()
-    falling = {cell: 10 - cell.cfg_scale for cell in cells}
+    falling = {cell: 10 - cell.sampler.cfg_scale for cell in cells}
     assert len(run(cells, falling, SearchConfig(), w4={"is": 351.0})) == 4
     assert len(run(cells, falling, SearchConfig(max_is=None), w4={"is": 351.0})) == 8
 
 
 def test_lines_advance_together_and_every_length_has_its_winner():
     lines = [
-        line(replace(CELL, num_tokens=k, cfg_interval=interval))
+        line(Cell(k, SamplerConfig(cfg_interval=interval)))
         for k in (32, 64)
         for interval in ((0.0, 1.0), (0.15, 1.0))
     ]
@@ -71,7 +75,7 @@ def test_lines_advance_together_and_every_length_has_its_winner():
     fid[lines[0][2]] = 2.0  # the best of K = 32
     known: dict[Cell, dict[str, float]] = {}
     first = next_cells(cells, known, SearchConfig())
-    assert [(c.num_tokens, c.cfg_interval[0], c.cfg_scale) for c in first] == [
+    assert [(c.num_tokens, c.sampler.cfg_interval[0], c.sampler.cfg_scale) for c in first] == [
         (32, 0.0, 1.0), (32, 0.15, 1.0), (64, 0.0, 1.0), (64, 0.15, 1.0),
     ]  # fmt: skip
     known = {cell: {"fid": fid[cell]} for cell in run(cells, fid, SearchConfig())}

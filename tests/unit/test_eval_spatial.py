@@ -32,8 +32,8 @@ from small_sweep import (
     sweep_values,
 )
 
+from lgm_scale.bundle import read_info
 from lgm_scale.config.loading import load_config, to_dict
-from lgm_scale.config.schema import SpaceConfig, SpatialRun
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.commands.report import write_comparison, write_report
@@ -43,10 +43,12 @@ from lgm_scale.evaluation.report.tradeoff import tradeoff_figure
 from lgm_scale.evaluation.sweep import samples as generate
 from lgm_scale.evaluation.sweep.config import expand
 from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
-from lgm_scale.evaluation.sweep.families import SpatialFamily, read_generator_info
 from lgm_scale.evaluation.sweep.measure import measure
+from lgm_scale.families.base import generator_families
 from lgm_scale.families.elit.bundle import save_spatial_bundle
+from lgm_scale.families.elit.config import ELITRun, SpaceConfig
 from lgm_scale.pipeline import load_pipeline
+from lgm_scale.sampling.config import SamplerConfig
 
 CELLS = [{"num_tokens": [4, 16]}]
 
@@ -172,15 +174,18 @@ def test_the_sampler_of_a_grid_has_its_own_defaults(made, tmp_path):
     config = config_of(made, tmp_path / "report", sampler={"cfg_scale": 1.0, "num_steps": 51})
     plain = load_pipeline(made / "elit", "cpu").config(16)
     for cell in expand(config):
-        assert generate.sampler_of(cell) == plain
+        assert cell.sampler == plain
     other = expand(sweep_config(made, tmp_path / "lgm"))[0]
     assert (other.cfg_interval, other.timestep_shift) == ((0.15, 1.0), 0.2)
     assert expand(config_of(made, tmp_path / "r"))[0].num_steps == 4, "what is given counts"
 
 
 def test_budgets_are_known_before_a_network_is_built(made):
-    info = read_generator_info(made / "elit")
-    assert SpatialFamily(info, "elit").token_lengths == BUDGETS
+    family, info = generator_families()["spatial_generator"], read_info(made / "elit")
+    cells = [(k, SamplerConfig()) for k in range(1, 20)]
+    (problem,) = family.length_problems(info, "elit", cells)
+    wrong = [k for k in range(1, 20) if k not in BUDGETS]
+    assert f"cells: {wrong} are no budgets" in problem
     assert load_pipeline(made / "elit", "cpu").bundle.net.token_lengths == BUDGETS
 
 
@@ -243,9 +248,9 @@ def test_plain_guidance_keeps_the_identity_that_it_had():
     """Finished work of sweeps from before `guidance` counts."""
     from lgm_scale.evaluation.sweep.config import Cell
 
-    plain = Cell(4, 1.5, (0.0, 1.0), "none", 4, 1.0, "euler", 2, ())
-    assert "guidance" not in plain.values()
-    assert replace(plain, guidance="autoguidance").values()["guidance"] == "autoguidance"
+    plain = SamplerConfig(cfg_scale=1.5, uncond_num_tokens=2)
+    assert "guidance" not in Cell(4, plain).values()
+    assert Cell(4, replace(plain, guidance="autoguidance")).values()["guidance"] == "autoguidance"  # type: ignore[arg-type]
     assert plain.settings()["guidance"] == "cfg"
 
 
@@ -329,7 +334,7 @@ class Average:
         return self.weights
 
 
-def training_run(made: Path, out: Path, **sweep) -> SpatialRun:
+def training_run(made: Path, out: Path, **sweep) -> ELITRun:
     path = out.with_suffix(".sweep.yaml")
     values = sweep_values(made, out, **{"cells": CELLS} | sweep)
     for key in ("bundle", "out", "metrics_log"):
@@ -342,7 +347,7 @@ def training_run(made: Path, out: Path, **sweep) -> SpatialRun:
         "train": {"max_duration": "1ba", "global_batch_size": 4},
         "evaluation": {"sweep": str(path), "interval": "5ba"},
     }  # fmt: skip
-    return load_config(run, SpatialRun)
+    return load_config(run, ELITRun)
 
 
 @pytest.fixture

@@ -27,9 +27,10 @@ from small_sweep import (
 
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
 from lgm_scale.evaluation.sweep import samples as generate
-from lgm_scale.evaluation.sweep.config import SweepConfig, expand, load_sweep, with_lists
+from lgm_scale.evaluation.sweep.config import SweepConfig, expand, with_lists
 from lgm_scale.evaluation.sweep.measure import measure
-from lgm_scale.families.lgm.bundle import TOKENIZER_NAME
+from lgm_scale.evaluation.sweep.rules import load_sweep
+from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 

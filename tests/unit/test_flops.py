@@ -10,13 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.sampling import sample_latents
 from lgm_scale.families.tokenizer.network import Tokenizer
-from lgm_scale.flops import (
-    decoder_flops,
-    dit_flops,
-    encoder_flops,
-    sampling_flops,
-    tokenizer_flops,
-)
 from lgm_scale.merging.nesting import ContrastStats
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.sampling.config import SamplerConfig, Solver
@@ -39,12 +32,18 @@ def counted(run) -> int:
     return counter.get_total_flops()
 
 
+def image_flops(net: MergeDiT, tokenizer: Tokenizer, num_tokens: int, config: SamplerConfig) -> int:
+    """As `Pipeline.image_flops`, without a bundle."""
+    rows = config.rows(num_tokens)
+    return sum(count * net.flops(k) for k, count in rows.items()) + tokenizer.decoder_flops()
+
+
 @pytest.mark.parametrize("num_tokens", [4, 16, 32, 64])
 def test_generator(net, tree, num_tokens):
     batch, cut = 16, tree.assignment(num_tokens)
     z_t, t = torch.randn(batch, num_tokens, 16), torch.rand(batch)
     total = counted(lambda: net(z_t, t, torch.zeros(batch).long(), cut))
-    assert batch * dit_flops(net, num_tokens) == pytest.approx(total, rel=0.01)
+    assert batch * net.flops(num_tokens) == pytest.approx(total, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_an_image(net, tree, config):
         )  # fmt: skip
         tokenizer.decode(z)
 
-    ours = sampling_flops(net, tokenizer, "tiny", 32, config)
+    ours = image_flops(net, tokenizer, 32, config)
     assert batch * ours == pytest.approx(counted(run), rel=0.01)
 
 
@@ -82,9 +81,9 @@ def test_tokenizer(size, image_size, patch_size):
         z = torch.empty(2, tokenizer.num_base_tokens, 16)
     encode = counted(lambda: tokenizer.encode(images))
     decode = counted(lambda: tokenizer.decode(z))
-    assert 2 * encoder_flops(tokenizer, size) == pytest.approx(encode, rel=0.01)
-    assert 2 * decoder_flops(tokenizer, size) == pytest.approx(decode, rel=0.01)
-    assert 2 * tokenizer_flops(tokenizer, size) == pytest.approx(encode + decode, rel=0.01)
+    assert 2 * tokenizer.encoder_flops() == pytest.approx(encode, rel=0.01)
+    assert 2 * tokenizer.decoder_flops() == pytest.approx(decode, rel=0.01)
+    assert 2 * tokenizer.flops(latents) == pytest.approx(encode + decode, rel=0.01)
 
 
 def test_published_size():
@@ -93,5 +92,5 @@ def test_published_size():
         net = MergeDiT.from_size("xl", latent_dim=32, num_base_tokens=256, num_classes=1000)
         tokenizer = Tokenizer("b", 256, 16, 256, 32)
     config = SamplerConfig(num_steps=25, cfg_scale=6.5, cfg_interval=(0.0, 1.0))
-    products = sampling_flops(net, tokenizer, "b", 128, config) / 2
+    products = image_flops(net, tokenizer, 128, config) / 2
     assert products / 1e12 == pytest.approx(2.850, abs=5e-4)

@@ -22,8 +22,8 @@ from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import read_manifest, write_manifest
 from lgm_scale.errors import DataError, LGMError
-from lgm_scale.families.lgm.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.families.lgm.data import LatentDataset, LatentStats, mixed_stats
+from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.pixels import to_unit_range
 
 

@@ -11,27 +11,20 @@ import torch
 
 from lgm_scale.config.loading import read_yaml
 from lgm_scale.config.rules import load_training_run
-from lgm_scale.config.schema import (
-    GeneratorModelConfig,
-    TokenizerModelConfig,
-    TokenizerObjectiveConfig,
-)
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.families.lgm.bundle import (
-    build_tokenizer,
-    load_tokenizer,
-    save_generator_bundle,
-    save_tokenizer_bundle,
-)
+from lgm_scale.families.lgm.bundle import save_generator_bundle
+from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.tokenizer.bipartite_merging import bipartite_labels, spread_means
+from lgm_scale.families.tokenizer.bundle import load_tokenizer, save_tokenizer_bundle
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig, TokenizerObjectiveConfig
 from lgm_scale.families.tokenizer.length_control import (
     LENGTH_CONTROLS,
     LengthControl,
     build_length_control,
     exploration_noise,
 )
-from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
 from lgm_scale.families.tokenizer.training import TokenizerModel
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.training.length_schedule import LengthSchedule
@@ -397,7 +390,7 @@ def test_no_generator_bundle_from_a_tokenizer_without_a_tree(tmp_path):
     with pytest.raises(CheckpointError, match="no merge tree, and a generator needs one"):
         save_generator_bundle(
             tmp_path / "generator",
-            GeneratorModelConfig(),
+            LGMModelConfig(),
             {},
             LatentStats(torch.zeros(DIM), torch.ones(DIM)),
             (),

@@ -14,14 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_bundle import bundles  # noqa: F401  a fixture
 from torch import Tensor, nn
 
+from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError
 from lgm_scale.evaluation.sweep.samples import sample_images
-from lgm_scale.families.lgm.bundle import (
-    GENERATOR_NAME,
-    load_generator,
-    read_bundle,
-    save_adapted_bundle,
-)
+from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_generator, save_adapted_bundle
 from lgm_scale.families.lgm.lora import TARGETS, Adapter, add_adapter, plain_names, with_adapter
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.pipeline import LGMPipeline

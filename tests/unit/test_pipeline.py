@@ -15,17 +15,16 @@ from PIL import Image
 
 import lgm_scale
 from lgm_scale import sample as sample_command
-from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.bundle import set_sampling_defaults
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.families.lgm.bundle import (
-    build_generator,
-    build_tokenizer,
-    save_generator_bundle,
-    save_tokenizer_bundle,
-    set_sampling_defaults,
-)
+from lgm_scale.families.lgm.bundle import save_generator_bundle
+from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.lgm.pipeline import LGMPipeline, default_cfg_scale
+from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig
+from lgm_scale.families.tokenizer.network import build_tokenizer
 from lgm_scale.hashing import file_hash
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig, Solver
@@ -55,13 +54,13 @@ def bundle(tmp_path_factory) -> Path:
     save_tokenizer_bundle(
         folder / "tokenizer", model, randomise(tokenizer, 0.4), tokenizer.merge_tree(), {}
     )
-    net_config = GeneratorModelConfig(
+    net_config = LGMModelConfig(
         size="tiny", latent_dim=4, num_base_tokens=16, num_blocks=4, num_classes=3
     )
     stats = LatentStats(torch.full((4,), 0.1), torch.full((4,), 5.0))
     stats = stats.with_contrasts(torch.zeros(12, 4), torch.ones(12, 4))
     save_generator_bundle(
-        folder / "dit", net_config, randomise(build_generator(net_config), 0.1), stats, CLASSES,
+        folder / "dit", net_config, randomise(build_merge_dit(net_config), 0.1), stats, CLASSES,
         folder / "tokenizer", {"config": {"objective": {"noise_scale": "corrected"}}},
     )  # fmt: skip
     return folder / "dit"

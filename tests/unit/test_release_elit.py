@@ -10,10 +10,9 @@ import pytest
 import torch
 from small_vae import save_small_vae
 
-from lgm_scale.config.schema import InterfaceConfig, SpaceConfig, SpatialModelConfig
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.elit.bundle import build_spatial_generator
-from lgm_scale.families.elit.network import ELIT, SiT
+from lgm_scale.families.elit.config import ELITModelConfig, InterfaceConfig, SpaceConfig
+from lgm_scale.families.elit.network import ELIT, SiT, build_elit
 from lgm_scale.families.elit.pipeline import SpatialPipeline
 from lgm_scale.families.elit.release import import_elit, our_elit_name, spatial_config_from_shapes
 from lgm_scale.pipeline import load_pipeline
@@ -95,10 +94,10 @@ def released(net: SiT) -> dict[str, torch.Tensor]:
     }
 
 
-def small(interface: InterfaceConfig | None) -> tuple[SpatialModelConfig, SiT]:
-    model = SpatialModelConfig(size="s", patch_size=2, num_classes=3, interface=interface)
+def small(interface: InterfaceConfig | None) -> tuple[ELITModelConfig, SiT]:
+    model = ELITModelConfig(size="s", patch_size=2, num_classes=3, interface=interface)
     torch.manual_seed(0)
-    net = build_spatial_generator(model, SPACE)
+    net = build_elit(model, SPACE)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(std=0.1)
@@ -113,7 +112,7 @@ def test_every_key_arrives(interface):
     assert spatial_config_from_shapes(state, "released", "vae", "x.pt") == (model, SPACE)
     report = translate(state, our_elit_name, {"pos_embed": "computed", "projectors.": "not needed"})
     assert set(report.ignored) == {"pos_embed", "projectors.0.weight"}
-    again = build_spatial_generator(model, SPACE)
+    again = build_elit(model, SPACE)
     again.load_state_dict(fit(state, report, again.state_dict(), "x.pt"))
     z_t, t = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7])
     labels, num_tokens = torch.tensor([0, 3]), net.token_lengths[0]

@@ -12,21 +12,17 @@ from safetensors.torch import save_file
 from small_pipeline import assert_user_error, run_command
 from torch import Tensor
 
-from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError, ConfigError, DataError, exit_on_user_error
-from lgm_scale.families.lgm.bundle import (
-    build_generator,
-    build_tokenizer,
-    load_generator,
-    load_tokenizer,
-    read_bundle,
-    save_tokenizer_bundle,
-)
+from lgm_scale.families.lgm.bundle import load_generator
+from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
-from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
 from lgm_scale.families.lgm.release import class_names, import_generator, read_stats
 from lgm_scale.families.lgm.release import config_from_shapes as generator_config
-from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.families.tokenizer.bundle import load_tokenizer, save_tokenizer_bundle
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig
+from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
 from lgm_scale.families.tokenizer.release import config_from_shapes as tokenizer_config
 from lgm_scale.families.tokenizer.release import import_tokenizer
 from lgm_scale.merging.nesting import ContrastStats
@@ -43,7 +39,7 @@ from lgm_scale.release_import.names import (
 TOKENIZER = TokenizerModelConfig(
     size="tiny", image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32
 )
-GENERATOR = GeneratorModelConfig(size="tiny", latent_dim=8, num_base_tokens=16, num_classes=3)
+GENERATOR = LGMModelConfig(size="tiny", latent_dim=8, num_base_tokens=16, num_classes=3)
 ARGS = {
     "image_size": 32,
     "encoder_patch_size": 8,
@@ -121,7 +117,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def generator() -> MergeDiT:
     torch.manual_seed(0)
-    net = build_generator(GENERATOR)
+    net = build_merge_dit(GENERATOR)
     shuffled(net, 2)
     return net.eval()
 
@@ -174,10 +170,10 @@ def test_every_key_of_the_published_tokenizer_has_its_place(golden_dir):
 def test_every_key_of_the_published_generator_has_its_place(golden_dir):
     state = published(golden_dir, "dit_xl")
     config = generator_config(state, 4, "file")
-    assert config == GeneratorModelConfig(size="xl")
+    assert config == LGMModelConfig(size="xl")
     report = translate(state, our_generator_name, {})
     with torch.device("meta"):
-        ours = {name: value.shape for name, value in build_generator(config).state_dict().items()}
+        ours = {name: value.shape for name, value in build_merge_dit(config).state_dict().items()}
     assert {report.taken[name]: state[name].shape for name in report.taken} == ours
     assert (len(report.taken), report.ignored) == (405, {})
 

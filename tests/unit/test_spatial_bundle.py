@@ -26,15 +26,15 @@ from small_sweep import make_bundles
 
 import lgm_scale
 from lgm_scale import sample as sample_command
-from lgm_scale.config.schema import SpaceConfig
+from lgm_scale.bundle import read_bundle, set_sampling_defaults
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.elit import network as elit
 from lgm_scale.families.elit.bundle import SpatialBundle, load_spatial_bundle, save_spatial_bundle
+from lgm_scale.families.elit.config import SpaceConfig
 from lgm_scale.families.elit.pipeline import SpatialPipeline
 from lgm_scale.families.elit.sampling import initial_state_noise
-from lgm_scale.families.lgm.bundle import load_generator, read_bundle, set_sampling_defaults
+from lgm_scale.families.lgm.bundle import load_generator
 from lgm_scale.families.lgm.pipeline import LGMPipeline
-from lgm_scale.flops import sit_flops
 from lgm_scale.pipeline import load_pipeline
 from lgm_scale.pixels import PIXEL_STD, to_uint8
 from lgm_scale.sampling.config import CFGRescale, Guidance, SamplerConfig
@@ -263,7 +263,7 @@ def test_latents_are_decoded_out_of_the_autoencoders_scale(on_latents):
 
 def test_work_counts_every_row_at_its_budget(pipe):
     config = SamplerConfig(num_steps=6, cfg_scale=2.0, cfg_interval=(0.0, 1.0), uncond_num_tokens=4)
-    flops = {k: sit_flops(pipe.bundle.net, k) for k in BUDGETS}
+    flops = {k: pipe.bundle.net.flops(k) for k in BUDGETS}
     assert list(flops.values()) == sorted(flops.values())
     assert pipe.image_flops(config, 16) == 5 * (flops[16] + flops[4])
     assert pipe.row_flops(8) == flops[8]

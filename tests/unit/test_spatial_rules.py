@@ -8,20 +8,18 @@ import pytest
 import torch
 
 from lgm_scale.config.rules import load_training_run
-from lgm_scale.config.schema import SpatialRun
 from lgm_scale.errors import ConfigError
-from lgm_scale.families.elit.bundle import build_spatial_generator
-from lgm_scale.families.elit.network import ELIT, SIT_SIZES
-from lgm_scale.families.elit.rules import token_lengths
+from lgm_scale.families.elit.config import SIT_SIZES, ELITRun, token_lengths
+from lgm_scale.families.elit.network import ELIT, build_elit
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 QUICKSTART = str(YAMLS / "quickstart/elit.yaml")
 RECIPES = sorted([*YAMLS.glob("elit_*.yaml"), *YAMLS.glob("sit_*.yaml"), Path(QUICKSTART)])
 
 
-def load(path: str | Path, *overrides: str) -> SpatialRun:
+def load(path: str | Path, *overrides: str) -> ELITRun:
     config = load_training_run(str(path), list(overrides), 8, has_gpu=None)
-    assert isinstance(config, SpatialRun)
+    assert isinstance(config, ELITRun)
     return config
 
 
@@ -42,7 +40,7 @@ def test_there_is_a_recipe_of_every_kind():
 def test_recipes_build_the_network_that_their_rules_describe(path):
     config = load(path)
     with torch.device("meta"):
-        net = build_spatial_generator(config.model, config.space)
+        net = build_elit(config.model, config.space)
     assert net.token_lengths == token_lengths(config.model, config.space)
     count = sum(parameter.numel() for parameter in net.parameters()) + net.pos_embed.numel()
     row = SIT_SIZES[config.model.size]

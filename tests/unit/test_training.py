@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lgm_scale.config.schema import TokenizerObjectiveConfig
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import GeneratorModel
+from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.families.tokenizer.training import TokenizerModel
 from lgm_scale.flow import NoiseScale

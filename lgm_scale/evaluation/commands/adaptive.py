@@ -24,7 +24,7 @@ from torch import Tensor
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, exit_on_user_error
-from lgm_scale.families.lgm.bundle import load_tokenizer
+from lgm_scale.families.tokenizer.bundle import load_tokenizer
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.pixels import psnr, to_uint8, to_unit_range
 

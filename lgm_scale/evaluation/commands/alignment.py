@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.evaluation.commands.adaptive import default_lengths, image_batches
-from lgm_scale.families.lgm.bundle import load_tokenizer, tokenizer_id
+from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import cosine_similarity, in_block_pairs
 from lgm_scale.pixels import to_unit_range

@@ -24,6 +24,7 @@ import torch
 from composer.utils import dist
 
 from lgm_scale import __version__
+from lgm_scale.bundle import read_bundle
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.adaptive import (
@@ -47,14 +48,13 @@ from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
 from lgm_scale.evaluation.references.files import load_reference
 from lgm_scale.evaluation.report.metric_curves import metric_curves
 from lgm_scale.evaluation.report.theme import LIGHT, to_png
-from lgm_scale.evaluation.sweep.families import outside_lengths
 from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
-from lgm_scale.families.lgm.bundle import TOKENIZER_NAME, load_tokenizer, read_bundle
-from lgm_scale.families.lgm.data import TREE_NAME
+from lgm_scale.families.base import outside_lengths
 from lgm_scale.families.tokenizer.assets import VGG16_URL
+from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer
 from lgm_scale.families.tokenizer.network import Tokenizer
-from lgm_scale.merging.tree import MergeTree
+from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
 __all__ = ["main"]
 

@@ -33,8 +33,7 @@ from lgm_scale.evaluation.sweep.results import (
     to_csv,
     to_markdown,
 )
-from lgm_scale.families.lgm.data import TREE_NAME
-from lgm_scale.merging.tree import MergeTree
+from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
 __all__ = ["write_comparison", "write_report"]
 

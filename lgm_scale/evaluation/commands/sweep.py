@@ -22,7 +22,8 @@ from pathlib import Path
 
 from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import ConfigError, exit_on_user_error
-from lgm_scale.evaluation.sweep.config import SweepConfig, expand, load_sweep
+from lgm_scale.evaluation.sweep.config import SweepConfig, expand
+from lgm_scale.evaluation.sweep.rules import load_sweep
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -81,7 +82,7 @@ def describe(config: SweepConfig) -> str:
     import torch
     import yaml
 
-    from lgm_scale.evaluation.sweep.samples import sampler_of, work_of
+    from lgm_scale.evaluation.sweep.samples import work_of
     from lgm_scale.pipeline import load_pipeline
 
     pipe = load_pipeline(config.bundle, "cpu", torch.float32)
@@ -89,7 +90,7 @@ def describe(config: SweepConfig) -> str:
     lines = [f"{'cell':44s} rows per image   TFLOPs per image   PFLOPs in all"]
     total, rows = 0.0, {}
     for cell in expand(config):
-        pipe.check(sampler_of(cell), cell.num_tokens)
+        pipe.check(cell.sampler, cell.num_tokens)
         work = work_of(pipe, cell)
         petaflops = config.num_images * work["tflops_per_image"] / 1e3
         total, rows = total + petaflops, rows | work["tflops_per_row"]

@@ -1,59 +1,60 @@
 """Configuration of a sweep. Free of torch.
 
-Precedence: defaults here, then the YAML file, then `key=value` overrides. `load_sweep` reads,
-type-checks and compares the configuration with the files it names; every problem comes in one
-ConfigError, before a network is built.
+Precedence: defaults here, then the YAML file, then `key=value` overrides. `rules.load_sweep` reads,
+type-checks and compares the configuration with the files it names.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from pydantic import ConfigDict
+from lgm_scale.config.schema import STRICT, required
+from lgm_scale.sampling.config import Guidance, SamplerConfig, Solver
 
-from lgm_scale.config.loading import InvalidValues, load_config, read_yaml
-from lgm_scale.errors import ConfigError
+__all__ = [
+    "METRIC_KEYS",
+    "Cell",
+    "CellsConfig",
+    "SearchConfig",
+    "SweepConfig",
+    "combinations",
+    "expand",
+    "with_lists",
+]
 
-__all__ = ["METRIC_KEYS", "Cell", "CellsConfig", "SearchConfig", "SweepConfig", "load_sweep"]
-
-_STRICT = ConfigDict(extra="forbid", strict=True)
 METRIC_KEYS = (
     "fid", "sfid", "is", "kid", "precision", "recall", "fd_dinov2", "pixel_frechet",
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplerSection:
-    """Sampler settings; a list means every one of its values. Defaults are the published ones.
-
-    Those below are LGM's; `families` says which ones differ for generators on a grid.
-    """
-
-    __pydantic_config__ = _STRICT
-    cfg_scale: tuple[float, ...] = (1.0,)
-    """Guidance; 1 is off."""
-    cfg_interval: tuple[tuple[float, float], ...] = ((0.15, 1.0),)
-    cfg_rescale: tuple[Literal["none", "per_position"], ...] = ("per_position",)
-    num_steps: tuple[int, ...] = (25,)
-    """Points of the time grid: 25 points are 24 Euler steps."""
-    timestep_shift: tuple[float, ...] = (0.2,)
-    solver: tuple[Literal["euler", "heun"], ...] = ("euler",)
-    uncond_num_tokens: tuple[int | None, ...] = (None,)
-    """Tokens of guidance's weak branch; null: as many as the step has."""
-    guidance: tuple[Literal["cfg", "autoguidance"], ...] = ("cfg",)
-    """What the weak branch lacks: the class, or with `autoguidance` tokens alone."""
-    length_schedule: tuple[tuple[tuple[float, int], ...], ...] = ((),)
-    """Growing length: [t, K] pairs; the last K is the cell's."""
+if TYPE_CHECKING:
+    SamplerLists = SamplerConfig  # fields of the same names
+else:
+    _HINTS = get_type_hints(SamplerConfig)
+    SamplerLists = make_dataclass(
+        "SamplerLists",
+        [
+            (entry.name, tuple[_HINTS[entry.name], ...], field(default=(entry.default,)))
+            for entry in fields(SamplerConfig)
+        ],
+        namespace={
+            "__doc__": "Sampler settings, of which a list means every one of its values.",
+            "__pydantic_config__": STRICT,
+        },
+        frozen=True,
+        kw_only=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellsConfig(SamplerSection):
+class CellsConfig(SamplerLists):
     """One entry of `cells`: every combination of its values is a cell."""
 
-    __pydantic_config__ = _STRICT
-    num_tokens: tuple[int, ...]
+    __pydantic_config__ = STRICT
+    num_tokens: tuple[int, ...] = required([64])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class SearchConfig:
     Scales rise; a line of scales stops where guidance has clearly gone too far.
     """
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     num_images: int = 10_000
     metric: Literal["fid", "fd_dinov2", "pixel_frechet"] = "fid"
     margin: float = 0.1
@@ -78,14 +79,14 @@ class SearchConfig:
 class SweepConfig:
     """A sweep over cells: token counts and sampler settings."""
 
-    __pydantic_config__ = _STRICT
-    bundle: str
+    __pydantic_config__ = STRICT
+    bundle: str = required("runs/dit_xl/bundle")
     """Generator bundle."""
-    out: str
+    out: str = required("runs/sweep")
     """Folder of the report; finished work is kept below it."""
     cells: tuple[CellsConfig, ...]
     """Entries with num_tokens and sampler settings, each a value or a list of values."""
-    sampler: SamplerSection = field(default_factory=SamplerSection)
+    sampler: SamplerLists = field(default_factory=SamplerLists)
     """Settings of every cell that does not say otherwise."""
     num_images: int = 50_000
     """Samples per cell; image i has class i mod num_classes."""
@@ -132,102 +133,48 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of a sweep: a token count and complete sampler settings."""
+    """One point of a sweep: a token count, and complete sampler settings."""
 
     num_tokens: int
-    cfg_scale: float
-    cfg_interval: tuple[float, float]
-    cfg_rescale: str
-    num_steps: int
-    timestep_shift: float
-    solver: str
-    uncond_num_tokens: int | None
-    length_schedule: tuple[tuple[float, int], ...]
-    guidance: str = "cfg"
-
-    def settings(self) -> dict[str, Any]:
-        """Fields of `SamplerConfig`."""
-        values = asdict(self)
-        del values["num_tokens"]
-        return values
+    sampler: SamplerConfig
 
     def values(self) -> dict[str, Any]:
         """For protocols and results. Plain guidance is left out: it was once all there was."""
-        values = asdict(self)
-        if self.guidance == "cfg":
+        values = {"num_tokens": self.num_tokens} | self.sampler.settings()
+        if self.sampler.guidance is Guidance.CFG:
             del values["guidance"]
         return values
 
     @property
-    def lengths(self) -> set[int]:
-        """Every number of tokens that it names."""
-        weak = set() if self.uncond_num_tokens is None else {self.uncond_num_tokens}
-        return {self.num_tokens} | weak | {k for _, k in self.length_schedule}
-
-    @property
     def label(self) -> str:
         """Short, for people: what differs from plain Euler at one length."""
-        parts = [f"K = {self.num_tokens}", f"w = {self.cfg_scale:g}"]
-        if self.cfg_scale > 1 and self.cfg_interval != (0.15, 1.0):
-            parts.append(f"t in [{self.cfg_interval[0]:g}, {self.cfg_interval[1]:g}]")
-        parts.append(f"{self.num_steps} points")
-        if self.solver != "euler":
-            parts.append(self.solver)
-        if self.uncond_num_tokens is not None:
-            weak = "uncond" if self.guidance == "cfg" else self.guidance
-            parts.append(f"{weak} at {self.uncond_num_tokens}")
-        if self.length_schedule:
-            parts.append("grows " + " ".join(f"{t:g}:{k}" for t, k in self.length_schedule))
+        sampler = self.sampler
+        parts = [f"K = {self.num_tokens}", f"w = {sampler.cfg_scale:g}"]
+        if sampler.cfg_scale > 1 and sampler.cfg_interval != (0.15, 1.0):
+            parts.append(f"t in [{sampler.cfg_interval[0]:g}, {sampler.cfg_interval[1]:g}]")
+        parts.append(f"{sampler.num_steps} points")
+        if sampler.solver is not Solver.EULER:
+            parts.append(sampler.solver.value)
+        if sampler.uncond_num_tokens is not None:
+            weak = "uncond" if sampler.guidance is Guidance.CFG else sampler.guidance.value
+            parts.append(f"{weak} at {sampler.uncond_num_tokens}")
+        if sampler.length_schedule:
+            parts.append("grows " + " ".join(f"{t:g}:{k}" for t, k in sampler.length_schedule))
         return ", ".join(parts)
 
 
+def combinations(config: SweepConfig) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(K, fields of `SamplerConfig`) of all cells, in the order of the entries and their lists."""
+    names = [entry.name for entry in fields(SamplerConfig)]
+    for entry in config.cells:
+        lists = [entry.num_tokens, *(getattr(entry, name) for name in names)]
+        for num_tokens, *values in itertools.product(*lists):
+            yield num_tokens, dict(zip(names, values, strict=True))
+
+
 def expand(config: SweepConfig) -> list[Cell]:
-    """All cells, in the order of the entries and of their lists."""
-    names = [entry.name for entry in fields(Cell)]
-    return [
-        Cell(*values)
-        for entry in config.cells
-        for values in itertools.product(*(getattr(entry, name) for name in names))
-    ]
-
-
-def load_sweep(path: str, overrides: list[str]) -> SweepConfig:
-    """Read and validate a sweep. Raises: ConfigError with every problem."""
-    from lgm_scale.evaluation.sweep.families import sampler_defaults
-    from lgm_scale.evaluation.sweep.rules import broken_rules
-
-    values = read_yaml(path, overrides)
-    return check_sweep(values, path, broken_rules, sampler_defaults(values.get("bundle")))
-
-
-def check_sweep(
-    values: dict[str, Any], source: str, rules: Any, sampler: dict[str, Any] | None = None
-) -> SweepConfig:
-    """Type-check plain values, and hear the rules.
-
-    Args:
-        values: Keys of a sweep.
-        source: Where they were read, for messages.
-        rules: Configuration -> problems.
-        sampler: Defaults of `sampler` that are not `SamplerSection`'s; None: all are.
-
-    Raises: ConfigError with every problem.
-    """
-    given = values.get("sampler", {})
-    if sampler and isinstance(given, dict):
-        values = values | {"sampler": sampler | given}
-    values = with_lists(values)
-    problems: list[str] = []
-    try:
-        config = load_config(values, SweepConfig, source)
-    except InvalidValues as error:
-        problems, config = error.problems, error.rest
-    if config is not None:
-        told = {problem.split(":")[0] for problem in problems}
-        problems += [item for item in rules(config) if item.split(":")[0] not in told]
-    if problems or config is None:
-        raise ConfigError(problems, source)
-    return config
+    """All cells. Raises: ConfigError for settings that make no sense together."""
+    return [Cell(k, SamplerConfig(**settings)) for k, settings in combinations(config)]
 
 
 def with_lists(values: dict[str, Any]) -> dict[str, Any]:

@@ -37,11 +37,10 @@ from lgm_scale.evaluation.references.files import Reference
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig, SweepConfig, expand
 from lgm_scale.evaluation.sweep.npz import write_samples
 from lgm_scale.evaluation.sweep.results import gather_results, headline
-from lgm_scale.evaluation.sweep.samples import SampleWork, sampler_of, work_of
+from lgm_scale.evaluation.sweep.samples import SampleWork, work_of
 from lgm_scale.evaluation.sweep.search import next_cells, winners
 from lgm_scale.evaluation.sweep.training_loss import loss_per_length
-from lgm_scale.families.lgm.bundle import TOKENIZER_NAME
-from lgm_scale.families.lgm.data import TREE_NAME
+from lgm_scale.merging.tree import TREE_NAME
 from lgm_scale.pipeline import Pipeline, load_pipeline
 
 __all__ = ["Sweep", "measure"]
@@ -62,7 +61,7 @@ def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
     pipe = load_pipeline(config.bundle, device, dtype)
     files = pipe.info["files"]
-    tokenizer = {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME) if name in files}
+    tokenizer = {name: files[name] for name in pipe.reconstruction_files}
     sweep = Sweep(config, pipe, files, tokenizer)
     if config.part is not None:
         sweep.make_part(Part.parse(config.part))
@@ -94,7 +93,7 @@ class Sweep:
         self.config, self.pipe, self.weights, self.quiet = config, pipe, weights, quiet
         self.protocol = pipe.protocol()
         for cell in expand(config):  # what cannot work is told before any work
-            pipe.check(sampler_of(cell), cell.num_tokens)
+            pipe.check(cell.sampler, cell.num_tokens)
         self.engine = Engine(Path(config.out), pipe.device, quiet)
         self.spaces = spaces or Spaces.load(config, pipe.image_size, pipe.device)
         self.outer = load_reference_for(config)
@@ -156,7 +155,9 @@ class Sweep:
             "features": self.spaces.describe(),
             "pixels_kept": "all" if config.save_npz else NUM_SHOWN,
         }
-        name = f"samples-k{cell.num_tokens:04d}-w{cell.cfg_scale:g}-s{cell.num_steps}"
+        name = (
+            f"samples-k{cell.num_tokens:04d}-w{cell.sampler.cfg_scale:g}-s{cell.sampler.num_steps}"
+        )
         return Job(name, protocol, num_images, config.chunk_size, partial(self.work, cell))
 
     def plan(self, cell: Cell, num_images: int) -> RowPlan:

@@ -1,37 +1,99 @@
-"""Rules of a sweep: its keys alone, and against the files it names. Free of torch."""
+"""Rules of a sweep: its keys alone, and against the files it names. Free of torch.
+
+`load_sweep` is the door: every problem comes in one ConfigError, before a network is built.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lgm_scale.bundle import check_kind, read_info
+from lgm_scale.config.loading import check_config, read_yaml
 from lgm_scale.data.manifest import Manifest, read_manifest
-from lgm_scale.errors import ConfigError, LGMError
-from lgm_scale.evaluation.sweep.config import Cell, SweepConfig, expand
-from lgm_scale.evaluation.sweep.families import Family, family_of, read_generator_info
+from lgm_scale.errors import CheckpointError, ConfigError, LGMError
+from lgm_scale.evaluation.sweep.config import Cell, SweepConfig, combinations, with_lists
+from lgm_scale.families.base import GeneratorFacts, GeneratorFamily, generator_families
+from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["broken_rules", "repeated_lengths", "wrong_image_size"]
+__all__ = ["broken_rules", "check_sweep", "load_sweep", "repeated_lengths", "wrong_image_size"]
+
+
+def load_sweep(path: str, overrides: list[str]) -> SweepConfig:
+    """Read and validate a sweep. Raises: ConfigError with every problem."""
+    values = read_yaml(path, overrides)
+    try:
+        defaults = _family(_read_generator_info(values.get("bundle", ""))).sampler_defaults
+    except (CheckpointError, TypeError):
+        defaults = {}  # what is wrong with the bundle, the rules will tell
+    return check_sweep(values, path, broken_rules, defaults)
+
+
+def check_sweep(
+    values: dict[str, Any],
+    source: str,
+    rules: Callable[[SweepConfig], list[str]],
+    defaults: Mapping[str, Any],
+) -> SweepConfig:
+    """Type-check plain values, and hear the rules.
+
+    Args:
+        values: Keys of a sweep.
+        source: Where they were read, for messages.
+        rules: Configuration -> problems.
+        defaults: Those of `sampler` that the family of generators has for itself.
+
+    Raises: ConfigError with every problem.
+    """
+    given = values.get("sampler", {})
+    if isinstance(given, dict):
+        values = values | {"sampler": {**defaults, **given}}
+    return check_config(with_lists(values), SweepConfig, rules, source)
+
+
+def _read_generator_info(folder: str) -> dict[str, Any]:
+    """bundle.json without its weights; those are checked when they are loaded.
+
+    Raises: CheckpointError if it is no generator bundle.
+    """
+    info = read_info(folder)
+    check_kind(info, folder, *generator_families())
+    return info
+
+
+def _family(info: dict[str, Any]) -> GeneratorFamily:
+    return generator_families()[info["kind"]]
 
 
 def broken_rules(config: SweepConfig, info: dict[str, Any] | None = None) -> list[str]:
     """Every rule that the configuration breaks, alone and against the files it names.
 
     Args:
-        config: Of the sweep.
+        config: The sweep.
         info: Contents of bundle.json, where the generator is not in a bundle yet.
     """
-    problems = [*_numbers(config), *_cells(config), *_files(config), *_search(config)]
-    family: Family | None = None
+    cells, wrong = _cells(config)
+    problems = [*_numbers(config), *wrong, *_files(config), *_search(config)]
+    facts: GeneratorFacts | None = None
+    classes: list[str] = []
     try:
-        family = family_of(info or read_generator_info(config.bundle), config.bundle)
-        problems += family.problems(expand(config))
+        info = info or _read_generator_info(config.bundle)
+        facts, classes = _family(info).facts(info, config.bundle), list(info["classes"])
+        pairs = [(cell.num_tokens, cell.sampler) for cell in cells]
+        problems += _family(info).length_problems(info, config.bundle, pairs)
+        problems += facts.problems
+        if len(classes) != facts.num_classes:
+            problems.append(
+                f"bundle: {config.bundle} names {len(classes)} classes and its generator has "
+                f"{facts.num_classes}; export the bundle again"
+            )
     except (LGMError, KeyError, TypeError) as error:
         problems.append(f"bundle: {_one_line(error)}")
     if config.images is not None:
         try:
-            problems += _images(config, read_manifest(config.images, "images"), family)
+            problems += _images(config, read_manifest(config.images, "images"), facts, classes)
         except LGMError as error:
             problems.append(f"images: {_one_line(error)}")
     return problems
@@ -60,51 +122,26 @@ def _is_part(text: str) -> bool:
     return index.isdigit() and count.isdigit() and int(index) < int(count)
 
 
-def _cells(config: SweepConfig) -> Iterator[str]:
-    cells = expand(config)
-    if not cells:
-        yield "cells: is empty; list entries such as {num_tokens: 32, cfg_scale: [1.0, 1.5]}"
+def _cells(config: SweepConfig) -> tuple[list[Cell], list[str]]:
+    """Cells that make sense, and what is wrong with the others."""
+    cells: list[Cell] = []
+    problems: dict[str, None] = {}  # each is told once, in order
+    for num_tokens, settings in combinations(config):
+        try:
+            cell = Cell(num_tokens, SamplerConfig(**settings))
+            cell.sampler.length_at(0.0, num_tokens)
+            cell.sampler.check_guidance(num_tokens)
+            cells.append(cell)
+        except ConfigError as error:
+            problems |= {f"cells: {problem}": None for problem in error.problems}
+    if not cells and not problems:
+        problems[
+            "cells: is empty; list entries such as {num_tokens: 32, cfg_scale: [1.0, 1.5]}"
+        ] = None
     for cell, times in Counter(cells).items():
         if times > 1:
-            yield f"cells: {cell.label} occurs {times} times; name each cell once"
-    told: set[str] = set()
-    for cell in cells:
-        for problem in _sampler(cell):
-            if problem not in told:
-                told.add(problem)
-                yield problem
-
-
-def _sampler(cell: Cell) -> Iterator[str]:
-    lo, hi = cell.cfg_interval
-    if cell.num_steps < 2:
-        yield f"cells: num_steps {cell.num_steps} grid points; needs 2 or more"
-    if not cell.cfg_scale >= 1:
-        yield f"cells: cfg_scale {cell.cfg_scale} is below 1; 1 turns guidance off"
-    if not 0 <= lo <= hi <= 1:
-        yield f"cells: cfg_interval [{lo}, {hi}] must be ordered and inside [0, 1]"
-    if not cell.timestep_shift > 0:
-        yield f"cells: timestep_shift {cell.timestep_shift} must be above 0"
-    if cell.uncond_num_tokens is not None and cell.uncond_num_tokens < 1:
-        yield f"cells: uncond_num_tokens {cell.uncond_num_tokens} must be 1 or more, or null"
-    yield from _autoguidance(cell)
-    if cell.length_schedule and cell.length_schedule[-1][1] != cell.num_tokens:
-        yield (
-            f"cells: length_schedule ends at {cell.length_schedule[-1][1]} tokens, and num_tokens "
-            f"is {cell.num_tokens}; make them equal"
-        )
-
-
-def _autoguidance(cell: Cell) -> Iterator[str]:
-    if cell.guidance != "autoguidance":
-        return
-    if cell.uncond_num_tokens is None:
-        yield "cells: guidance autoguidance needs uncond_num_tokens, those of its weak branch"
-    elif cell.uncond_num_tokens >= cell.num_tokens:
-        yield (
-            f"cells: uncond_num_tokens {cell.uncond_num_tokens}; autoguidance at {cell.num_tokens} "
-            "tokens needs fewer in its weak branch"
-        )
+            problems[f"cells: {cell.label} occurs {times} times; name each cell once"] = None
+    return cells, list(problems)
 
 
 def _search(config: SweepConfig) -> Iterator[str]:
@@ -171,11 +208,13 @@ def wrong_image_size(folder: str, manifest: Manifest, size: int) -> Iterator[str
         )
 
 
-def _images(config: SweepConfig, manifest: Manifest, family: Family | None) -> Iterator[str]:
+def _images(
+    config: SweepConfig, manifest: Manifest, facts: GeneratorFacts | None, classes: list[str]
+) -> Iterator[str]:
     assert config.images is not None
-    if family is not None:
-        yield from wrong_image_size(config.images, manifest, family.image_size)
-        yield from _other_classes(config.images, manifest, family.classes)
+    if facts is not None:
+        yield from wrong_image_size(config.images, manifest, facts.image_size)
+        yield from _other_classes(config.images, manifest, classes)
     if manifest.num_samples < 2:
         yield f"images: {config.images} holds {manifest.num_samples} image; needs 2 or more"
     elif manifest.num_samples <= config.num_components:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ __all__ = [
     "batches",
     "refuse_broken",
     "sample_images",
-    "sampler_of",
     "work_of",
 ]
 
@@ -44,11 +43,6 @@ class Stopwatch:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
         self._since = now
-
-
-def sampler_of(cell: Cell) -> SamplerConfig:
-    """The solver's settings. Raises: ConfigError if they make no sense together."""
-    return SamplerConfig(**cell.settings())
 
 
 def batches(start: int, stop: int, size: int) -> list[Tensor]:
@@ -119,18 +113,16 @@ class SampleWork:
     truncate: bool = False
     num_shown: int = 0
     keep_pixels: bool = False
-    samplers: dict[Cell, SamplerConfig] = field(default_factory=dict)
 
     def __call__(self, cell: Cell, start: int, stop: int) -> Made:
         """One chunk. Raises: DataError if an image is not finite."""
-        sampler = self.samplers.setdefault(cell, sampler_of(cell))
         watch = Stopwatch(self.pipe.device)
         features: list[dict[str, np.ndarray]] = []
         finite: list[np.ndarray] = []
         pixels: list[np.ndarray] = []
         for indices in batches(start, stop, self.batch_size):
             images, good = sample_images(
-                self.pipe, indices, cell.num_tokens, sampler, self.seed, self.truncate, watch
+                self.pipe, indices, cell.num_tokens, cell.sampler, self.seed, self.truncate, watch
             )
             finite.append(good.cpu().numpy())
             features.append(extract(self.spaces, images))
@@ -152,7 +144,7 @@ def device_name(device: torch.device) -> str:
 
 def work_of(pipe: Pipeline, cell: Cell) -> dict[str, Any]:
     """Operations per image of K tokens, with every network row that is really run."""
-    sampler = sampler_of(cell)
+    sampler = cell.sampler
     evaluations = sampler.evaluations()
     return {
         "tflops_per_image": pipe.image_flops(sampler, cell.num_tokens) / 1e12,

@@ -23,8 +23,9 @@ Metrics = Mapping[str, Any]
 def _lines(cells: Sequence[Cell]) -> list[list[Cell]]:
     lines: dict[Cell, list[Cell]] = {}
     for cell in cells:
-        lines.setdefault(replace(cell, cfg_scale=1.0), []).append(cell)
-    return [sorted(line, key=lambda cell: cell.cfg_scale) for line in lines.values()]
+        common = Cell(cell.num_tokens, replace(cell.sampler, cfg_scale=1.0))
+        lines.setdefault(common, []).append(cell)
+    return [sorted(line, key=lambda cell: cell.sampler.cfg_scale) for line in lines.values()]
 
 
 def next_cells(
@@ -63,9 +64,10 @@ def winners(known: Mapping[Cell, Metrics], metric: str) -> list[Cell]:
     """
     groups: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in known:
+        how = cell.sampler
         group = (
-            cell.num_tokens, cell.num_steps, cell.solver, cell.uncond_num_tokens,
-            cell.guidance, cell.length_schedule,
+            cell.num_tokens, how.num_steps, how.solver, how.uncond_num_tokens,
+            how.guidance, how.length_schedule,
         )  # fmt: skip
         groups.setdefault(group, []).append(cell)
     return [min(group, key=lambda cell: known[cell][metric]) for group in groups.values()]

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from lgm_scale.bundle import finish_bundle, model_config, read_bundle, start_bundle
 from lgm_scale.config.loading import to_dict
-from lgm_scale.config.schema import SpaceConfig, SpatialModelConfig
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.families.elit.network import ELIT, SIT_SIZES, SPLITS, SiT
-from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_weights, save_weights
+from lgm_scale.families.elit.config import ELITModelConfig, SpaceConfig
+from lgm_scale.families.elit.network import SiT, build_elit
+from lgm_scale.weights import load_weights, save_weights
 
 if TYPE_CHECKING:
     from lgm_scale.families.elit.sd_vae import SDVAE
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 __all__ = [
     "SPATIAL_KIND",
     "SpatialBundle",
-    "build_spatial_generator",
     "load_spatial_bundle",
     "save_spatial_bundle",
 ]
 
 SPATIAL_KIND = "spatial_generator"
 VAE_FOLDER = "vae"
+GENERATOR_NAME = "generator.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,46 +46,16 @@ class SpatialBundle:
     net: SiT
     vae: SDVAE | None
     """What decodes; None for pixels."""
-    model: SpatialModelConfig
+    model: ELITModelConfig
     space: SpaceConfig
     classes: tuple[str, ...]
     info: dict[str, Any]
     """Contents of bundle.json."""
 
 
-def build_spatial_generator(model: SpatialModelConfig, space: SpaceConfig) -> SiT:
-    """A generator with fresh weights: an `ELIT`, or without an interface a `SiT`.
-
-    Raises: ConfigError for sizes that do not divide, or a split that the size does not have.
-    """
-    row = SIT_SIZES[model.size]
-    common = (
-        row.width, row.depth, row.num_heads,
-        space.channels, space.side, model.patch_size, model.num_classes,
-    )  # fmt: skip
-    interface = model.interface
-    if interface is None:
-        return SiT(*common)
-    known = SPLITS[interface.split]
-    if model.size not in known:
-        raise ConfigError(
-            f"model.interface.split: {interface.split!r} knows no size {model.size!r}; it has "
-            f"{', '.join(known)}"
-        )
-    head_blocks, _, tail_blocks = known[model.size]
-    return ELIT(
-        *common,
-        head_blocks=head_blocks,
-        tail_blocks=tail_blocks,
-        group_size=interface.group_size,
-        drop_mode=interface.drop_mode,
-        position_rows=interface.position_rows,
-    )
-
-
 def save_spatial_bundle(
     folder: str | Path,
-    model: SpatialModelConfig,
+    model: ELITModelConfig,
     space: SpaceConfig,
     weights: dict[str, Tensor],
     classes: tuple[str, ...],
@@ -127,12 +97,12 @@ def load_spatial_bundle(folder: str | Path, device: torch.device | str = "cpu") 
     Raises: CheckpointError; ConfigError if what reads the autoencoder is not installed.
     """
     info = read_bundle(folder, SPATIAL_KIND)
-    model = model_config(info, "generator", SpatialModelConfig, folder)
+    model = model_config(info, "generator", ELITModelConfig, folder)
     space = model_config(info, "space", SpaceConfig, folder)
     classes = tuple(info["classes"])
     _check_classes(folder, model, classes)
     try:
-        net = build_spatial_generator(model, space)
+        net = build_elit(model, space)
     except ConfigError as error:
         raise CheckpointError(f"{folder}: its configuration is damaged: {error}") from error
     load_weights(net, Path(folder) / GENERATOR_NAME)
@@ -150,7 +120,7 @@ def load_spatial_bundle(folder: str | Path, device: torch.device | str = "cpu") 
     return SpatialBundle(net.to(device), vae, model, space, classes, info)
 
 
-def _check_classes(folder: str | Path, model: SpatialModelConfig, classes: tuple[str, ...]) -> None:
+def _check_classes(folder: str | Path, model: ELITModelConfig, classes: tuple[str, ...]) -> None:
     if len(classes) != model.num_classes:
         raise CheckpointError(
             f"{folder}: {len(classes)} names for the {model.num_classes} classes of its generator; "

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from lgm_scale.data.config import SourceConfig, as_sources
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
+from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.mixture import check_one_maker
 from lgm_scale.errors import DataError
+from lgm_scale.families.elit.config import ELITRun
+from lgm_scale.families.elit.sd_vae import encoder_id, latent_scale
 
-__all__ = ["SpatialLatentDataset", "check_grids"]
+__all__ = ["SpatialLatentDataset", "check_grids", "training_set"]
 
 
 def check_grids(
@@ -124,3 +127,42 @@ class SpatialLatentDataset(EpochDataset):
             "labels": torch.tensor(int(sample["label"]), dtype=torch.int64),
             "sample_ids": torch.tensor(int(sample_id), dtype=torch.int64),
         }
+
+
+def training_set(
+    run: ELITRun, batch_size: int, options: StreamOptions
+) -> SpatialLatentDataset | ImageDataset:
+    """What a run trains on: latents of an autoencoder, or the images themselves.
+
+    Raises: DataError if the data and the run's autoencoder do not belong together.
+    """
+    space, data = run.space, run.data
+    if space.kind == "pixels":
+        return ImageDataset(
+            data.sources,
+            image_size=space.image_size,
+            train=True,
+            augment="flip" if space.flip else "none",
+            seed=run.seed,
+            batch_size=batch_size,
+            options=options,
+        )
+    assert space.vae is not None  # a rule of the configuration
+    dataset = SpatialLatentDataset(
+        data.sources,
+        shuffle=True,
+        flip=space.flip,
+        seed=run.seed,
+        batch_size=batch_size,
+        channels=space.channels,
+        side=space.side,
+        encoder_id=encoder_id(space.vae),
+        options=options,
+    )
+    if dataset.scale != latent_scale(space.vae):
+        raise DataError(
+            f"{data.sources[0].path} is to be multiplied with {dataset.scale}, but the "
+            f"autoencoder {space.vae} divides by {latent_scale(space.vae)}; set space.vae to the "
+            "one that encoded"
+        )
+    return dataset

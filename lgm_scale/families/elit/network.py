@@ -13,13 +13,13 @@ Source: ELIT (arXiv 2603.12245); SiT (arXiv 2401.08740). Built from a descriptio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lgm_scale.errors import ConfigError
+from lgm_scale.families.elit.config import SIT_SIZES, SPLITS, ELITModelConfig, SpaceConfig
 from lgm_scale.families.elit.interface import LAYER_NORM_EPS, Read, Write
 from lgm_scale.layers import (
     MLP,
@@ -28,16 +28,16 @@ from lgm_scale.layers import (
     FinalLayer,
     LabelEmbedding,
     TimestepEmbedding,
+    block_flops,
+    ends_flops,
     initialize_transformer,
 )
 
 __all__ = [
     "ELIT",
     "RELEASED_POSITION_ROWS",
-    "SIT_SIZES",
-    "SPLITS",
     "SiT",
-    "SiTSize",
+    "build_elit",
     "sincos_table",
 ]
 
@@ -45,44 +45,6 @@ DropMode = Literal["skip_core", "remove"]
 RELEASED_POSITION_ROWS = 4096
 """Rows of the latents' position table in every released checkpoint; N of them are ever read."""
 _MLP_RATIO = 4
-
-
-@dataclass(frozen=True)
-class SiTSize:
-    """Width, blocks and heads; millions of parameters at 256 px, patch 2, with the fixed table."""
-
-    width: int
-    depth: int
-    num_heads: int
-    params_m: float
-    elit_params_m: float
-
-
-SIT_SIZES = {
-    #               width depth heads SiT ELIT (published; tiny is ours)
-    "tiny": SiTSize(128, 6, 4, 2.03, 2.87),
-    "s": SiTSize(384, 12, 6, 32.96, 37.36),
-    "b": SiTSize(768, 12, 12, 130.50, 144.90),
-    "l": SiTSize(1024, 24, 16, 458.09, 482.27),
-    "xl": SiTSize(1152, 28, 16, 675.11, 705.12),
-}
-
-SPLITS: dict[str, dict[str, tuple[int, int, int]]] = {
-    "released": {"s": (8, 2, 2), "b": (8, 2, 2), "l": (8, 12, 4), "xl": (8, 16, 4)},
-    "declared": {
-        "tiny": (1, 4, 1),
-        "s": (2, 8, 2),
-        "b": (2, 8, 2),
-        "l": (4, 16, 4),
-        "xl": (4, 20, 4),
-    },
-    "paper": {"b": (3, 6, 3), "xl": (4, 20, 4)},
-}
-"""Blocks before Read, in the core, after Write.
-
-released: what the released code runs, and with it every released checkpoint: it puts Read where an
-argument of another method says. declared: what its own arguments say. paper: what the paper says.
-"""
 
 
 def sincos_table(width: int, grid: int) -> Tensor:
@@ -177,6 +139,26 @@ class SiT(nn.Module):
             raise ConfigError(
                 f"num_tokens: {num_tokens}; a SiT has no latents and runs at {self.num_base_tokens}"
             )
+
+    def block_lengths(self, num_tokens: int) -> set[int]:
+        """Token counts at which blocks run when K tokens are asked for: N always, and K."""
+        return {self.num_base_tokens, num_tokens}
+
+    def flops(self, num_tokens: int) -> int:
+        """Operations of one forward pass of one sample at K tokens, a multiply-add being two.
+
+        Raises: ConfigError for a K that the network does not have.
+        """
+        self.check_length(num_tokens)
+        width, tokens = self.pos_embed.shape[-1], self.num_base_tokens
+        patch = self.patch_size**2 * self.channels
+        ends = ends_flops(tokens, width, self.t_embed.num_features, patch)
+        return ends + self._transform_flops(width, num_tokens)
+
+    def _transform_flops(self, width: int, num_tokens: int) -> int:
+        """Operations of `transform` for one sample."""
+        block = block_flops(self.num_base_tokens, width, 2 * _MLP_RATIO * width * width)
+        return len(self.blocks) * block
 
     def forward(self, z_t: Tensor, t: Tensor, labels: Tensor, num_tokens: int) -> Tensor:
         """Predict the velocity, data - noise.
@@ -318,6 +300,61 @@ class ELIT(SiT):
             x = block(x, condition)
         return x
 
+    def _transform_flops(self, width: int, num_tokens: int) -> int:
+        """Operations of head and tail at N tokens, of the core at K, and of Read and Write."""
+        mlp, outer = 2 * _MLP_RATIO * width * width, self.head_blocks + self.tail_blocks
+        return (
+            outer * block_flops(self.num_base_tokens, width, mlp)
+            + (len(self.blocks) - outer) * block_flops(num_tokens, width, mlp)
+            + self._interface_flops(width, num_tokens)
+        )
+
+    def _interface_flops(self, width: int, num_tokens: int) -> int:
+        """Read and Write for one sample: attention inside windows, MLPs as wide as the network."""
+        tokens, window = self.num_base_tokens, self.max_budget
+        written = tokens if self.drop_mode == "skip_core" else num_tokens
+        read = (
+            2 * width * 7 * width  # modulation, of which a seventh is not used
+            + tokens * 2 * width * (width + 2 * width + width)
+            + 4 * tokens * window * width
+        )
+        write = (
+            tokens * 2 * width * (width + width)
+            + written * 2 * width * 2 * width
+            + 4 * tokens * (written // self.num_windows) * width
+        )
+        return read + write + 2 * tokens * 2 * 2 * width * width  # and both MLPs
+
 
 def _divisors(number: int) -> str:
     return ", ".join(str(g) for g in range(1, number + 1) if number % g == 0)
+
+
+def build_elit(model: ELITModelConfig, space: SpaceConfig) -> SiT:
+    """A generator with fresh weights: an `ELIT`, or without an interface a `SiT`.
+
+    Raises: ConfigError for sizes that do not divide, or a split that the size does not have.
+    """
+    row = SIT_SIZES[model.size]
+    common = (
+        row.width, row.depth, row.num_heads,
+        space.channels, space.side, model.patch_size, model.num_classes,
+    )  # fmt: skip
+    interface = model.interface
+    if interface is None:
+        return SiT(*common)
+    known = SPLITS[interface.split]
+    if model.size not in known:
+        raise ConfigError(
+            f"model.interface.split: {interface.split!r} knows no size {model.size!r}; it has "
+            f"{', '.join(known)}"
+        )
+    head_blocks, _, tail_blocks = known[model.size]
+    return ELIT(
+        *common,
+        head_blocks=head_blocks,
+        tail_blocks=tail_blocks,
+        group_size=interface.group_size,
+        drop_mode=interface.drop_mode,
+        position_rows=interface.position_rows,
+    )

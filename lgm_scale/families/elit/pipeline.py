@@ -14,18 +14,9 @@ from lgm_scale.families.elit.bundle import SPATIAL_KIND, SpatialBundle, load_spa
 from lgm_scale.families.elit.sampling import check_budgets, initial_state_noise, sample_state
 from lgm_scale.pipeline import Pipeline, count_parameters
 from lgm_scale.pixels import PIXEL_STD
-from lgm_scale.sampling.config import CFGRescale, SamplerConfig
+from lgm_scale.sampling.config import SamplerConfig
 
 __all__ = ["SpatialPipeline"]
-
-_PUBLISHED = SamplerConfig(
-    num_steps=51,
-    cfg_scale=1.0,
-    cfg_interval=(0.0, 1.0),
-    cfg_rescale=CFGRescale.NONE,
-    timestep_shift=1.0,
-)
-"""50 Euler steps on an even grid, without guidance."""
 
 
 class SpatialPipeline(Pipeline[SpatialBundle]):
@@ -62,16 +53,6 @@ class SpatialPipeline(Pipeline[SpatialBundle]):
         """S, pixels along a side."""
         return self.bundle.space.image_size
 
-    @property
-    def tokenizer(self) -> None:
-        """None: nothing reconstructs images at K tokens, for K is the core's work alone."""
-        return None
-
-    @property
-    def tree(self) -> None:
-        """None: nothing is merged."""
-        return None
-
     def parameters(self) -> dict[str, int]:
         """How many parameters each of its networks has."""
         found = {"generator": count_parameters(self.bundle.net)}
@@ -82,10 +63,6 @@ class SpatialPipeline(Pipeline[SpatialBundle]):
     def protocol(self) -> dict[str, str]:
         """The noise's scale: there is but one way to see noise on a grid."""
         return {"noise_scale": "whole state, the same at every K"}
-
-    def plain_config(self, num_tokens: int) -> SamplerConfig:
-        """The published settings."""
-        return _PUBLISHED
 
     def check(self, config: SamplerConfig, num_tokens: int) -> None:
         """Refuse budgets that the network does not have. Raises: ConfigError."""
@@ -127,7 +104,3 @@ class SpatialPipeline(Pipeline[SpatialBundle]):
     def decoder_flops(self) -> int:
         """Operations of decoding one state; pixels need none."""
         return self._decoder_flops
-
-    def memory_tokens(self, num_tokens: int) -> int:
-        """N: the first and the last blocks run on all spatial tokens at every K."""
-        return self.num_base_tokens

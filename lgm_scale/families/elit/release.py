@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgm_scale.config.schema import InterfaceConfig, SpaceConfig, SpatialModelConfig
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.elit.bundle import build_spatial_generator, save_spatial_bundle
-from lgm_scale.families.elit.network import SIT_SIZES, sincos_table
+from lgm_scale.families.elit.bundle import save_spatial_bundle
+from lgm_scale.families.elit.config import SIT_SIZES, ELITModelConfig, InterfaceConfig, SpaceConfig
+from lgm_scale.families.elit.network import build_elit, sincos_table
 from lgm_scale.families.lgm.release import class_names
 from lgm_scale.families.tokenizer.release import provenance, shape_of
 from lgm_scale.release_import.names import KeyReport, fit, translate
@@ -85,7 +85,7 @@ def import_elit(
     _check_positions(state, model, space, source)
     report = translate(state, our_elit_name, _IGNORED)
     with torch.device("meta"):
-        expected = build_spatial_generator(model, space).state_dict()
+        expected = build_elit(model, space).state_dict()
     tensors = fit(state, report, expected, source)
     names = class_names(classes, model.num_classes)
     training: dict[str, Any] = {"weights": weights, "imported": provenance(source, report, "ELIT")}
@@ -98,7 +98,7 @@ def import_elit(
 
 def spatial_config_from_shapes(
     state: Mapping[str, Tensor], split: str, vae: str | None, path: str | Path
-) -> tuple[SpatialModelConfig, SpaceConfig]:
+) -> tuple[ELITModelConfig, SpaceConfig]:
     """Model and space that these weights belong to.
 
     Raises: CheckpointError naming key and shapes.
@@ -125,7 +125,7 @@ def spatial_config_from_shapes(
             group_size=_root(window, f"{_READ}learned_query_embed", path),
             position_rows=position_rows,
         )
-    model = SpatialModelConfig(
+    model = ELITModelConfig(
         size=sizes[0],  # type: ignore[arg-type]  # a key of SIT_SIZES
         patch_size=patch_size,
         num_classes=rows - 1,
@@ -142,7 +142,7 @@ def _root(number: int, key: str, path: str | Path) -> int:
 
 
 def _check_positions(
-    state: Mapping[str, Tensor], model: SpatialModelConfig, space: SpaceConfig, path: str | Path
+    state: Mapping[str, Tensor], model: ELITModelConfig, space: SpaceConfig, path: str | Path
 ) -> None:
     table = state["pos_embed"][0].float()
     expected = sincos_table(table.shape[1], space.side // model.patch_size)

@@ -39,7 +39,6 @@ class SpatialModel(FlowModel):
     """
 
     net: SiT
-    fixed_buffers = ()
 
     def __init__(
         self,

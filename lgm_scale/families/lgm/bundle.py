@@ -20,35 +20,29 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
-from lgm_scale.bundle import finish_bundle, model_config, read_bundle, start_bundle, write_info
+from lgm_scale.bundle import finish_bundle, model_config, read_bundle, start_bundle
 from lgm_scale.config.loading import to_dict
-from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
-from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.families.lgm.data import STATS_NAME, TREE_NAME, LatentStats
+from lgm_scale.errors import CheckpointError
+from lgm_scale.families.lgm.config import LGMModelConfig
+from lgm_scale.families.lgm.data import STATS_NAME, LatentStats
 from lgm_scale.families.lgm.lora import Adapter, with_adapter
-from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
+from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer
 from lgm_scale.families.tokenizer.network import Tokenizer
-from lgm_scale.merging.tree import MergeAssignment, MergeTree
-from lgm_scale.sampling.config import SamplerConfig
+from lgm_scale.merging.tree import TREE_NAME, MergeAssignment, MergeTree
+from lgm_scale.weights import load_weights, save_weights
 
 __all__ = [
+    "GENERATOR_NAME",
     "GeneratorBundle",
     "load_generator",
-    "load_tokenizer",
-    "load_weights",
-    "read_bundle",
     "save_adapted_bundle",
     "save_generator_bundle",
-    "save_tokenizer_bundle",
-    "save_weights",
-    "set_sampling_defaults",
-    "tokenizer_id",
 ]
 
-TOKENIZER_NAME = "tokenizer.safetensors"
 GENERATOR_NAME = "generator.safetensors"
 
 
@@ -82,46 +76,9 @@ class GeneratorBundle:
         return self.network(assignment.num_tokens)(z_t, t, labels, assignment)
 
 
-def build_tokenizer(config: TokenizerModelConfig) -> Tokenizer:
-    """A tokenizer with fresh weights; a pretrained encoder is the training run's affair."""
-    arguments = to_dict(config)
-    del arguments["pretrained_encoder"]
-    return Tokenizer(**arguments)
-
-
-def build_generator(config: GeneratorModelConfig) -> MergeDiT:
-    """A generator with fresh weights."""
-    return MergeDiT.from_size(
-        config.size, config.latent_dim, config.num_base_tokens, config.num_classes
-    )
-
-
-def save_tokenizer_bundle(
-    folder: str | Path,
-    config: TokenizerModelConfig,
-    weights: dict[str, Tensor],
-    tree: MergeTree | None,
-    training: dict[str, Any],
-) -> None:
-    """Write a tokenizer bundle, aside first, so that it is complete or absent.
-
-    Args:
-        folder: Where to; replaced if it is a bundle already.
-        config: Of the model.
-        weights: State of the tokenizer.
-        tree: Its merge tree; None if its length control has none.
-        training: Anything about how it came about (steps, the run's configuration).
-    """
-    aside = start_bundle(folder)
-    save_weights(weights, aside / TOKENIZER_NAME)
-    if tree is not None:
-        tree.save(aside / TREE_NAME)
-    finish_bundle(aside, folder, "tokenizer", {"tokenizer": to_dict(config)}, (), training)
-
-
 def save_generator_bundle(
     folder: str | Path,
-    config: GeneratorModelConfig,
+    config: LGMModelConfig,
     weights: dict[str, Tensor],
     stats: LatentStats,
     classes: tuple[str, ...],
@@ -188,62 +145,13 @@ def save_adapted_bundle(
     finish_bundle(aside, folder, "generator", info["models"], classes, info["training"], adapters)
 
 
-def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write tensors as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
-
-
-def set_sampling_defaults(folder: str | Path, defaults: dict[int, dict[str, Any]]) -> None:
-    """Store what a pipeline samples with at each K when a call names no settings.
-
-    Args:
-        folder: A generator bundle of either family.
-        defaults: K -> fields of `SamplerConfig`, such as a sweep found best. Other K keep theirs.
-
-    Raises: ConfigError for settings without meaning; CheckpointError for no generator bundle.
-    """
-    info = read_bundle(folder, "generator", "spatial_generator")
-    for num_tokens, settings in defaults.items():
-        unknown = sorted(settings.keys() - SamplerConfig.__dataclass_fields__.keys())
-        if unknown:
-            raise ConfigError(f"sampling defaults at K = {num_tokens}: no setting {unknown[0]!r}")
-        SamplerConfig(**settings)
-    stored = info.get("sampling", {}) | {str(k): settings for k, settings in defaults.items()}
-    write_info(folder, info | {"sampling": stored})
-
-
-def tokenizer_id(folder: str | Path) -> str:
-    """Hash of the tokenizer's weights: what latents and generators refer to."""
-    return read_bundle(folder, "tokenizer")["files"][TOKENIZER_NAME]
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Read a module's weights; it is frozen, and in eval mode. Raises: CheckpointError."""
-    try:
-        module.load_state_dict(load_file(str(path)))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit its configuration: {error}") from error
-    module.eval().requires_grad_(False)
-
-
-def load_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> Tokenizer:
-    """The tokenizer of a tokenizer or generator bundle, frozen and in eval mode.
-
-    Raises: CheckpointError.
-    """
-    info = read_bundle(folder, "tokenizer")
-    tokenizer = build_tokenizer(model_config(info, "tokenizer", TokenizerModelConfig, folder))
-    load_weights(tokenizer, Path(folder) / TOKENIZER_NAME)
-    return tokenizer.to(device)
-
-
 def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> GeneratorBundle:
     """A generator and all it needs, frozen and in eval mode.
 
     Raises: CheckpointError.
     """
     info = read_bundle(folder, "generator")
-    net = build_generator(model_config(info, "generator", GeneratorModelConfig, folder))
+    net = build_merge_dit(model_config(info, "generator", LGMModelConfig, folder))
     load_weights(net, Path(folder) / GENERATOR_NAME)
     tree = MergeTree.load(Path(folder) / TREE_NAME)
     if tree.num_base_tokens != net.num_base_tokens:

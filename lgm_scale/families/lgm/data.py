@@ -24,12 +24,11 @@ from lgm_scale.data.mixture import check_one_maker
 from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import DataError
 from lgm_scale.merging.nesting import ContrastStats
-from lgm_scale.merging.tree import MergeTree
+from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
 __all__ = ["LatentDataset", "LatentStats", "check_latents", "mixed_stats"]
 
 STATS_NAME = "latent_stats.safetensors"
-TREE_NAME = "merge_tree.safetensors"
 
 
 @dataclass(frozen=True)

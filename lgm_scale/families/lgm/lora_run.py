@@ -10,22 +10,21 @@ import torch
 from torch import Tensor
 
 from lgm_scale.config.loading import load_config
-from lgm_scale.config.schema import GeneratorModelConfig, GeneratorRun
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.lgm.bundle import (
-    TOKENIZER_NAME,
     GeneratorBundle,
     load_generator,
     save_adapted_bundle,
-    tokenizer_id,
 )
+from lgm_scale.families.lgm.config import LGMModelConfig, LGMRun
 from lgm_scale.families.lgm.lora import Adapter, plain_names
+from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, tokenizer_id
 from lgm_scale.merging.tree import MergeTree
 
 __all__ = ["export_adapter", "load_base"]
 
 
-def load_base(config: GeneratorRun, tree: MergeTree) -> GeneratorBundle:
+def load_base(config: LGMRun, tree: MergeTree) -> GeneratorBundle:
     """The generator that an adapter is trained on.
 
     Raises: CheckpointError if it is none; ConfigError with everything in which the run differs.
@@ -38,8 +37,8 @@ def load_base(config: GeneratorRun, tree: MergeTree) -> GeneratorBundle:
     return base
 
 
-def _differences(config: GeneratorRun, base: GeneratorBundle, tree: MergeTree) -> Iterator[str]:
-    there = load_config(base.info["models"]["generator"], GeneratorModelConfig)
+def _differences(config: LGMRun, base: GeneratorBundle, tree: MergeTree) -> Iterator[str]:
+    there = load_config(base.info["models"]["generator"], LGMModelConfig)
     for name, value in vars(config.model).items():
         if getattr(there, name) != value:
             yield f"model.{name}: {value!r} here, {getattr(there, name)!r} there"
@@ -57,7 +56,7 @@ def _differences(config: GeneratorRun, base: GeneratorBundle, tree: MergeTree) -
 
 
 def export_adapter(
-    folder: Path, config: GeneratorRun, average: dict[str, Tensor], training: dict[str, Any]
+    folder: Path, config: LGMRun, average: dict[str, Tensor], training: dict[str, Any]
 ) -> None:
     """Write a copy of the base with the averaged adapter."""
     assert config.lora is not None

@@ -9,12 +9,11 @@ Source: LGM paper, merge-aware diffusion transformer, on LightningDiT blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from lgm_scale.errors import ConfigError
+from lgm_scale.families.lgm.config import DIT_SIZES, LGMModelConfig
 from lgm_scale.layers import (
     NORM_EPS,
     Attention,
@@ -23,32 +22,14 @@ from lgm_scale.layers import (
     LabelEmbedding,
     SwiGLU,
     TimestepEmbedding,
+    block_flops,
+    ends_flops,
     initialize_transformer,
+    swiglu_hidden,
 )
 from lgm_scale.merging.tree import MergeAssignment
 
-__all__ = ["DIT_SIZES", "DiTSize", "MergeDiT"]
-
-
-@dataclass(frozen=True)
-class DiTSize:
-    """Width, layers and heads; parameters in millions at D = 32, N = 256, 1000 classes."""
-
-    width: int
-    depth: int
-    num_heads: int
-    params_m: float
-
-
-DIT_SIZES = {
-    #            width depth heads params
-    "tiny": DiTSize(128, 4, 4, 1.4),
-    "s": DiTSize(512, 8, 8, 39.4),
-    "b": DiTSize(768, 12, 12, 130.6),
-    "l": DiTSize(1024, 24, 16, 458.2),
-    "xl": DiTSize(1152, 28, 16, 675.3),
-    "h": DiTSize(1280, 32, 16, 951.4),
-}
+__all__ = ["MergeDiT", "build_merge_dit"]
 
 
 def _norm(width: int) -> nn.Module:
@@ -124,3 +105,24 @@ class MergeDiT(nn.Module):
         for block in self.blocks:
             x = block(x, condition, log_sizes)
         return self.final(x, condition)
+
+    def block_lengths(self, num_tokens: int) -> set[int]:
+        """Token counts at which blocks run when K tokens are asked for: K alone."""
+        return {num_tokens}
+
+    def flops(self, num_tokens: int) -> int:
+        """Operations of one forward pass of one sample at K tokens, a multiply-add being two.
+
+        Merging the position table (2 N K C, once per batch) is left out.
+        """
+        width = self.pos_embed.shape[-1]
+        block = block_flops(num_tokens, width, 3 * width * swiglu_hidden(width))
+        ends = ends_flops(num_tokens, width, self.t_embed.num_features, self.latent_dim)
+        return len(self.blocks) * block + ends
+
+
+def build_merge_dit(config: LGMModelConfig) -> MergeDiT:
+    """A generator with fresh weights."""
+    return MergeDiT.from_size(
+        config.size, config.latent_dim, config.num_base_tokens, config.num_classes
+    )

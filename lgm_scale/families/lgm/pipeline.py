@@ -13,10 +13,10 @@ from torch import Tensor
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.lgm.bundle import GeneratorBundle, load_generator
 from lgm_scale.families.lgm.sampling import check_nested, sample_latents
+from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME
 from lgm_scale.families.tokenizer.network import Tokenizer
-from lgm_scale.flops import decoder_flops
 from lgm_scale.flow import NoiseScale
-from lgm_scale.merging.tree import MergeTree
+from lgm_scale.merging.tree import TREE_NAME, MergeTree
 from lgm_scale.pipeline import Pipeline, count_parameters
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig
 
@@ -71,6 +71,11 @@ class LGMPipeline(Pipeline[GeneratorBundle]):
     def tree(self) -> MergeTree:
         """The merge tree."""
         return self.bundle.tree
+
+    @property
+    def reconstruction_files(self) -> tuple[str, ...]:
+        """Weights of the tokenizer, and the merge tree."""
+        return (TOKENIZER_NAME, TREE_NAME)
 
     def parameters(self) -> dict[str, int]:
         """How many parameters each of its networks has."""
@@ -141,8 +146,4 @@ class LGMPipeline(Pipeline[GeneratorBundle]):
 
     def decoder_flops(self) -> int:
         """Operations of decoding one image: always N latents, whatever K was."""
-        return decoder_flops(self.bundle.tokenizer, self.info["models"]["tokenizer"]["size"])
-
-    def memory_tokens(self, num_tokens: int) -> int:
-        """K: the whole network runs on merged tokens."""
-        return num_tokens
+        return self.bundle.tokenizer.decoder_flops()

@@ -11,16 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgm_scale.config.schema import GeneratorModelConfig
+from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
-from lgm_scale.families.lgm.bundle import (
-    TREE_NAME,
-    build_generator,
-    read_bundle,
-    save_generator_bundle,
-)
+from lgm_scale.families.lgm.bundle import TREE_NAME, save_generator_bundle
+from lgm_scale.families.lgm.config import DIT_SIZES, LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
-from lgm_scale.families.lgm.network import DIT_SIZES
+from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.lgm.release_cuts import read_tree
 from lgm_scale.families.tokenizer.release import provenance, shape_of
 from lgm_scale.merging.tree import MergeTree
@@ -72,7 +68,7 @@ def import_generator(
         )
     report = translate(state, our_generator_name, {})
     with torch.device("meta"):
-        expected = build_generator(config).state_dict()
+        expected = build_merge_dit(config).state_dict()
     tensors = fit(state, report, expected, source)
     tree, about_tree = None, "merge tree: the tokenizer's"
     if merge_tree is not None:
@@ -95,7 +91,7 @@ def import_generator(
 
 def config_from_shapes(
     state: Mapping[str, Tensor], num_blocks: int, path: str | Path
-) -> GeneratorModelConfig:
+) -> LGMModelConfig:
     """The model that these weights belong to. Raises: CheckpointError naming key and shapes."""
     _, num_base_tokens, width = shape_of(state, "pos_embed", (1, None, None), path)
     latent_dim = shape_of(state, "x_embedder.weight", (width, None), path)[1]
@@ -107,7 +103,7 @@ def config_from_shapes(
         raise CheckpointError(f"{path}: key y_embedder: {rows} rows, expected classes + 1")
     for name, row in DIT_SIZES.items():
         if (row.width, row.depth, row.num_heads * head) == (width, depth, width):
-            return GeneratorModelConfig(
+            return LGMModelConfig(
                 size=name,  # type: ignore[arg-type]  # a key of DIT_SIZES
                 latent_dim=latent_dim,
                 num_base_tokens=num_base_tokens,

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from lgm_scale.config.schema import TokenizerRun
 from lgm_scale.errors import CheckpointError, MissingAssetError
+from lgm_scale.families.tokenizer.config import TokenizerRun
 from lgm_scale.families.tokenizer.frozen import LPIPS, CriticBackbone, Frozen, FrozenNets, Teacher
 
 __all__ = [

@@ -6,7 +6,7 @@ Source: LGM paper; the SoftVQ backbone on timm vision transformers. Images are i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,40 +17,17 @@ from torch import Tensor, nn
 
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.tokenizer.adaptive_length import LengthChoice, choose_length
+from lgm_scale.families.tokenizer.config import TOKENIZER_SIZES, TokenizerModelConfig, TokenizerSize
 from lgm_scale.families.tokenizer.length_control import build_length_control
 from lgm_scale.families.tokenizer.quantizer import SoftQuantizer
 from lgm_scale.merging.tree import MergeTree
 
 __all__ = [
-    "AUXILIARY_SIZE",
-    "TOKENIZER_SIZES",
     "Decoder",
     "Tokenizer",
     "TokenizerOutput",
-    "TokenizerSize",
+    "build_tokenizer",
 ]
-
-
-@dataclass(frozen=True)
-class TokenizerSize:
-    """Width, layers and heads of encoder and decoder; initial layer scale (None: no scale)."""
-
-    width: int
-    depth: int
-    num_heads: int
-    layer_scale: float | None
-
-
-TOKENIZER_SIZES = {
-    #                    width depth heads layer scale
-    "tiny": TokenizerSize(96, 2, 3, None),
-    "s": TokenizerSize(384, 12, 6, 1e-5),
-    "b": TokenizerSize(768, 12, 12, 1e-5),
-    "l": TokenizerSize(1024, 24, 16, 1e-5),
-}
-
-AUXILIARY_SIZE = TokenizerSize(192, 3, 3, 1e-5)
-"""Of the decoder that predicts the teacher's features."""
 
 
 class TokenizerOutput(NamedTuple):
@@ -336,3 +313,38 @@ class Tokenizer(nn.Module):
             decoded_latents=merged,
             last_hidden=hidden,
         )
+
+    def flops(self, num_tokens: int) -> int:
+        """Operations of encoding, quantizing and decoding one image, a multiply-add being two.
+
+        They are the same at every K: merging is below a thousandth of them.
+        """
+        return self.encoder_flops() + self.decoder_flops()
+
+    def encoder_flops(self) -> int:
+        """Operations of encoding and quantizing one image."""
+        vit, latents = self.encoder.vit, self.num_base_tokens
+        embed = self.decoder.num_patches * 2 * 3 * self.patch_size**2 * vit.embed_dim
+        codes = self.quantizer.codes.shape[1]
+        quantize = latents * 2 * self.latent_dim * (vit.embed_dim + 2 * codes)
+        return embed + _vit_flops(vit, 1 + self.decoder.num_patches + latents) + quantize
+
+    def decoder_flops(self) -> int:
+        """Operations of decoding one image: always N latents, whatever K was."""
+        vit, patches, latents = self.decoder.vit, self.decoder.num_patches, self.num_base_tokens
+        ends = latents * self.latent_dim + patches * self.decoder.out.out_features
+        return _vit_flops(vit, 1 + patches + latents) + 2 * vit.embed_dim * ends
+
+
+def _vit_flops(vit: VisionTransformer, tokens: int) -> int:
+    """Operations of the blocks, with MLPs four times as wide as the network, for one sample."""
+    width = vit.embed_dim
+    block = tokens * 2 * width * (4 * width + 8 * width) + 4 * tokens**2 * width
+    return len(vit.blocks) * block
+
+
+def build_tokenizer(config: TokenizerModelConfig) -> Tokenizer:
+    """A tokenizer with fresh weights; a pretrained encoder is the training run's affair."""
+    arguments = asdict(config)
+    del arguments["pretrained_encoder"]
+    return Tokenizer(**arguments)

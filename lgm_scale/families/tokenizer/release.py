@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgm_scale.config.schema import TokenizerModelConfig
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.lgm.bundle import build_tokenizer, save_tokenizer_bundle
-from lgm_scale.families.tokenizer.network import TOKENIZER_SIZES
+from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
+from lgm_scale.families.tokenizer.config import TOKENIZER_SIZES, TokenizerModelConfig
+from lgm_scale.families.tokenizer.network import build_tokenizer
 from lgm_scale.hashing import file_hash
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.release_import.names import (

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.models import ComposerModel
 from torch import Tensor, nn
 
-from lgm_scale.config.schema import TokenizerObjectiveConfig
 from lgm_scale.families.tokenizer import adversarial
+from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
 from lgm_scale.families.tokenizer.critic import CriticHeads, ReduceMean, critic_view, one_rank
 from lgm_scale.families.tokenizer.frozen import CriticBackbone, Frozen, FrozenNets
 from lgm_scale.families.tokenizer.length_control import exploration_noise
@@ -30,7 +29,7 @@ from lgm_scale.families.tokenizer.losses import (
 from lgm_scale.families.tokenizer.network import Decoder, Tokenizer, TokenizerOutput
 from lgm_scale.pixels import to_unit_range
 from lgm_scale.randomness import Purpose, keyed_uniforms, stream_keys
-from lgm_scale.training.record import LossRecord
+from lgm_scale.training.model import TrainingModel
 
 __all__ = ["TokenizerModel"]
 
@@ -39,7 +38,7 @@ LECAM_DECAY = 0.999
 Terms = dict[str, Tensor]
 
 
-class TokenizerModel(ComposerModel):
+class TokenizerModel(TrainingModel):
     """Reads batches {images uint8 [B, 3, S, S], sample_ids [B], step int, num_tokens}.
 
     num_tokens is an int, or with lengths.per_sample int64 [B].
@@ -56,6 +55,7 @@ class TokenizerModel(ComposerModel):
         reduce_mean: Mean over ranks with a gradient, for what is not linear in the batch.
     """
 
+    net: Tokenizer
     lecam_means: Tensor
 
     def __init__(
@@ -68,15 +68,13 @@ class TokenizerModel(ComposerModel):
         critic: CriticHeads | None = None,
         reduce_mean: ReduceMean = one_rank,
     ) -> None:
-        super().__init__()
-        self.net = net
+        super().__init__(net)
         self.auxiliary = auxiliary
         self.critic = critic
         self.objective = objective
         self.seed = seed
         self.frozen = frozen or FrozenNets()  # no module: outside parameters() and state_dict()
         self.reduce_mean = reduce_mean
-        self.record = LossRecord()
         if critic is not None:
             # Moving averages of the mean logits of real images and of reconstructions.
             self.register_buffer("lecam_means", torch.zeros(2))
@@ -89,6 +87,11 @@ class TokenizerModel(ComposerModel):
         if self.critic is not None:
             players["critic"] = [self.critic]
         return players
+
+    def labels(self) -> dict[str, Any]:
+        """Assets that random weights stand in for: the run means nothing then."""
+        random = self.frozen.random_assets
+        return {"random_assets": list(random)} if random else {}
 
     def read_elsewhere(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         """Weights that a module of the losses reads of one inside it, whose forward never runs.

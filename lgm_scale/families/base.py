@@ -1,0 +1,332 @@
+"""What a family of models is to the rest of the house, and how one is found. Free of torch.
+
+A family is one object with two halves. What can be said without torch (the schema of its runs,
+rules, token lengths, words) is said before the slow import, so that a wrong configuration is told
+at once. What needs torch (networks, data, training, bundles) is imported inside the methods.
+Nothing outside of `families/` names a family: everybody asks the object of the run's `task`.
+
+Other packages add a family under the entry point `lgm_scale.families`, or with `register` in a
+module that commands import through `--import MODULE`. docs/extending.md shows one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lgm_scale.config.schema import EvaluationConfig, TrainingRun
+from lgm_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lgm_scale.data.epochs import EpochDataset, StreamOptions
+    from lgm_scale.pipeline import Pipeline
+    from lgm_scale.sampling.config import SamplerConfig
+    from lgm_scale.training.model import TrainingModel
+
+__all__ = [
+    "NOT_COMPILED",
+    "Companions",
+    "Evaluated",
+    "Family",
+    "GeneratorFacts",
+    "GeneratorFamily",
+    "add_import_option",
+    "families",
+    "family_of",
+    "generator_families",
+    "imported",
+    "latent_encoders",
+    "outside_lengths",
+    "register",
+    "release_importers",
+]
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Networks that only the training needs, beside the one that is its result.
+
+    Args:
+        trained: Those with parameters of their own to train, by what people call them.
+        frozen: Those that losses look through and nobody trains.
+    """
+
+    trained: Mapping[str, nn.Module] = field(default_factory=dict)
+    frozen: Sequence[nn.Module] = ()
+
+
+class Family(ABC):
+    """A family of models: how its runs are configured, built, trained and kept.
+
+    A family has no state: there is one object of it, and every method takes the run.
+    """
+
+    task: ClassVar[str]
+    """Value of the key `task` in its configurations, and the kind of its bundles."""
+    title: ClassVar[str]
+    """What people call it, for messages."""
+    schema: ClassVar[type[TrainingRun]]
+    """Frozen dataclass of its runs."""
+    contains: ClassVar[tuple[str, ...]] = ()
+    """Kinds of bundles that are part of its own."""
+    encoders: ClassVar[dict[str, str]] = {}
+    """Name -> "module:attribute" of encoders that make its training data out of images."""
+    importers: ClassVar[dict[str, str]] = {}
+    """Name -> "module:attribute" of importers of checkpoints of other projects."""
+
+    # --- free of torch ------------------------------------------------------------------------
+
+    def rules(self, run: Any) -> Iterator[str]:
+        """Lines `key: value; rule; fix` for what this run breaks among the family's own keys."""
+        yield from ()
+
+    def num_classes(self, run: Any) -> int | None:
+        """How many classes the data must have; None where classes do not matter."""
+        return None
+
+    def evaluation(self, run: Any) -> EvaluationConfig | None:
+        """How the run is evaluated while it trains; None: it is not."""
+        return None
+
+    def mixes_lengths(self, run: Any) -> bool:
+        """Whether one batch may hold samples at different token counts."""
+        return False
+
+    def forward_passes(self, run: Any) -> int:
+        """What a training step costs, in forward passes: 3, for a backward pass costs two."""
+        return 3
+
+    # --- with torch ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def dataset(self, run: Any, batch_size: int, options: StreamOptions) -> EpochDataset:
+        """The training set of one rank, checked against the model. Raises: DataError."""
+
+    @abstractmethod
+    def network(self, run: Any) -> nn.Module:
+        """The network that is trained, with fresh weights; on the meta device, its shapes alone.
+
+        It has `flops(num_tokens)`, and a generator `block_lengths(num_tokens)`.
+        """
+
+    def companions(self, run: Any) -> Companions:
+        """What else the training holds; on the meta device, shapes alone."""
+        return Companions()
+
+    @abstractmethod
+    def training_model(self, run: Any, dataset: Any) -> TrainingModel:
+        """The network in its Composer shell. Raises: MissingAssetError, CheckpointError."""
+
+    @abstractmethod
+    def export(
+        self,
+        run: Any,
+        folder: Path,
+        model: Any,
+        dataset: Any,
+        average: dict[str, Tensor],
+        training: dict[str, Any],
+    ) -> None:
+        """Write the run's result as a bundle. Called on rank 0 alone.
+
+        Args:
+            run: Its configuration.
+            folder: Of the bundle.
+            model: As trained, under whatever strategy: only what is no weight may be read.
+            dataset: The training set.
+            average: Whole averaged weights, by their names in the network.
+            training: How it came about; kept in bundle.json.
+        """
+
+    def reconstructor(self, folder: str | Path, device: torch.device | str) -> Any:
+        """The image tokenizer of a bundle of this kind, frozen.
+
+        Raises: ConfigError where the family has none; CheckpointError.
+        """
+        raise ConfigError(
+            f"bundle: {folder} is a {self.task} bundle ({self.title}), which reconstructs nothing"
+        )
+
+
+@dataclass(frozen=True)
+class GeneratorFacts:
+    """What a bundle says about its generator, before a network is built.
+
+    Args:
+        image_size: Pixels along a side.
+        num_classes: Classes that the network knows.
+        problems: Lines about parts of the bundle that do not belong together.
+    """
+
+    image_size: int
+    num_classes: int
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A generator that is evaluated while it is trained; its weights are still to come.
+
+    Args:
+        bundle: All it needs to make images, in the form that its pipeline takes.
+        frozen: Name -> weights of networks that are not trained and that samples depend on.
+        reconstruction: Name -> hash of the files that reconstructions depend on.
+    """
+
+    bundle: Any
+    frozen: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    reconstruction: Mapping[str, str] = field(default_factory=dict)
+
+
+class GeneratorFamily(Family):
+    """A family whose networks make images of classes, at some token counts K.
+
+    Its `schema` derives from `GeneratorRun`, and its objective from `FlowObjectiveConfig`.
+    """
+
+    sampler_defaults: ClassVar[dict[str, Any]] = {}
+    """Fields of `SamplerConfig` whose defaults are others in this family."""
+    pipeline_class: ClassVar[str]
+    """ "module:class" of its pipeline."""
+
+    def rules(self, run: Any) -> Iterator[str]:
+        """Rules of the objective, which all generators share."""
+        objective = run.objective
+        if not 0 <= objective.label_dropout < 1:
+            yield f"objective.label_dropout: {objective.label_dropout} must be in [0, 1)"
+        if objective.timestep_std <= 0:
+            yield f"objective.timestep_std: {objective.timestep_std} must be above 0"
+
+    def num_classes(self, run: Any) -> int | None:
+        """Classes of the model."""
+        return run.model.num_classes
+
+    def evaluation(self, run: Any) -> EvaluationConfig | None:
+        """The section `evaluation` of the run."""
+        return run.evaluation
+
+    @abstractmethod
+    def facts(self, info: dict[str, Any], folder: str) -> GeneratorFacts:
+        """What bundle.json says. Raises: CheckpointError, KeyError, TypeError where damaged."""
+
+    @abstractmethod
+    def length_problems(
+        self, info: dict[str, Any], folder: str, cells: Iterable[tuple[int, SamplerConfig]]
+    ) -> Iterator[str]:
+        """Lines about (K, settings) whose token counts the generator of a bundle does not have."""
+
+    @abstractmethod
+    def described_models(self, run: Any) -> dict[str, Any]:
+        """Entry `models` of the bundle.json that the run will leave. Raises: CheckpointError."""
+
+    @abstractmethod
+    def evaluated(
+        self, run: Any, dataset: Any, info: dict[str, Any], device: torch.device
+    ) -> Evaluated:
+        """The generator of a run that is still training; `info` will be its bundle.json."""
+
+    def pipeline(self) -> type[Pipeline[Any]]:
+        """The class that makes images from its bundles."""
+        return imported(self.pipeline_class)
+
+
+NOT_COMPILED = "train.compile: true is for generators without lora, so far; set it to false"
+"""The line that a family yields whose networks are not compiled."""
+
+
+def outside_lengths(lengths: Iterable[int], low: int, high: int) -> Iterator[str]:
+    """The problem of K that a merge tree of `high` tokens and `low` blocks does not have."""
+    outside = [k for k in lengths if not low <= k <= high]
+    if outside:
+        yield (
+            f"lengths {outside} outside [{low}, {high}], the range of this bundle's merge tree "
+            f"({low} blocks that never merge, {high} base tokens)"
+        )
+
+
+# --- the registry ---------------------------------------------------------------------------------
+
+_OWN = (
+    "lgm_scale.families.tokenizer.family:TokenizerFamily",
+    "lgm_scale.families.lgm.family:LGMFamily",
+    "lgm_scale.families.elit.family:ELITFamily",
+)
+_registered: dict[str, Family] = {}
+
+
+def imported(name: str) -> Any:
+    """What "module:attribute" names."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@cache
+def _installed() -> dict[str, Family]:
+    """Our own families, then those of other packages' entry points."""
+    found: dict[str, Family] = {}
+    named = [entry.value for entry in entry_points(group="lgm_scale.families")]
+    for name in (*_OWN, *named):
+        family = imported(name)()
+        if family.task in found:
+            raise ConfigError(f"task: {family.task} is the name of two families; {name} is one")
+        found[family.task] = family
+    return found
+
+
+def register(family: Family) -> None:
+    """Add a family to this process. Raises: ConfigError if another one has its task."""
+    known = families().get(family.task)
+    if known is not None and type(known) is not type(family):
+        raise ConfigError(f"task: {family.task} is the name of {type(known).__name__} already")
+    _registered[family.task] = family
+
+
+def families() -> dict[str, Family]:
+    """Every family, by task."""
+    return _installed() | _registered
+
+
+def family_of(run: TrainingRun) -> Family:
+    """The family of a run."""
+    return families()[run.task]
+
+
+def generator_families() -> dict[str, GeneratorFamily]:
+    """The families that make images, by task."""
+    return {k: f for k, f in families().items() if isinstance(f, GeneratorFamily)}
+
+
+def latent_encoders() -> dict[str, str]:
+    """Name -> "module:attribute" of every encoder of training data."""
+    return {name: where for f in families().values() for name, where in f.encoders.items()}
+
+
+def release_importers() -> dict[str, str]:
+    """Name -> "module:attribute" of every importer of other projects' checkpoints."""
+    return {name: where for f in families().values() for name, where in f.importers.items()}
+
+
+class _Import(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        try:
+            importlib.import_module(values)
+        except ImportError as error:
+            parser.error(f"--import {values}: {error}; is its folder on PYTHONPATH?")
+
+
+def add_import_option(parser: argparse.ArgumentParser) -> None:
+    """`--import MODULE`: a module that registers a family, imported before anything is read."""
+    parser.add_argument(
+        "--import", metavar="MODULE", action=_Import, dest="_", default=argparse.SUPPRESS,
+        help="a Python module that registers a family of models (docs/extending.md)",
+    )  # fmt: skip

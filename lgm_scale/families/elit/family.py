@@ -1,0 +1,130 @@
+"""ELIT and SiT as a family: how they are configured, trained, kept and evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
+
+from lgm_scale.bundle import model_config
+from lgm_scale.config.loading import to_dict
+from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily
+from lgm_scale.families.elit.config import (
+    ELITModelConfig,
+    ELITRun,
+    SpaceConfig,
+    elit_rules,
+    length_rules,
+    token_lengths,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lgm_scale.data.epochs import EpochDataset, StreamOptions
+    from lgm_scale.families.elit.network import SiT
+    from lgm_scale.families.elit.training import SpatialModel
+    from lgm_scale.sampling.config import SamplerConfig
+
+__all__ = ["ELITFamily"]
+
+
+class ELITFamily(GeneratorFamily):
+    """ELIT and its host SiT: the state is a grid at every K, the core of the network shrinks."""
+
+    task: ClassVar[str] = "spatial_generator"
+    title: ClassVar[str] = "ELIT or SiT, on a grid"
+    schema = ELITRun
+    encoders: ClassVar[dict[str, str]] = {"sd-vae": "lgm_scale.families.elit.encoder:ENCODER"}
+    importers: ClassVar[dict[str, str]] = {"elit": "lgm_scale.families.elit.release:IMPORTER"}
+    pipeline_class: ClassVar[str] = "lgm_scale.families.elit.pipeline:SpatialPipeline"
+    # Published: 50 Euler steps on an even grid, without guidance.
+    sampler_defaults: ClassVar[dict[str, Any]] = {
+        "cfg_interval": [0.0, 1.0],
+        "cfg_rescale": "none",
+        "num_steps": 51,
+        "timestep_shift": 1.0,
+    }
+
+    @override
+    def rules(self, run: ELITRun) -> Iterator[str]:
+        yield from elit_rules(run)
+        yield from super().rules(run)
+
+    @override
+    def dataset(self, run: ELITRun, batch_size: int, options: StreamOptions) -> EpochDataset:
+        from lgm_scale.families.elit.data import training_set
+
+        return training_set(run, batch_size, options)
+
+    @override
+    def network(self, run: ELITRun) -> SiT:
+        from lgm_scale.families.elit.network import build_elit
+
+        return build_elit(run.model, run.space)
+
+    @override
+    def training_model(self, run: ELITRun, dataset: Any) -> SpatialModel:
+        from lgm_scale.families.elit.training import SpatialModel
+
+        return SpatialModel(
+            self.network(run),
+            dataset.scale if run.space.kind == "sd_vae" else None,
+            run.objective.label_dropout,
+            run.objective.timestep_mean,
+            run.objective.timestep_std,
+            run.seed,
+        )
+
+    @override
+    def export(
+        self,
+        run: ELITRun,
+        folder: Path,
+        model: Any,
+        dataset: EpochDataset,
+        average: dict[str, Tensor],
+        training: dict[str, Any],
+    ) -> None:
+        from lgm_scale.families.elit.bundle import save_spatial_bundle
+
+        classes, vae = dataset.manifest.classes, run.space.vae
+        save_spatial_bundle(folder, run.model, run.space, average, classes, training, vae)
+
+    @override
+    def facts(self, info: dict[str, Any], folder: str) -> GeneratorFacts:
+        model, space = _described(info, folder)
+        return GeneratorFacts(space.image_size, model.num_classes)
+
+    @override
+    def length_problems(
+        self, info: dict[str, Any], folder: str, cells: Iterable[tuple[int, SamplerConfig]]
+    ) -> Iterator[str]:
+        wanted = {length for num_tokens, config in cells for length in config.lengths(num_tokens)}
+        yield from length_rules(wanted, token_lengths(*_described(info, folder)), "cells")
+
+    @override
+    def described_models(self, run: ELITRun) -> dict[str, Any]:
+        return {"generator": to_dict(run.model), "space": to_dict(run.space)}
+
+    @override
+    def evaluated(
+        self, run: ELITRun, dataset: EpochDataset, info: dict[str, Any], device: torch.device
+    ) -> Evaluated:
+        from lgm_scale.families.elit.bundle import SpatialBundle
+        from lgm_scale.families.elit.sd_vae import load_sd_vae
+
+        vae = None if run.space.vae is None else load_sd_vae(run.space.vae, device)
+        net = self.network(run).eval().requires_grad_(False)
+        bundle = SpatialBundle(net, vae, run.model, run.space, dataset.manifest.classes, info)
+        frozen = {} if vae is None else {"vae_sha256": vae.state_dict()}
+        return Evaluated(bundle, frozen)
+
+
+def _described(info: dict[str, Any], folder: str) -> tuple[ELITModelConfig, SpaceConfig]:
+    model: ELITModelConfig = model_config(info, "generator", ELITModelConfig, folder)
+    space: SpaceConfig = model_config(info, "space", SpaceConfig, folder)
+    return model, space

@@ -1,0 +1,120 @@
+"""Configuration of a run that trains LGM's generator or an adapter of one. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
+from lgm_scale.families.base import NOT_COMPILED
+from lgm_scale.families.tokenizer.config import outside_choices
+
+__all__ = [
+    "DIT_SIZES",
+    "DiTSize",
+    "LGMModelConfig",
+    "LGMObjectiveConfig",
+    "LGMRun",
+    "LoRAConfig",
+    "lgm_rules",
+]
+
+
+@dataclass(frozen=True)
+class DiTSize:
+    """Width, layers and heads; parameters in millions at D = 32, N = 256, 1000 classes."""
+
+    width: int
+    depth: int
+    num_heads: int
+    params_m: float
+
+
+DIT_SIZES = {
+    #            width depth heads params
+    "tiny": DiTSize(128, 4, 4, 1.4),
+    "s": DiTSize(512, 8, 8, 39.4),
+    "b": DiTSize(768, 12, 12, 130.6),
+    "l": DiTSize(1024, 24, 16, 458.2),
+    "xl": DiTSize(1152, 28, 16, 675.3),
+    "h": DiTSize(1280, 32, 16, 951.4),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LGMModelConfig:
+    """Arguments of `models.dit.MergeDiT`."""
+
+    __pydantic_config__ = STRICT
+    size: Literal["tiny", "s", "b", "l", "xl", "h"] = "b"
+    latent_dim: int = 32
+    num_base_tokens: int = 256
+    num_blocks: int = 4
+    num_classes: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LGMObjectiveConfig(FlowObjectiveConfig):
+    """The objective of generators on merged tokens; see `objectives.flow`."""
+
+    __pydantic_config__ = STRICT
+    noise_scale: Literal["corrected", "legacy"] = "corrected"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Train low-rank changes to a frozen generator, for one token length."""
+
+    __pydantic_config__ = STRICT
+    base: str
+    """Generator bundle to start from; the result is a copy of it with one more adapter."""
+    rank: int = 32
+    alpha: float = 32.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LGMRun(GeneratorRun):
+    """Train a generator on latents, or with `lora` an adapter of one."""
+
+    __pydantic_config__ = STRICT
+    task: Literal["generator"]
+    tokenizer: str
+    """Bundle of the tokenizer that made the latents; its decoder goes into the final bundle."""
+    model: LGMModelConfig
+    objective: LGMObjectiveConfig = field(default_factory=LGMObjectiveConfig)
+    lora: LoRAConfig | None = None
+
+
+def _lora(config: LGMRun) -> Iterator[str]:
+    if config.lora is None:
+        return
+    if config.train.compile:
+        yield NOT_COMPILED
+    if config.evaluation is not None:
+        yield (
+            "evaluation: is for runs that train a whole generator, so far; leave it out with lora, "
+            "and run eval/sweep.py on the result"
+        )
+    if len(set(config.lengths.choices)) > 1:
+        lengths = ", ".join(map(str, sorted(set(config.lengths.choices))))
+        yield f"lengths.choices: {lengths}; an adapter (lora) is for one token length, name one"
+    for key, value in (("rank", config.lora.rank), ("alpha", config.lora.alpha)):
+        if value <= 0:
+            yield f"lora.{key}: {value} must be above 0"
+
+
+def lgm_rules(config: LGMRun) -> Iterator[str]:
+    """Lines `key: value; rule; fix` for every rule that the configuration breaks."""
+    lowest, highest = config.model.num_blocks, config.model.num_base_tokens
+    yield from outside_choices(config.lengths.choices, lowest, highest)
+    yield from _lora(config)
+    model: Any = config.model
+    for name in ("latent_dim", "num_base_tokens", "num_blocks", "num_classes"):
+        if getattr(model, name) < 1:
+            yield f"model.{name}: {getattr(model, name)} must be 1 or more"
+    if model.num_blocks >= 1 and model.num_base_tokens % model.num_blocks != 0:
+        yield (
+            f"model.num_base_tokens: {model.num_base_tokens} is not divisible by num_blocks "
+            f"{model.num_blocks}"
+        )

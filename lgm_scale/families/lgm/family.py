@@ -1,0 +1,178 @@
+"""LGM's generator as a family: how it is configured, trained, kept and evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
+
+from lgm_scale.config.loading import to_dict
+from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily, outside_lengths
+from lgm_scale.families.lgm.config import LGMRun, lgm_rules
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lgm_scale.data.epochs import StreamOptions
+    from lgm_scale.families.lgm.data import LatentDataset
+    from lgm_scale.families.lgm.network import MergeDiT
+    from lgm_scale.families.lgm.training import GeneratorModel
+    from lgm_scale.families.tokenizer.network import Tokenizer
+    from lgm_scale.sampling.config import SamplerConfig
+
+__all__ = ["LGMFamily"]
+
+
+class LGMFamily(GeneratorFamily):
+    """MergeDiT: a diffusion transformer on the merged latents of a tokenizer, at every K."""
+
+    task: ClassVar[str] = "generator"
+    title: ClassVar[str] = "LGM, on merged tokens"
+    schema = LGMRun
+    contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    encoders: ClassVar[dict[str, str]] = {"lgm": "lgm_scale.families.lgm.encoder:ENCODER"}
+    importers: ClassVar[dict[str, str]] = {"generator": "lgm_scale.families.lgm.release:IMPORTER"}
+    pipeline_class: ClassVar[str] = "lgm_scale.families.lgm.pipeline:LGMPipeline"
+
+    @override
+    def rules(self, run: LGMRun) -> Iterator[str]:
+        yield from lgm_rules(run)
+        yield from super().rules(run)
+
+    @override
+    def forward_passes(self, run: LGMRun) -> int:
+        return 3 if run.lora is None else 2  # a frozen network's weights need no gradient
+
+    @override
+    def dataset(self, run: LGMRun, batch_size: int, options: StreamOptions) -> LatentDataset:
+        from lgm_scale.families.lgm.data import LatentDataset
+        from lgm_scale.families.tokenizer.bundle import tokenizer_id
+
+        return LatentDataset(
+            run.data.sources,
+            shuffle=True,
+            seed=run.seed,
+            batch_size=batch_size,
+            num_base_tokens=run.model.num_base_tokens,
+            latent_dim=run.model.latent_dim,
+            tokenizer_id=tokenizer_id(run.tokenizer),
+            options=options,
+        )
+
+    @override
+    def network(self, run: LGMRun) -> MergeDiT:
+        from lgm_scale.families.lgm.lora import add_adapter
+        from lgm_scale.families.lgm.network import build_merge_dit
+
+        net = build_merge_dit(run.model)
+        if run.lora is not None:
+            add_adapter(net, run.lora.rank, run.lora.alpha)
+        return net
+
+    @override
+    def training_model(self, run: LGMRun, dataset: LatentDataset) -> GeneratorModel:
+        from lgm_scale.families.lgm.lora import add_adapter
+        from lgm_scale.families.lgm.lora_run import load_base
+        from lgm_scale.families.lgm.training import GeneratorModel
+        from lgm_scale.flow import NoiseScale
+
+        if run.lora is None:
+            net, stats = self.network(run), dataset.stats
+        else:
+            base = load_base(run, dataset.tree)
+            net, stats = base.net, base.stats
+            add_adapter(net, run.lora.rank, run.lora.alpha)
+        return GeneratorModel(
+            net,
+            dataset.tree,
+            stats.mean,
+            stats.std,
+            NoiseScale(run.objective.noise_scale),
+            run.objective.label_dropout,
+            run.objective.timestep_mean,
+            run.objective.timestep_std,
+            run.seed,
+        )
+
+    @override
+    def export(
+        self,
+        run: LGMRun,
+        folder: Path,
+        model: Any,
+        dataset: LatentDataset,
+        average: dict[str, Tensor],
+        training: dict[str, Any],
+    ) -> None:
+        from lgm_scale.families.lgm.bundle import save_generator_bundle
+        from lgm_scale.families.lgm.lora_run import export_adapter
+
+        if run.lora is not None:
+            export_adapter(folder, run, average, training)
+            return
+        classes = dataset.manifest.classes
+        save_generator_bundle(
+            folder, run.model, average, dataset.stats, classes, run.tokenizer, training
+        )
+
+    @override
+    def reconstructor(self, folder: str | Path, device: torch.device | str) -> Tokenizer:
+        from lgm_scale.families.tokenizer.bundle import load_tokenizer
+
+        return load_tokenizer(folder, device)
+
+    @override
+    def facts(self, info: dict[str, Any], folder: str) -> GeneratorFacts:
+        tokenizer, generator = info["models"]["tokenizer"], info["models"]["generator"]
+        pairs = {
+            "latent_dim": "latent_dim",
+            "num_base_tokens": "num_base_tokens",
+            "num_codebooks": "num_blocks",
+        }
+        problems = [
+            f"bundle: {folder} has a tokenizer with {ours} {tokenizer[ours]} and a generator with "
+            f"{theirs} {generator[theirs]}: they do not belong together; export the bundle again"
+            for ours, theirs in pairs.items()
+            if tokenizer[ours] != generator[theirs]
+        ]
+        return GeneratorFacts(tokenizer["image_size"], generator["num_classes"], tuple(problems))
+
+    @override
+    def length_problems(
+        self, info: dict[str, Any], folder: str, cells: Iterable[tuple[int, SamplerConfig]]
+    ) -> Iterator[str]:
+        tokenizer = info["models"]["tokenizer"]
+        lengths = sorted({num_tokens for num_tokens, _ in cells})
+        low, high = tokenizer["num_codebooks"], tokenizer["num_base_tokens"]
+        yield from (f"cells: {text}" for text in outside_lengths(lengths, low, high))
+
+    @override
+    def described_models(self, run: LGMRun) -> dict[str, Any]:
+        from lgm_scale.bundle import read_bundle
+
+        tokenizer = read_bundle(run.tokenizer, "tokenizer")["models"]["tokenizer"]
+        return {"tokenizer": tokenizer, "generator": to_dict(run.model)}
+
+    @override
+    def evaluated(
+        self, run: LGMRun, dataset: LatentDataset, info: dict[str, Any], device: torch.device
+    ) -> Evaluated:
+        from lgm_scale.bundle import read_bundle
+        from lgm_scale.families.lgm.bundle import GeneratorBundle
+        from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer
+        from lgm_scale.merging.tree import TREE_NAME
+
+        files = read_bundle(run.tokenizer, "tokenizer")["files"]
+        bundle = GeneratorBundle(
+            net=self.network(run).eval().requires_grad_(False),
+            tokenizer=load_tokenizer(run.tokenizer, device),
+            tree=dataset.tree,
+            stats=dataset.stats,
+            classes=dataset.manifest.classes,
+            info=info,
+        )
+        own = {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)}
+        return Evaluated(bundle, reconstruction=own)

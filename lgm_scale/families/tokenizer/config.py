@@ -1,0 +1,181 @@
+"""Configuration of a run that trains a tokenizer, and its rules. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lgm_scale.config.schema import STRICT, TrainingRun
+from lgm_scale.families.base import NOT_COMPILED
+
+__all__ = [
+    "AUXILIARY_SIZE",
+    "TOKENIZER_SIZES",
+    "AssetsConfig",
+    "TokenizerModelConfig",
+    "TokenizerObjectiveConfig",
+    "TokenizerRun",
+    "TokenizerSize",
+    "outside_choices",
+    "tokenizer_rules",
+]
+
+
+@dataclass(frozen=True)
+class TokenizerSize:
+    """Width, layers and heads of encoder and decoder; initial layer scale (None: no scale)."""
+
+    width: int
+    depth: int
+    num_heads: int
+    layer_scale: float | None
+
+
+TOKENIZER_SIZES = {
+    #                    width depth heads layer scale
+    "tiny": TokenizerSize(96, 2, 3, None),
+    "s": TokenizerSize(384, 12, 6, 1e-5),
+    "b": TokenizerSize(768, 12, 12, 1e-5),
+    "l": TokenizerSize(1024, 24, 16, 1e-5),
+}
+
+AUXILIARY_SIZE = TokenizerSize(192, 3, 3, 1e-5)
+"""Of the decoder that predicts the teacher's features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerModelConfig:
+    """Arguments of `models.tokenizer.Tokenizer`."""
+
+    __pydantic_config__ = STRICT
+    size: Literal["tiny", "s", "b", "l"] = "b"
+    image_size: int = 256
+    patch_size: int = 16
+    num_base_tokens: int = 256
+    latent_dim: int = 32
+    num_codebooks: int = 4
+    codebook_size: int = 8192
+    latent_init: Literal["normal", "aligned"] = "normal"
+    length_control: Literal["lgm", "fixed", "tome", "truncate", "none"] = "lgm"
+    dropped_tokens: Literal["zero", "learned"] = "zero"
+    """What the decoder reads in place of a token that `length_control: truncate` dropped."""
+    pretrained_encoder: str | None = None
+    """DINOv2 checkpoint of the encoder's size, from which training starts; `hub`: download it
+    through timm; null: from scratch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerObjectiveConfig:
+    """Weights of the tokenizer's losses; 0 switches one off, and with it the files it needs."""
+
+    __pydantic_config__ = STRICT
+    pixel: float = 1.0
+    entropy: float = 0.01
+    alignment: float = 0.25
+    perceptual: float = 0.0
+    """LPIPS on VGG16; needs `assets.vgg16`."""
+    perceptual_warmup: int = 10_000
+    """Steps over which its weight grows from 0."""
+    representation: float = 0.0
+    """Predict DINOv2's features from the latents; needs `assets.dinov2_teacher`."""
+    adversarial: float = 0.0
+    """Times the adaptive weight; needs `assets.dino_critic`."""
+    adversarial_start: int = 20_000
+    """First step of both players."""
+    lecam: float = 0.001
+    """Of the critic, and so is `consistency`; without an adversarial loss they have no effect."""
+    consistency: float = 4.0
+    exploration_noise: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssetsConfig:
+    """Files of frozen networks; a loss of weight 0 needs none. They are never in a checkpoint."""
+
+    __pydantic_config__ = STRICT
+    vgg16: str | None = None
+    dino_critic: str | None = None
+    """DINO ViT-S/16."""
+    dinov2_teacher: str | None = None
+    dinov2_size: Literal["s", "b", "l"] = "l"
+    """Size of the teacher: ViT-S, ViT-B, ViT-L (published)."""
+    allow_random_assets: bool = False
+    """Missing files are replaced by random weights, for trials; the result says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRun(TrainingRun):
+    """Train a tokenizer on images."""
+
+    __pydantic_config__ = STRICT
+    task: Literal["tokenizer"]
+    model: TokenizerModelConfig
+    objective: TokenizerObjectiveConfig = field(default_factory=TokenizerObjectiveConfig)
+    assets: AssetsConfig = field(default_factory=AssetsConfig)
+
+
+def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
+    """Lines `key: value; rule; fix` for every rule that the configuration breaks."""
+    model = config.model
+    special = {"truncate": 1, "none": model.num_base_tokens}
+    lowest = special.get(model.length_control, model.num_codebooks)
+    yield from outside_choices(config.lengths.choices, lowest, model.num_base_tokens)
+    if config.train.batch_scaling == "constant_tokens":
+        yield (
+            "train.batch_scaling: constant_tokens is for generators; a tokenizer's step costs the "
+            "same at every length"
+        )
+    if config.train.compile:
+        yield NOT_COMPILED
+    yield from _model(model)
+    clip_norm = config.optimizer.clip_norm
+    two_groups = config.objective.adversarial > 0 and config.parallel.strategy == "deepspeed"
+    if two_groups and clip_norm is not None:
+        yield (
+            f"optimizer.clip_norm: {clip_norm} is for each player's gradient on its own, and "
+            "parallel.strategy: deepspeed knows the norm of all gradients alone; set it to null, "
+            "or use fsdp or ddp"
+        )
+    for name, value in vars(config.objective).items():
+        if value < 0:
+            yield f"objective.{name}: {value} must be 0 or more"
+
+
+def _model(model: TokenizerModelConfig) -> Iterator[str]:
+    if model.dropped_tokens != "zero" and model.length_control != "truncate":
+        yield (
+            f"model.dropped_tokens: {model.dropped_tokens} has no effect with length_control: "
+            f"{model.length_control}, which drops no tokens; remove it"
+        )
+    if model.image_size < 1 or model.patch_size < 1 or model.image_size % model.patch_size != 0:
+        yield (
+            f"model.image_size: {model.image_size} is not divisible by patch_size "
+            f"{model.patch_size}"
+        )
+    if model.num_codebooks < 1 or model.num_base_tokens % max(model.num_codebooks, 1) != 0:
+        yield (
+            f"model.num_base_tokens: {model.num_base_tokens} is not divisible by num_codebooks "
+            f"{model.num_codebooks}; tokens merge within equal segments only"
+        )
+    elif model.num_base_tokens <= model.num_codebooks:
+        yield f"model.num_base_tokens: {model.num_base_tokens} leaves nothing to merge"
+    if model.latent_init == "aligned" and round(model.num_base_tokens**0.5) ** 2 != (
+        model.num_base_tokens
+    ):
+        yield (
+            f"model.latent_init: aligned needs a square num_base_tokens, not "
+            f"{model.num_base_tokens}; use normal"
+        )
+    if model.pretrained_encoder is not None and model.size == "tiny":
+        yield "model.pretrained_encoder: there is none of size tiny; use null, or size s, b or l"
+
+
+def outside_choices(choices: Sequence[int], lowest: int, highest: int) -> Iterator[str]:
+    """The problem of `lengths.choices` that merging does not reach."""
+    outside = [value for value in choices if not lowest <= value <= highest]
+    if outside:
+        yield (
+            f"lengths.choices: {outside} outside [{lowest}, {highest}], the range from one token "
+            "per block to no merging"
+        )

@@ -1,0 +1,40 @@
+"""What the trainer asks of every model that it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from composer.models import ComposerModel
+from torch import nn
+
+from lgm_scale.training.record import LossRecord
+
+__all__ = ["TrainingModel"]
+
+
+class TrainingModel(ComposerModel):
+    """A network and its losses, as Composer trains them.
+
+    Batches are dictionaries with "step" (int), "num_tokens" (int) and "sample_ids" ([B] int64)
+    besides what the data set gives.
+
+    Args:
+        net: The network that is the result; a direct child, which is what sharding wraps.
+    """
+
+    net: Any
+    fixed_buffers: tuple[str, ...] = ()
+    """Buffers given by the data. The resume state holds them, so that it never meets others."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.record = LossRecord()
+
+    def players(self) -> dict[str, list[nn.Module]]:
+        """Modules of each parameter group; the gradient norms of groups are clipped apart."""
+        return {"generator": [self.net]}
+
+    def labels(self) -> dict[str, Any]:
+        """What every row of metrics says about the run, besides its numbers."""
+        return {}
