@@ -56,7 +56,7 @@ def finish_bundle(
     """Describe what lies aside, and put it in the folder's place."""
     found = sorted(path for path in aside.rglob("*") if path.is_file())
     info = {
-        "format": "lgm_scale.families.lgm.bundle",
+        "format": "lgm_scale.bundle",
         "version": FORMAT_VERSION,
         "kind": kind,
         "models": models,

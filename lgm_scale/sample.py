@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lgm_scale.errors import ConfigError, exit_on_user_error
+from lgm_scale.families.base import add_import_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +52,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="growing length: from shifted time T on K tokens; the row's own length ends it",
     )  # fmt: skip
     parser.add_argument("--device", help="default: a CUDA device if there is one")
+    add_import_option(parser)
     return parser.parse_args(argv)
 
 

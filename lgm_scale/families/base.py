@@ -21,6 +21,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import EvaluationConfig, TrainingRun
 from lgm_scale.errors import ConfigError
 
@@ -225,9 +226,9 @@ class GeneratorFamily(Family):
     ) -> Iterator[str]:
         """Lines about (K, settings) whose token counts the generator of a bundle does not have."""
 
-    @abstractmethod
     def described_models(self, run: Any) -> dict[str, Any]:
         """Entry `models` of the bundle.json that the run will leave. Raises: CheckpointError."""
+        return {"generator": to_dict(run.model)}
 
     @abstractmethod
     def evaluated(

@@ -24,6 +24,7 @@ from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.evaluation.sweep.config import SweepConfig, expand
 from lgm_scale.evaluation.sweep.rules import load_sweep
+from lgm_scale.families.base import add_import_option
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -51,6 +52,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="numbers and report from finished chunks; refuse to make one that is missing",
     )
+    add_import_option(parser)
     return parser.parse_intermixed_args(argv)
 
 
