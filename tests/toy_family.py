@@ -103,12 +103,10 @@ class ToyPipeline(Pipeline[ToyBundle]):
     def image_size(self) -> int:
         return self.info["models"]["generator"]["image_size"]
 
-    @torch.inference_mode()
     def latents(self, labels, indices, num_tokens, seed, config, on_step=None) -> Tensor:
-        net, side = self.bundle.net, self.image_size
-        keys = stream_keys(seed, Purpose.SAMPLING_NOISE, 0, indices)
+        net, keys = self.bundle.net, stream_keys(seed, Purpose.SAMPLING_NOISE, 0, indices)
+        noise = keyed_normal(keys, (3, self.image_size, self.image_size))
         velocity = lambda z, t, k: net(z, torch.full((len(z),), t), labels, k)  # noqa: E731
-        noise = keyed_normal(keys, (3, side, side))
         return integrate(noise, velocity, config, num_tokens, on_step=on_step)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -120,15 +118,14 @@ class ToyFamily(GeneratorFamily):
     pipeline_class = "toy_family:ToyPipeline"
 
     def dataset(self, run: ToyRun, batch_size: int, options: Any) -> ImageDataset:
-        common = {"train": True, "seed": run.seed, "batch_size": batch_size, "options": options}
+        common = dict(train=True, seed=run.seed, batch_size=batch_size, options=options)
         return ImageDataset(run.data.sources, image_size=run.model.image_size, **common)
 
     def network(self, run: ToyRun) -> ToyNet:
         return ToyNet(run.model)
 
     def training_model(self, run: ToyRun, dataset: Any) -> ToyModel:
-        o = run.objective
-        net = ToyNet(run.model)
+        net, o = ToyNet(run.model), run.objective
         return ToyModel(net, o.label_dropout, o.timestep_mean, o.timestep_std, run.seed)
 
     def export(self, run, folder, model, dataset, average, training) -> None:

@@ -15,6 +15,7 @@ from lgm_scale.config.schema import (
     ParallelConfig,
     TrainConfig,
 )
+from lgm_scale.families.base import family_of
 from lgm_scale.families.lgm.config import LGMModelConfig, LGMRun
 from lgm_scale.families.tokenizer.config import (
     TokenizerModelConfig,
@@ -42,7 +43,8 @@ def installed(monkeypatch) -> None:
 def problems(config, **deepspeed) -> list[str]:
     section = DeepSpeedConfig(**deepspeed) if deepspeed else None
     parallel = ParallelConfig(strategy="deepspeed", deepspeed=section)
-    return list(parallel_rules(dataclasses.replace(config, parallel=parallel), 2, None))
+    config = dataclasses.replace(config, parallel=parallel)
+    return [*parallel_rules(config, 2, None), *family_of(config).rules(config)]
 
 
 @pytest.mark.parametrize("config", [GENERATOR, TOKENIZER], ids=["generator", "tokenizer"])

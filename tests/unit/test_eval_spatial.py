@@ -122,7 +122,7 @@ def test_the_distance_is_that_of_the_samples_themselves(made, tmp_path):
     originals, _ = StoredImages(str(made / "mds"), 16).read(range(15))
     pca = PixelPCA.fit(originals.numpy(), 4)
     pipe = load_pipeline(made / "elit", "cpu")
-    settings = expand(config)[0].settings()
+    settings = expand(config)[0].sampler.settings()
     images = pipe([i % 3 for i in range(11)], 16, progress_bar=False, **settings)
     sides = [torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2), originals]
     expected = frechet_distance(*(moments_of(pca(side)["pixel_pca"]) for side in sides))
@@ -176,8 +176,8 @@ def test_the_sampler_of_a_grid_has_its_own_defaults(made, tmp_path):
     for cell in expand(config):
         assert cell.sampler == plain
     other = expand(sweep_config(made, tmp_path / "lgm"))[0]
-    assert (other.cfg_interval, other.timestep_shift) == ((0.15, 1.0), 0.2)
-    assert expand(config_of(made, tmp_path / "r"))[0].num_steps == 4, "what is given counts"
+    assert (other.sampler.cfg_interval, other.sampler.timestep_shift) == ((0.15, 1.0), 0.2)
+    assert expand(config_of(made, tmp_path / "r"))[0].sampler.num_steps == 4, "what is given counts"
 
 
 def test_budgets_are_known_before_a_network_is_built(made):
@@ -211,8 +211,8 @@ def test_a_host_without_latents_has_one_length(made, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"guidance": "autoguidance"}, "cells: guidance autoguidance needs uncond_num_tokens"),
-        ({"guidance": "autoguidance", "uncond_num_tokens": 16}, "cells: uncond_num_tokens 16; aut"),
+        ({"guidance": "autoguidance"}, "cells: guidance: autoguidance needs uncond_num_tokens"),
+        ({"guidance": "autoguidance", "uncond_num_tokens": 16}, "cells: uncond_num_tokens: 16; a"),
         ({"guidance": "strong"}, "cells.0.guidance"),
     ],
 )

@@ -114,7 +114,7 @@ def test_the_distance_is_that_of_the_samples_themselves(made, tmp_path):
     originals, _ = StoredImages(str(made / "mds"), 16).read(range(15))
     pca = PixelPCA.fit(originals.numpy(), 4)
     pipe = LGMPipeline.from_bundle(made / "dit", "cpu")
-    settings = expand(config)[0].settings()
+    settings = expand(config)[0].sampler.settings()
     images = pipe([i % 3 for i in range(11)], 9, seed=0, progress_bar=False, **settings)
     sides = [torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2), originals]
     expected = frechet_distance(*(moments_of(pca(side)["pixel_pca"]) for side in sides))
@@ -298,12 +298,12 @@ def problems_of(made: Path, tmp_path: Path, **changes: Any) -> list[str]:
         ({"chunk_size": 0}, "chunk_size: 0 must be"),
         ({"part": "3/3"}, "part: '3/3' is not i/n"),
         ({"part": "first"}, "part: 'first' is not i/n"),
-        ({"sampler": {"num_steps": 1}}, "cells: num_steps 1"),
-        ({"sampler": {"cfg_scale": 0.5}}, "cells: cfg_scale 0.5"),
+        ({"sampler": {"num_steps": 1}}, "cells: num_steps: 1"),
+        ({"sampler": {"cfg_scale": 0.5}}, "cells: cfg_scale: 0.5"),
         ({"sampler": {"cfg_interval": [0.5, 0.2]}}, "cells: cfg_interval"),
         ({"sampler": {"timestep_shift": 0.0}}, "cells: timestep_shift"),
         ({"cells": [{"num_tokens": 16, "length_schedule": [[0, 4], [0.1, 8]]}]},
-         "cells: length_schedule ends at 8"),
+         "cells: length_schedule: it ends at 8"),
         ({"search": {"num_images": 99}, "metrics": ["fid", "pixel_frechet"]},
          r"search\.num_images: 99 must be between 2 and"),
         ({"search": {"num_images": 5}}, r"search\.metric: fid is not among"),
@@ -407,10 +407,10 @@ def test_a_value_stands_for_a_list_of_one_and_lists_multiply(made, tmp_path):
     config = sweep_config(made, tmp_path / "r", cells=cells, sampler={"num_steps": 25})
     found = expand(config)
     assert len(found) == 2 * 2 * 2 + 1
-    assert {cell.num_steps for cell in found} == {25}
-    assert found[0].cfg_interval == (0.0, 1.0)
-    assert found[-1].length_schedule == ((0.0, 8), (0.3, 16))
-    assert found[-1].cfg_interval == (0.2, 0.9)
+    assert {cell.sampler.num_steps for cell in found} == {25}
+    assert found[0].sampler.cfg_interval == (0.0, 1.0)
+    assert found[-1].sampler.length_schedule == ((0.0, 8), (0.3, 16))
+    assert found[-1].sampler.cfg_interval == (0.2, 0.9)
     assert "grows 0:8 0.3:16" in found[-1].label
     raw = with_lists({"cells": [{"num_tokens": 4, "length_schedule": []}]})
     assert raw["cells"] == [{"num_tokens": [4], "length_schedule": [[]]}]
