@@ -19,7 +19,13 @@ __all__ = ["LengthSchedule"]
 
 
 class LengthSchedule:
-    """A cycle through `choices`, or with `weights` an independent draw per step."""
+    """A cycle through `choices`, or with `weights` an independent draw per step.
+
+    Args:
+        choices: Values of K. Each may stand there several times: a cycle then visits it as often.
+        weights: Relative frequency of each choice; None: the cycle.
+        seed: Key of the draws.
+    """
 
     def __init__(
         self, choices: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0
@@ -34,6 +40,7 @@ class LengthSchedule:
         """K at `step`, counted from 0."""
         if self.probabilities is None:
             return self.choices[step % len(self.choices)]
+        # A generator made anew from its key has no state that a resume would have to carry.
         rng = np.random.default_rng([self.seed, int(Purpose.LENGTH), step])
         return self.choices[rng.choice(len(self.choices), p=self.probabilities)]
 
@@ -46,6 +53,7 @@ class LengthSchedule:
         shares = self.probabilities
         if shares is None:
             shares = np.full(len(self.choices), 1 / len(self.choices))
+        # The inverse of the cumulative distribution, by tensors alone: [len(choices) - 1] bounds.
         bounds = torch.tensor(np.cumsum(shares)[:-1], device=uniform.device, dtype=torch.float32)
         choices = torch.tensor(self.choices, device=uniform.device)
         return choices[torch.bucketize(uniform, bounds)]
