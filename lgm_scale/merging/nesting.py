@@ -17,6 +17,7 @@ import bisect
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -87,8 +88,12 @@ def _first_members(assignment: MergeAssignment) -> Tensor:
     return (assignment.pool > 0).to(torch.uint8).argmax(dim=0)
 
 
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # the first to ask may be sampling, the next may need gradients
 def contrast_basis(tree: MergeTree) -> Tensor:
     """Orthonormal vectors, one per usable merge: [N, N - num_blocks] float64, on the CPU.
+
+    Built once per tree and shared: do not write to it.
 
     Column r belongs to row r of `tree.merges`, which joins clusters a and b of s_a and s_b tokens:
     sqrt(s_b / (s_a (s_a + s_b))) on a, -sqrt(s_a / (s_b (s_a + s_b))) on b, zero elsewhere.
