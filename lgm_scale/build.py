@@ -52,13 +52,13 @@ from lgm_scale.families.tokenizer.assets import (
     TEACHER_WIDTHS,
     build_frozen,
     load_from_hub,
-    load_pretrained,
 )
 from lgm_scale.families.tokenizer.critic import CriticHeads
 from lgm_scale.families.tokenizer.network import AUXILIARY_SIZE, Decoder
 from lgm_scale.families.tokenizer.training import TokenizerModel
 from lgm_scale.flops import network_flops, tokenizer_flops
 from lgm_scale.flow import NoiseScale
+from lgm_scale.frozen import load_pretrained
 from lgm_scale.parallel.activation_checkpointing import checkpoint_blocks
 from lgm_scale.parallel.collectives import mean_over_ranks
 from lgm_scale.parallel.compile import compile_blocks

@@ -20,14 +20,16 @@ __all__ = ["Purpose", "keyed_normal", "keyed_uniform", "keyed_uniforms", "stream
 
 
 class Purpose(IntEnum):
-    """What a stream is for. Two purposes never share numbers."""
+    """What a stream is for. Two purposes never share numbers.
+
+    A value enters every number of its streams: it is never changed, nor given again (6 was once).
+    """
 
     NOISE = 1
     TIMESTEP = 2
     LABEL_DROPOUT = 3
     LENGTH = 4
     EXPLORATION = 5
-    AUGMENTATION = 6
     FLIP = 7
     SAMPLING_NOISE = 8
     LATENT_SAMPLE = 9

@@ -23,7 +23,7 @@ from lgm_scale.config.schema import (
 )
 from lgm_scale.errors import CheckpointError, MissingAssetError
 from lgm_scale.families.tokenizer import assets
-from lgm_scale.families.tokenizer.frozen import Frozen
+from lgm_scale.frozen import Frozen, load_pretrained, read_weights
 
 
 def run_of(tmp_path, objective=None, **changes) -> TokenizerRun:
@@ -219,7 +219,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     del state["norm.weight"]
     torch.save(state, tmp_path / "vit.pth")
     with pytest.raises(CheckpointError, match=r"vit\.pth: 1 weights are missing \(norm\.weight"):
-        assets.load_pretrained(vit, tmp_path / "vit.pth")
+        load_pretrained(vit, tmp_path / "vit.pth")
 
 
 class Evil:
@@ -230,5 +230,5 @@ class Evil:
 def test_reading_a_checkpoint_executes_nothing(tmp_path, capsys):
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match=r"evil\.pth cannot be read as weights"):
-        assets.read_weights(tmp_path / "evil.pth")
+        read_weights(tmp_path / "evil.pth")
     assert "executed" not in capsys.readouterr().out

@@ -52,8 +52,8 @@ from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
 from lgm_scale.families.lgm.bundle import TOKENIZER_NAME, load_tokenizer, read_bundle
 from lgm_scale.families.lgm.data import TREE_NAME
-from lgm_scale.families.tokenizer.assets import VGG16_URL
 from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.frozen import VGG16_URL
 from lgm_scale.merging.tree import MergeTree
 
 __all__ = ["main"]

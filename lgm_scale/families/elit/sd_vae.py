@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.families.tokenizer.assets import read_weights
+from lgm_scale.frozen import read_weights
 
 __all__ = ["SDVAE", "encoder_id", "latent_scale", "load_sd_vae", "save_sd_vae"]
 

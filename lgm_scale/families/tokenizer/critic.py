@@ -12,10 +12,20 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-__all__ = ["CriticHeads", "GlobalBatchNorm", "ReduceMean", "critic_view", "one_rank"]
+from lgm_scale.frozen import to_imagenet
+
+__all__ = [
+    "CriticBackbone",
+    "CriticHeads",
+    "GlobalBatchNorm",
+    "ReduceMean",
+    "critic_view",
+    "one_rank",
+]
 
 ReduceMean = Callable[[Tensor], Tensor]
 """Mean of equally shaped tensors over ranks, with a gradient."""
@@ -134,3 +144,45 @@ def critic_view(images: Tensor, size: int, rng: np.random.Generator) -> Tensor:
         top, left = rng.integers(0, given - size + 1, size=2).tolist()
         return images[..., top : top + size, left : left + size]
     return F.interpolate(images, (size, size), mode="area")
+
+
+class CriticBackbone(nn.Module):
+    """Features at several depths, each patch token plus the class token.
+
+    Read before block 0 and after the blocks of `depths`, without the final norm.
+
+    Shapes: images [B, 3, S, S] in [-1, 1], S the transformer's own size -> len(depths) + 1
+    times [B, C, L].
+    Source: the DINO critic of SoftVQ and the LGM release (after StyleGAN-T).
+    """
+
+    def __init__(self, vit: VisionTransformer, depths: tuple[int, ...] = (2, 5, 8, 11)) -> None:
+        super().__init__()
+        self.vit = vit
+        self.depths = depths
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side that it reads."""
+        size = self.vit.patch_embed.img_size
+        assert size is not None
+        return size[0]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Look."""
+        vit = self.vit
+        assert vit.cls_token is not None
+        assert vit.pos_embed is not None
+        x = vit.patch_embed(to_imagenet(images))
+        x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed
+        features = [_with_class(x)]
+        for index, block in enumerate(vit.blocks):
+            x = block(x)
+            if index in self.depths:
+                features.append(_with_class(x))
+        return features
+
+
+def _with_class(x: Tensor) -> Tensor:
+    """Tokens [B, 1 + L, C] -> [B, C, L], the class token added to every patch, float32."""
+    return (x[:, 1:].float() + x[:, :1].float()).transpose(1, 2)

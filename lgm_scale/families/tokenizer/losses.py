@@ -1,12 +1,16 @@
-"""Losses of the tokenizer, one function each.
+"""Losses of the tokenizer: those of its latents and pixels, then those of the adversarial game.
 
-What is not linear in the batch takes `reduce_mean`, so that its value and gradient are those of the
-global batch on any number of ranks. The adversarial losses are in `objectives.adversarial`.
+One function each, of tensors alone: weights, start steps and frozen networks are the training
+model's. What is not linear in the batch takes `reduce_mean`, so that its value and gradient are
+those of the global batch on any number of ranks.
 
-Source: LGM paper and release (SoftVQ's losses plus the alignment loss).
+Source: LGM paper and release: SoftVQ's losses plus the alignment loss; SoftVQ's critic recipe
+(hinge loss, LeCam, consistency under DiffAugment) with VQGAN's adaptive weight.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +20,23 @@ from lgm_scale.families.tokenizer.critic import ReduceMean, one_rank
 from lgm_scale.merging.tree import cosine_similarity, in_block_pairs
 
 __all__ = [
+    "NUM_AUGMENT_DRAWS",
+    "adaptive_weight",
     "alignment_loss",
+    "consistency_loss",
+    "diff_augment",
     "entropy_loss",
+    "generator_loss",
+    "hinge_loss",
+    "lecam_loss",
     "perceptual_weight",
     "pixel_loss",
     "representation_loss",
+    "with_gradient",
 ]
+
+NUM_AUGMENT_DRAWS = 7
+"""Uniform numbers that `diff_augment` takes per image."""
 
 
 def pixel_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
@@ -77,3 +92,124 @@ def alignment_loss(
         target = reduce_mean(cosine_similarity(z.detach()).mean(0))
         excess = torch.relu((target - similarity).abs() - margin)
     return excess[in_block_pairs(len(similarity), num_blocks, z.device)].mean()
+
+
+# --- the adversarial game ---------------------------------------------------------------------
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """Minus the mean logit of reconstructions. Shapes: any -> scalar."""
+    return -fake.mean()
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Half of mean relu(1 - real) + mean relu(1 + fake). Shapes: logits of any shape -> scalar."""
+    return 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())
+
+
+def lecam_loss(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
+    """Keep logits from running away from the moving averages of the other side.
+
+    Shapes: logits of any shape, moving averages of their means [] -> scalar.
+    Source: Tseng et al. 2021.
+    """
+    above = torch.relu(real - mean_fake).square().mean()
+    return above + torch.relu(mean_real - fake).square().mean()
+
+
+def consistency_loss(clean: Tensor, augmented: Tensor) -> Tensor:
+    """Squared difference of logits with and without DiffAugment; the gradient reaches both.
+
+    Shapes: [2 * B, L] twice, real images and reconstructions together -> scalar.
+    """
+    return F.mse_loss(clean, augmented)
+
+
+def adaptive_weight(
+    reconstruction_gradient: Tensor,
+    adversarial_gradient: Tensor,
+    hidden: Tensor,
+    reduce_mean: ReduceMean = one_rank,
+    limit: float = 1e4,
+) -> Tensor:
+    """Ratio of the two losses' gradient norms at the last decoder layer's weight W.
+
+    That layer is linear, out = W h + b, so the gradient to W is sum (dL/dout) h^T: no parameter
+    gradient is asked for, and sharding does not matter. Norms are those of the global batch.
+
+    Shapes: gradients with respect to out [B, P, O], hidden h [B, P, C] -> [], no gradient.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        both = torch.stack((reconstruction_gradient, adversarial_gradient)).float().flatten(1, 2)
+        at_weight = both.transpose(1, 2) @ hidden.detach().float().flatten(0, 1)  # [2, O, C]
+        norms = reduce_mean(at_weight).flatten(1).norm(dim=1)
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, limit).detach()
+
+
+def with_gradient(value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    """A loss whose gradient with respect to x is known already.
+
+    Lets the perceptual net and the critic run backward once, for the adaptive weight and for the
+    step alike; and the critic's weights, which are not on the way, stay constant.
+
+    Shapes: value [], x and gradient of one shape -> [].
+    """
+    return _WithGradient.apply(value.detach(), x, gradient)  # type: ignore[return-value]  # untyped
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = x.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, (upstream[0] * gradient).to(ctx.dtype), None
+
+
+def diff_augment(images: Tensor, draws: Tensor) -> Tensor:
+    """Colour, translation by up to an eighth, and one square of half the side cut out.
+
+    Shapes: images [B, 3, S, S], draws [B, 7] uniform in (0, 1) -> [B, 3, S, S].
+    Source: Zhao et al. 2020, policy colour, translation, cutout (0.5), always applied.
+    """
+    brightness, saturation, contrast, *places = draws.to(images.dtype).unbind(1)
+    x = images + (brightness - 0.5).view(-1, 1, 1, 1)
+    grey = x.mean(1, keepdim=True)
+    x = (x - grey) * (2 * saturation).view(-1, 1, 1, 1) + grey
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (x - mean) * (contrast + 0.5).view(-1, 1, 1, 1) + mean
+    return _cut_out(_translate(x, places[0], places[1]), places[2], places[3])
+
+
+def _translate(x: Tensor, down: Tensor, right: Tensor, ratio: float = 0.125) -> Tensor:
+    """Shift each image by its own whole number of pixels; zeros come in."""
+    size = x.shape[-1]
+    reach = int(size * ratio + 0.5)
+    for dim, draw in ((2, down), (3, right)):
+        shift = (draw * (2 * reach + 1)).long() - reach  # [B], in [-reach, reach]
+        source = torch.arange(size, device=x.device) - shift[:, None]  # [B, S]
+        inside = (source >= 0) & (source < size)
+        index = _along(source.clamp(0, size - 1), dim).expand_as(x)
+        x = x.gather(dim, index) * _along(inside, dim)
+    return x
+
+
+def _cut_out(x: Tensor, down: Tensor, right: Tensor, ratio: float = 0.5) -> Tensor:
+    """Zero a square around a centre anywhere in the image."""
+    size = x.shape[-1]
+    side = int(size * ratio + 0.5)
+    within = []
+    for dim, draw in ((2, down), (3, right)):
+        first = (draw * (size + 1 - side % 2)).long() - side // 2  # [B]
+        place = torch.arange(size, device=x.device) - first[:, None]  # [B, S]
+        within.append(_along((place >= 0) & (place < side), dim))
+    return x * ~(within[0] & within[1])
+
+
+def _along(values: Tensor, dim: int) -> Tensor:
+    """[B, S] -> [B, 1, S, 1] (dim 2) or [B, 1, 1, S] (dim 3)."""
+    return values[:, None, :, None] if dim == 2 else values[:, None, None, :]

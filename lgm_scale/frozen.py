@@ -1,23 +1,38 @@
-"""Networks that are used and never trained: the perceptual net, the teacher, the critic's eyes.
+"""Networks that are used and never trained, how their files are read, and the perceptual distance.
 
 A `Frozen` is no nn.Module: what it holds is in no parameters(), no state_dict, no checkpoint and
-no bundle, is not sharded, and never leaves eval mode. Their files are in `models.assets`.
+no bundle, is not sharded, and never leaves eval mode. Nothing is ever downloaded. Files are read as
+safetensors or with `torch.load(weights_only=True)`: reading one executes nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-__all__ = ["LPIPS", "CriticBackbone", "Frozen", "FrozenNets", "Teacher", "to_imagenet"]
+from lgm_scale.errors import CheckpointError
+
+__all__ = [
+    "LPIPS",
+    "VGG16_URL",
+    "Frozen",
+    "load_perceptual",
+    "load_pretrained",
+    "read_weights",
+    "to_imagenet",
+]
+
+VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 class Frozen:
@@ -33,17 +48,6 @@ class Frozen:
             self.module.to(x.device)
             self._device = x.device
         return self.module(x, *others)
-
-
-@dataclass(frozen=True)
-class FrozenNets:
-    """What the losses look through; None where a loss is off."""
-
-    perceptual: Frozen | None = None
-    teacher: Frozen | None = None
-    critic: Frozen | None = None
-    random_assets: tuple[str, ...] = ()
-    """Config keys of the assets that were missing and got random weights."""
 
 
 def to_imagenet(images: Tensor) -> Tensor:
@@ -102,58 +106,55 @@ class LPIPS(nn.Module):
         return total
 
 
-class Teacher(nn.Module):
-    """Per-patch features of a vision transformer, after its last norm, prefix tokens dropped.
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a file, without executing anything in it. Raises: CheckpointError."""
+    try:
+        if str(path).endswith(".safetensors"):
+            return load_file(str(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds no dictionary of weights")
+    return state
 
-    Shapes: images [B, 3, S, S] in [-1, 1] -> [B, P, F].
+
+def load_pretrained(vit: VisionTransformer, path: str | Path) -> None:
+    """Load a DINO or DINOv2 checkpoint, named as by timm or by its authors.
+
+    timm resamples the patch kernel and the position grid.
+
+    Raises: CheckpointError if a weight of the network is missing in the file, or does not fit.
     """
+    state = checkpoint_filter_fn(read_weights(path), vit)
+    try:
+        result = vit.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the network: {error}") from error
+    if result.missing_keys:
+        names = ", ".join(result.missing_keys[:3])
+        raise CheckpointError(f"{path}: {len(result.missing_keys)} weights are missing ({names})")
 
-    def __init__(self, vit: VisionTransformer) -> None:
-        super().__init__()
-        self.vit = vit
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Look."""
-        return self.vit.forward_features(to_imagenet(images))[:, self.vit.num_prefix_tokens :]
+def load_perceptual(path: str | None) -> Frozen:
+    """LPIPS on VGG16 weights as torchvision publishes them; None for random ones.
 
-
-class CriticBackbone(nn.Module):
-    """Features at several depths, each patch token plus the class token.
-
-    Read before block 0 and after the blocks of `depths`, without the final norm.
-
-    Shapes: images [B, 3, S, S] in [-1, 1], S the transformer's own size -> len(depths) + 1
-    times [B, C, L].
-    Source: the DINO critic of SoftVQ and the LGM release (after StyleGAN-T).
+    Raises: CheckpointError.
     """
-
-    def __init__(self, vit: VisionTransformer, depths: tuple[int, ...] = (2, 5, 8, 11)) -> None:
-        super().__init__()
-        self.vit = vit
-        self.depths = depths
-
-    @property
-    def image_size(self) -> int:
-        """Pixels per side that it reads."""
-        size = self.vit.patch_embed.img_size
-        assert size is not None
-        return size[0]
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Look."""
-        vit = self.vit
-        assert vit.cls_token is not None
-        assert vit.pos_embed is not None
-        x = vit.patch_embed(to_imagenet(images))
-        x = torch.cat((vit.cls_token.expand(len(x), -1, -1), x), dim=1) + vit.pos_embed
-        features = [_with_class(x)]
-        for index, block in enumerate(vit.blocks):
-            x = block(x)
-            if index in self.depths:
-                features.append(_with_class(x))
-        return features
+    lpips = LPIPS()
+    if path is not None:
+        prefix = "features."
+        state = {
+            name.removeprefix(prefix): value
+            for name, value in read_weights(path).items()
+            if name.startswith(prefix)
+        }
+        _load_all(lpips.features, state, path)
+    return Frozen(lpips)
 
 
-def _with_class(x: Tensor) -> Tensor:
-    """Tokens [B, 1 + L, C] -> [B, C, L], the class token added to every patch, float32."""
-    return (x[:, 1:].float() + x[:, :1].float()).transpose(1, 2)
+def _load_all(module: nn.Module, state: dict[str, Tensor], path: str) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the network: {error}") from error
