@@ -42,10 +42,7 @@ class NoiseScale(str, Enum):
 
 
 def interpolate(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """z_t on the straight path from noise to data.
-
-    Shapes: z and noise [B, ...], t [B] in [0, 1] -> [B, ...].
-    """
+    """z_t on the straight path. Shapes: z and noise [B, ...], t [B] in [0, 1] -> [B, ...]."""
     t = t.view(-1, *[1] * (z.ndim - 1))
     return t * z + (1 - t) * noise
 
@@ -56,12 +53,9 @@ def velocity_target(z: Tensor, noise: Tensor) -> Tensor:
 
 
 def sample_timesteps(keys: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Logit-normal timesteps: sigmoid(normal(mean, std)). Shapes: keys [B] -> [B] in (0, 1).
-
-    The middle of the path is drawn most: at its ends one term of the velocity is seen, and the
-    other is best guessed by its mean.
-    Source: Esser et al. 2024, logit-normal sampling.
-    """
+    """Logit-normal timesteps: sigmoid(normal(mean, std)). Shapes: keys [B] -> [B] in (0, 1)."""
+    # The middle is drawn most: at the ends one term of the velocity is seen, the other is best
+    # guessed by its mean.
     normal = keyed_normal(keys, (1,))[:, 0].double()  # float32 sigmoid depends on the batch size
     return torch.sigmoid(normal * std + mean).float()
 

@@ -43,7 +43,7 @@ class Frozen:
         self._device: torch.device | None = None
 
     def __call__(self, x: Tensor, *others: Tensor) -> Any:
-        """Gradients reach the inputs, as far as they ask for any."""
+        """Call the module. Gradients reach the inputs, as far as they ask for any."""
         if self._device != x.device:
             self.module.to(x.device)
             self._device = x.device
@@ -51,7 +51,7 @@ class Frozen:
 
 
 def to_imagenet(images: Tensor) -> Tensor:
-    """From [-1, 1] to ImageNet's normalisation, float32. Shapes: [B, 3, S, S] -> the same."""
+    """From [-1, 1] to ImageNet's normalisation. Shapes: [B, 3, S, S] -> float32 [B, 3, S, S]."""
     mean = images.new_tensor(IMAGENET_DEFAULT_MEAN, dtype=torch.float32).view(3, 1, 1)
     std = images.new_tensor(IMAGENET_DEFAULT_STD, dtype=torch.float32).view(3, 1, 1)
     return ((images.float() + 1) / 2 - mean) / std
@@ -60,7 +60,9 @@ def to_imagenet(images: Tensor) -> Tensor:
 class LPIPS(nn.Module):
     """Perceptual distance on VGG16 with the published linear heads, which torchmetrics ships.
 
-    Shapes: images in [-1, 1], [B, 3, S, S], twice -> [B].
+        sum over layers of mean over places of w . (unit(f(x)) - unit(f(y)))^2
+
+    Shapes: two of [B, 3, S, S] in [-1, 1] -> [B] float32.
     Source: Zhang et al. 2018, version 0.1; equal to torchmetrics' own (private) module.
     """
 
@@ -68,7 +70,7 @@ class LPIPS(nn.Module):
     scale: Tensor
 
     SLICES = ((0, 4), (4, 9), (9, 16), (16, 23), (23, 30))
-    """Layers of VGG16 up to relu1_2, relu2_2, relu3_3, relu4_3, relu5_3."""
+    """Layers of VGG16 up to relu1_2, relu2_2, relu3_3, relu4_3, relu5_3, read after each slice."""
     CHANNELS = (64, 128, 256, 512, 512)
 
     def __init__(self) -> None:
@@ -82,6 +84,7 @@ class LPIPS(nn.Module):
         self._load_heads()
 
     def _load_heads(self) -> None:
+        """Read the heads from torchmetrics' own files, without importing it: that takes seconds."""
         if self.shift.is_meta:  # only counted
             return
         spec = find_spec("torchmetrics")
@@ -93,12 +96,13 @@ class LPIPS(nn.Module):
             head.load_state_dict({"weight": state[f"lin{index}.model.1.weight"]})
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distance of each pair."""
+        """Distances [B] of B pairs of images [B, 3, S, S]."""
         x = (torch.cat((first, second)) - self.shift) / self.scale
         total = first.new_zeros(len(first), dtype=torch.float32)
         weights = self.heads.parameters()  # [1, C, 1, 1] each
         for (start, end), weight in zip(self.SLICES, weights, strict=True):
-            x = self.features[start:end](x)
+            x = self.features[start:end](x)  # [2 B, C, h, w], both images of all pairs
+            # Along the channels: what counts is which features answer, not how loudly.
             unit = x.float() / torch.sqrt(1e-8 + x.float().square().sum(1, keepdim=True))
             a, b = unit.chunk(2)
             # Not as a convolution: autocast would make it bfloat16.
@@ -154,6 +158,7 @@ def load_perceptual(path: str | None) -> Frozen:
 
 
 def _load_all(module: nn.Module, state: dict[str, Tensor], path: str) -> None:
+    """Load all weights of a module, no more and no fewer. Raises: CheckpointError."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

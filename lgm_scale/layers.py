@@ -36,11 +36,7 @@ NORM_EPS = torch.finfo(torch.float32).eps
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x (1 + scale) + shift. Shapes: x [B, K, C], shift and scale [B, C] -> [B, K, C].
-
-    One plus: a modulation that starts at zero leaves the normalised tokens as they are.
-    Source: DiT (Peebles and Xie 2023), adaptive layer norm.
-    """
+    """adaLN: x (1 + scale) + shift, no change at zero. Shapes: x [B, K, C], shift, scale [B, C]."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -63,19 +59,12 @@ def proportional_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | 
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> Tensor:
-    """Proportional attention with log sizes as a float mask [1, K], the same for every query.
-
-    Shapes: q, k, v [B, H, K, C/H], log_sizes [K] -> [B, H, K, C/H].
-    """
+    """Proportional attention by a mask: q, k, v and result [B, H, K, C/H], log_sizes [K]."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=log_sizes.to(q.dtype)[None, :])
 
 
 def extra_channel_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> Tensor:
-    """Proportional attention without a mask: log sizes in a channel of their own.
-
-    Shapes: q, k, v [B, H, K, C/H], log_sizes [K] -> [B, H, K, C/H].
-    Source: ours.
-    """
+    """Proportional attention by a channel: q, k, v and result [B, H, K, C/H], log_sizes [K]."""
     head_dim = q.shape[-1]
     pad = 8 - head_dim % 8  # 1 to 8 channels: flash kernels ask for widths divisible by 8
     extra_q = q.new_zeros(pad)
@@ -96,8 +85,7 @@ class Attention(nn.Module):
     Args:
         width: C.
         num_heads: H; C must be divisible by it.
-        qk_norm: Normalise queries and keys per head, which bounds the logits: without it they can
-            grow in a long bfloat16 run until the softmax saturates. SiT has none.
+        qk_norm: Normalise queries and keys per head, which bounds the logits in long runs.
     """
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool = True) -> None:
@@ -171,7 +159,7 @@ class DiTBlock(nn.Module):
         mlp: The block's MLP.
         norm: Makes a norm of a width; the block has two.
 
-    Source: DiT (Peebles and Xie 2023), adaLN-Zero block.
+    Source: DiT (Peebles and Xie 2023), adaLN-Zero.
     """
 
     def __init__(
@@ -254,10 +242,7 @@ class LabelEmbedding(nn.Module):
 
 
 def initialize_transformer(net: nn.Module, *tables: Tensor) -> None:
-    """Start as adaLN-Zero does: the identity, and an output of zero.
-
-    With every gate at zero a network of any depth starts as its own input, and the loss as the
-    power of the velocity.
+    """Start as adaLN-Zero does: every block the identity at any depth, and an output of zero.
 
     Xavier for matrices, std .02 for `tables` and for the embeddings of t and label, zero for
     biases, for every modulation and for the output.

@@ -100,9 +100,6 @@ def contrast_basis(tree: MergeTree) -> Tensor:
 
     Built once per tree and shared: do not write to it.
 
-    Why contrasts: they are what a merge forgets, and nothing else. In them white noise is white
-    at every K, so a cluster can be split by drawing its contrast alone.
-
     Column r belongs to row r of `tree.merges`, which joins clusters a and b of s_a and s_b tokens:
     sqrt(s_b / (s_a (s_a + s_b))) on a, -sqrt(s_a / (s_b (s_a + s_b))) on b, zero elsewhere.
     The N - K columns from the first on vanish when merged to K; the others are constant within

@@ -160,11 +160,9 @@ class MergeTree:
     ) -> MergeTree:
         """Cluster by cosine similarity, average linkage.
 
-        Exploration shows training merges that the embeddings do not favour (yet), so that the
-        gradient of the reconstruction can judge them.
-
         Shapes: similarity [N, N], of which the upper triangle is read;
-        exploration [N * (N - 1) / 2], added to that triangle, row by row (training only).
+        exploration [N * (N - 1) / 2], added to that triangle, row by row (training only, so that
+        the reconstruction can judge merges that the embeddings do not favour yet).
         Source: LGM paper; noise from the release, 0.1 * clip(normal, -1, 1).
         """
         size = similarity.shape[0]
@@ -263,10 +261,8 @@ class MergeTree:
 
 
 def cosine_similarity(vectors: Tensor) -> Tensor:
-    """Cosine similarity of all pairs: [..., N, E] -> [..., N, N], float32 or wider.
-
-    In half precision the similarities of close pairs would tie, and ties decide the tree.
-    """
+    """Cosine similarity of all pairs: [..., N, E] -> [..., N, N], float32 or wider."""
+    # In half precision the similarities of close pairs would tie, and ties decide the tree.
     wide = vectors if vectors.dtype == torch.float64 else vectors.float()
     unit = F.normalize(wide, dim=-1)
     return unit @ unit.transpose(-1, -2)

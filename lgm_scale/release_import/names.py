@@ -120,13 +120,14 @@ def fit(
 
     Args:
         state: Weights under the release's names.
-        report: Of `translate`.
+        report: What `translate` made of the state's names.
         expected: State of the network to fill; its shapes count (it may be on the meta device).
         path: For messages.
 
     Raises: CheckpointError naming all keys that are unknown, missing, twice there, of another
     shape, or not finite.
     """
+    # Two of their names may become one of ours: found here, and not by whichever comes last.
     sources: dict[str, list[str]] = {}
     for theirs, ours in report.taken.items():
         sources.setdefault(ours, []).append(theirs)
@@ -157,6 +158,7 @@ def fit(
 
 
 def _shortened(problems: list[str]) -> list[str]:
+    """Lines of the first problems, and how many more there are."""
     lines = [f"  - {problem}" for problem in problems[:_MAX_PROBLEMS]]
     rest = len(problems) - len(lines)
     return [*lines, f"  - and {rest} more"] if rest else lines

@@ -19,13 +19,7 @@ __all__ = ["LengthSchedule"]
 
 
 class LengthSchedule:
-    """A cycle through `choices`, or with `weights` an independent draw per step.
-
-    Args:
-        choices: Values of K. Each may stand there several times: a cycle then visits it as often.
-        weights: Relative frequency of each choice; None: the cycle.
-        seed: Key of the draws.
-    """
+    """A cycle through `choices` (K, which may repeat), or with `weights` a draw per step."""
 
     def __init__(
         self, choices: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0

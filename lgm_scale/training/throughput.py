@@ -93,11 +93,7 @@ class Throughput(Callback):
         self._images = 0
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Mark the start of a step, and of the interval.
-
-        The batch is still whole here, and `StepKeys` has put its K in; at the step's end it is the
-        last micro-batch.
-        """
+        """Mark the start of a step, and of the interval. The batch is still whole here."""
         self._num_tokens = state.batch["num_tokens"]
         self._images = len(state.batch["sample_ids"]) * dist.get_world_size()
         self._start = self._clock.mark()

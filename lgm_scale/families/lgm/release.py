@@ -50,7 +50,7 @@ def import_generator(
         tokenizer: Bundle of the tokenizer that made the latents.
         latent_stats: File with their mean and std per channel.
         merge_tree: The release's merge dictionary; None: the tokenizer's own tree.
-        classes: See `class_names`.
+        classes: Where the classes' names are from: a text file, 'imagenet', or None for indices.
         noise_scale: How it was trained to see noise; the checkpoint does not say.
         weights: Which of its weights, 'ema' or 'model'.
 
@@ -71,7 +71,7 @@ def import_generator(
             "together"
         )
     report = translate(state, our_generator_name, {})
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes alone: nothing is allocated or initialised
         expected = build_generator(config).state_dict()
     tensors = fit(state, report, expected, source)
     tree, about_tree = None, "merge tree: the tokenizer's"
@@ -105,6 +105,7 @@ def config_from_shapes(
     depth = len({match.group(1) for match in blocks if match})
     if rows < 2:
         raise CheckpointError(f"{path}: key y_embedder: {rows} rows, expected classes + 1")
+    # Of fused qkv only the width is seen; the per-head norm tells the width of a head.
     for name, row in DIT_SIZES.items():
         if (row.width, row.depth, row.num_heads * head) == (width, depth, width):
             return GeneratorModelConfig(

@@ -86,6 +86,7 @@ def read_cuts(path: str | Path) -> list[MergeAssignment]:
 
 
 def _tensors(value: object) -> Iterable[Tensor]:
+    """All tensors of a value, however deep it is nested."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)):
@@ -124,9 +125,10 @@ def _labels(matrix: Tensor, num_tokens: int, where: str) -> Tensor:
         raise CheckpointError(
             f"{where}: a matrix of shape {list(matrix.shape)}, expected [N, {num_tokens}]"
         )
-    member = matrix.double() > 0
+    member = matrix.double() > 0  # [N, K]
     if not torch.equal(member.sum(1), torch.ones(len(matrix), dtype=torch.int64)):
         raise CheckpointError(f"{where}: its matrix does not put each token into one cluster")
+    # What it may be: P itself (columns sum to 1), or A (zeros and ones). Anything else is no cut.
     shares = member.double() / member.sum(0).clamp_min(1)
     averaging = torch.allclose(matrix.double(), shares, atol=1e-4)
     if not averaging and not torch.equal(matrix.double(), member.double()):

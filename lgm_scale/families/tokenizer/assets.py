@@ -1,8 +1,7 @@
-"""Files of frozen or pretrained networks that the user provides, and how they are read.
+"""Files of frozen or pretrained networks that the user provides, and the networks made of them.
 
-Nothing is ever downloaded. A missing file is reported before anything else is built, with its
-config key, path, source and purpose. Files are read as safetensors or with
-`torch.load(weights_only=True)`: reading one executes nothing.
+Nothing is downloaded unless a key asks for it. A missing file is reported before anything else is
+built, with its config key, path, source and purpose.
 """
 
 from __future__ import annotations
@@ -132,6 +131,9 @@ class FrozenNets:
 class Teacher(nn.Module):
     """Per-patch features of a vision transformer, after its last norm, prefix tokens dropped.
 
+    Latents from which these can be predicted hold what an image shows, not its pixels alone, and
+    are easier to generate.
+
     Shapes: images [B, 3, S, S] in [-1, 1] -> [B, P, F].
     """
 
@@ -140,7 +142,7 @@ class Teacher(nn.Module):
         self.vit = vit
 
     def forward(self, images: Tensor) -> Tensor:
-        """Look."""
+        """Features [B, P, F] of images [B, 3, S, S]."""
         return self.vit.forward_features(to_imagenet(images))[:, self.vit.num_prefix_tokens :]
 
 
@@ -148,7 +150,7 @@ def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:
     """The frozen networks that the configuration asks for.
 
     Args:
-        config: Of the run.
+        config: The run's configuration.
         read: Load the files; else only the structure is built (to count).
 
     Raises: MissingAssetError, CheckpointError.

@@ -40,19 +40,20 @@ NUM_AUGMENT_DRAWS = 7
 
 
 def pixel_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error. Shapes: [B, 3, S, S] in [-1, 1], twice -> scalar."""
+    """Mean squared error. Shapes: two of [B, 3, S, S] in [-1, 1] -> scalar."""
     return F.mse_loss(reconstruction.float(), images.float())
 
 
 def perceptual_weight(weight: float, step: int, warmup: int) -> float:
-    """Linear warm-up: weight * min(1, step / warmup)."""
+    """Linear warm-up: weight * min(1, step / warmup), with warmup in steps and 0 for none."""
     return weight * min(1.0, step / warmup) if warmup else weight
 
 
 def representation_loss(prediction: Tensor, features: Tensor) -> Tensor:
     """Minus the cosine of predicted and teacher features, mean over patches.
 
-    Shapes: [B, P, F] twice -> scalar in [-1, 1].
+    Shapes: two of [B, P, F] -> scalar in [-1, 1].
+    Source: LGM release, after SoftVQ's alignment to DINOv2.
     """
     return -F.cosine_similarity(prediction.float(), features.float(), dim=-1).mean()
 
@@ -62,13 +63,17 @@ def entropy_loss(
 ) -> Tensor:
     """Certain per token, diverse over the batch: mean entropy(q) - entropy(mean q).
 
+    The first part alone would choose one code for all tokens; the second keeps all codes in use.
+
     Shapes: code_logits [num_codebooks, M, codes] (cosines) -> scalar. As in the release, the
     mean q runs over all tokens of all segments, code i of every book counting as one.
+    Source: SoftVQ and the LGM release, constants included.
     """
     sharp = code_logits.float() / temperature
     q = torch.softmax(sharp, dim=-1)
     log_q = torch.log_softmax(sharp + 1e-5, dim=-1)
     per_token = -(q * log_q).sum(-1).mean()
+    # The logarithm of a mean is not the mean of logarithms: over all ranks first.
     usage = reduce_mean(q.mean((0, 1)))  # [codes]
     return per_token + (usage * torch.log(usage + 1e-6)).sum()
 
@@ -82,6 +87,8 @@ def alignment_loss(
 ) -> Tensor:
     """Pull the embeddings' similarities to those of the latents they stand for.
 
+    The margin leaves room for the reconstruction to decide: what is about right is not pushed.
+
     Mean over in-block pairs of relu(|C - S| - margin), C the batch mean of the latents' cosine
     similarities (detached), S that of the merge embeddings.
 
@@ -89,8 +96,9 @@ def alignment_loss(
     Source: LGM paper, alignment loss.
     """
     with torch.autocast(z.device.type, enabled=False):
-        target = reduce_mean(cosine_similarity(z.detach()).mean(0))
-        excess = torch.relu((target - similarity).abs() - margin)
+        # Detached: embeddings follow the latents, and no latent is bent to suit the tree.
+        target = reduce_mean(cosine_similarity(z.detach()).mean(0))  # [N, N]
+        excess = torch.relu((target - similarity).abs() - margin)  # [N, N]
     return excess[in_block_pairs(len(similarity), num_blocks, z.device)].mean()
 
 
@@ -104,6 +112,7 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Half of mean relu(1 - real) + mean relu(1 + fake). Shapes: logits of any shape -> scalar."""
+    # A logit beyond its margin has no gradient: the critic is done with what it tells apart.
     return 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())
 
 
@@ -120,7 +129,7 @@ def lecam_loss(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor)
 def consistency_loss(clean: Tensor, augmented: Tensor) -> Tensor:
     """Squared difference of logits with and without DiffAugment; the gradient reaches both.
 
-    Shapes: [2 * B, L] twice, real images and reconstructions together -> scalar.
+    Shapes: two of [2 * B, L], real images and reconstructions together -> scalar.
     """
     return F.mse_loss(clean, augmented)
 
@@ -134,14 +143,18 @@ def adaptive_weight(
 ) -> Tensor:
     """Ratio of the two losses' gradient norms at the last decoder layer's weight W.
 
+        d = |grad_W (pixel + perceptual)| / (|grad_W adversarial| + 1e-4), in [0, limit]
+
     That layer is linear, out = W h + b, so the gradient to W is sum (dL/dout) h^T: no parameter
     gradient is asked for, and sharding does not matter. Norms are those of the global batch.
 
     Shapes: gradients with respect to out [B, P, O], hidden h [B, P, C] -> [], no gradient.
     """
     with torch.autocast(hidden.device.type, enabled=False):
+        # [2, B P, O]: every patch of every image is one row of the linear layer's batch.
         both = torch.stack((reconstruction_gradient, adversarial_gradient)).float().flatten(1, 2)
         at_weight = both.transpose(1, 2) @ hidden.detach().float().flatten(0, 1)  # [2, O, C]
+        # Gradients are averaged over ranks before a norm is taken, as the optimizer's are.
         norms = reduce_mean(at_weight).flatten(1).norm(dim=1)
     return (norms[0] / (norms[1] + 1e-4)).clamp(0, limit).detach()
 
@@ -158,6 +171,8 @@ def with_gradient(value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
 
 
 class _WithGradient(torch.autograd.Function):
+    """The value in forward, the known gradient times what comes from above in backward."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
@@ -176,7 +191,9 @@ def diff_augment(images: Tensor, draws: Tensor) -> Tensor:
     Shapes: images [B, 3, S, S], draws [B, 7] uniform in (0, 1) -> [B, 3, S, S].
     Source: Zhao et al. 2020, policy colour, translation, cutout (0.5), always applied.
     """
+    # In tensors alone, image by image: nothing waits for the host, and gradients pass.
     brightness, saturation, contrast, *places = draws.to(images.dtype).unbind(1)
+    # Added brightness +-0.5, colour around grey times 0 to 2, contrast around the mean 0.5 to 1.5.
     x = images + (brightness - 0.5).view(-1, 1, 1, 1)
     grey = x.mean(1, keepdim=True)
     x = (x - grey) * (2 * saturation).view(-1, 1, 1, 1) + grey
@@ -206,6 +223,7 @@ def _cut_out(x: Tensor, down: Tensor, right: Tensor, ratio: float = 0.5) -> Tens
     for dim, draw in ((2, down), (3, right)):
         first = (draw * (size + 1 - side % 2)).long() - side // 2  # [B]
         place = torch.arange(size, device=x.device) - first[:, None]  # [B, S]
+        # The centre is drawn, not the corner: a square may reach over the border.
         within.append(_along((place >= 0) & (place < side), dim))
     return x * ~(within[0] & within[1])
 
