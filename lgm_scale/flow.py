@@ -96,7 +96,7 @@ def flow_loss(
 
 
 def spatial_flow_loss(v_pred: Tensor, v_target: Tensor) -> Tensor:
-    """Squared error per sample: its mean over channels and places. Shapes: [B, ...] x 2 -> [B]."""
+    """Mean squared error per sample, float32. Shapes: two of [B, C, S, S] -> [B]."""
     return (v_pred.float() - v_target.float()).square().flatten(1).mean(-1)
 
 

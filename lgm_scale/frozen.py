@@ -153,13 +153,8 @@ def load_perceptual(path: str | None) -> Frozen:
             for name, value in read_weights(path).items()
             if name.startswith(prefix)
         }
-        _load_all(lpips.features, state, path)
+        try:
+            lpips.features.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} does not fit the network: {error}") from error
     return Frozen(lpips)
-
-
-def _load_all(module: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    """Load all weights of a module, no more and no fewer. Raises: CheckpointError."""
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the network: {error}") from error

@@ -92,7 +92,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
-        norm = nn.RMSNorm if qk_norm else _no_norm
+        norm = nn.RMSNorm if qk_norm else nn.Identity
         self.q_norm = norm(width // num_heads, eps=NORM_EPS)
         self.k_norm = norm(width // num_heads, eps=NORM_EPS)
         self.proj = nn.Linear(width, width)
@@ -106,10 +106,6 @@ class Attention(nn.Module):
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         out = proportional_attention(q, k, v, log_sizes)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
-
-
-def _no_norm(width: int, eps: float) -> nn.Module:
-    return nn.Identity()
 
 
 def swiglu_hidden(width: int) -> int:
@@ -141,7 +137,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the MLP."""
+        """Apply the MLP to x [..., C]."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -173,7 +169,7 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, log_sizes: Tensor | None = None) -> Tensor:
-        """Apply the block."""
+        """Transform x [B, K, C] under condition [B, C]; log_sizes [K], or None where all are 1."""
         # t and label reach the block through these six vectors alone; the order is the release's.
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(
             6, dim=-1

@@ -45,7 +45,7 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
 
     Two equal images have none; they count as if a single value were one level off.
 
-    Shapes: uint8 [B, ...] x 2 -> float64 [B].
+    Shapes: two of uint8 [B, ...] -> float64 [B].
     """
     difference = images.flatten(1).double() - others.flatten(1).double()
     error = difference.square().mean(1)

@@ -125,7 +125,7 @@ def _join_blocks(linkages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=16)
 def _pairs(size: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the pairs i < j of one block, block by block: int64, twice."""
+    """Rows i and columns j of the pairs i < j of one block, block by block, int64."""
     in_block = size // num_blocks
     starts = np.arange(num_blocks)[:, None] * in_block
     rows, columns = np.triu_indices(in_block, 1)
@@ -134,13 +134,13 @@ def _pairs(size: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=16)
 def _positions_in_matrix(size: int, num_blocks: int, device: torch.device) -> Tensor:
-    """Where those pairs are in a flattened [N, N] matrix; kept on the device."""
+    """Where the pairs i < j of one block are in a flattened [N, N] matrix, on the device."""
     rows, columns = _pairs(size, num_blocks)
     return torch.from_numpy(rows * size + columns).to(device)
 
 
 @lru_cache(maxsize=16)
 def _positions_in_pairs(size: int, num_blocks: int) -> np.ndarray:
-    """Where those pairs are among all pairs i < j, row by row."""
+    """Where the pairs i < j of one block are among the pairs of all tokens, row by row."""
     rows, columns = _pairs(size, num_blocks)
     return rows * size - rows * (rows + 1) // 2 + columns - rows - 1

@@ -61,12 +61,12 @@ class MergeAssignment:
 
     @property
     def num_base_tokens(self) -> int:
-        """N."""
+        """N, base tokens of an image."""
         return self.labels.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """K."""
+        """K, clusters of this cut."""
         return self.sizes.shape[0]
 
     def to(self, device: torch.device | str) -> MergeAssignment:
@@ -142,7 +142,7 @@ class MergeTree:
 
     @property
     def num_base_tokens(self) -> int:
-        """N."""
+        """N, base tokens of an image."""
         return self.merges.shape[0] + 1
 
     @classmethod

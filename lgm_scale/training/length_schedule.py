@@ -31,7 +31,7 @@ class LengthSchedule:
             self.probabilities = np.asarray(weights, dtype=np.float64) / sum(weights)
 
     def num_tokens(self, step: int) -> int:
-        """K at `step`, counted from 0."""
+        """The length K of a step; steps count from 0."""
         if self.probabilities is None:
             return self.choices[step % len(self.choices)]
         # A generator made anew from its key has no state that a resume would have to carry.

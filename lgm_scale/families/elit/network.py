@@ -287,7 +287,7 @@ class ELIT(SiT):
 
     @property
     def token_lengths(self) -> tuple[int, ...]:
-        """K = k G for k = 1 .. J."""
+        """Every K that the network runs at, rising: k G for k = 1 .. J."""
         return tuple(k * self.num_windows for k in range(1, self.max_budget + 1))
 
     def check_length(self, num_tokens: int) -> None:
@@ -295,7 +295,7 @@ class ELIT(SiT):
         self.budget(num_tokens)
 
     def budget(self, num_tokens: int) -> int:
-        """k, latents per window, of K tokens. Raises: ConfigError."""
+        """Latents per window, k, at K tokens. Raises: ConfigError for a K that is no budget."""
         k, rest = divmod(num_tokens, self.num_windows)
         if rest or not 1 <= k <= self.max_budget:
             raise ConfigError(

@@ -15,10 +15,8 @@ from lgm_scale.config.schema import InterfaceConfig, SpaceConfig, SpatialModelCo
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.elit.bundle import build_spatial_generator, save_spatial_bundle
 from lgm_scale.families.elit.network import SIT_SIZES, sincos_table
-from lgm_scale.families.lgm.release import class_names
-from lgm_scale.families.tokenizer.release import provenance, shape_of
-from lgm_scale.release_import.names import KeyReport, fit, translate
-from lgm_scale.release_import.reading import read_dictionary, weights_of
+from lgm_scale.release_import.names import KeyReport, class_names, fit, provenance, translate
+from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
 
 __all__ = ["import_elit", "our_elit_name", "spatial_config_from_shapes"]
 
@@ -51,7 +49,7 @@ _TABLE_TOLERANCE = 1e-5
 
 
 def our_elit_name(name: str) -> str:
-    """From the release's name of a weight to ours."""
+    """Our name of a weight of ELIT or SiT, given the release's."""
     for theirs, ours in _PARTS.items():
         name = name.replace(theirs, ours)
     return name

@@ -84,7 +84,7 @@ class SDVAE(nn.Module):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, not scaled; float32 under any autocast.
 
-        Shapes: images [B, 3, S, S] in [-1, 1] -> [B, channels, S / downsampling, ...] twice.
+        Shapes: images [B, 3, S, S] in [-1, 1] -> two of [B, channels, h, h], h = S / downsampling.
         """
         for pixels in images.shape[-2:]:
             self.side(pixels)

@@ -103,7 +103,7 @@ class MergeDiT(nn.Module):
     def from_size(
         cls, size: str, latent_dim: int, num_base_tokens: int, num_classes: int
     ) -> MergeDiT:
-        """Build a row of `DIT_SIZES`."""
+        """Build the network of a size that `DIT_SIZES` names."""
         row = DIT_SIZES[size]
         return cls(row.width, row.depth, row.num_heads, latent_dim, num_base_tokens, num_classes)
 

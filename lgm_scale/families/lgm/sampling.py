@@ -58,7 +58,7 @@ class _Trajectory:
     nestings: dict[tuple[int, int], Nesting] = field(default_factory=dict)
 
     def cut(self, num_tokens: int) -> MergeAssignment:
-        """The caller's own cut; the tree is asked only for others."""
+        """The cut at K: the caller's own, or where that has another length the tree's."""
         if num_tokens == self.final.num_tokens:
             return self.final
         if self.tree is None:
@@ -69,13 +69,13 @@ class _Trajectory:
         return self.tree.assignment(num_tokens, self.final.labels.device)
 
     def nesting(self, fine: int, coarse: int) -> Nesting:
-        """Two cuts and what relates them; made once."""
+        """Two cuts of the tree and what relates them; made once per batch."""
         if (fine, coarse) not in self.nestings:
             self.nestings[fine, coarse] = Nesting.between(self.cut(fine), self.cut(coarse))
         return self.nestings[fine, coarse]
 
     def start(self, num_tokens: int) -> Tensor:
-        """The noise as seen at K' <= K. Shapes: -> [B, K', D]."""
+        """The noise as seen at K' <= K tokens: [B, K', D]."""
         if num_tokens == self.final.num_tokens:
             return self.noise
         # Merged, not drawn again: an image is the same one whether its trajectory grows or not.

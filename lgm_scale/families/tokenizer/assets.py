@@ -119,7 +119,7 @@ def load_from_hub(vit: VisionTransformer, size: str) -> None:
 
 @dataclass(frozen=True)
 class FrozenNets:
-    """What the losses look through; None where a loss is off."""
+    """The frozen networks that the losses look through; None where a loss is off."""
 
     perceptual: Frozen | None = None
     teacher: Frozen | None = None

@@ -152,7 +152,7 @@ class LearnedMerging(LengthControl):
         self.initialize()
 
     def initialize(self) -> None:
-        """Rows as random unit vectors."""
+        """Draw the embeddings as random unit vectors."""
         with torch.no_grad():
             self.embeddings.normal_()
             self.embeddings.copy_(F.normalize(self.embeddings, dim=-1))
@@ -299,7 +299,7 @@ LENGTH_CONTROLS: dict[str, type[LengthControl]] = {
 def build_length_control(
     name: str, num_base_tokens: int, num_blocks: int, latent_dim: int, dropped_tokens: str
 ) -> LengthControl:
-    """The control of this name. Raises: ConfigError for an unknown one."""
+    """Build the length control of a name. Raises: ConfigError for an unknown one."""
     if name not in LENGTH_CONTROLS:
         known = ", ".join(LENGTH_CONTROLS)
         raise ConfigError(f"model.length_control: {name!r} is unknown; choose from {known}")

@@ -24,7 +24,7 @@ class SoftQuantizer(nn.Module):
             blocks within which tokens may merge.
         codebook_size: Codes per book.
         dim: D, of tokens and codes.
-        temperature: Of the softmax that weights the codes; at 0.07 a few codes share a token.
+        temperature: Divides the cosines in the softmax; at 0.07 a few codes share a token.
     """
 
     def __init__(
