@@ -312,7 +312,7 @@ class ELIT(SiT):
         for block in blocks[:first]:
             x = block(x, condition)
         latents, spatial = self.read(x, condition)  # [B, G, J, C]
-        # Always the first k, the same in every window: a view, no gather, and no mask in the core.
+        # Always the first k, the same in every window: a slice, no gather, and no mask in the core.
         kept = latents[:, :, :k].flatten(1, 2).contiguous()  # [B, K, C], one layout at every k
         for block in blocks[first:last]:
             kept = block(kept, condition)

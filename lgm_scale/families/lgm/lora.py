@@ -11,7 +11,6 @@ Source: the release trains one such set per K for its published numbers ('legacy
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +43,7 @@ class Adapter:
     Args:
         weights: For each layer, `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight`
             [out, rank], float32.
-        alpha: Numerator of the scale, which is so kept apart from the rank.
+        alpha: Numerator of the scale alpha / rank, which keeps the change's size as rank varies.
     """
 
     weights: dict[str, Tensor]
@@ -93,10 +92,7 @@ def add_adapter(net: MergeDiT, rank: int, alpha: float) -> None:
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(TARGETS), lora_dropout=0.0, bias="none"  # type: ignore[arg-type]  # a float scale works
     )  # fmt: skip
-    with warnings.catch_warnings():
-        # peft expects a network of transformers, and says so of any other.
-        warnings.filterwarnings("ignore", message=".*no config.*")
-        inject_adapter_in_model(config, net, adapter_name=_NAME)
+    inject_adapter_in_model(config, net, adapter_name=_NAME)
 
 
 def plain_names(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def bipartite_labels(z: Tensor, num_tokens: int, num_blocks: int, share: float =
         member = F.one_hot(labels, size).float()  # [B, N, N]; column j is empty once j is merged
         alive = member.any(1)  # [B, N]
         # Alternate clusters, so that each has near neighbours on the other side. Sources link to
-        # targets only: no chain of merges can form in a round, and all links are cut in parallel.
+        # targets only: no chain of merges can form in a round, so all are made at once.
         rank = alive.view(batch, num_blocks, -1).cumsum(-1).view(batch, size)  # 1, 2, ... in block
         source, target = alive & (rank % 2 == 1), alive & (rank % 2 == 0)
         unit = F.normalize(member.transpose(1, 2) @ z.float(), dim=-1)  # directions of the means
