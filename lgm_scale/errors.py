@@ -26,7 +26,7 @@ USER_ERROR_STATUS = 2
 
 
 class LGMError(Exception):
-    """Base of every error that the user, and not we, can fix."""
+    """Base of every error that a user can fix, and not only a programmer."""
 
 
 class ConfigError(LGMError):
@@ -41,7 +41,10 @@ class ConfigError(LGMError):
         self._source = source
 
     def __reduce__(self) -> tuple:
-        """Ranks tell each other their errors: copied by its parts, not by its text."""
+        """Take a copy apart into problems and source, not into the finished text.
+
+        Ranks send each other their errors, and pickle would call the class with the text alone.
+        """
         return ConfigError, (self.problems, self._source)
 
 

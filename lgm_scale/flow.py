@@ -42,24 +42,26 @@ class NoiseScale(str, Enum):
 
 
 def interpolate(z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """z_t on the straight path. Shapes: z, noise [B, ...], t [B] in [0, 1] -> as z."""
+    """z_t on the straight path. Shapes: z and noise [B, ...], t [B] in [0, 1] -> [B, ...]."""
     t = t.view(-1, *[1] * (z.ndim - 1))
     return t * z + (1 - t) * noise
 
 
 def velocity_target(z: Tensor, noise: Tensor) -> Tensor:
-    """dz_t/dt, constant along the path. Shapes: [B, ...] x 2 -> the same."""
+    """The velocity dz_t/dt, constant along the path. Shapes: z, noise [B, ...] -> [B, ...]."""
     return z - noise
 
 
 def sample_timesteps(keys: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Logit-normal timesteps: sigmoid(normal(mean, std)). Shapes: keys [B] -> [B] in (0, 1)."""
+    # The middle is drawn most: at the ends one term of the velocity is seen, the other is best
+    # guessed by its mean.
     normal = keyed_normal(keys, (1,))[:, 0].double()  # float32 sigmoid depends on the batch size
     return torch.sigmoid(normal * std + mean).float()
 
 
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
-    """T' = a t / (1 + (a - 1) t): a < 1 spends more steps near the noise. Any shape, in [0, 1]."""
+    """Grid a t / (1 + (a - 1) t): a < 1 spends more steps near the noise. Any shape, in [0, 1]."""
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -67,7 +69,8 @@ def merged_noise(keys: Tensor, assignment: MergeAssignment, dim: int, scale: Noi
     """Noise at K tokens, one stream per sample.
 
     Shapes: keys [B] -> [B, K, dim] float32. CORRECTED draws all N tokens and merges them, so the
-    noises of one sample at two lengths are views of one process.
+    noises of one sample at two lengths are views of one process, and the noisy state at K' < K is
+    the merge of that at K. LEGACY noise is too strong for that by sqrt(size) in every cluster.
     """
     if scale == NoiseScale.LEGACY:
         return keyed_normal(keys, (assignment.num_tokens, dim))
@@ -78,6 +81,9 @@ def flow_loss(
     v_pred: Tensor, v_target: Tensor, assignment: MergeAssignment, scale: NoiseScale
 ) -> Tensor:
     """Squared error per sample, token j weighted by sizes_j * K / N under CORRECTED.
+
+    A merged token has noise of variance 1 / size and so an error that is smaller by about as much;
+    the weight makes it count as the tokens that it stands for.
 
     Shapes: v_pred, v_target [B, K, D] -> [B] float32. The weights' mean is 1. The value grows
     with K by construction: compare a length only with itself.
@@ -90,7 +96,7 @@ def flow_loss(
 
 
 def spatial_flow_loss(v_pred: Tensor, v_target: Tensor) -> Tensor:
-    """Squared error per sample: its mean over channels and places. Shapes: [B, ...] x 2 -> [B]."""
+    """Mean squared error per sample, float32. Shapes: two of [B, C, S, S] -> [B]."""
     return (v_pred.float() - v_target.float()).square().flatten(1).mean(-1)
 
 

@@ -32,20 +32,21 @@ __all__ = [
 ]
 
 NORM_EPS = torch.finfo(torch.float32).eps
-"""Of every RMSNorm, as in the release; fixed, because torch's default changes with the dtype."""
+"""Epsilon of every RMSNorm, as in the release; torch's default would change with the dtype."""
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x (1 + scale) + shift. Shapes: x [B, K, C], shift and scale [B, C]."""
+    """adaLN: x (1 + scale) + shift, no change at zero. Shapes: x [B, K, C], shift, scale [B, C]."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def proportional_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None) -> Tensor:
     """Attention in which a key of a cluster of s tokens counts s times: log s on its logit.
 
-    Equal to attention over the s duplicated tokens. On a GPU the bias rides in an extra channel
-    (k holds log s, q the inverse softmax scale, v zero), because a float mask shuts out the flash
-    kernels; on a CPU the mask is the cheaper form.
+    softmax(q k / sqrt(d) + log s) weighs a key by s exp(q k / sqrt(d)): equal to attention over the
+    s duplicated tokens. On a GPU the bias rides in an extra channel (k holds log s, q the inverse
+    softmax scale, v zero), because a float mask shuts out the flash kernels; on a CPU the mask is
+    the cheaper form.
 
     Shapes: q, k, v [B, H, K, C/H], log_sizes [K] or None for all sizes 1 -> [B, H, K, C/H].
     Source: LGM paper, proportional attention; the extra channel is ours.
@@ -58,19 +59,20 @@ def proportional_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | 
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> Tensor:
-    """The form with a float mask [1, K]. Shapes: see `proportional_attention`."""
+    """Proportional attention by a mask: q, k, v and result [B, H, K, C/H], log_sizes [K]."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=log_sizes.to(q.dtype)[None, :])
 
 
 def extra_channel_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> Tensor:
-    """The mask-free form. Head widths are padded to a multiple of 8, as flash kernels ask."""
+    """Proportional attention by a channel: q, k, v and result [B, H, K, C/H], log_sizes [K]."""
     head_dim = q.shape[-1]
-    pad = 8 - head_dim % 8
+    pad = 8 - head_dim % 8  # 1 to 8 channels: flash kernels ask for widths divisible by 8
     extra_q = q.new_zeros(pad)
-    extra_q[0] = math.sqrt(head_dim)
+    extra_q[0] = math.sqrt(head_dim)  # undone by the scale: sqrt(d) log s / sqrt(d) = log s
     extra_k = F.pad(log_sizes.to(k.dtype)[:, None], (0, pad - 1))  # [K, pad]
     q = torch.cat((q, extra_q.expand(*q.shape[:-1], pad)), dim=-1)
     k = torch.cat((k, extra_k.expand(*k.shape[:-1], pad)), dim=-1)
+    # The scale of the true width: by default it would be that of the padded one.
     out = F.scaled_dot_product_attention(q, k, F.pad(v, (0, pad)), scale=head_dim**-0.5)
     return out[..., :head_dim]
 
@@ -83,34 +85,31 @@ class Attention(nn.Module):
     Args:
         width: C.
         num_heads: H; C must be divisible by it.
-        qk_norm: Normalise queries and keys per head.
+        qk_norm: Normalise queries and keys per head, which bounds the logits in long runs.
     """
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
-        norm = nn.RMSNorm if qk_norm else _no_norm
+        norm = nn.RMSNorm if qk_norm else nn.Identity
         self.q_norm = norm(width // num_heads, eps=NORM_EPS)
         self.k_norm = norm(width // num_heads, eps=NORM_EPS)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, log_sizes: Tensor | None = None) -> Tensor:
-        """Attend; see `proportional_attention`."""
+        """Attend, a key counting as often as its cluster has tokens: log_sizes [K], or None."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # [B, H, K, C/H]
+        # Under autocast a norm returns float32, for which there are no flash kernels.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         out = proportional_attention(q, k, v, log_sizes)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
 
-def _no_norm(width: int, eps: float) -> nn.Module:
-    return nn.Identity()
-
-
 def swiglu_hidden(width: int) -> int:
-    """Hidden width of the gated MLP: two thirds of the usual 4 x width."""
+    """Hidden width of the gated MLP: two thirds of 4 C, so its 3 matrices cost what 2 would."""
     return int(2 / 3 * 4 * width)
 
 
@@ -124,8 +123,8 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the MLP."""
-        gate, value = self.w12(x).chunk(2, dim=-1)
+        """Apply the MLP to x [B, K, C]."""
+        gate, value = self.w12(x).chunk(2, dim=-1)  # [B, K, 2/3 4C] each
         return self.w3(F.silu(gate) * value)
 
 
@@ -138,20 +137,25 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the MLP."""
+        """Apply the MLP to x [..., C]."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated by and gated with adaLN.
 
+        x = x + gate_1 attn(norm(x) (1 + scale_1) + shift_1)
+        x = x + gate_2 mlp(norm(x) (1 + scale_2) + shift_2)
+
     Shapes: x [B, K, C], condition [B, C] -> [B, K, C].
 
     Args:
         width: C.
         attn: Self-attention.
-        mlp: MLP.
-        norm: Makes a norm of a width; there are two.
+        mlp: The block's MLP.
+        norm: Makes a norm of a width; the block has two.
+
+    Source: DiT (Peebles and Xie 2023), adaLN-Zero.
     """
 
     def __init__(
@@ -165,10 +169,11 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, log_sizes: Tensor | None = None) -> Tensor:
-        """Apply the block."""
+        """Transform x [B, K, C] under condition [B, C]; log_sizes [K], or None where all are 1."""
+        # t and label reach the block through these six vectors alone; the order is the release's.
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(
             6, dim=-1
-        )
+        )  # [B, C] each
         attended = self.attn(modulate(self.norm1(x), shift_1, scale_1), log_sizes)
         x = x + gate_1.unsqueeze(1) * attended
         mixed = self.mlp(modulate(self.norm2(x), shift_2, scale_2))
@@ -185,7 +190,7 @@ class FinalLayer(nn.Module):
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Project."""
+        """Modulate the normed tokens [B, K, C] by condition [B, C], and project them."""
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x), shift, scale))
 
@@ -202,8 +207,9 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(num_features, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Embed t."""
+        """Embed t [B]."""
         half = self.num_features // 2
+        # float32 whatever the dtype of t: the fastest angle must tell neighbouring times apart.
         index = torch.arange(half, device=t.device, dtype=torch.float32)
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * index / half)
         features = torch.cat((torch.cos(angles), torch.sin(angles)), dim=-1)  # [B, 256]
@@ -227,12 +233,12 @@ class LabelEmbedding(nn.Module):
         return self.num_classes
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Look up."""
+        """Rows of the table: [B] int64 -> [B, C]."""
         return self.table(labels)
 
 
 def initialize_transformer(net: nn.Module, *tables: Tensor) -> None:
-    """Start as adaLN-Zero does: the identity, and an output of zero.
+    """Start as adaLN-Zero does: every block the identity at any depth, and an output of zero.
 
     Xavier for matrices, std .02 for `tables` and for the embeddings of t and label, zero for
     biases, for every modulation and for the output.
@@ -242,6 +248,7 @@ def initialize_transformer(net: nn.Module, *tables: Tensor) -> None:
         nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+    # After the loop above, which has treated the embeddings' own linear layers like all others.
     embeddings = [m.table.weight for m in net.modules() if isinstance(m, LabelEmbedding)]
     for module in net.modules():
         if isinstance(module, TimestepEmbedding):
@@ -256,7 +263,7 @@ def initialize_transformer(net: nn.Module, *tables: Tensor) -> None:
 
 
 def zero(layer: nn.Module) -> None:
-    """Let a linear layer start at zero."""
+    """Set weight and bias of a layer to zero: it adds nothing at first, and learns."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 

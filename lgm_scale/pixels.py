@@ -15,7 +15,7 @@ PIXEL_STD = 0.5
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Map uint8 pixels to [-1, 1]. Shapes: any -> the same, float32."""
+    """Map uint8 pixels to [-1, 1]. Shapes: uint8 of any shape -> float32 of that shape."""
     return images.float() / 127.5 - 1.0
 
 
@@ -23,12 +23,14 @@ def to_uint8(pixels: Tensor, truncate: bool = False) -> Tensor:
     """Eight bits per value: (x + 1) / 2, clipped to [0, 1], times 255, rounded (half to even).
 
     Args:
-        pixels: Any shape, [-1, 1]; NaN becomes 0, see `finite_images`.
+        pixels: Any shape, in about [-1, 1]. NaN becomes mid-grey; `finite_images` tells whether
+            there was any.
         truncate: Cut the fraction off instead, as some published samples were stored: half a
             level darker on average.
 
-    Shapes: any -> the same, uint8, on the same device.
+    Shapes: floats of any shape -> uint8 of that shape, on the same device.
     """
+    # In float32: bfloat16 has 8 bits of precision, too few to choose among 256 levels.
     levels = ((pixels.float().nan_to_num() + 1) / 2).clamp(0, 1).mul(255)
     return (levels.trunc() if truncate else levels.round()).to(torch.uint8)
 
@@ -43,8 +45,9 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
 
     Two equal images have none; they count as if a single value were one level off.
 
-    Shapes: uint8 [B, ...] x 2 -> float64 [B].
+    Shapes: two of uint8 [B, ...] -> float64 [B].
     """
     difference = images.flatten(1).double() - others.flatten(1).double()
     error = difference.square().mean(1)
+    # At least one level in one value: an error of zero would be an infinite PSNR.
     return 10 * torch.log10(255.0**2 / error.clamp_min(1 / max(1, difference.shape[1])))

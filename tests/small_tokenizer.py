@@ -8,11 +8,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from lgm_scale.config.schema import OptimizerConfig
+from lgm_scale.families.tokenizer.assets import FrozenNets, Teacher
 from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig, TokenizerSize
-from lgm_scale.families.tokenizer.critic import CriticHeads, ReduceMean, one_rank
-from lgm_scale.families.tokenizer.frozen import CriticBackbone, Frozen, FrozenNets, Teacher
+from lgm_scale.families.tokenizer.critic import CriticBackbone, CriticHeads, ReduceMean, one_rank
 from lgm_scale.families.tokenizer.network import Decoder, Tokenizer
 from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.frozen import Frozen
 
 IMAGE_SIZE, PATCH_SIZE, NUM_TOKENS, LATENT_DIM, FEATURES = 32, 8, 16, 8, 24
 

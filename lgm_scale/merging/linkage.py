@@ -56,6 +56,7 @@ def start_host_copy(values: Tensor) -> Callable[[], Tensor]:
     """
     if values.device.type != "cuda":
         return lambda: values
+    # Only page-locked memory can be copied to while the host goes on.
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
@@ -79,10 +80,11 @@ def average_linkage(
     Raises: ConfigError for similarities that are not finite.
     """
     num_blocks = len(triangle)
-    distances = 1.0 - triangle.double().numpy()
+    distances = 1.0 - triangle.double().numpy()  # [num_blocks, M (M - 1) / 2]
     if not np.isfinite(distances).all():
         raise ConfigError("merge embeddings: not finite; the run that made them has diverged")
     if exploration is not None:
+        # Drawn for all pairs, whatever the blocks are: noise of a seed does not change with them.
         distances -= exploration[_positions_in_pairs(size, num_blocks)].reshape(distances.shape)
     distances += _DISTANCE_OFFSET
     return _join_blocks(
@@ -99,16 +101,19 @@ def _join_blocks(linkages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     num_blocks, num_merges, _ = linkages.shape
     in_block = num_merges + 1
     size = num_blocks * in_block
+    # Average linkage never joins below the heights of its parts, so sorting all merges by height
+    # interleaves the blocks and keeps each block's own order.
     heights = linkages[..., 2].ravel()
     order = np.argsort(heights, kind="stable")  # stable: children stay ahead of their parents
     node = np.empty((num_blocks, in_block + num_merges), dtype=np.int64)  # a block's ids to ours
-    node[:, :in_block] = np.arange(size).reshape(num_blocks, in_block)
-    made = np.empty(size - num_blocks, dtype=np.int64)
+    node[:, :in_block] = np.arange(size).reshape(num_blocks, in_block)  # leaves: the tokens
+    made = np.empty(size - num_blocks, dtype=np.int64)  # node that each merge makes
     made[order] = np.arange(size, 2 * size - num_blocks)
     node[:, in_block:] = made.reshape(num_blocks, num_merges)
     children = linkages[..., :2].astype(np.int64).reshape(num_blocks, -1)
     merges = np.take_along_axis(node, children, axis=1).reshape(-1, 2)[order]
-    roots = node[:, -1]
+    # A dendrogram has one root: whole blocks join in a chain, block by block.
+    roots = node[:, -1]  # [num_blocks]
     joined = np.arange(2 * size - num_blocks, 2 * size - 2)  # made by all joins but the last
     joins = np.stack((roots[1:], np.concatenate((roots[:1], joined))[: num_blocks - 1]), axis=1)
     tops = np.full(num_blocks - 1, _CROSS_BLOCK_DISTANCE)
@@ -120,7 +125,7 @@ def _join_blocks(linkages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=16)
 def _pairs(size: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of the pairs i < j of one block, block by block: int64, twice."""
+    """Rows i and columns j of the pairs i < j of one block, block by block, int64."""
     in_block = size // num_blocks
     starts = np.arange(num_blocks)[:, None] * in_block
     rows, columns = np.triu_indices(in_block, 1)
@@ -129,13 +134,13 @@ def _pairs(size: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=16)
 def _positions_in_matrix(size: int, num_blocks: int, device: torch.device) -> Tensor:
-    """Where those pairs are in a flattened [N, N] matrix; kept on the device."""
+    """Where the pairs i < j of one block are in a flattened [N, N] matrix, on the device."""
     rows, columns = _pairs(size, num_blocks)
     return torch.from_numpy(rows * size + columns).to(device)
 
 
 @lru_cache(maxsize=16)
 def _positions_in_pairs(size: int, num_blocks: int) -> np.ndarray:
-    """Where those pairs are among all pairs i < j, row by row."""
+    """Where the pairs i < j of one block are among the pairs of all tokens, row by row."""
     rows, columns = _pairs(size, num_blocks)
     return rows * size - rows * (rows + 1) // 2 + columns - rows - 1

@@ -17,6 +17,7 @@ import bisect
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ __all__ = ["ContrastStats", "Nesting", "contrast_basis", "split_clusters", "tree
 class Nesting:
     """A fine cut (K clusters) and a coarse one (K' <= K) of the same tree.
 
+    Its matrix M, the size-weighted mean over a coarse cluster's parts, takes a state at K to one at
+    K': z_K' = M z_K, of latents and of noise alike.
+
     Shapes: parents [K] int64, the coarse cluster of each fine one; pool [K, K'] float32, whose
     columns hold the fine clusters' shares of their coarse one and sum to 1.
     """
@@ -43,7 +47,9 @@ class Nesting:
     @classmethod
     def between(cls, fine: MergeAssignment, coarse: MergeAssignment) -> Nesting:
         """Relate two cuts. Raises: ConfigError unless every fine cluster lies in one coarse one."""
-        parents = coarse.labels[_first_members(fine)]
+        # If the cuts are nested, any member tells which coarse cluster its fine one lies in ...
+        parents = coarse.labels[_first_members(fine)]  # [K]
+        # ... and then all members agree with it.
         split = torch.nonzero(parents[fine.labels] != coarse.labels)
         if len(split):
             cluster = torch.nonzero(fine.labels == fine.labels[split[0]]).flatten().tolist()
@@ -58,7 +64,7 @@ class Nesting:
         shares[torch.arange(len(parents), device=parents.device), parents] = (
             fine.sizes / coarse.sizes[parents]
         )
-        return cls(fine, coarse, parents, shares)
+        return cls(fine, coarse, parents, shares)  # shares [K, K']
 
     def merge(self, z: Tensor) -> Tensor:
         """Size-weighted means: a state at K as seen at K'. Shapes: [B, K, D] -> [B, K', D]."""
@@ -83,12 +89,16 @@ class ContrastStats:
 
 
 def _first_members(assignment: MergeAssignment) -> Tensor:
-    """One base token of each cluster: [K] int64."""
+    """The smallest member of each cluster, which stands for all of them: [K] int64."""
     return (assignment.pool > 0).to(torch.uint8).argmax(dim=0)
 
 
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # the first to ask may be sampling, the next may need gradients
 def contrast_basis(tree: MergeTree) -> Tensor:
     """Orthonormal vectors, one per usable merge: [N, N - num_blocks] float64, on the CPU.
+
+    Built once per tree and shared: do not write to it.
 
     Column r belongs to row r of `tree.merges`, which joins clusters a and b of s_a and s_b tokens:
     sqrt(s_b / (s_a (s_a + s_b))) on a, -sqrt(s_a / (s_b (s_a + s_b))) on b, zero elsewhere.
@@ -96,12 +106,14 @@ def contrast_basis(tree: MergeTree) -> Tensor:
     the clusters of that cut.
     """
     size = tree.num_base_tokens
+    # Tokens of each node, as rows of zeros and ones; float64, for sizes enter by their roots.
     members = torch.zeros(2 * size - 1, size, dtype=torch.float64)
     members[:size] = torch.eye(size, dtype=torch.float64)
     basis = torch.zeros(size, size - tree.num_blocks, dtype=torch.float64)
     for row, (a, b) in enumerate(tree.merges[: basis.shape[1]].tolist()):
         s_a, s_b = members[a].sum(), members[b].sum()
         total = s_a + s_b
+        # The mean over both is zero: s_a sqrt(s_b / (s_a total)) = s_b sqrt(s_a / (s_b total)).
         basis[:, row] = members[a] * (s_b / (s_a * total)).sqrt()
         basis[:, row] -= members[b] * (s_a / (s_b * total)).sqrt()
         members[size + row] = members[a] + members[b]
@@ -130,11 +142,15 @@ def split_clusters(
     """
     size = nesting.fine.num_base_tokens
     rows = slice(size - nesting.fine.num_tokens, size - nesting.coarse.num_tokens)
-    columns = basis[:, rows].to(z_t.device, z_t.dtype)
+    columns = basis[:, rows].to(z_t.device, z_t.dtype)  # [N, rows]: merges undone by this step
+    # A contrast of these merges is constant within the final clusters, so the full-length inner
+    # product is one over clusters, each counted as often as it has tokens.
     analysis = columns[_first_members(final)] * final.sizes[:, None]  # [K_final, rows]
     mean = stats.mean[rows].to(z_t.device, z_t.dtype)
     std = stats.std[rows].to(z_t.device, z_t.dtype)
     contrasts = analysis.T @ noise  # [B, rows, D], white
+    # Along the flow from noise u to Gaussian data (mean, std) a contrast is at time t normal with
+    # mean t mean and this deviation; u keeps its quantile on the way.
     contrasts = t * mean + ((1 - t) ** 2 + (t * std) ** 2).sqrt() * contrasts
     return nesting.expand(z_t) + columns[_first_members(nesting.fine)] @ contrasts
 
@@ -162,6 +178,7 @@ def tree_from_cuts(cuts: Iterable[MergeAssignment], num_blocks: int) -> MergeTre
                 f"cuts: at {cut.num_tokens} tokens, base token {int(across[0])} shares a cluster "
                 f"with a token of another of the {num_blocks} blocks"
             )
+    # From single tokens over the given cuts to whole blocks and their union, fine to coarse.
     whole = [MergeAssignment.from_labels(blocks), MergeAssignment.from_labels(blocks * 0)]
     levels = [MergeAssignment.from_labels(torch.arange(size)), *cuts, *whole]
     for fine, coarse in itertools.pairwise(levels):
@@ -179,8 +196,9 @@ def _merges_through(levels: list[Tensor]) -> list[tuple[int, int]]:
     for labels in levels:
         groups: dict[int, list[tuple[int, int, int]]] = {}
         for part in sorted(parts):
-            groups.setdefault(int(labels[part[1]]), []).append(part)
+            groups.setdefault(int(labels[part[1]]), []).append(part)  # by the cluster to become
         while waiting := [group for group in groups.values() if len(group) > 1]:
+            # Ties are decided by the smallest member, so that equal cuts give equal trees.
             group = min(waiting, key=lambda group: (group[0][0] + group[1][0], group[0][1]))
             (s_a, first_a, a), (s_b, first_b, b) = group[:2]
             merges.append((min(a, b), max(a, b)))

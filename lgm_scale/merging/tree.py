@@ -40,8 +40,12 @@ TREE_NAME = "merge_tree.safetensors"
 class MergeAssignment:
     """Which cluster each base token belongs to, at one K.
 
+    The paper's A in {0, 1}^[N, K] as one label per token, with s_j = sum_i A_ij the sizes and
+    P = A / s the averaging matrix: z_K = P^T z merges, A z_K unmerges.
+
     Shapes: labels [N] int64 in [0, K), sizes [K] int64 with sizes.sum() == N.
     Clusters are numbered by their smallest member, so equal partitions are equal tensors.
+    Source: LGM paper, learnable global merging.
     """
 
     labels: Tensor
@@ -52,19 +56,21 @@ class MergeAssignment:
     @classmethod
     def from_labels(cls, labels: Tensor) -> MergeAssignment:
         """Build from any labelling [N]; clusters are renumbered by their smallest member."""
+        # What computes with clusters does not care about their order, so any fixed one will do;
+        # with one fixed, cuts can be compared, cached and stored wherever they come from.
         labels = torch.as_tensor(_canonical(labels.cpu().numpy()), device=labels.device)
-        sizes = torch.bincount(labels)
-        one_hot = F.one_hot(labels, len(sizes)).to(torch.float32)
+        sizes = torch.bincount(labels)  # [K]
+        one_hot = F.one_hot(labels, len(sizes)).to(torch.float32)  # [N, K]
         return cls(labels=labels, sizes=sizes, pool=one_hot / sizes)
 
     @property
     def num_base_tokens(self) -> int:
-        """N."""
+        """N, base tokens of an image."""
         return self.labels.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """K."""
+        """K, clusters of this cut."""
         return self.sizes.shape[0]
 
     def to(self, device: torch.device | str) -> MergeAssignment:
@@ -86,8 +92,8 @@ class MergeAssignment:
             )
         if self.num_tokens == self.num_base_tokens:
             return z
-        with torch.autocast(z.device.type, enabled=False):
-            return self.pool.to(z.dtype).T @ z
+        with torch.autocast(z.device.type, enabled=False):  # or a float32 mean comes in bfloat16
+            return self.pool.to(z.dtype).T @ z  # [K, N] @ [B, N, D] -> [B, K, D]
 
     def unmerge(self, z_merged: Tensor) -> Tensor:
         """Give every base token the value of its cluster.
@@ -99,14 +105,14 @@ class MergeAssignment:
             raise ConfigError(
                 f"unmerge: got {z_merged.shape[-2]} tokens, the assignment has {self.num_tokens}"
             )
-        return z_merged.index_select(-2, self.labels)
+        return z_merged.index_select(-2, self.labels)  # A z_K: a copy per token, no product
 
     def project_noise(self, noise: Tensor) -> Tensor:
         """Project full-length noise to K tokens: variance 1 / size per merged token.
 
         Shapes: noise [B, N, D] ~ N(0, 1) -> [B, K, D].
-        Source: the release's noise-scale correction. The merged view is a projection of one
-        full-length process, so noise is merged exactly like latents.
+        Source: the release's noise-scale correction. P^T (t z + (1 - t) noise) is the state of the
+        merged latents only if their noise is P^T noise, too: one process, seen at every length.
         """
         return self.merge(noise)
 
@@ -114,7 +120,7 @@ class MergeAssignment:
 def _canonical(labels: np.ndarray) -> np.ndarray:
     """Renumber clusters by their smallest member: labels [N] -> [N] int64."""
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    rank = np.empty_like(first)
+    rank = np.empty_like(first)  # [K]: place of each given label among the smallest members
     rank[np.argsort(first)] = np.arange(len(first))
     return rank[inverse].astype(np.int64)
 
@@ -122,21 +128,25 @@ def _canonical(labels: np.ndarray) -> np.ndarray:
 class MergeTree:
     """One dendrogram over the base tokens; `assignment(K)` cuts it at any K.
 
+    Agglomerative clustering joins the closest two clusters, again and again. To stop at K clusters
+    is to take the first N - K joins of one and the same list, which is what is kept here.
+
     Shapes: merges [N - 1, 2] int64 (row i joins two nodes into node N + i; leaves are 0..N-1),
     heights [N - 1] float64, ascending: average-linkage cosine distance of each merge.
     The last num_blocks - 1 merges join whole blocks and are never used: K >= num_blocks.
+    Source: LGM paper, learnable global merging; keeping the tree instead of its cuts is ours.
     """
 
     def __init__(self, merges: Tensor, heights: Tensor, num_blocks: int) -> None:
         self.merges = merges.to("cpu", torch.int64)
         self.heights = heights.to("cpu", torch.float64)
         self.num_blocks = int(num_blocks)
-        self._cuts: dict[tuple[int, str], MergeAssignment] = {}
+        self._cuts: dict[tuple[int, str], MergeAssignment] = {}  # by K and device
         self._check()
 
     @property
     def num_base_tokens(self) -> int:
-        """N."""
+        """N, base tokens of an image."""
         return self.merges.shape[0] + 1
 
     @classmethod
@@ -155,7 +165,8 @@ class MergeTree:
         """Cluster by cosine similarity, average linkage.
 
         Shapes: similarity [N, N], of which the upper triangle is read;
-        exploration [N * (N - 1) / 2], added to that triangle, row by row (training only).
+        exploration [N * (N - 1) / 2], added to that triangle, row by row (training only, so that
+        the reconstruction can judge merges that the embeddings do not favour yet).
         Source: LGM paper; noise from the release, 0.1 * clip(normal, -1, 1).
         """
         size = similarity.shape[0]
@@ -187,17 +198,17 @@ class MergeTree:
             )
         key = (num_tokens, str(device))
         if key not in self._cuts:
-            labels = torch.from_numpy(self._roots(size - num_tokens))
+            labels = torch.from_numpy(self._roots(size - num_tokens))  # N - K joins leave K nodes
             self._cuts[key] = MergeAssignment.from_labels(labels).to(device)
         return self._cuts[key]
 
     def _roots(self, num_merges: int) -> np.ndarray:
         """For each leaf, the node that holds it after the first `num_merges` merges: [N]."""
         size = self.num_base_tokens
-        parent = np.arange(size + num_merges)
+        parent = np.arange(size + num_merges)  # a node that was never merged is its own root
         merges = self.merges[:num_merges].numpy()
         parent[merges] = np.arange(size, size + num_merges)[:, None]
-        while True:  # pointer jumping: log2(depth) rounds
+        while True:  # pointer jumping: each round doubles the reach, so log2(depth) of them
             above = parent[parent]
             if np.array_equal(above, parent):
                 return parent[:size]
@@ -212,12 +223,14 @@ class MergeTree:
             raise CheckpointError(
                 f"merge tree: {size} tokens cannot be cut into {blocks} equal blocks"
             )
+        # A binary tree: every node but the root is a child exactly once, of a later node.
         children = self.merges.flatten().sort().values
         made_later = self.merges.max(dim=1).values >= size + torch.arange(size - 1)
         if not torch.equal(children, torch.arange(2 * size - 2)) or bool(made_later.any()):
             raise CheckpointError("merge tree: its merges do not form a binary tree")
         if not torch.isfinite(self.heights).all() or bool((self.heights.diff() < 0).any()):
             raise CheckpointError("merge tree: heights must be finite and ascending")
+        # With one cluster per block left, each must be its block, and no token of another.
         crossing = _canonical(self._roots(size - blocks)) != np.arange(size) // (size // blocks)
         if crossing.any():
             raise CheckpointError(f"merge tree: merges cross its {blocks} blocks")
@@ -253,6 +266,7 @@ class MergeTree:
 
 def cosine_similarity(vectors: Tensor) -> Tensor:
     """Cosine similarity of all pairs: [..., N, E] -> [..., N, N], float32 or wider."""
+    # In half precision the similarities of close pairs would tie, and ties decide the tree.
     wide = vectors if vectors.dtype == torch.float64 else vectors.float()
     unit = F.normalize(wide, dim=-1)
     return unit @ unit.transpose(-1, -2)
@@ -269,17 +283,21 @@ def straight_through_merge(
 ) -> Tensor:
     """Merge and unmerge with a gradient to the embeddings.
 
-    The value is that of `unmerge(merge(z))`, up to rounding; the gradient is that of a soft
-    assignment to the (detached) cluster centroids.
+    Which cluster a token is in has no gradient. So the value is that of `unmerge(merge(z))`, up to
+    rounding, and the gradient that of a soft assignment by similarity to the cluster centroids:
+    A + soft - sg(soft), with soft = softmax(e c^T / temperature).
 
     Shapes: z [B, N, D], embeddings [N, E] -> [B, N, D].
     Source: LGM paper, straight-through estimator.
     """
     with torch.autocast(z.device.type, enabled=False):
         unit = F.normalize(embeddings.float(), dim=-1)  # [N, E]
+        # Detached: a token moves between fixed clusters. Were the centroids to follow, every
+        # token would agree with its cluster by dragging it along.
         centroids = F.normalize(assignment.pool.T @ unit.detach(), dim=-1)  # [K, E]
         soft = torch.softmax(unit @ centroids.T / temperature, dim=-1)  # [N, K]
         hard = F.one_hot(assignment.labels, assignment.num_tokens).to(soft.dtype)
-        member = hard + soft - soft.detach()  # [N, K]
+        member = hard + soft - soft.detach()  # [N, K], the straight-through A
+        # It enters twice, as in A P^T z: who is averaged, and who receives the average.
         mean = (member / member.sum(0)).T @ z.float()  # [B, K, D]
         return (member @ mean).to(z.dtype)

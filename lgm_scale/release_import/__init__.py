@@ -4,7 +4,7 @@
     python -m lgm_scale.release_import generator SRC DST --tokenizer BUNDLE --latent-stats FILE
     python -m lgm_scale.release_import elit SRC DST --vae FOLDER
 
-`reading` opens files without executing them, `names` maps the release's names of weights to ours
-and accounts for every key, `cuts` reads the release's merge dictionary, `tokenizer`,
-`generator` and `elit` put it together. A file that does not fit entirely is refused.
+`reading` opens files without executing them, `names` maps names of weights to ours and accounts for
+every key, the `release` module of each family puts it together. A file that does not fit entirely
+is refused.
 """

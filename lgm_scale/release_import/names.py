@@ -1,4 +1,4 @@
-"""The release's names of weights and ours; what became of every key."""
+"""From a release's names of weights and classes to ours; what became of every key."""
 
 from __future__ import annotations
 
@@ -6,64 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lgm_scale.errors import CheckpointError
+from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.hashing import file_hash
 
-__all__ = [
-    "IGNORED_BY_TOKENIZER",
-    "KeyReport",
-    "fit",
-    "our_generator_name",
-    "our_tokenizer_name",
-    "translate",
-]
+__all__ = ["KeyReport", "class_names", "fit", "provenance", "translate"]
 
-_TOKENIZER_PREFIXES = {
-    "encoder.model.": "encoder.vit.",
-    "quant_conv.": "to_latent.",
-    "quantize.embedding": "quantizer.codes",
-    "merge_module.": "merging.",
-    "post_quant_conv.": "decoder.latent_in.",
-    "decoder.model.": "decoder.vit.",
-    "decoder.to_pixel.model.": "decoder.out.",
-}
-IGNORED_BY_TOKENIZER = {
-    "repa_model.": "frozen teacher of the representation loss; training reads it from its own file",
-    "decoder_dino.": "auxiliary decoder of the representation loss; not needed for use",
-    "post_quant_conv_dino.": "input of the auxiliary decoder; not needed for use",
-    "to_pixel_dino.": "output of the auxiliary decoder; not needed for use",
-    "decoder.model.patch_embed.": "never read: the decoder sees no image",
-    "quantize.codebook_used": "statistics of training, no weight",
-}
-"""Prefix -> why keys that begin with it are left out."""
-
-_GENERATOR_PARTS = {
-    "transformer.": "",
-    "x_embedder": "x_embed",
-    "t_embedder": "t_embed",
-    "y_embedder.embedding_table": "label_embed.table",
-    "adaLN_modulation": "modulation",
-    "final_layer": "final",
-}
 _MAX_PROBLEMS = 8
-
-
-def our_tokenizer_name(name: str) -> str:
-    """From the release's name of a weight of the tokenizer to ours."""
-    for theirs, ours in _TOKENIZER_PREFIXES.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
-
-
-def our_generator_name(name: str) -> str:
-    """From the release's name of a weight of the diffusion transformer to ours."""
-    for theirs, ours in _GENERATOR_PARTS.items():
-        name = name.replace(theirs, ours)
-    return name
 
 
 @dataclass(frozen=True)
@@ -120,13 +73,14 @@ def fit(
 
     Args:
         state: Weights under the release's names.
-        report: Of `translate`.
+        report: What `translate` made of the state's names.
         expected: State of the network to fill; its shapes count (it may be on the meta device).
         path: For messages.
 
     Raises: CheckpointError naming all keys that are unknown, missing, twice there, of another
     shape, or not finite.
     """
+    # Two of their names may become one of ours: found here, and not by whichever comes last.
     sources: dict[str, list[str]] = {}
     for theirs, ours in report.taken.items():
         sources.setdefault(ours, []).append(theirs)
@@ -157,6 +111,48 @@ def fit(
 
 
 def _shortened(problems: list[str]) -> list[str]:
+    """Lines of the first problems, and how many more there are."""
     lines = [f"  - {problem}" for problem in problems[:_MAX_PROBLEMS]]
     rest = len(problems) - len(lines)
     return [*lines, f"  - and {rest} more"] if rest else lines
+
+
+def provenance(source: str | Path, report: KeyReport, release: str = "LGM") -> dict[str, Any]:
+    """What a bundle says about the file that it came from."""
+    return {
+        "release": release,
+        "file": Path(source).name,
+        "sha256": file_hash(source),
+        "keys": report.counts(),
+    }
+
+
+def class_names(source: str | None, num_classes: int) -> tuple[str, ...]:
+    """Names of the classes, in the order of their indices.
+
+    Args:
+        source: A text file with one name per line; 'imagenet': the 1000 names that torchvision
+            ships; None: the indices.
+        num_classes: How many there must be.
+
+    Raises: ConfigError.
+    """
+    if source is None:
+        return tuple(str(index) for index in range(num_classes))
+    if source == "imagenet":
+        from torchvision.models import ResNet50_Weights
+
+        names = list(ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
+    elif Path(source).is_file():
+        try:
+            lines = Path(source).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--classes: {source} is no text file ({error})") from error
+        names = [line.strip() for line in lines if line.strip()]
+    else:
+        raise ConfigError(f"--classes: {source} is neither a text file nor 'imagenet'")
+    if len(names) != num_classes:
+        raise ConfigError(
+            f"--classes: {source} has {len(names)} names, the generator {num_classes} classes"
+        )
+    return tuple(names)

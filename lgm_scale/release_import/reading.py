@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lgm_scale.errors import CheckpointError
 
-__all__ = ["entries", "read_dictionary", "weights_of"]
+__all__ = ["entries", "read_dictionary", "shape_of", "weights_of"]
 
 _MAX_REASON = 200
 
@@ -62,7 +63,7 @@ def _reason(error: Exception) -> str:
 
 
 def entries(content: dict[Any, Any]) -> str:
-    """Its first keys, for messages."""
+    """The first keys of a checkpoint's dictionary, for messages."""
     names = [str(name) for name in content]
     return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
 
@@ -85,3 +86,28 @@ def weights_of(content: dict[Any, Any], entry: str, path: str | Path) -> dict[st
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def shape_of(
+    state: Mapping[str, Tensor], name: str, form: tuple[int | None, ...], path: str | Path
+) -> tuple[int, ...]:
+    """Shape of a weight that the configuration is read from.
+
+    Args:
+        state: Weights under the release's names.
+        name: Name of the weight.
+        form: Expected size per dimension; None: any.
+        path: For messages.
+
+    Raises: CheckpointError if it is missing or of another form.
+    """
+    wanted = "[" + ", ".join("?" if size is None else str(size) for size in form) + "]"
+    if name not in state:
+        raise CheckpointError(f"{path}: key {name}: missing; expected shape {wanted}")
+    shape = tuple(state[name].shape)
+    fits = len(shape) == len(form) and all(
+        want in (None, size) for want, size in zip(form, shape, strict=True)
+    )
+    if not fits or 0 in shape:
+        raise CheckpointError(f"{path}: key {name}: shape {list(shape)}, expected {wanted}")
+    return shape

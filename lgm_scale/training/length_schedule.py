@@ -19,7 +19,7 @@ __all__ = ["LengthSchedule"]
 
 
 class LengthSchedule:
-    """A cycle through `choices`, or with `weights` an independent draw per step."""
+    """A cycle through `choices` (K, which may repeat), or with `weights` a draw per step."""
 
     def __init__(
         self, choices: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0
@@ -31,9 +31,10 @@ class LengthSchedule:
             self.probabilities = np.asarray(weights, dtype=np.float64) / sum(weights)
 
     def num_tokens(self, step: int) -> int:
-        """K at `step`, counted from 0."""
+        """The length K of a step; steps count from 0."""
         if self.probabilities is None:
             return self.choices[step % len(self.choices)]
+        # A generator made anew from its key has no state that a resume would have to carry.
         rng = np.random.default_rng([self.seed, int(Purpose.LENGTH), step])
         return self.choices[rng.choice(len(self.choices), p=self.probabilities)]
 
@@ -46,6 +47,7 @@ class LengthSchedule:
         shares = self.probabilities
         if shares is None:
             shares = np.full(len(self.choices), 1 / len(self.choices))
+        # The inverse of the cumulative distribution, by tensors alone: [len(choices) - 1] bounds.
         bounds = torch.tensor(np.cumsum(shares)[:-1], device=uniform.device, dtype=torch.float32)
         choices = torch.tensor(self.choices, device=uniform.device)
         return choices[torch.bucketize(uniform, bounds)]

@@ -12,14 +12,20 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
+from torch import Tensor
 
 __all__ = ["Throughput", "measure_peak_flops"]
 
-_BACKWARD = 2  # a backward pass costs two forward passes
+# A backward pass costs two forward passes: of each product, the gradient to the input and that to
+# the weight.
+_BACKWARD = 2
 
 
 class _CudaClock:
-    """Marks in the device's own queue: reading them waits for nothing but the last one."""
+    """Marks in the device's own queue, each reached when the work before it is done.
+
+    The host runs ahead of a GPU: its own clock would time how fast steps are queued.
+    """
 
     def mark(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)
@@ -27,7 +33,7 @@ class _CudaClock:
         return event
 
     def seconds(self, start: Any, end: Any) -> float:
-        end.synchronize()
+        end.synchronize()  # waits for the work up to this mark, not for what was queued after it
         return start.elapsed_time(end) / 1e3
 
 
@@ -43,6 +49,8 @@ class _WallClock:
 
 @dataclass
 class _Sum:
+    """Images of all ranks, and the seconds that they took."""
+
     images: int = 0
     seconds: float = 0.0
 
@@ -54,14 +62,18 @@ class Throughput(Callback):
     waiting for data, and `throughput/K=64/{images_per_second, tokens_per_second, mfu}`, over the
     steps at that length. All ranks together; every step has one K on all ranks.
 
+    Steps with one K per image (`lengths.per_sample`, int64 [B]) have no lines per K, for their time
+    cannot be told apart by image. They count in the interval's totals, which then have
+    `throughput/tokens_per_second`, too; this rank's lengths stand for those of all ranks.
+
     A step costs two marks in the device's queue; they are read at the end of an interval, where
     the metrics wait for the device anyway.
 
     Args:
         interval: Steps between reports.
         flops_per_image: Operations of one forward pass at K tokens, a multiply-add being two.
-        peak_flops: Of one device, per second, as its maker states or `measure_peak_flops` found.
-            None: model FLOPs utilisation (mfu) is not reported.
+        peak_flops: Operations per second of one device, as its maker states them or as
+            `measure_peak_flops` found them. None: model FLOPs utilisation (mfu) is not reported.
     """
 
     def __init__(
@@ -74,13 +86,15 @@ class Throughput(Callback):
         self.flops_per_image = flops_per_image
         self.peak_flops = peak_flops
         self._clock = _CudaClock() if torch.cuda.is_available() else _WallClock()
-        self._steps: list[tuple[int, int, Any, Any]] = []
+        self._steps: list[tuple[int | Tensor, int, Any, Any]] = []  # K, images, start, end
         self._start: Any = None
         self._interval_start: Any = None
+        self._num_tokens: int | Tensor = 0
         self._images = 0
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Mark the start of a step, and of the interval. The batch is still whole here."""
+        self._num_tokens = state.batch["num_tokens"]
         self._images = len(state.batch["sample_ids"]) * dist.get_world_size()
         self._start = self._clock.mark()
         if self._interval_start is None:
@@ -89,7 +103,7 @@ class Throughput(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Mark the end of a step; report at the end of an interval."""
         end = self._clock.mark()
-        self._steps.append((state.batch["num_tokens"], self._images, self._start, end))
+        self._steps.append((self._num_tokens, self._images, self._start, end))
         if len(self._steps) >= self.interval:
             metrics = self._metrics()
             # The next interval starts here: data that is waited for now is part of it.
@@ -101,12 +115,21 @@ class Throughput(Callback):
         last = self._steps[-1][3]
         whole = _Sum(seconds=self._clock.seconds(self._interval_start, last))
         operations = 0.0
+        mixed = [num_tokens for num_tokens, *_ in self._steps if isinstance(num_tokens, Tensor)]
         for num_tokens, images, start, end in self._steps:
-            sums[num_tokens].images += images
-            sums[num_tokens].seconds += self._clock.seconds(start, end)
             whole.images += images
-            operations += images * self._step_flops(num_tokens)
+            if not isinstance(num_tokens, Tensor):
+                sums[num_tokens].images += images
+                sums[num_tokens].seconds += self._clock.seconds(start, end)
+                operations += images * self._step_flops(num_tokens)
         metrics = {"throughput/images_per_second": whole.images / whole.seconds}
+        if mixed:  # one copy to the host, and the device is done with the interval by now
+            lengths, counts = torch.cat(mixed).cpu().unique(return_counts=True)
+            counts = counts * dist.get_world_size()
+            rows = list(zip(lengths.tolist(), counts.tolist(), strict=True))
+            operations += sum(count * self._step_flops(k) for k, count in rows)
+            tokens = sum(k * count for k, count in rows)
+            metrics["throughput/tokens_per_second"] = tokens / whole.seconds
         metrics |= self._mfu("throughput", operations, whole.seconds)
         for num_tokens, part in sorted(sums.items()):
             key, rate = f"throughput/K={num_tokens}", part.images / part.seconds
@@ -129,7 +152,8 @@ def measure_peak_flops(
 ) -> float:
     """Operations per second of one large matrix product: what this device can do at best.
 
-    Shapes: size x size times size x size. The best of `repeats`, after two to warm up.
+    Shapes: size x size times size x size. The fastest of `repeats` counts, after two to warm up:
+    whatever else the machine does can only slow a product down.
     """
     left = torch.randn(size, size, device=device, dtype=dtype)
     right = torch.randn(size, size, device=device, dtype=dtype)

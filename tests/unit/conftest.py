@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.lgm.release import our_generator_name
 from lgm_scale.merging.tree import MergeAssignment
-from lgm_scale.release_import.names import our_generator_name
 
 GOLDEN_DIR = Path(__file__).resolve().parents[1] / "golden"
 

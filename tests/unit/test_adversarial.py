@@ -11,18 +11,23 @@ import torch
 import torch.nn.functional as F
 from small_tokenizer import OBJECTIVE, small_batch, small_model, vision_transformer
 
-from lgm_scale.families.tokenizer.adversarial import (
+from lgm_scale.families.tokenizer.critic import (
+    CriticBackbone,
+    CriticHeads,
+    GlobalBatchNorm,
+    critic_view,
+)
+from lgm_scale.families.tokenizer.losses import (
     adaptive_weight,
     consistency_loss,
     diff_augment,
     generator_loss,
     hinge_loss,
     lecam_loss,
+    perceptual_weight,
     with_gradient,
 )
-from lgm_scale.families.tokenizer.critic import CriticHeads, GlobalBatchNorm, critic_view
-from lgm_scale.families.tokenizer.frozen import CriticBackbone, to_imagenet
-from lgm_scale.families.tokenizer.losses import perceptual_weight
+from lgm_scale.frozen import to_imagenet
 
 
 def test_hinge_and_generator_loss():
@@ -62,7 +67,7 @@ def test_consistency_gradient_reaches_both_sides():
 
 
 def test_consistency_vanishes_without_augmentation(monkeypatch):
-    monkeypatch.setattr("lgm_scale.families.tokenizer.adversarial.diff_augment", lambda x, draws: x)
+    monkeypatch.setattr("lgm_scale.families.tokenizer.losses.diff_augment", lambda x, draws: x)
     # A critic that sees the whole image draws no crop either.
     monkeypatch.setattr(
         "lgm_scale.families.tokenizer.training.critic_view",

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from small_tokenizer import small_batch, small_model
 
 from lgm_scale.build import export_bundle
-from lgm_scale.config.schema import DataConfig, LengthsConfig, TrainConfig
+from lgm_scale.config.schema import LengthsConfig, TrainConfig
+from lgm_scale.data.config import DataConfig
 from lgm_scale.errors import CheckpointError, MissingAssetError
 from lgm_scale.families.base import family_of
 from lgm_scale.families.tokenizer import assets
@@ -22,8 +23,8 @@ from lgm_scale.families.tokenizer.config import (
     TokenizerObjectiveConfig,
     TokenizerRun,
 )
-from lgm_scale.families.tokenizer.frozen import Frozen
 from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.frozen import Frozen, load_pretrained, read_weights
 
 
 def training_model(config: TokenizerRun) -> TokenizerModel:
@@ -223,7 +224,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     del state["norm.weight"]
     torch.save(state, tmp_path / "vit.pth")
     with pytest.raises(CheckpointError, match=r"vit\.pth: 1 weights are missing \(norm\.weight"):
-        assets.load_pretrained(vit, tmp_path / "vit.pth")
+        load_pretrained(vit, tmp_path / "vit.pth")
 
 
 class Evil:
@@ -234,5 +235,5 @@ class Evil:
 def test_reading_a_checkpoint_executes_nothing(tmp_path, capsys):
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match=r"evil\.pth cannot be read as weights"):
-        assets.read_weights(tmp_path / "evil.pth")
+        read_weights(tmp_path / "evil.pth")
     assert "executed" not in capsys.readouterr().out

@@ -8,13 +8,13 @@ import importlib.util
 import pytest
 
 from lgm_scale.config.schema import (
-    DataConfig,
     DeepSpeedConfig,
     LengthsConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
 )
+from lgm_scale.data.config import DataConfig
 from lgm_scale.families.base import family_of
 from lgm_scale.families.lgm.config import LGMModelConfig, LGMRun
 from lgm_scale.families.tokenizer.config import (

@@ -209,6 +209,19 @@ def test_heun_keeps_one_length_within_a_step(net, tree, contrasts):
     assert sum(config.rows(64).values()) == config.num_forwards() == 15
 
 
+def test_the_contrast_basis_is_built_once_per_tree(net, contrasts):
+    """It is a property of the tree: neither steps nor batches of one generator build it again."""
+    tree, other = (MergeTree.from_embeddings(randn(256, 12, seed=seed)) for seed in (1, 2))
+    config = SamplerConfig(num_steps=9, length_schedule=((0.0, 16), (0.2, 32), (0.4, 64)))
+    contrast_basis.cache_clear()
+    for _ in range(2):
+        latents(net, tree, 64, config, contrasts)
+    assert contrast_basis.cache_info().misses == 1
+    assert contrast_basis(tree) is contrast_basis(tree)
+    assert not contrast_basis(tree).is_inference()  # of use to whoever trains, too
+    assert not torch.equal(contrast_basis(other), contrast_basis(tree))
+
+
 def test_growing_is_exact_for_gaussian_data(tree, contrasts):
     """Data with independent Gaussian contrasts, and the exact velocity at every length.
 

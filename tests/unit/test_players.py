@@ -12,10 +12,9 @@ from composer.core import Event
 from small_tokenizer import OBJECTIVE, OPTIMIZER, small_batch, small_model
 
 from lgm_scale.build import build_optimizer
-from lgm_scale.families.tokenizer.adversarial import diff_augment
 from lgm_scale.families.tokenizer.critic import critic_view
 from lgm_scale.families.tokenizer.length_control import exploration_noise
-from lgm_scale.families.tokenizer.losses import alignment_loss, entropy_loss
+from lgm_scale.families.tokenizer.losses import alignment_loss, diff_augment, entropy_loss
 from lgm_scale.families.tokenizer.training import TokenizerModel
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.randomness import Purpose, keyed_uniforms, stream_keys

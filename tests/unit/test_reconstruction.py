@@ -6,7 +6,6 @@ import pytest
 import torch
 from torchmetrics.functional.image.lpips import _LPIPS
 
-from lgm_scale.families.tokenizer.frozen import LPIPS
 from lgm_scale.families.tokenizer.losses import (
     alignment_loss,
     entropy_loss,
@@ -14,6 +13,7 @@ from lgm_scale.families.tokenizer.losses import (
     representation_loss,
 )
 from lgm_scale.families.tokenizer.quantizer import SoftQuantizer
+from lgm_scale.frozen import LPIPS
 from lgm_scale.merging.tree import cosine_similarity
 
 

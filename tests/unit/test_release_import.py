@@ -18,23 +18,17 @@ from lgm_scale.families.lgm.bundle import load_generator
 from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
-from lgm_scale.families.lgm.release import class_names, import_generator, read_stats
 from lgm_scale.families.lgm.release import config_from_shapes as generator_config
+from lgm_scale.families.lgm.release import import_generator, our_generator_name, read_stats
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
+from lgm_scale.families.tokenizer.release import IGNORED, import_tokenizer, our_tokenizer_name
 from lgm_scale.families.tokenizer.release import config_from_shapes as tokenizer_config
-from lgm_scale.families.tokenizer.release import import_tokenizer
 from lgm_scale.merging.nesting import ContrastStats
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.release_import.__main__ import main
-from lgm_scale.release_import.names import (
-    IGNORED_BY_TOKENIZER,
-    fit,
-    our_generator_name,
-    our_tokenizer_name,
-    translate,
-)
+from lgm_scale.release_import.names import class_names, fit, translate
 
 TOKENIZER = TokenizerModelConfig(
     size="tiny", image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32
@@ -156,7 +150,7 @@ def test_every_key_of_the_published_tokenizer_has_its_place(golden_dir):
     state = published(golden_dir, "tokenizer")
     config = tokenizer_config(state, "file")
     assert config == TokenizerModelConfig()  # ViT-B, 256 pixels, 256 tokens of 32 channels
-    report = translate(state, our_tokenizer_name, IGNORED_BY_TOKENIZER)
+    report = translate(state, our_tokenizer_name, IGNORED)
     with torch.device("meta"):
         ours = {name: value.shape for name, value in build_tokenizer(config).state_dict().items()}
     assert {report.taken[name]: state[name].shape for name in report.taken} == ours

@@ -33,8 +33,8 @@ class Log:
         self.reports.append(metrics)
 
 
-def run(callback: Throughput, clock: Clock, steps: list[tuple[int, int, float, float]]) -> Log:
-    """Steps of (K, images, seconds of waiting for data, seconds of work)."""
+def run(callback: Throughput, clock: Clock, steps: list[tuple[Any, int, float, float]]) -> Log:
+    """Steps of (K or one K per image, images, seconds of waiting for data, seconds of work)."""
     log: Any = Log()
     callback._clock = clock  # type: ignore[assignment]
     for num_tokens, images, waiting, working in steps:
@@ -69,6 +69,42 @@ def test_rates_per_length_and_over_the_interval():
             }
         )
     ]
+
+
+def test_mixed_lengths_of_a_step_count_in_the_interval_alone():
+    """`lengths.per_sample`: K is one value per image, and a step's time is that of them all."""
+    callback = Throughput(2, flops, peak_flops=1e6)
+    mixed = torch.tensor([8, 32, 8, 8])
+    steps = [(mixed, 4, 1.0, 0.5), (mixed.flip(0), 4, 0.5, 1.0)]
+    log = run(callback, Clock(), steps)
+    assert log.reports == [
+        pytest.approx(
+            {
+                "throughput/images_per_second": 4.0,
+                "throughput/tokens_per_second": 4.0 * 14,
+                "throughput/mfu": 3 * (6 * 800 + 2 * 3200) / 2 / 1e6,
+            }
+        )
+    ]
+
+
+def test_mixed_lengths_are_read_once_an_interval():
+    """Reading one waits for the device; and at the end of a step its batch is a micro-batch."""
+    reads = []
+
+    class Lengths(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            reads.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    clock, callback = Clock(), Throughput(3, flops)
+    mixed = torch.tensor([8, 32]).as_subclass(Lengths)
+    reads.clear()
+    log = run(callback, clock, [(mixed, 2, 0.0, 1.0)] * 2)
+    assert (reads, log.reports) == ([], [])
+    log = run(callback, clock, [(mixed, 2, 0.0, 1.0)])
+    assert log.reports[0]["throughput/images_per_second"] == pytest.approx(2.0)
 
 
 def test_waiting_between_intervals_is_not_lost():

@@ -44,7 +44,7 @@ def assets() -> list[EvalAsset]:
     from lgm_scale.evaluation.features.dinov2 import WEIGHTS_URL as DINOV2_URL
     from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
     from lgm_scale.evaluation.features.inception import WEIGHTS_URL as INCEPTION_URL
-    from lgm_scale.families.tokenizer.assets import VGG16_URL
+    from lgm_scale.frozen import VGG16_URL
 
     return [
         EvalAsset(

@@ -51,9 +51,9 @@ from lgm_scale.evaluation.report.theme import LIGHT, to_png
 from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
 from lgm_scale.families.base import outside_lengths
-from lgm_scale.families.tokenizer.assets import VGG16_URL
 from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer
 from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.frozen import VGG16_URL
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
 __all__ = ["main"]

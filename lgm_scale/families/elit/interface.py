@@ -28,6 +28,7 @@ def to_windows(x: Tensor, grid: int, group_size: int) -> Tensor:
     """Cut a square grid of tokens into windows. Shapes: [B, h h, C] -> [B, G, J, C]."""
     batch, _, width = x.shape
     across = grid // group_size
+    # [B, row of windows, row inside, column of windows, column inside, C], then the middle swapped
     x = x.view(batch, across, group_size, across, group_size, width).transpose(2, 3)
     return x.reshape(batch, across**2, group_size**2, width)
 
@@ -41,7 +42,9 @@ def from_windows(x: Tensor, grid: int, group_size: int) -> Tensor:
 
 
 class WideRMSNorm(nn.Module):
-    """x / (rms + eps), over all heads at once, with a learned gain. Shapes: [..., C] -> same."""
+    """x / (rms + eps), over all heads at once, with a learned gain: [..., C] -> [..., C]."""
+
+    # Not torch's RMSNorm, which takes the root of rms^2 + eps: released weights expect this one.
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,7 +58,7 @@ class WideRMSNorm(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention inside each window. Shapes: x [B, G, Q, C], context [B, G, J, C] -> as x."""
+    """Attention inside each window: x [B, G, Q, C], context [B, G, J, C] -> [B, G, Q, C]."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -67,19 +70,22 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Attend."""
+        """Let the Q tokens of each window look at its J others."""
         k, v = self.kv(context).chunk(2, dim=-1)
         q, k = self.q_norm(self.q(x)), self.k_norm(k)
         out = F.scaled_dot_product_attention(self._heads(q), self._heads(k), self._heads(v))
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
+        return self.proj(out.transpose(1, 2).reshape(x.shape))  # heads side by side again
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, G, J, C] -> [B G, H, J, C / H]."""
+        """[B, G, J, C] -> [B G, H, J, C / H]: a window is a row of its own, so N J and not N^2."""
         return x.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class Read(nn.Module):
     """Latents that have looked at their window, and the spatial tokens that Write goes on with.
+
+        z = queries + gate_1 attn(queries, norm(x) (1 + scale_1) + shift_1)
+        z = z + gate_2 mlp(norm(z) (1 + scale_2) + shift_2) + positions
 
     Args:
         width: C.
@@ -109,23 +115,25 @@ class Read(nn.Module):
         zero(self.modulation[-1])
 
     def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Read.
+        """Read the spatial tokens into latents.
 
         Shapes: x [B, N, C], condition [B, C] -> latents and spatial tokens, both [B, G, J, C].
         """
         chunks = self.modulation(condition)[:, None, None, :].chunk(_CHUNKS, dim=-1)  # [B, 1, 1, C]
         shift_x, scale_x, gate_attn, shift_z, scale_z, gate_mlp, _ = chunks
         spatial = to_windows(x, self.grid, self.group_size) + self.offset
+        # One query per cell, the same in all windows: what tells windows apart comes from `seen`.
         latents = self.queries.to(spatial.dtype).expand_as(spatial)
         seen = _norm(spatial) * (1 + scale_x) + shift_x
         latents = latents + gate_attn * self.attn(latents, seen)
         latents = latents + gate_mlp * self.mlp(_norm(latents) * (1 + scale_z) + shift_z)
-        rows = self.positions[None, : self.grid**2]
+        # Positions come last: the core mixes all windows, and must know where each latent is from.
+        rows = self.positions[None, : self.grid**2]  # [1, N, C]
         return latents + to_windows(rows, self.grid, self.group_size), spatial
 
 
 class Write(nn.Module):
-    """Spatial tokens that have looked at their window's latents.
+    """Spatial tokens that have looked at their window's latents: x + attn(x, z), then x + mlp(x).
 
     Args:
         width: C.
@@ -149,10 +157,11 @@ class Write(nn.Module):
         zero(self.mlp.fc2)
 
     def forward(self, spatial: Tensor, latents: Tensor) -> Tensor:
-        """Write.
+        """Write the latents into the spatial tokens.
 
         Shapes: spatial [B, G, J, C], latents [B, G, k, C], k <= J -> [B, N, C].
         """
+        # The spatial tokens are the residual stream from head to tail; latents only add to them.
         spatial = spatial + self.offset
         spatial = spatial + self.attn(spatial, latents)
         spatial = spatial + self.mlp(spatial)
@@ -160,5 +169,5 @@ class Write(nn.Module):
 
 
 def _norm(x: Tensor) -> Tensor:
-    """LayerNorm without parameters."""
+    """LayerNorm over channels, without parameters: [..., C] -> [..., C]."""
     return F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)

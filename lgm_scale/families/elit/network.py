@@ -6,7 +6,7 @@ K = k G of these, writes back, and runs its last blocks on N tokens again. The s
 size at every K: what changes is work.
 
 Time. The release's networks are told s = 1 - t (0 is data) and predict noise - data. This is the
-border: `forward` speaks our convention (`objectives.flow`), `forward_released` theirs.
+border: `forward` speaks our convention (`lgm_scale.flow`), `forward_released` theirs.
 
 Source: ELIT (arXiv 2603.12245); SiT (arXiv 2401.08740). Built from a description of the release.
 """
@@ -52,7 +52,7 @@ def sincos_table(width: int, grid: int) -> Tensor:
 
     Shapes: -> [grid grid, width] float32; width divisible by 4.
     """
-    quarter = width // 4
+    quarter = width // 4  # sine and cosine of column and of row
     rates = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * rates  # [h, C/4]
     waves = torch.cat((angles.sin(), angles.cos()), dim=-1)  # [h, C/2]
@@ -62,6 +62,7 @@ def sincos_table(width: int, grid: int) -> Tensor:
 
 
 def _norm(width: int) -> nn.Module:
+    """LayerNorm without weights of its own: adaLN brings scale and shift."""
     return nn.LayerNorm(width, eps=LAYER_NORM_EPS, elementwise_affine=False)
 
 
@@ -69,15 +70,16 @@ class SiT(nn.Module):
     """Velocity of a state on a grid; one token count, N.
 
     Args:
-        width: C, divisible by 4 and by num_heads. See `SIT_SIZES`.
+        width: C, divisible by 4 and by num_heads. `SIT_SIZES` has the published sizes.
         depth: Number of blocks.
         num_heads: H.
-        channels: Of the state: 4 for SD-VAE latents, 3 for pixels.
-        side: Of the state; divisible by patch_size.
+        channels: Channels of the state: 4 for SD-VAE latents, 3 for pixels.
+        side: Side of the state in latent pixels, divisible by patch_size.
         patch_size: p; N = (side / p)^2.
         num_classes: Classes without the null label.
 
     Raises: ConfigError for sizes that do not divide.
+    Source: SiT (arXiv 2401.08740), on DiT's adaLN-Zero blocks.
     """
 
     pos_embed: Tensor
@@ -101,6 +103,7 @@ class SiT(nn.Module):
         self.grid = side // patch_size
         self.num_classes = num_classes
         self.x_embed = nn.Conv2d(channels, width, patch_size, patch_size)
+        # Computed, so in no state: old checkpoints and other sides need no table.
         self.register_buffer("pos_embed", sincos_table(width, self.grid), persistent=False)
         self.t_embed = TimestepEmbedding(width)
         self.label_embed = LabelEmbedding(num_classes, width)
@@ -164,20 +167,23 @@ class SiT(nn.Module):
         """Predict the velocity, data - noise.
 
         Shapes: z_t [B, channels, side, side], t [B] in [0, 1] (1 is data), labels [B] int64
-        (num_classes = null) -> as z_t. `num_tokens` is K, an int.
+        (num_classes = null) -> [B, channels, side, side]. `num_tokens` is K, an int.
         Raises: ConfigError for a K that the network does not have.
         """
         return -self.forward_released(z_t, 1 - t, labels, num_tokens)
 
     def forward_released(self, x: Tensor, s: Tensor, labels: Tensor, num_tokens: int) -> Tensor:
-        """The network in the release's convention: s = 0 is data; predicts noise - data."""
+        """The network in the release's convention: s [B] is 0 at data; predicts noise - data.
+
+        Shapes: x [B, channels, side, side], labels [B] int64 -> [B, channels, side, side].
+        """
         self.check_length(num_tokens)
         # Contiguous: the residual stream of all blocks would keep the convolution's layout.
         tokens = self.x_embed(x).flatten(2).transpose(1, 2).contiguous()  # [B, N, C]
         tokens = tokens + self.pos_embed.to(tokens.dtype)
         condition = self.t_embed(s) + self.label_embed(labels)  # [B, C]
         tokens = self.transform(tokens, condition, num_tokens)
-        return self._unpatchify(self.final(tokens, condition))
+        return self._unpatchify(self.final(tokens, condition))  # [B, N, p p channels] before
 
     def transform(self, x: Tensor, condition: Tensor, num_tokens: int) -> Tensor:
         """All blocks. Shapes: x [B, N, C], condition [B, C] -> [B, N, C]."""
@@ -193,24 +199,23 @@ class SiT(nn.Module):
 
 
 class ELIT(SiT):
-    """A SiT whose core runs on K latents.
+    """A SiT whose core runs on K latents: head on N tokens, Read, core on K, Write, tail on N.
+
+    Every window of J tokens has J latents, and at budget k the core computes on the first k of
+    each. Trained at random k, the first latents learn to carry most (as in nested dropout), and
+    one network serves every budget. Depth counts head, core and tail together.
 
     Args:
-        width: As `SiT`, and so are the next six.
-        depth: Number of blocks, head, core and tail together.
-        num_heads: H.
-        channels: Of the state.
-        side: Of the state.
-        patch_size: p.
-        num_classes: Classes without the null label.
+        width, depth, num_heads, channels, side, patch_size, num_classes: Arguments of `SiT`.
         head_blocks: Blocks before Read.
         tail_blocks: Blocks after Write.
         group_size: g, the side of a window in tokens; divides side / p. J = g^2 latents each.
         drop_mode: What Write sees of the latents that the core did not. `skip_core`, as released:
             all, those as Read left them. `remove`: none of them.
-        position_rows: Of the latents' position table.
+        position_rows: Rows of the latents' position table, N or more.
 
     Raises: ConfigError for sizes that do not divide, or no block left for the core.
+    Source: ELIT (arXiv 2603.12245).
     """
 
     def __init__(
@@ -254,7 +259,7 @@ class ELIT(SiT):
 
     @property
     def num_windows(self) -> int:
-        """G."""
+        """G, windows of the grid."""
         return (self.grid // self.group_size) ** 2
 
     @property
@@ -264,7 +269,7 @@ class ELIT(SiT):
 
     @property
     def token_lengths(self) -> tuple[int, ...]:
-        """K = k G for k = 1 .. J."""
+        """Every K that the network runs at, rising: k G for k = 1 .. J."""
         return tuple(k * self.num_windows for k in range(1, self.max_budget + 1))
 
     def check_length(self, num_tokens: int) -> None:
@@ -272,7 +277,7 @@ class ELIT(SiT):
         self.budget(num_tokens)
 
     def budget(self, num_tokens: int) -> int:
-        """k, latents per window, of K tokens. Raises: ConfigError."""
+        """Latents per window, k, at K tokens. Raises: ConfigError for a K that is no budget."""
         k, rest = divmod(num_tokens, self.num_windows)
         if rest or not 1 <= k <= self.max_budget:
             raise ConfigError(
@@ -283,19 +288,22 @@ class ELIT(SiT):
         return k
 
     def transform(self, x: Tensor, condition: Tensor, num_tokens: int) -> Tensor:
-        """Head, Read, core on K latents, Write, tail. Shapes: as in `SiT`."""
+        """Head, Read, core on K latents, Write, tail. Shapes: x [B, N, C] -> [B, N, C]."""
         k, blocks = self.budget(num_tokens), list(self.blocks)
         first, last = self.head_blocks, len(blocks) - self.tail_blocks
         for block in blocks[:first]:
             x = block(x, condition)
         latents, spatial = self.read(x, condition)  # [B, G, J, C]
+        # Always the first k, the same in every window: a slice, no gather, and no mask in the core.
         kept = latents[:, :, :k].flatten(1, 2).contiguous()  # [B, K, C], one layout at every k
         for block in blocks[first:last]:
             kept = block(kept, condition)
-        kept = kept.unflatten(1, (self.num_windows, k))
+        kept = kept.unflatten(1, (self.num_windows, k))  # [B, G, k, C]
+        # As released: a latent beyond the budget skips the core, but Write sees what Read put into
+        # it. So even k = 1 loses nothing of the image, only computation on it.
         if self.drop_mode == "skip_core" and k < self.max_budget:
-            kept = torch.cat((kept, latents[:, :, k:]), dim=2)
-        x = self.write(spatial, kept)
+            kept = torch.cat((kept, latents[:, :, k:]), dim=2)  # [B, G, J, C]
+        x = self.write(spatial, kept)  # [B, N, C]
         for block in blocks[last:]:
             x = block(x, condition)
         return x
@@ -327,6 +335,7 @@ class ELIT(SiT):
 
 
 def _divisors(number: int) -> str:
+    """The divisors of a number, for a message."""
     return ", ".join(str(g) for g in range(1, number + 1) if number % g == 0)
 
 

@@ -15,10 +15,8 @@ from lgm_scale.errors import CheckpointError
 from lgm_scale.families.elit.bundle import save_spatial_bundle
 from lgm_scale.families.elit.config import SIT_SIZES, ELITModelConfig, InterfaceConfig, SpaceConfig
 from lgm_scale.families.elit.network import build_elit, sincos_table
-from lgm_scale.families.lgm.release import class_names
-from lgm_scale.families.tokenizer.release import provenance, shape_of
-from lgm_scale.release_import.names import KeyReport, fit, translate
-from lgm_scale.release_import.reading import read_dictionary, weights_of
+from lgm_scale.release_import.names import KeyReport, class_names, fit, provenance, translate
+from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
 
 __all__ = ["import_elit", "our_elit_name", "spatial_config_from_shapes"]
 
@@ -51,7 +49,7 @@ _TABLE_TOLERANCE = 1e-5
 
 
 def our_elit_name(name: str) -> str:
-    """From the release's name of a weight to ours."""
+    """Our name of a weight of ELIT or SiT, given the release's."""
     for theirs, ours in _PARTS.items():
         name = name.replace(theirs, ours)
     return name
@@ -71,9 +69,9 @@ def import_elit(
         source: The checkpoint.
         folder: Bundle to write.
         vae: Folder of the autoencoder that decodes; it is copied into the bundle.
-        split: Blocks before Read and after Write, see `models.elit.SPLITS`. Nothing in a
-            checkpoint says it; those that were released ran as `released`.
-        classes: See `class_names`.
+        split: Blocks before Read and after Write, by a key of `SPLITS`. Nothing in a checkpoint
+            says it; those that were released ran as `released`.
+        classes: Where the classes' names are from: a text file, 'imagenet', or None for indices.
         weights: Which of its weights, 'ema' or 'model'.
 
     Returns: what became of every key, and remarks for the user.
@@ -103,12 +101,13 @@ def spatial_config_from_shapes(
 
     Raises: CheckpointError naming key and shapes.
     """
-    form = (None, 4, None, None)
+    form = (None, 4, None, None)  # [C, channels of the SD-VAE, p, p]
     width, _, patch_size, _ = shape_of(state, "x_embedder.proj.weight", form, path)
     _, num_tokens, _ = shape_of(state, "pos_embed", (1, None, width), path)
     rows = shape_of(state, "y_embedder.embedding_table.weight", (None, width), path)[0]
     found = [re.match(r"blocks\.(\d+)\.", name) for name in state]
     depth = len({match.group(1) for match in found if match})
+    # Width and depth name a size; heads leave no trace in the shapes of fused projections.
     sizes = [n for n, row in SIT_SIZES.items() if (row.width, row.depth) == (width, depth)]
     if not sizes:
         known = ", ".join(f"{n}: {row.width} x {row.depth}" for n, row in SIT_SIZES.items())
@@ -135,6 +134,7 @@ def spatial_config_from_shapes(
 
 
 def _root(number: int, key: str, path: str | Path) -> int:
+    """Side of a square table of this many rows. Raises: CheckpointError."""
     root = math.isqrt(number)
     if root**2 != number:
         raise CheckpointError(f"{path}: key {key}: {number} rows; a square number is needed")
@@ -144,10 +144,11 @@ def _root(number: int, key: str, path: str | Path) -> int:
 def _check_positions(
     state: Mapping[str, Tensor], model: ELITModelConfig, space: SpaceConfig, path: str | Path
 ) -> None:
+    """Refuse weights that were trained with other fixed positions. Raises: CheckpointError."""
     table = state["pos_embed"][0].float()
     expected = sincos_table(table.shape[1], space.side // model.patch_size)
     error = float((table - expected).abs().max())
-    if not error <= _TABLE_TOLERANCE:
+    if not error <= _TABLE_TOLERANCE:  # so written, NaN is refused as well
         raise CheckpointError(
             f"{path}: key pos_embed differs from the fixed sin-cos table by {error:.3g}: these "
             "weights belong to another network"

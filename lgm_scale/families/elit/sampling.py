@@ -27,7 +27,7 @@ __all__ = ["SpatialNetwork", "check_budgets", "initial_state_noise", "sample_sta
 
 
 class SpatialNetwork(Protocol):
-    """A velocity on a grid, such as `models.elit.ELIT`."""
+    """A velocity on a grid, with a budget K per call: `SiT`, `ELIT`, or a test's formula."""
 
     @property
     def null_label(self) -> int:
@@ -39,7 +39,7 @@ class SpatialNetwork(Protocol):
         ...
 
     def __call__(self, z_t: Tensor, t: Tensor, labels: Tensor, num_tokens: int, /) -> Tensor:
-        """Shapes: z_t [B, C, S, S], t [B] (1 is data), labels [B] int64 -> as z_t."""
+        """Velocity: z_t [B, C, S, S], t [B] (1 is data), labels [B] int64 -> [B, C, S, S]."""
         ...
 
 
@@ -71,16 +71,17 @@ class _Guided:
     config: SamplerConfig
 
     def __call__(self, z_t: Tensor, t: float, length: int) -> Tensor:
-        """Velocity at time t and K tokens. Shapes: [B, C, S, S] -> same, float32."""
+        """Velocity at time t and K tokens: z_t [B, C, S, S] -> float32 [B, C, S, S]."""
         net, labels, config = self.net, self.labels, self.config
         times = torch.full((len(z_t),), t, device=z_t.device, dtype=torch.float32)
         if not config.guided(t):
             return net(z_t, times, labels, length).float()
+        # Autoguidance keeps the class: its branch is weak by its smaller budget alone.
         weak_labels = labels
         if config.guidance is Guidance.CFG:
             weak_labels = torch.full_like(labels, net.null_label)
         weak_length = config.uncond_length(length)
-        if weak_length == length:
+        if weak_length == length:  # one batch of 2 B, else two calls: K is one per call
             both = torch.cat((labels, weak_labels))
             v = net(torch.cat((z_t, z_t)), torch.cat((times, times)), both, length)
             v_cond, v_weak = v.float().chunk(2)
@@ -103,13 +104,13 @@ def sample_state(
 
     Args:
         net: The network.
-        noise: See `initial_state_noise`; on the device where this runs.
+        noise: What `initial_state_noise` draws, on the device where this runs.
         labels: [B] int64.
-        config: See `SamplerConfig`; `cfg_rescale` has no effect, for no token is merged.
+        config: Settings of the sampler; `cfg_rescale` has no effect, for no token is merged.
         num_tokens: K. With a `length_schedule`, that of its last steps.
         on_step: Called after every step.
 
-    Shapes: noise [B, C, S, S] -> the state, same, float32.
+    Shapes: noise [B, C, S, S] -> the state [B, C, S, S], float32.
     Raises: ConfigError for a K that the network does not have, or autoguidance without a weaker
     branch.
     """

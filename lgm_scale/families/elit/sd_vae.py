@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.families.tokenizer.assets import read_weights
+from lgm_scale.frozen import read_weights
 
 __all__ = ["SDVAE", "encoder_id", "latent_scale", "load_sd_vae", "save_sd_vae"]
 
@@ -84,10 +84,11 @@ class SDVAE(nn.Module):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, not scaled; float32 under any autocast.
 
-        Shapes: images [B, 3, S, S] in [-1, 1] -> [B, channels, S / downsampling, ...] twice.
+        Shapes: images [B, 3, S, S] in [-1, 1] -> two of [B, channels, h, h], h = S / downsampling.
         """
         for pixels in images.shape[-2:]:
             self.side(pixels)
+        # Latents are made once and kept for all runs: no precision of a run may show in them.
         with torch.autocast(images.device.type, enabled=False):
             latents = self.net.encode(images.float()).latent_dist
         return latents.mean, latents.std
@@ -145,7 +146,7 @@ def encoder_id(folder: str | Path) -> str:
     Raises: CheckpointError.
     """
     weights = _read_weights(folder)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()  # in order of names, so that the order in the file does not count
     for name in sorted(name for name in weights if name.startswith(_ENCODER)):
         values = weights[name].float().contiguous()
         digest.update(f"{name} {list(values.shape)}\n".encode())
@@ -154,7 +155,7 @@ def encoder_id(folder: str | Path) -> str:
 
 
 def latent_scale(folder: str | Path) -> float:
-    """`SDVAE.scale` of a folder, without loading its weights. Raises: CheckpointError."""
+    """The scale of latents that a folder states, without its weights. Raises: CheckpointError."""
     _, config = _read_config(folder)
     return float(config.get("scaling_factor", _PUBLISHED_SCALE))
 
@@ -186,6 +187,7 @@ def _file(folder: str | Path, name: str) -> Path:
 
 
 def _read_config(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Path and settings of a folder's network. Raises: CheckpointError."""
     path = _file(folder, CONFIG_NAME)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -210,6 +212,7 @@ def _read_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _todays_name(name: str) -> str:
+    """A weight's name in today's diffusers, given that of any."""
     return _OLD_ATTENTION.sub(lambda m: f"{m[1]}.{_ATTENTION_NAMES[m[2]]}.{m[3]}", name)
 
 
@@ -241,6 +244,7 @@ def _build(config: dict[str, Any], path: Path) -> Any:
 
 
 def _network(config: dict[str, Any]) -> Any:
+    """The network with these settings; those with an underscore are notes of diffusers."""
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     return _diffusers()(**known)
 

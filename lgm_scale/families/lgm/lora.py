@@ -1,7 +1,9 @@
 """LoRA per length: low-rank changes to a frozen generator, one set for each token length.
 
-Training goes through peft, which is imported only there. What is kept are plain matrices under
-plain names; sampling adds their products to a copy of the weights and costs no more than without.
+One generator for all lengths is a compromise between them under 'legacy' noise; a small change per
+K takes it back. Training goes through peft, which is imported only there. What is kept are plain
+matrices under plain names; sampling adds their products to a copy of the weights and costs no more
+than without.
 
 Source: the release trains one such set per K for its published numbers ('legacy' noise).
 """
@@ -9,7 +11,6 @@ Source: the release trains one such set per K for its published numbers ('legacy
 from __future__ import annotations
 
 import copy
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ _NAME = "default"  # peft's own, for one adapter
 
 
 def _target_layers(net: MergeDiT) -> dict[str, nn.Linear]:
+    """The layers that an adapter changes, by their names."""
     return {
         f"blocks.{index}.{target}": block.get_submodule(target)  # type: ignore[misc]  # all Linear
         for index, block in enumerate(net.blocks)
@@ -41,20 +43,20 @@ class Adapter:
     Args:
         weights: For each layer, `<layer>.lora_A.weight` [rank, in] and `<layer>.lora_B.weight`
             [out, rank], float32.
-        alpha: Scale.
+        alpha: Numerator of the scale alpha / rank, which keeps the change's size as rank varies.
     """
 
     weights: dict[str, Tensor]
     alpha: float
 
     def change(self, layer: str) -> Tensor:
-        """What is added to a layer's weight. Shapes: -> [out, in]."""
+        """What is added to a layer's weight, B A times alpha / rank: [out, in]."""
         down = self.weights[f"{layer}.lora_A.weight"]
         up = self.weights[f"{layer}.lora_B.weight"]
         return (up @ down) * (self.alpha / len(down))
 
     def to(self, device: torch.device | str) -> Adapter:
-        """The same on a device."""
+        """Return the same adapter on another device."""
         return Adapter({name: value.to(device) for name, value in self.weights.items()}, self.alpha)
 
     def check(self, net: MergeDiT) -> None:
@@ -86,13 +88,11 @@ def add_adapter(net: MergeDiT, rank: int, alpha: float) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    net.requires_grad_(False)
+    net.requires_grad_(False)  # before the adapter exists, whose own weights stay trainable
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(TARGETS), lora_dropout=0.0, bias="none"  # type: ignore[arg-type]  # a float scale works
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*no config.*")
-        inject_adapter_in_model(config, net, adapter_name=_NAME)
+    inject_adapter_in_model(config, net, adapter_name=_NAME)
 
 
 def plain_names(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -110,6 +110,8 @@ def with_adapter(net: MergeDiT, adapter: Adapter) -> MergeDiT:
     adapter.check(net)
     changed = {id(layer.weight) for layer in _target_layers(net).values()}
     tensors = [*net.parameters(), *net.buffers()]
+    # A memo that names a tensor as its own copy makes deepcopy share it: one set of large weights
+    # serves every length, and only the adapted layers exist once per K.
     shared = {id(tensor): tensor for tensor in tensors if id(tensor) not in changed}
     # Also when first asked for while sampling: the result is as usable as `net` itself.
     with torch.inference_mode(False), torch.no_grad():

@@ -33,19 +33,26 @@ __all__ = ["MergeDiT", "build_merge_dit"]
 
 
 def _norm(width: int) -> nn.Module:
+    """The norm of LightningDiT's blocks; adaLN gives it scale and shift of its own besides."""
     return nn.RMSNorm(width, eps=NORM_EPS)
 
 
 class MergeDiT(nn.Module):
-    """Velocity of merged tokens at any K.
+    """Velocity of merged tokens at any K: one set of weights for every length.
+
+    A transformer knows its tokens as a set. So it runs at any K once each token says what it is
+    (the merged position) and how much it stands for (the log size).
 
     Args:
-        width: C. See `DIT_SIZES` for the published sizes.
+        width: C. `DIT_SIZES` has the published sizes.
         depth: Number of blocks.
         num_heads: H; C must be divisible by it.
         latent_dim: D.
         num_base_tokens: N, the length of the position table.
         num_classes: Classes without the null label.
+
+    Raises: ConfigError if the heads do not divide the width.
+    Source: LGM paper, merge-aware diffusion transformer.
     """
 
     def __init__(
@@ -77,7 +84,7 @@ class MergeDiT(nn.Module):
     def from_size(
         cls, size: str, latent_dim: int, num_base_tokens: int, num_classes: int
     ) -> MergeDiT:
-        """Build a row of `DIT_SIZES`."""
+        """Build the network of a size that `DIT_SIZES` names."""
         row = DIT_SIZES[size]
         return cls(row.width, row.depth, row.num_heads, latent_dim, num_base_tokens, num_classes)
 
@@ -87,7 +94,7 @@ class MergeDiT(nn.Module):
         return self.label_embed.null_label
 
     def initialize(self) -> None:
-        """See `initialize_transformer`."""
+        """Start as adaLN-Zero does, with positions of std .02: the output is zero at first."""
         initialize_transformer(self, self.pos_embed)
 
     def forward(
@@ -97,8 +104,12 @@ class MergeDiT(nn.Module):
 
         Shapes: z_t [B, K, D], t [B] in [0, 1], labels [B] int64 (num_classes = null) -> [B, K, D].
         """
+        # (a), (b): a cluster stands where its tokens do on average. The same P that merges latents,
+        # so the position of a merged token is the merged position, at every K.
         x = self.x_embed(z_t) + assignment.merge(self.pos_embed).to(z_t.dtype)  # [B, K, C]
         condition = self.t_embed(t) + self.label_embed(labels)  # [B, C]
+        # (c): as a key, a cluster of s tokens weighs as much as s tokens would. At K = N all sizes
+        # are 1 and their logarithms 0: plain attention.
         log_sizes = None
         if assignment.num_tokens < assignment.num_base_tokens:
             log_sizes = assignment.sizes.to(torch.float32).log()

@@ -1,9 +1,13 @@
-"""The release's generator checkpoint {model, model_ema} as a generator bundle."""
+"""The release's generator checkpoint {model, model_ema} as a generator bundle.
+
+Its merge dictionary becomes a tree: for each K it has an averaging matrix [N, K] and cluster
+sizes [K].
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +17,40 @@ from torch import Tensor
 
 from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
-from lgm_scale.families.lgm.bundle import TREE_NAME, save_generator_bundle
+from lgm_scale.families.lgm.bundle import save_generator_bundle
 from lgm_scale.families.lgm.config import DIT_SIZES, LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
-from lgm_scale.families.lgm.release_cuts import read_tree
-from lgm_scale.families.tokenizer.release import provenance, shape_of
-from lgm_scale.merging.tree import MergeTree
-from lgm_scale.release_import.names import KeyReport, fit, our_generator_name, translate
-from lgm_scale.release_import.reading import entries, read_dictionary, weights_of
+from lgm_scale.merging.nesting import tree_from_cuts
+from lgm_scale.merging.tree import TREE_NAME, MergeAssignment, MergeTree
+from lgm_scale.release_import.names import KeyReport, class_names, fit, provenance, translate
+from lgm_scale.release_import.reading import entries, read_dictionary, shape_of, weights_of
 
-__all__ = ["class_names", "config_from_shapes", "import_generator", "read_stats"]
+__all__ = [
+    "config_from_shapes",
+    "import_generator",
+    "our_generator_name",
+    "read_cuts",
+    "read_stats",
+    "read_tree",
+]
 
 _ENTRIES = {"ema": "model_ema", "model": "model"}
+_PARTS = {
+    "transformer.": "",
+    "x_embedder": "x_embed",
+    "t_embedder": "t_embed",
+    "y_embedder.embedding_table": "label_embed.table",
+    "adaLN_modulation": "modulation",
+    "final_layer": "final",
+}
+
+
+def our_generator_name(name: str) -> str:
+    """Our name of a weight of the diffusion transformer, given the release's."""
+    for theirs, ours in _PARTS.items():
+        name = name.replace(theirs, ours)
+    return name
 
 
 def import_generator(
@@ -46,7 +71,7 @@ def import_generator(
         tokenizer: Bundle of the tokenizer that made the latents.
         latent_stats: File with their mean and std per channel.
         merge_tree: The release's merge dictionary; None: the tokenizer's own tree.
-        classes: See `class_names`.
+        classes: Where the classes' names are from: a text file, 'imagenet', or None for indices.
         noise_scale: How it was trained to see noise; the checkpoint does not say.
         weights: Which of its weights, 'ema' or 'model'.
 
@@ -101,6 +126,7 @@ def config_from_shapes(
     depth = len({match.group(1) for match in blocks if match})
     if rows < 2:
         raise CheckpointError(f"{path}: key y_embedder: {rows} rows, expected classes + 1")
+    # Of fused qkv only the width is seen; the per-head norm tells the width of a head.
     for name, row in DIT_SIZES.items():
         if (row.width, row.depth, row.num_heads * head) == (width, depth, width):
             return LGMModelConfig(
@@ -145,32 +171,120 @@ def read_stats(path: str | Path, latent_dim: int) -> LatentStats:
     return LatentStats(found["mean"], found["std"])
 
 
-def class_names(source: str | None, num_classes: int) -> tuple[str, ...]:
-    """Names of the classes, in the order of their indices.
+def read_tree(path: str | Path, own: MergeTree) -> tuple[MergeTree | None, str]:
+    """The tree of a merge dictionary, or of a merge_tree.safetensors.
 
     Args:
-        source: A text file with one name per line; 'imagenet': the 1000 names that torchvision
-            ships; None: the indices.
-        num_classes: How many there must be.
+        path: The file.
+        own: The tokenizer's merge tree. Where every given cut is one of its own it is kept, for it
+            knows more: heights, and the lengths between.
 
-    Raises: ConfigError.
+    Returns: the tree (None: keep the tokenizer's), and a remark for the user.
+
+    Raises: CheckpointError if the file cannot be read, its cuts are not nested, cross the blocks or
+    have another number of base tokens.
     """
-    if source is None:
-        return tuple(str(index) for index in range(num_classes))
-    if source == "imagenet":
-        from torchvision.models import ResNet50_Weights
-
-        names = list(ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
-    elif Path(source).is_file():
-        try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"--classes: {source} is no text file ({error})") from error
-        names = [line.strip() for line in lines if line.strip()]
-    else:
-        raise ConfigError(f"--classes: {source} is neither a text file nor 'imagenet'")
-    if len(names) != num_classes:
-        raise ConfigError(
-            f"--classes: {source} has {len(names)} names, the generator {num_classes} classes"
+    if str(path).endswith(".safetensors"):
+        tree = MergeTree.load(path)
+        if (tree.num_base_tokens, tree.num_blocks) != (own.num_base_tokens, own.num_blocks):
+            raise CheckpointError(
+                f"{path}: a merge tree of {tree.num_base_tokens} tokens in {tree.num_blocks} "
+                f"blocks; the tokenizer has {own.num_base_tokens} in {own.num_blocks}"
+            )
+        return tree, f"merge tree: {path}"
+    cuts = read_cuts(path)
+    lengths = ", ".join(str(cut.num_tokens) for cut in cuts)
+    if cuts[0].num_base_tokens != own.num_base_tokens:
+        raise CheckpointError(
+            f"{path}: cuts of {cuts[0].num_base_tokens} base tokens; the tokenizer has "
+            f"{own.num_base_tokens}"
         )
-    return tuple(names)
+    try:
+        tree = tree_from_cuts(cuts, own.num_blocks)
+        same = [torch.equal(own.assignment(k.num_tokens).labels, k.labels) for k in cuts]
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {'; '.join(error.problems)}") from error
+    if all(same):
+        return (
+            None,
+            f"merge tree: the tokenizer's own, which has every cut of {path} (K = {lengths})",
+        )
+    return tree, (
+        f"merge tree: from the cuts K = {lengths} of {path}. Their heights are unknown: ascending "
+        "ranks stand in, and lengths between the given ones are filled in, smallest parts first. "
+        f"The tokenizer's own tree differs at {same.count(False)} of {len(same)} lengths"
+    )
+
+
+def read_cuts(path: str | Path) -> list[MergeAssignment]:
+    """All cuts of a merge dictionary, by K.
+
+    Keys are K, as numbers or text; a value is one or more tensors, in a tuple, list or dictionary:
+    an averaging (or membership) matrix [N, K] or labels [N], and optionally the sizes [K].
+
+    Raises: CheckpointError naming the K that makes no sense.
+    """
+    cuts: dict[int, MergeAssignment] = {}
+    for key, value in read_dictionary(path).items():
+        digits = re.fullmatch(r"\D*(\d+)\D*", str(key)) if isinstance(key, (int, str)) else None
+        if digits is None:
+            raise CheckpointError(f"{path}: key {key!r} is no token length K")
+        num_tokens = int(digits.group(1))
+        where = f"{path}: K = {num_tokens}"
+        if num_tokens in cuts:
+            raise CheckpointError(f"{where}: given twice")
+        cuts[num_tokens] = _cut(num_tokens, list(_tensors(value)), where)
+    if len({cut.num_base_tokens for cut in cuts.values()}) != 1:
+        raise CheckpointError(f"{path}: it needs one or more cuts, all of the same base tokens")
+    return [cuts[num_tokens] for num_tokens in sorted(cuts)]
+
+
+def _tensors(value: object) -> Iterable[Tensor]:
+    """All tensors of a value, however deep it is nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _cut(num_tokens: int, tensors: list[Tensor], where: str) -> MergeAssignment:
+    """One cut, from whichever of its tensors says which token belongs where."""
+    tensors = [tensor.squeeze(0) if tensor.ndim == 3 else tensor for tensor in tensors]
+    shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors) or "none"
+    matrices = [tensor for tensor in tensors if tensor.ndim == 2]
+    vectors = [tensor for tensor in tensors if tensor.ndim == 1]
+    if matrices:
+        labels = _labels(matrices[0], num_tokens, where)
+    elif vectors and not max(vectors, key=len).is_floating_point():
+        labels = max(vectors, key=len)
+        vectors = [tensor for tensor in vectors if tensor is not labels]
+    else:
+        raise CheckpointError(
+            f"{where}: tensors of shapes {shapes}; needed: an averaging matrix [N, {num_tokens}]"
+        )
+    cut = MergeAssignment.from_labels(labels.to(torch.int64))
+    if cut.num_tokens != num_tokens:
+        raise CheckpointError(f"{where}: it has {cut.num_tokens} clusters that are not empty")
+    counts = torch.unique(labels, return_counts=True)[1].double()  # in the file's order
+    for sizes in vectors:
+        if sizes.shape == counts.shape and not torch.equal(sizes.double(), counts):
+            raise CheckpointError(f"{where}: its sizes are not those of its clusters")
+    return cut
+
+
+def _labels(matrix: Tensor, num_tokens: int, where: str) -> Tensor:
+    """Cluster of each token, from a matrix with one entry per row. Shapes: [N, K] -> [N]."""
+    if matrix.shape[1] != num_tokens:
+        raise CheckpointError(
+            f"{where}: a matrix of shape {list(matrix.shape)}, expected [N, {num_tokens}]"
+        )
+    member = matrix.double() > 0  # [N, K]
+    if not torch.equal(member.sum(1), torch.ones(len(matrix), dtype=torch.int64)):
+        raise CheckpointError(f"{where}: its matrix does not put each token into one cluster")
+    # What it may be: P itself (columns sum to 1), or A (zeros and ones). Anything else is no cut.
+    shares = member.double() / member.sum(0).clamp_min(1)
+    averaging = torch.allclose(matrix.double(), shares, atol=1e-4)
+    if not averaging and not torch.equal(matrix.double(), member.double()):
+        raise CheckpointError(f"{where}: its matrix neither averages clusters nor lists members")
+    return member.to(torch.int64).argmax(1)

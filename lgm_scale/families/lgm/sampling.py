@@ -42,7 +42,10 @@ def initial_noise(
 
 @dataclass
 class _Trajectory:
-    """What the steps of one batch share. Shapes: noise [B, K, D] at the last length."""
+    """What the steps of one batch share; its methods are what an integrator asks for.
+
+    Shapes: noise [B, K, D] at the last length, labels [B] int64.
+    """
 
     velocity: Velocity
     noise: Tensor
@@ -55,7 +58,7 @@ class _Trajectory:
     nestings: dict[tuple[int, int], Nesting] = field(default_factory=dict)
 
     def cut(self, num_tokens: int) -> MergeAssignment:
-        """The caller's own cut; the tree is asked only for others."""
+        """The cut at K: the caller's own, or where that has another length the tree's."""
         if num_tokens == self.final.num_tokens:
             return self.final
         if self.tree is None:
@@ -66,15 +69,16 @@ class _Trajectory:
         return self.tree.assignment(num_tokens, self.final.labels.device)
 
     def nesting(self, fine: int, coarse: int) -> Nesting:
-        """Two cuts and what relates them; made once."""
+        """Two cuts of the tree and what relates them; made once per batch."""
         if (fine, coarse) not in self.nestings:
             self.nestings[fine, coarse] = Nesting.between(self.cut(fine), self.cut(coarse))
         return self.nestings[fine, coarse]
 
     def start(self, num_tokens: int) -> Tensor:
-        """The noise as seen at K' <= K. Shapes: -> [B, K', D]."""
+        """The noise as seen at K' <= K tokens: [B, K', D]."""
         if num_tokens == self.final.num_tokens:
             return self.noise
+        # Merged, not drawn again: an image is the same one whether its trajectory grows or not.
         return self.nesting(self.final.num_tokens, num_tokens).merge(self.noise)
 
     def grow(self, z_t: Tensor, t: float, num_tokens: int) -> Tensor:
@@ -84,17 +88,19 @@ class _Trajectory:
         if self.contrasts is None or self.tree is None:
             raise ConfigError("sampler: length_schedule needs the data's contrasts; pass them")
         nesting = self.nesting(num_tokens, z_t.shape[1])
-        basis = contrast_basis(self.tree)
+        basis = contrast_basis(self.tree)  # [N, R], kept with the tree: built at the first split
         return split_clusters(z_t, t, self.noise, nesting, self.final, basis, self.contrasts)
 
     def guided(self, z_t: Tensor, t: float, length: int) -> Tensor:
-        """Velocity at time t. Shapes: [B, K, D] -> same, float32."""
+        """Velocity at time t, guided where the settings say so: [B, K, D] -> float32 [B, K, D]."""
         config = self.config
-        times = torch.full((len(z_t),), t, device=z_t.device, dtype=torch.float32)
+        times = torch.full((len(z_t),), t, device=z_t.device, dtype=torch.float32)  # [B]
         if not config.guided(t):
             return self.velocity(z_t, times, self.labels, self.cut(length)).float()
         state = (self.velocity, z_t, times, self.labels)
         strength = (config.cfg_scale, config.cfg_rescale)
+        # The weak branch is the same network: without the class, with fewer tokens, or both. Where
+        # it has all tokens, both branches share one batch.
         coarse = config.uncond_length(length)
         if coarse == length:
             null = self.null_label
@@ -123,7 +129,7 @@ def sample(
         labels: [B] int64.
         null_label: Label of the unconditional branch.
         assignment: Cut at K.
-        config: See `SamplerConfig`.
+        config: Settings of the sampler: steps, solver, guidance, lengths.
         tree: The tree that `assignment` is a cut of; only needed when `config.nested`.
         contrasts: The data's; only needed by a growing length.
         on_step: Called after every step.
@@ -153,7 +159,7 @@ def sample_latents(
     contrasts: ContrastStats | None = None,
     on_step: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Latents of the images with these indices, from their noise on; see `sample`.
+    """Latents of the images with these indices, from their noise on.
 
     Shapes: image_indices, labels [B] int64 (the device of `labels` is where it runs)
     -> unmerged latents [B, N, D], standardised.
@@ -173,7 +179,11 @@ def check_nested(
     scale: NoiseScale,
     contrasts: ContrastStats | None,
 ) -> None:
-    """Refuse what a generator cannot do, before anything is computed."""
+    """Refuse what a generator cannot do, before anything is computed.
+
+    Raises: ConfigError for a length outside the tree, autoguidance without a weaker branch, or a
+    second length under legacy noise; CheckpointError if the contrasts are missing.
+    """
     config.check_guidance(num_tokens)
     for length in config.rows(num_tokens):
         tree.assignment(length)

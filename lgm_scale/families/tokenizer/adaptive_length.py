@@ -54,15 +54,16 @@ def choose_length(
     if candidates[-1] > size:
         raise ConfigError(f"lengths: {candidates[-1]} is above the {size} tokens of an image")
     num_tokens = torch.full((len(images),), size, device=z.device)
+    # What is known stays on the device: only the choice of what to decode next is read.
     best = torch.zeros(len(images), dtype=torch.float64, device=z.device)
     reached = torch.zeros(len(images), dtype=torch.bool, device=z.device)
-    originals = to_uint8(images)
+    originals = to_uint8(images)  # PSNR of 8-bit images, as evaluation measures it
     for k in candidates:
-        open_ones = (~reached).nonzero()[:, 0]
+        open_ones = (~reached).nonzero()[:, 0]  # the one host synchronisation
         if not len(open_ones):
             break
         value = psnr(originals[open_ones], to_uint8(reconstruct(z[open_ones], k)))
-        best[open_ones] = value
+        best[open_ones] = value  # also where it is missed: at K = N it is what there is
         hit = open_ones[value >= target_psnr]
         num_tokens[hit], reached[hit] = k, True
     return LengthChoice(num_tokens, best, reached)

@@ -1,38 +1,32 @@
-"""Files of frozen or pretrained networks that the user provides, and how they are read.
+"""Files of frozen or pretrained networks that the user provides, and the networks made of them.
 
-Nothing is ever downloaded. A missing file is reported before anything else is built, with its
-config key, path, source and purpose. Files are read as safetensors or with
-`torch.load(weights_only=True)`: reading one executes nothing.
+Nothing is downloaded unless a key asks for it. A missing file is reported before anything else is
+built, with its config key, path, source and purpose.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import timm
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from lgm_scale.errors import CheckpointError, MissingAssetError
+from lgm_scale.errors import MissingAssetError
 from lgm_scale.families.tokenizer.config import TokenizerRun
-from lgm_scale.families.tokenizer.frozen import LPIPS, CriticBackbone, Frozen, FrozenNets, Teacher
+from lgm_scale.families.tokenizer.critic import CriticBackbone
+from lgm_scale.frozen import VGG16_URL, Frozen, load_perceptual, load_pretrained, to_imagenet
 
 __all__ = [
     "FROM_HUB",
     "TEACHER_WIDTHS",
-    "VGG16_URL",
     "Asset",
+    "FrozenNets",
+    "Teacher",
     "build_frozen",
     "load_from_hub",
-    "load_perceptual",
-    "load_pretrained",
     "needed_assets",
-    "read_weights",
 ]
 
 FROM_HUB = "hub"
@@ -40,7 +34,6 @@ FROM_HUB = "hub"
 TEACHER_WIDTHS = {"s": 384, "b": 768, "l": 1024}
 """Feature width of each DINOv2 size."""
 _SIZE_NAMES = {"s": "small", "b": "base", "l": "large"}
-VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
 
 
@@ -108,36 +101,6 @@ def _check(assets: list[Asset], allow_random: bool) -> tuple[str, ...]:
     return tuple(asset.key for asset in missing)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a file, without executing anything in it. Raises: CheckpointError."""
-    try:
-        if str(path).endswith(".safetensors"):
-            return load_file(str(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read as weights: {error}") from error
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds no dictionary of weights")
-    return state
-
-
-def load_pretrained(vit: VisionTransformer, path: str | Path) -> None:
-    """Load a DINO or DINOv2 checkpoint, named as by timm or by its authors.
-
-    timm resamples the patch kernel and the position grid.
-
-    Raises: CheckpointError if a weight of the network is missing in the file, or does not fit.
-    """
-    state = checkpoint_filter_fn(read_weights(path), vit)
-    try:
-        result = vit.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the network: {error}") from error
-    if result.missing_keys:
-        names = ", ".join(result.missing_keys[:3])
-        raise CheckpointError(f"{path}: {len(result.missing_keys)} weights are missing ({names})")
-
-
 def load_from_hub(vit: VisionTransformer, size: str) -> None:
     """Load timm's DINOv2 of this size from the model hub: a download, asked for by the key's value.
 
@@ -154,11 +117,40 @@ def load_from_hub(vit: VisionTransformer, size: str) -> None:
     vit.load_state_dict(checkpoint_filter_fn(hub.state_dict(), vit))
 
 
+@dataclass(frozen=True)
+class FrozenNets:
+    """The frozen networks that the losses look through; None where a loss is off."""
+
+    perceptual: Frozen | None = None
+    teacher: Frozen | None = None
+    critic: Frozen | None = None
+    random_assets: tuple[str, ...] = ()
+    """Config keys of the assets that were missing and got random weights."""
+
+
+class Teacher(nn.Module):
+    """Per-patch features of a vision transformer, after its last norm, prefix tokens dropped.
+
+    Latents from which these can be predicted hold what an image shows, not its pixels alone, and
+    are easier to generate.
+
+    Shapes: images [B, 3, S, S] in [-1, 1] -> [B, P, F].
+    """
+
+    def __init__(self, vit: VisionTransformer) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features [B, P, F] of images [B, 3, S, S]."""
+        return self.vit.forward_features(to_imagenet(images))[:, self.vit.num_prefix_tokens :]
+
+
 def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:
     """The frozen networks that the configuration asks for.
 
     Args:
-        config: Of the run.
+        config: The run's configuration.
         read: Load the files; else only the structure is built (to count).
 
     Raises: MissingAssetError, CheckpointError.
@@ -177,30 +169,6 @@ def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:
         critic=_critic(path_of("assets.dino_critic")) if "assets.dino_critic" in assets else None,
         random_assets=random,
     )
-
-
-def load_perceptual(path: str | None) -> Frozen:
-    """LPIPS on VGG16 weights as torchvision publishes them; None for random ones.
-
-    Raises: CheckpointError.
-    """
-    lpips = LPIPS()
-    if path is not None:
-        prefix = "features."
-        state = {
-            name.removeprefix(prefix): value
-            for name, value in read_weights(path).items()
-            if name.startswith(prefix)
-        }
-        _load_all(lpips.features, state, path)
-    return Frozen(lpips)
-
-
-def _load_all(module: nn.Module, state: dict[str, Tensor], path: str) -> None:
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the network: {error}") from error
 
 
 def _teacher(config: TokenizerRun, path: str | None) -> Frozen:

@@ -41,7 +41,7 @@ def bipartite_labels(z: Tensor, num_tokens: int, num_blocks: int, share: float =
     Source: ToMe, bipartite soft matching.
     """
     batch, size, _ = z.shape
-    block = torch.arange(size, device=z.device) // (size // num_blocks)
+    block = torch.arange(size, device=z.device) // (size // num_blocks)  # [N]
     within = block[:, None] == block[None, :]  # [N, N]
     own = torch.arange(size, device=z.device).expand(batch, -1)  # [B, N]
     labels, tokens = own, size
@@ -49,14 +49,17 @@ def bipartite_labels(z: Tensor, num_tokens: int, num_blocks: int, share: float =
         count = merges_per_round(tokens, num_tokens, num_blocks, share)
         member = F.one_hot(labels, size).float()  # [B, N, N]; column j is empty once j is merged
         alive = member.any(1)  # [B, N]
+        # Alternate clusters, so that each has near neighbours on the other side. Sources link to
+        # targets only: no chain of merges can form in a round, so all are made at once.
         rank = alive.view(batch, num_blocks, -1).cumsum(-1).view(batch, size)  # 1, 2, ... in block
         source, target = alive & (rank % 2 == 1), alive & (rank % 2 == 0)
         unit = F.normalize(member.transpose(1, 2) @ z.float(), dim=-1)  # directions of the means
         link = (unit @ unit.transpose(1, 2)).masked_fill(
             ~(source[:, :, None] & target[:, None, :] & within), -torch.inf
         )
-        strength, nearest = link.max(-1)  # [B, N]
+        strength, nearest = link.max(-1)  # [B, N]; -inf of what is no source sorts last
         chosen = strength.topk(count).indices  # [B, count]
+        # Each chosen source takes its target as parent, everyone else themselves.
         parent = own.scatter(1, chosen, nearest.gather(1, chosen))
         labels = parent.gather(1, labels)
         tokens -= count
@@ -70,7 +73,7 @@ def spread_means(z: Tensor, labels: Tensor) -> Tensor:
 
     Shapes: z [B, N, D], labels [B, N] int64 in [0, N) -> [B, N, D], in z's dtype.
     """
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False):  # means keep z's precision
         member = F.one_hot(labels, z.shape[1]).to(z.dtype)  # [B, N, N]
         sizes = member.sum(1).clamp_min(1)  # [B, N]
         means = (member.transpose(1, 2) @ z) / sizes[..., None]

@@ -79,13 +79,9 @@ class TokenizerFamily(Family):
 
     @override
     def training_model(self, run: TokenizerRun, dataset: Any) -> TokenizerModel:
-        from lgm_scale.families.tokenizer.assets import (
-            FROM_HUB,
-            build_frozen,
-            load_from_hub,
-            load_pretrained,
-        )
+        from lgm_scale.families.tokenizer.assets import FROM_HUB, build_frozen, load_from_hub
         from lgm_scale.families.tokenizer.training import TokenizerModel
+        from lgm_scale.frozen import load_pretrained
         from lgm_scale.parallel.collectives import mean_over_ranks
 
         frozen = build_frozen(run)

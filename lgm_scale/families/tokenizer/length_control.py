@@ -50,13 +50,14 @@ def exploration_noise(seed: int, step: int, num_tokens: int, scale: float = 0.1)
 
     A function of (seed, step) alone: every rank grows the same tree.
     """
+    # On the host, where the clustering is; clipped, as in the release: no pair moves by more.
     rng = np.random.default_rng([seed, int(Purpose.EXPLORATION), step])
     count = num_tokens * (num_tokens - 1) // 2
     return scale * np.clip(rng.standard_normal(count), -1.0, 1.0)
 
 
 class LengthControl(nn.Module):
-    """What every control offers.
+    """A way to N latents of which K are independent; this base holds what every way offers.
 
     Args:
         num_base_tokens: N.
@@ -78,7 +79,7 @@ class LengthControl(nn.Module):
         return torch.arange(self.num_base_tokens)
 
     def start_tree(self, exploration: np.ndarray | None = None) -> GrowTree | None:
-        """Begin what a step's tree needs, before the encoder: see `start_host_copy`."""
+        """Begin what a step's tree needs, before the encoder is queued; the result finishes it."""
         return None
 
     def forward(self, z: Tensor, num_tokens: int | Tensor, tree: GrowTree | None = None) -> Tensor:
@@ -130,10 +131,16 @@ class LengthControl(nn.Module):
 class LearnedMerging(LengthControl):
     """One learned embedding per token; clustering them gives the tree for all images.
 
+    Why embeddings and not the latents: they are the same for every image, so one tree serves all
+    images and generators; and they are trained, by the straight-through gradient of the
+    reconstruction and by the alignment loss, so that tokens that are alike in most images merge.
+
     Args:
         num_base_tokens: N.
-        num_blocks: Of the tree.
+        num_blocks: Blocks of the tree, within which tokens may merge.
         embedding_dim: Width of the embeddings.
+
+    Source: LGM paper, learnable global merging.
     """
 
     name = "lgm"
@@ -145,14 +152,14 @@ class LearnedMerging(LengthControl):
         self.initialize()
 
     def initialize(self) -> None:
-        """Rows as random unit vectors."""
+        """Draw the embeddings as random unit vectors."""
         with torch.no_grad():
             self.embeddings.normal_()
             self.embeddings.copy_(F.normalize(self.embeddings, dim=-1))
 
     def start_tree(self, exploration: np.ndarray | None = None) -> GrowTree:
         """Similarities of the embeddings as they are now, on their way to the host."""
-        similarity = cosine_similarity(self.embeddings.detach())
+        similarity = cosine_similarity(self.embeddings.detach())  # [N, N]
         triangle = start_host_copy(in_block_triangle(similarity, self.num_blocks))
         return lambda: MergeTree.from_triangle(triangle(), self.num_base_tokens, exploration)
 
@@ -161,7 +168,7 @@ class LearnedMerging(LengthControl):
         return self.start_tree(exploration)()
 
     def similarity(self) -> Tensor | None:
-        """Of the embeddings."""
+        """Cosine similarities of the embeddings [N, N], float32, with gradient."""
         return cosine_similarity(self.embeddings)
 
     def forward(self, z: Tensor, num_tokens: int | Tensor, tree: GrowTree | None = None) -> Tensor:
@@ -173,17 +180,18 @@ class LearnedMerging(LengthControl):
         if num_tokens == z.shape[1]:
             return z
         grow = tree or self.start_tree()
+        # The encoder is queued by now: the host clusters while the GPU encodes.
         assignment = grow().assignment(int(num_tokens)).to(z.device)
         return straight_through_merge(z, self.embeddings, assignment)
 
     def full_length(self, z: Tensor, num_tokens: int | Tensor) -> Tensor:
-        """Cluster means, spread over the members."""
+        """Cluster means, spread over the members, A P^T z: z [B, N, D] -> [B, N, D]."""
         self.check(num_tokens)
         assignment = self.tree().assignment(int(num_tokens), z.device)
         return assignment.unmerge(assignment.merge(z))
 
     def cluster_labels(self, z: Tensor, num_tokens: int) -> Tensor | None:
-        """The same in every image."""
+        """Clusters of the one tree, the same in every image: z [B, N, D] -> [B, N] int64."""
         self.check(num_tokens)
         return self.tree().assignment(num_tokens, z.device).labels.expand(len(z), -1)
 
@@ -201,11 +209,11 @@ class FixedMerging(LearnedMerging):
     def __init__(self, num_base_tokens: int, num_blocks: int, embedding_dim: int = 768) -> None:
         super().__init__(num_base_tokens, num_blocks, embedding_dim)
         embeddings = self.embeddings.detach()
-        del self.embeddings
+        del self.embeddings  # a parameter no longer: no optimizer and no average may move it
         self.register_buffer("embeddings", embeddings)
 
     def similarity(self) -> Tensor | None:
-        """Nothing to train."""
+        """None: nothing is trained, and there is no alignment loss."""
         return None
 
     def forward(self, z: Tensor, num_tokens: int | Tensor, tree: GrowTree | None = None) -> Tensor:
@@ -222,14 +230,14 @@ class BipartiteMerging(LengthControl):
     name = "tome"
 
     def full_length(self, z: Tensor, num_tokens: int | Tensor) -> Tensor:
-        """Cluster means, spread over the members."""
+        """Means of each image's own clusters, over the members: z [B, N, D] -> [B, N, D]."""
         self.check(num_tokens)
         if num_tokens == z.shape[1]:
             return z
         return spread_means(z, bipartite_labels(z, int(num_tokens), self.num_blocks))
 
     def cluster_labels(self, z: Tensor, num_tokens: int) -> Tensor | None:
-        """Of each image its own."""
+        """Clusters of each image by its own tokens: z [B, N, D] -> [B, N] int64."""
         self.check(num_tokens)
         return bipartite_labels(z, num_tokens, self.num_blocks)
 
@@ -238,7 +246,8 @@ class Truncation(LengthControl):
     """Keep the first K tokens. The decoder reads a filler at the other N - K positions.
 
     The filler is zero, which no quantized token is, or with `learned_filler` a trained vector
-    [D]; position embeddings tell the decoder which token is missing in either case.
+    [D]; position embeddings tell the decoder which token is missing in either case. Trained at
+    random K, early tokens are kept most often, and so come to hold what matters most.
 
     Source: nested dropout (Rippel et al. 2014), on token sequences as in One-D-Piece and FlexTok.
     """
@@ -249,11 +258,11 @@ class Truncation(LengthControl):
         self, num_base_tokens: int, num_blocks: int, latent_dim: int, learned_filler: bool = False
     ) -> None:
         super().__init__(num_base_tokens, num_blocks)
-        self.min_tokens = 1
+        self.min_tokens = 1  # nothing is merged, so blocks set no limit
         self.mask_token = nn.Parameter(torch.zeros(latent_dim)) if learned_filler else None
 
     def lattice_order(self) -> Tensor:
-        """Scattered, so that the first K cover the image; in raster order they are its top."""
+        """Places in a random order, so that the first K cover the image, not its top: [N] int64."""
         return torch.randperm(self.num_base_tokens, generator=torch.Generator().manual_seed(0))
 
     def full_length(self, z: Tensor, num_tokens: int | Tensor) -> Tensor:
@@ -267,7 +276,7 @@ class Truncation(LengthControl):
 
 
 class FullLength(LengthControl):
-    """No length control: K = N."""
+    """No length control: a tokenizer for K = N alone."""
 
     name = "none"
 
@@ -276,7 +285,7 @@ class FullLength(LengthControl):
         self.min_tokens = num_base_tokens
 
     def full_length(self, z: Tensor, num_tokens: int | Tensor) -> Tensor:
-        """The latents themselves."""
+        """The latents themselves: z [B, N, D] -> [B, N, D]."""
         self.check(num_tokens)
         return z
 
@@ -290,7 +299,7 @@ LENGTH_CONTROLS: dict[str, type[LengthControl]] = {
 def build_length_control(
     name: str, num_base_tokens: int, num_blocks: int, latent_dim: int, dropped_tokens: str
 ) -> LengthControl:
-    """The control of this name. Raises: ConfigError for an unknown one."""
+    """Build the length control of a name. Raises: ConfigError for an unknown one."""
     if name not in LENGTH_CONTROLS:
         known = ", ".join(LENGTH_CONTROLS)
         raise ConfigError(f"model.length_control: {name!r} is unknown; choose from {known}")

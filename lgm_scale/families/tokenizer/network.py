@@ -1,5 +1,9 @@
 """The image tokenizer: encoder, soft quantizer, merging, decoder.
 
+    image -> N latent tokens -> quantized -> K merged, expanded to N again -> image
+
+What the number of tokens changes is the third arrow alone: encoder and decoder see N at every K.
+
 Source: LGM paper; the SoftVQ backbone on timm vision transformers. Images are in [-1, 1].
 """
 
@@ -55,6 +59,7 @@ def lattice_positions(grid: int, width: int, extent: float) -> Tensor:
     Lattices of different density over one extent agree in position.
     """
     count = width // 4
+    # In units of image patches, whatever the lattice: half a cell in from its border.
     centres = (torch.arange(grid, dtype=torch.float64) + 0.5) * (extent / grid)
     frequencies = 3.0 * 30.0 ** (-torch.arange(count, dtype=torch.float64) / count)
     angles = centres[:, None] * frequencies  # [grid, C/4]
@@ -72,6 +77,7 @@ def start_aligned(vit: VisionTransformer) -> None:
     output projection is twice the transpose of the value projection.
     Source: ours, after mimetic initialization (Trockman and Kolter, 2023).
     """
+    # Wider than timm's std of .02, under which all tokens would attend evenly.
     for module in vit.modules():
         if isinstance(module, nn.Linear):
             module.reset_parameters()
@@ -80,11 +86,12 @@ def start_aligned(vit: VisionTransformer) -> None:
         attention: Any = block.attn
         query, key, value = attention.qkv.weight.chunk(3)
         query *= 2.0
-        key.copy_(query)
+        key.copy_(query)  # a logit x W^T W y is largest for tokens alike, so for equal positions
         attention.proj.weight.copy_(2.0 * value.T)
 
 
 def _vision_transformer(size: TokenizerSize, image_size: int, patch_size: int) -> VisionTransformer:
+    """timm's, without a classifier: all tokens come out. Its names fit pretrained files."""
     return VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
@@ -106,13 +113,20 @@ def _with_positions(vit: VisionTransformer, x: Tensor) -> Tensor:
 
 
 def _run_blocks(vit: VisionTransformer, x: Tensor) -> Tensor:
+    """All blocks and the final norm. Shapes: [B, L, C] -> [B, L, C]."""
     for block in vit.blocks:
         x = block(x)
     return vit.norm(x)
 
 
 class Encoder(nn.Module):
-    """Image to N latent tokens. Shapes: images [B, 3, S, S] in [-1, 1] -> [B, N, C]."""
+    """Image to N latent tokens, which are learned queries that attend to the patches.
+
+    They are no places of the image: each sees all patches and all latents, in every block.
+
+    Shapes: images [B, 3, S, S] in [-1, 1] -> [B, N, C].
+    Source: LGM paper, tokenizer; TiTok's latent tokens, as SoftVQ uses them.
+    """
 
     def __init__(
         self, size: TokenizerSize, image_size: int, patch_size: int, num_base_tokens: int
@@ -130,13 +144,17 @@ class Encoder(nn.Module):
         x = _with_positions(self.vit, self.vit.patch_embed(images))  # [B, 1 + P, C]
         latents = (self.latent_tokens + self.latent_pos_embed).expand(len(x), -1, -1)
         x = torch.cat((x, latents.to(x.dtype)), dim=1)  # [B, 1 + P + N, C]
-        return _run_blocks(self.vit, x)[:, -self.num_base_tokens :]
+        return _run_blocks(self.vit, x)[:, -self.num_base_tokens :]  # [B, N, C]
 
 
 class Decoder(nn.Module):
-    """N latent tokens to per-patch values.
+    """N latent tokens to per-patch values: pixels, or a teacher's features.
+
+    One mask token stands at every patch, told apart by its position, and gathers from the latents
+    what belongs there. The latents' own positions tell apart those that merging has made equal.
 
     Shapes: [B, N, D] -> values [B, P, out_dim] and the last layer's input [B, P, C].
+    Source: LGM paper, tokenizer.
     """
 
     def __init__(
@@ -165,7 +183,8 @@ class Decoder(nn.Module):
         masks = self.mask_token.expand(len(z), self.num_patches, -1)
         x = _with_positions(self.vit, masks)  # [B, 1 + P, C]
         x = torch.cat((x.to(latents.dtype), latents), dim=1)  # [B, 1 + P + N, C]
-        hidden = _run_blocks(self.vit, x)[:, 1 : 1 + self.num_patches]
+        hidden = _run_blocks(self.vit, x)[:, 1 : 1 + self.num_patches]  # [B, P, C]
+        # The adaptive weight of the adversarial loss needs this input of the last layer.
         return self.out(hidden), hidden
 
 
@@ -175,7 +194,7 @@ class Tokenizer(nn.Module):
     Args:
         size: A key of `TOKENIZER_SIZES`.
         image_size: Pixels per side, divisible by patch_size.
-        patch_size: Of the vision transformers.
+        patch_size: Pixels per side of a patch of both vision transformers.
         num_base_tokens: N.
         latent_dim: D.
         num_codebooks: Segments of the quantizer, and blocks within which tokens may merge.
@@ -186,6 +205,8 @@ class Tokenizer(nn.Module):
         length_control: How it reaches K tokens; a key of `LENGTH_CONTROLS`.
         dropped_tokens: What the decoder reads in place of a token that 'truncate' dropped: 'zero',
             or a 'learned' vector.
+
+    Source: LGM paper, tokenizer and learnable global merging.
     """
 
     def __init__(
@@ -208,7 +229,7 @@ class Tokenizer(nn.Module):
         self.num_base_tokens = num_base_tokens
         self.latent_dim = latent_dim
         self.encoder = Encoder(row, image_size, patch_size, num_base_tokens)
-        self.to_latent = nn.Linear(row.width, latent_dim)
+        self.to_latent = nn.Linear(row.width, latent_dim)  # the bottleneck: C -> D
         self.quantizer = SoftQuantizer(num_codebooks, codebook_size, latent_dim)
         self.merging = build_length_control(
             length_control, num_base_tokens, num_codebooks, latent_dim, dropped_tokens
@@ -220,13 +241,14 @@ class Tokenizer(nn.Module):
             self._start_aligned(row.width)
 
     def _start_aligned(self, width: int) -> None:
+        """Positions of patches and latents from one lattice, attention along it."""
         patches = self.image_size // self.patch_size
         latents = round(self.num_base_tokens**0.5)
         with torch.no_grad():
             for part in (self.encoder, self.decoder):
                 start_aligned(part.vit)
                 assert part.vit.pos_embed is not None
-                part.vit.pos_embed[0, 1:] = lattice_positions(patches, width, patches)
+                part.vit.pos_embed[0, 1:] = lattice_positions(patches, width, patches)  # 0: class
                 places = lattice_positions(latents, width, patches)
                 part.latent_pos_embed[0] = places[self.merging.lattice_order()]
 
@@ -235,6 +257,7 @@ class Tokenizer(nn.Module):
         return self._encode(images)[0]
 
     def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantized latents [B, N, D] and the logits of their codes. Raises: ConfigError."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             height, width = images.shape[-2:]
             raise ConfigError(
@@ -269,7 +292,7 @@ class Tokenizer(nn.Module):
         return self.merging.tree()
 
     def reconstruct(self, images: Tensor, num_tokens: int) -> Tensor:
-        """Encode, go to K tokens and back, decode. Shapes: [B, 3, S, S] -> the same."""
+        """Encode, go to K tokens and back, decode. Shapes: [B, 3, S, S] -> [B, 3, S, S]."""
         return self.decode(self.merging.full_length(self.encode(images), num_tokens))
 
     @torch.no_grad()

@@ -16,20 +16,46 @@ from lgm_scale.errors import CheckpointError
 from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TOKENIZER_SIZES, TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import build_tokenizer
-from lgm_scale.hashing import file_hash
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.release_import.names import (
-    IGNORED_BY_TOKENIZER,
-    KeyReport,
-    fit,
-    our_tokenizer_name,
-    translate,
-)
-from lgm_scale.release_import.reading import read_dictionary, weights_of
+from lgm_scale.release_import.names import KeyReport, fit, provenance, translate
+from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
 
-__all__ = ["check_args", "config_from_shapes", "import_tokenizer", "provenance", "shape_of"]
+__all__ = [
+    "IGNORED",
+    "check_args",
+    "config_from_shapes",
+    "import_tokenizer",
+    "our_tokenizer_name",
+]
+
+_PREFIXES = {
+    "encoder.model.": "encoder.vit.",
+    "quant_conv.": "to_latent.",
+    "quantize.embedding": "quantizer.codes",
+    "merge_module.": "merging.",
+    "post_quant_conv.": "decoder.latent_in.",
+    "decoder.model.": "decoder.vit.",
+    "decoder.to_pixel.model.": "decoder.out.",
+}
+IGNORED = {
+    "repa_model.": "frozen teacher of the representation loss; training reads it from its own file",
+    "decoder_dino.": "auxiliary decoder of the representation loss; not needed for use",
+    "post_quant_conv_dino.": "input of the auxiliary decoder; not needed for use",
+    "to_pixel_dino.": "output of the auxiliary decoder; not needed for use",
+    "decoder.model.patch_embed.": "never read: the decoder sees no image",
+    "quantize.codebook_used": "statistics of training, no weight",
+}
+"""Prefix -> why keys that begin with it are left out."""
 
 _BACKBONES = {"s": "vit_small", "b": "vit_base", "l": "vit_large"}
+
+
+def our_tokenizer_name(name: str) -> str:
+    """Our name of a weight of the tokenizer, given the release's."""
+    for theirs, ours in _PREFIXES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def import_tokenizer(
@@ -50,7 +76,7 @@ def import_tokenizer(
     state = weights_of(content, weights, source)
     config = config_from_shapes(state, source)
     agreed = check_args(content.get("args"), config, source)
-    report = translate(state, our_tokenizer_name, IGNORED_BY_TOKENIZER)
+    report = translate(state, our_tokenizer_name, IGNORED)
     with torch.device("meta"):
         expected = build_tokenizer(config).state_dict()
     ours = fit(state, report, expected, source)
@@ -59,41 +85,6 @@ def import_tokenizer(
     save_tokenizer_bundle(folder, config, ours, tree, training)
     spoken = f"agree with the shapes: {', '.join(agreed)}" if agreed else "say nothing to check"
     return report, [f"model: {config}", f"args {spoken}"]
-
-
-def provenance(source: str | Path, report: KeyReport, release: str = "LGM") -> dict[str, Any]:
-    """What a bundle says about the file that it came from."""
-    return {
-        "release": release,
-        "file": Path(source).name,
-        "sha256": file_hash(source),
-        "keys": report.counts(),
-    }
-
-
-def shape_of(
-    state: Mapping[str, Tensor], name: str, form: tuple[int | None, ...], path: str | Path
-) -> tuple[int, ...]:
-    """Shape of a weight that the configuration is read from.
-
-    Args:
-        state: Weights under the release's names.
-        name: Of the weight.
-        form: Expected size per dimension; None: any.
-        path: For messages.
-
-    Raises: CheckpointError if it is missing or of another form.
-    """
-    wanted = "[" + ", ".join("?" if size is None else str(size) for size in form) + "]"
-    if name not in state:
-        raise CheckpointError(f"{path}: key {name}: missing; expected shape {wanted}")
-    shape = tuple(state[name].shape)
-    fits = len(shape) == len(form) and all(
-        want in (None, size) for want, size in zip(form, shape, strict=True)
-    )
-    if not fits or 0 in shape:
-        raise CheckpointError(f"{path}: key {name}: shape {list(shape)}, expected {wanted}")
-    return shape
 
 
 def config_from_shapes(state: Mapping[str, Tensor], path: str | Path) -> TokenizerModelConfig:
@@ -128,7 +119,7 @@ def config_from_shapes(state: Mapping[str, Tensor], path: str | Path) -> Tokeniz
 
 
 def _size(state: Mapping[str, Tensor], width: int, path: str | Path) -> Any:
-    """Key of `TOKENIZER_SIZES`."""
+    """The key of `TOKENIZER_SIZES` that these weights have. Raises: CheckpointError."""
     blocks = [re.match(r"encoder\.model\.blocks\.(\d+)\.", name) for name in state]
     depth = len({match.group(1) for match in blocks if match})
     scaled = "encoder.model.blocks.0.ls1.gamma" in state

@@ -14,10 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lgm_scale.families.tokenizer import adversarial
+from lgm_scale.families.tokenizer import losses
+from lgm_scale.families.tokenizer.assets import FrozenNets
 from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
-from lgm_scale.families.tokenizer.critic import CriticHeads, ReduceMean, critic_view, one_rank
-from lgm_scale.families.tokenizer.frozen import CriticBackbone, Frozen, FrozenNets
+from lgm_scale.families.tokenizer.critic import (
+    CriticBackbone,
+    CriticHeads,
+    ReduceMean,
+    critic_view,
+    one_rank,
+)
 from lgm_scale.families.tokenizer.length_control import exploration_noise
 from lgm_scale.families.tokenizer.losses import (
     alignment_loss,
@@ -27,6 +33,7 @@ from lgm_scale.families.tokenizer.losses import (
     representation_loss,
 )
 from lgm_scale.families.tokenizer.network import Decoder, Tokenizer, TokenizerOutput
+from lgm_scale.frozen import Frozen
 from lgm_scale.pixels import to_unit_range
 from lgm_scale.randomness import Purpose, keyed_uniforms, stream_keys
 from lgm_scale.training.model import TrainingModel
@@ -144,9 +151,9 @@ class TokenizerModel(TrainingModel):
             value = value + strength * terms["perceptual"]
         (gradient,) = torch.autograd.grad(value, reconstruction)
         if self._adversarial(batch):
-            terms["adversarial"] = adversarial.generator_loss(self._judge(reconstruction, batch, 0))
+            terms["adversarial"] = losses.generator_loss(self._judge(reconstruction, batch, 0))
             (push,) = torch.autograd.grad(terms["adversarial"], reconstruction)
-            terms["adaptive_weight"] = adversarial.adaptive_weight(
+            terms["adaptive_weight"] = losses.adaptive_weight(
                 self.net.patchify(gradient),
                 self.net.patchify(push),
                 outputs.last_hidden,
@@ -155,7 +162,7 @@ class TokenizerModel(TrainingModel):
             strength = weights.adversarial * terms["adaptive_weight"]
             value = value + strength * terms["adversarial"]
             gradient = gradient + strength * push
-        return adversarial.with_gradient(value, outputs.reconstruction, gradient), terms
+        return losses.with_gradient(value, outputs.reconstruction, gradient), terms
 
     def _latent_losses(
         self, outputs: TokenizerOutput, images: Tensor, batch: dict[str, Any]
@@ -194,23 +201,23 @@ class TokenizerModel(TrainingModel):
         weights = self.objective
         fakes = outputs.reconstruction.detach().float()
         real, fake = self._judge(images, batch, 1), self._judge(fakes, batch, 2)
-        terms = {"critic_hinge": adversarial.hinge_loss(real, fake)}
+        terms = {"critic_hinge": losses.hinge_loss(real, fake)}
         total = terms["critic_hinge"]
         means = self.reduce_mean(torch.stack((real.detach().mean(), fake.detach().mean())))
         self.lecam_means.lerp_(means, 1 - LECAM_DECAY)
         terms["logits_real"], terms["logits_fake"] = means.unbind()
         if weights.lecam > 0:
-            terms["critic_lecam"] = adversarial.lecam_loss(
+            terms["critic_lecam"] = losses.lecam_loss(
                 real, fake, *self.lecam_means.clone().unbind()
             )
             total = total + weights.lecam * terms["critic_lecam"]
         if weights.consistency > 0:
             keys = stream_keys(self.seed, Purpose.DIFF_AUGMENT, batch["step"], batch["sample_ids"])
-            count = adversarial.NUM_AUGMENT_DRAWS
+            count = losses.NUM_AUGMENT_DRAWS
             draws = keyed_uniforms(keys, 2 * count)
-            real_seen = self._judge(adversarial.diff_augment(images, draws[:, :count]), batch, 3)
-            fake_seen = self._judge(adversarial.diff_augment(fakes, draws[:, count:]), batch, 4)
-            terms["critic_consistency"] = adversarial.consistency_loss(
+            real_seen = self._judge(losses.diff_augment(images, draws[:, :count]), batch, 3)
+            fake_seen = self._judge(losses.diff_augment(fakes, draws[:, count:]), batch, 4)
+            terms["critic_consistency"] = losses.consistency_loss(
                 torch.cat((real, fake)), torch.cat((real_seen, fake_seen))
             )
             total = total + weights.consistency * terms["critic_consistency"]
