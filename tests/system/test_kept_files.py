@@ -221,7 +221,7 @@ def without_times(results: dict[str, Any]) -> dict[str, Any]:
         key: [{k: v for k, v in row.items() if k != "run"} for row in results[key]]
         for key in ("rows", "searched", "reconstructions")
     }
-    return results | rows | {"versions": None}
+    return results | rows | {"versions": None, "run": None}
 
 
 @pytest.mark.parametrize("name", SWEEPS)
