@@ -1,4 +1,4 @@
-"""What `make quickstart` must have learned. Reads its results.json; trains nothing."""
+"""What `make quickstart` must have learned, and its very numbers. Trains nothing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
+from kept_files import KEPT as KEPT_FILES
+from kept_files import compares_bits
 
 REPORT = os.environ.get("LGM_QUICKSTART_REPORT")
+KEPT = KEPT_FILES / "quickstart"
 
 pytestmark = pytest.mark.skipif(
     REPORT is None, reason="set LGM_QUICKSTART_REPORT=runs/quickstart/report after make quickstart"
@@ -47,3 +50,39 @@ def test_the_report_is_complete(results):
     assert page.count("data:image/png;base64,") >= 4
     assert "http://" not in page
     assert "https://" not in page
+
+
+# --- the numbers themselves -------------------------------------------------------------------
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """Cells of the tables in results.md, without the columns of speed."""
+    rows: list[list[str]] = []
+    left_out: set[int] = set()
+    before = ""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if not before.startswith("|"):
+                left_out = {i for i, cell in enumerate(cells) if cell.startswith("images/s")}
+            rows.append([cell for i, cell in enumerate(cells) if i not in left_out])
+        before = line
+    return rows
+
+
+def test_the_printed_numbers_are_the_kept_ones():
+    """To the last printed digit: nothing in the pipeline may change what it computes."""
+    if not compares_bits():
+        pytest.skip("this machine rounds otherwise; LGM_KEPT_EXACT=1 compares nevertheless")
+    found = table_rows((Path(str(REPORT)) / "results.md").read_text())
+    kept = table_rows((KEPT / "results.md").read_text())
+    assert len(kept) == 12
+    assert found == kept
+
+
+def test_operations_and_losses_are_the_kept_ones(results):
+    kept = json.loads((KEPT / "results.json").read_text())
+    assert [row["work"] for row in results["rows"]] == [row["work"] for row in kept["rows"]]
+    assert results["training_loss"].keys() == kept["training_loss"].keys()
+    for num_tokens, losses in kept["training_loss"].items():
+        assert results["training_loss"][num_tokens] == pytest.approx(losses, rel=1e-3)
