@@ -19,12 +19,13 @@ from lgm_scale.config.schema import TokenizerModelConfig
 from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError
 from lgm_scale.evaluation.commands import reconstruct
 from lgm_scale.evaluation.engine.stages import Engine
-from lgm_scale.evaluation.features.spaces import Spaces, ValidationImages
+from lgm_scale.evaluation.engine.statistics import statistics_of
+from lgm_scale.evaluation.features.spaces import Spaces
+from lgm_scale.evaluation.images import StoredImages, ValidationImages
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
-from lgm_scale.evaluation.metrics.moments import frechet_distance, moments_of
+from lgm_scale.evaluation.metrics.scores import frechet_distance
 from lgm_scale.evaluation.reconstructions import images as image_work
-from lgm_scale.evaluation.reconstructions.images import StoredImages, encode
-from lgm_scale.evaluation.reconstructions.images import reconstruct as reconstruct_images
+from lgm_scale.evaluation.reconstructions.images import decode_at, encode
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
 from lgm_scale.families.lgm.bundle import build_tokenizer, load_tokenizer, save_tokenizer_bundle
 from lgm_scale.merging.tree import MergeTree
@@ -55,8 +56,8 @@ def test_without_files_two_metrics_are_off_and_say_why(
     assert all(set(row["metrics"]) == {"psnr_db", "ssim"} for row in results["rows"])
     off = results["off"]
     for name, parts in {
-        "lpips": ("LPIPS is off", "vgg16", "eval.preflight"),
-        "rfid_val": ("rFID is off", "inception", "eval.preflight"),
+        "lpips": ("LPIPS is off", "vgg16", "commands.preflight"),
+        "rfid_val": ("rFID is off", "inception", "commands.preflight"),
     }.items():
         assert all(part in off[name] for part in parts)
         assert "\n" not in off[name]
@@ -101,7 +102,7 @@ def pairs(plans: ReconstructionPlans, num_tokens: int) -> tuple[torch.Tensor, to
     assert plans.images is not None
     images, _ = plans.images.stored.read(range(68))
     z = encode(plans.tokenizer, images)
-    made = reconstruct_images(plans.tokenizer, plans.tree, z, num_tokens, 68)
+    made = decode_at(plans.tokenizer, plans.tree, z, num_tokens, 68)
     return images, to_uint8(made)
 
 
@@ -109,7 +110,7 @@ def test_the_distance_is_from_the_originals_to_their_reconstructions(reconstruct
     engine = Engine(tmp_path, torch.device("cpu"), quiet=True)
     rows, savings = reconstruct.measure(reconstructor, engine, [6], [])
     sides = [MeanColours()(x)["inception_pool"] for x in pairs(reconstructor, 6)]
-    expected = frechet_distance(*(moments_of(x) for x in sides))
+    expected = frechet_distance(*(statistics_of(x) for x in sides))
     assert expected > 1
     assert rows[0]["metrics"]["rfid_val"] == pytest.approx(expected, rel=1e-5)
     assert "against validation images" in rows[0]["names"]["rfid_val"]
@@ -140,13 +141,13 @@ def test_an_interrupted_measurement_goes_on(small_pipeline, tmp_path, monkeypatc
     (row,) = (tmp_path / "out" / "rows").glob("*.json")
     row.unlink()
     calls = []
-    real = image_work.reconstruct
+    real = image_work.decode_at
 
     def counted(*args):
         calls.append(args[-1])
         return real(*args)
 
-    monkeypatch.setattr(image_work, "reconstruct", counted)
+    monkeypatch.setattr(image_work, "decode_at", counted)
     again = measured(monkeypatch, small_pipeline, tmp_path / "out", "--lengths", 8)
     assert calls == [16, 4]
     assert again["rows"][0]["metrics"] == first["rows"][0]["metrics"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.engine.chunks import Arrays
-from lgm_scale.evaluation.features.base import images_hash
+from lgm_scale.evaluation.features.extraction import images_hash
 
 __all__ = ["MAX_FITTED", "PixelPCA"]
 

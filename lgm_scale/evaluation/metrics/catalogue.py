@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lgm_scale.evaluation.engine.statistics import FeatureStatistics
 from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
-from lgm_scale.evaluation.metrics.moments import Moments, frechet_distance
 from lgm_scale.evaluation.metrics.scores import (
     IS_SPLITS,
     KID_SUBSETS,
     NEIGHBOURS,
+    frechet_distance,
     inception_score,
     kernel_distance,
     kid_subset_size,
@@ -96,8 +97,8 @@ class Selection:
     off: dict[str, str]
 
     @property
-    def moment_features(self) -> tuple[str, ...]:
-        """Features whose moments are needed."""
+    def statistics_features(self) -> tuple[str, ...]:
+        """Features whose statistics are needed."""
         return tuple(
             sorted({METRICS[key].feature for key in self.on if METRICS[key].needs == "statistics"})
         )
@@ -138,7 +139,7 @@ def _why_off(
         space = metric.feature.split("_")[0]
         key = {"pixel": "num_components", "inception": "inception", "dinov2": "dinov2"}[space]
         return f"`{key}` is not given; `python -m eval.preflight` lists what is needed"
-    held = {"statistics": reference.moments, "features": reference.features}
+    held = {"statistics": reference.statistics, "features": reference.features}
     if metric.needs in held and metric.feature not in held[metric.needs]:
         return (
             f"the reference {reference.name} holds no {metric.needs} of {metric.feature}; make "
@@ -153,7 +154,7 @@ def _why_off(
 
 def warn_few_images(selection: Selection, outputs: Mapping[str, int], count: int) -> None:
     """Say loudly where there are fewer images than dimensions."""
-    for feature in selection.moment_features:
+    for feature in selection.statistics_features:
         if count <= outputs[feature]:
             log.warning(
                 "FEW IMAGES: %d in %d dimensions (%s): the covariance has not full rank, and the "
@@ -164,7 +165,7 @@ def warn_few_images(selection: Selection, outputs: Mapping[str, int], count: int
 
 def compute(
     selection: Selection,
-    moments: Mapping[str, Moments],
+    statistics: Mapping[str, FeatureStatistics],
     features: Callable[[Sequence[str]], Mapping[str, np.ndarray]],
     reference: Reference,
     device: torch.device | str = "cpu",
@@ -173,7 +174,7 @@ def compute(
 
     Args:
         selection: From `select`.
-        moments: Of the generated side, for `selection.moment_features`.
+        statistics: Of the generated side, for `selection.statistics_features`.
         features: Gives whole features of the generated side, in the order of the images.
         reference: What they are compared with.
         device: Where precision and recall find neighbours.
@@ -183,7 +184,9 @@ def compute(
         metric = METRICS[key]
         if metric.needs == "statistics":
             name = metric.feature
-            numbers[key] = frechet_distance(moments[name], reference.moments[name], metric.name)
+            numbers[key] = frechet_distance(
+                statistics[name], reference.statistics[name], metric.name
+            )
     held = features(selection.whole_features) if selection.whole_features else {}
     if "is" in selection.on:
         numbers["is"], numbers["is_std"] = inception_score(held["inception_logits"])

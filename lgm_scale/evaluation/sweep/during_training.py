@@ -28,10 +28,9 @@ from lgm_scale.config.loading import read_yaml, to_dict
 from lgm_scale.config.schema import GeneratorRun, SpatialRun
 from lgm_scale.data.epochs import EpochDataset
 from lgm_scale.errors import ConfigError
-from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.sweep.config import SweepConfig, check_sweep
 from lgm_scale.evaluation.sweep.families import family_of
-from lgm_scale.evaluation.sweep.measure import Sweep
+from lgm_scale.evaluation.sweep.measure import Sweep, load_spaces
 from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import broken_rules
 from lgm_scale.families.elit.bundle import SpatialBundle, build_spatial_generator
@@ -156,7 +155,7 @@ class EvaluationDuringTraining(Callback):
         with _own_randomness():
             self.subject = _subject(config, dataset, self.device)
             image_size = self.subject.family(self.subject.bundle).image_size
-            self.spaces = Spaces.load(self.config, image_size, self.device)
+            self.spaces = load_spaces(self.config, image_size, self.device)
         self._sweep(0, {})  # finds out now what would fail then
 
     def batch_end(self, state: State, logger: Logger) -> None:

@@ -20,8 +20,9 @@ from lgm_scale import __version__
 from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
 from lgm_scale.evaluation.engine.stages import Engine, RowPlan
-from lgm_scale.evaluation.features.spaces import Spaces, check_reference, load_reference_for
+from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.files import write_json
+from lgm_scale.evaluation.images import ValidationImages
 from lgm_scale.evaluation.metrics.catalogue import (
     METRICS,
     Selection,
@@ -33,18 +34,25 @@ from lgm_scale.evaluation.metrics.catalogue import (
 )
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
-from lgm_scale.evaluation.references.files import Reference
+from lgm_scale.evaluation.references.files import (
+    Reference,
+    check_reference,
+    load_reference,
+)
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig, SweepConfig, expand
-from lgm_scale.evaluation.sweep.npz import write_samples
-from lgm_scale.evaluation.sweep.results import gather_results, headline
-from lgm_scale.evaluation.sweep.samples import SampleWork, sampler_of, work_of
+from lgm_scale.evaluation.sweep.results import gather_results, headline, loss_per_length
+from lgm_scale.evaluation.sweep.samples import (
+    SampleFeatures,
+    sampler_of,
+    work_of,
+    write_samples,
+)
 from lgm_scale.evaluation.sweep.search import next_cells, winners
-from lgm_scale.evaluation.sweep.training_loss import loss_per_length
 from lgm_scale.families.lgm.bundle import TOKENIZER_NAME
 from lgm_scale.families.lgm.data import TREE_NAME
 from lgm_scale.pipeline import Pipeline, load_pipeline
 
-__all__ = ["Sweep", "measure"]
+__all__ = ["Sweep", "load_spaces", "measure"]
 
 NUM_SHOWN = 20
 PIXELS = "(x + 1) / 2, clipped to [0, 1], {} to 8 bits"
@@ -68,6 +76,14 @@ def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | 
         sweep.make_part(Part.parse(config.part))
         return None
     return sweep.run(losses, reduce_only)
+
+
+def load_spaces(config: SweepConfig, image_size: int, device: torch.device) -> Spaces:
+    """Open the validation images and load the feature spaces that a sweep names."""
+    images = None
+    if config.images is not None:
+        images = ValidationImages.open(config.images, image_size)
+    return Spaces.load(device, images, config.inception, config.dinov2, config.num_components)
 
 
 class Sweep:
@@ -96,10 +112,10 @@ class Sweep:
         for cell in expand(config):  # what cannot work is told before any work
             pipe.check(sampler_of(cell), cell.num_tokens)
         self.engine = Engine(Path(config.out), pipe.device, quiet)
-        self.spaces = spaces or Spaces.load(config, pipe.image_size, pipe.device)
-        self.outer = load_reference_for(config)
+        self.spaces = spaces or load_spaces(config, pipe.image_size, pipe.device)
+        self.outer = load_reference(config.reference) if config.reference is not None else None
         check_reference(self.outer, self.spaces, pipe.image_size)
-        self.work = SampleWork(
+        self.samples = SampleFeatures(
             pipe=pipe,
             spaces=self.spaces.all,
             seed=config.seed,
@@ -157,7 +173,7 @@ class Sweep:
             "pixels_kept": "all" if config.save_npz else NUM_SHOWN,
         }
         name = f"samples-k{cell.num_tokens:04d}-w{cell.cfg_scale:g}-s{cell.num_steps}"
-        return Job(name, protocol, num_images, config.chunk_size, partial(self.work, cell))
+        return Job(name, protocol, num_images, config.chunk_size, partial(self.samples, cell))
 
     def plan(self, cell: Cell, num_images: int) -> RowPlan:
         """The row of a cell at a number of images."""
@@ -172,7 +188,7 @@ class Sweep:
         }
         finish = partial(self._finish, cell, selection)
         name = f"{job.name}-n{num_images}"
-        return RowPlan(name, job, protocol, selection.moment_features, finish, cell.label)
+        return RowPlan(name, job, protocol, selection.statistics_features, finish, cell.label)
 
     def selection(self, num_images: int) -> Selection:
         """Metrics of samples."""
@@ -181,9 +197,9 @@ class Sweep:
     def _finish(
         self, cell: Cell, selection: Selection, plan: RowPlan, engine: Engine
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        moments = engine.moments(plan.job, plan.sums)
+        statistics = engine.statistics(plan.job, plan.sums)
         numbers = compute(
-            selection, moments, partial(engine.features, plan.job), self.reference, engine.device
+            selection, statistics, partial(engine.features, plan.job), self.reference, engine.device
         )
         seconds, devices = engine.seconds(plan.job)
         making = seconds["sampling"] + seconds["decoding"]
@@ -209,7 +225,7 @@ class Sweep:
         }
         if self.config.save_npz and count == self.config.num_images:
             row["npz"] = str(write_samples(engine, plan.job, Path(self.config.out), plan.name))
-        shown = min(self.work.num_shown, count)
+        shown = min(self.samples.num_shown, count)
         return row, {"images": engine.first_arrays(plan.job, "pixels", shown)}
 
     # --- runs ---------------------------------------------------------------------------------
@@ -253,20 +269,20 @@ class Sweep:
 
     def run(self, losses: dict[int, dict[str, Any]], reduce_only: bool = False) -> dict[str, Any]:
         """Make what is missing, and reduce. Results on every rank; rank 0 writes them."""
-        start, config, may_work = time.perf_counter(), self.config, not reduce_only
+        start, config, may_compute = time.perf_counter(), self.config, not reduce_only
         if self.engine.first:
             outline, outputs = self._outline(config.num_images), self.spaces.outputs
             warn_few_images(outline, outputs, config.num_images)
         originals = self.reconstructions.jobs(())
-        self.engine.make_chunks(originals, Part(), "validation images", may_work)
+        self.engine.make_chunks(originals, Part(), "validation images", may_compute)
         self.reconstructions.reduce(self.engine)
         cells, searched = expand(config), []
         before, reconstructed = self.reconstructions.plans(self.lengths), []
         if config.search is not None:
-            reconstructed, before = self._rows(before, "reconstructions", may_work), []
-            searched, cells = self._search(cells, config.search, may_work)
+            reconstructed, before = self._rows(before, "reconstructions", may_compute), []
+            searched, cells = self._search(cells, config.search, may_compute)
         plans = [*before, *(self.plan(cell, config.num_images) for cell in cells)]
-        rows = self._rows(plans, "sweep", may_work)
+        rows = self._rows(plans, "sweep", may_compute)
         reconstructed, rows = reconstructed + rows[: len(before)], rows[len(before) :]
         selection = self.selection(config.num_images)
         for line in selection.off.values():
@@ -299,24 +315,24 @@ class Sweep:
         )  # fmt: skip
 
     def _search(
-        self, cells: Sequence[Cell], search: SearchConfig, may_work: bool
+        self, cells: Sequence[Cell], search: SearchConfig, may_compute: bool
     ) -> tuple[list[dict[str, Any]], list[Cell]]:
         """Rows of the cells that were tried, and the best cells."""
         known: dict[Cell, dict[str, float]] = {}
         rows: list[dict[str, Any]] = []
         while trying := next_cells(cells, known, search):
             plans = [self.plan(cell, search.num_images) for cell in trying]
-            found = self._rows(plans, "search", may_work)
+            found = self._rows(plans, "search", may_compute)
             rows += found
             known |= {c: row["metrics"] for c, row in zip(trying, found, strict=True)}
         order = {cell: i for i, cell in enumerate(cells)}
         known = dict(sorted(known.items(), key=lambda item: order[item[0]]))
         return rows, winners(known, search.metric)
 
-    def _rows(self, plans: Sequence[RowPlan], what: str, may_work: bool) -> list[dict[str, Any]]:
+    def _rows(self, plans: Sequence[RowPlan], what: str, may_compute: bool) -> list[dict[str, Any]]:
         """Rows of these plans: kept, or made through chunks and sums."""
         missing = self.engine.open_plans(plans)
-        self.engine.make_chunks([plan.job for plan in missing], Part(), what, may_work)
+        self.engine.make_chunks([plan.job for plan in missing], Part(), what, may_compute)
         self.engine.make_sums([(plan.job, plan.sums) for plan in missing])
         rows = self.engine.make_rows(plans)
         new = {plan.name for plan in missing}
