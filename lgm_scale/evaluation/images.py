@@ -12,7 +12,6 @@ import json
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -91,24 +90,17 @@ class StoredImages:
             yield self.read(indices[start : start + batch_size])[0]
 
 
-@dataclass(frozen=True)
-class ValidationImages:
-    """An MDS folder of images, and what identifies it."""
+class ValidationImages(StoredImages):
+    """Images of an MDS folder, and what identifies them; rank 0 hashes the files for all."""
 
-    stored: StoredImages
-    description: dict[str, Any]
-
-    @classmethod
-    def open(cls, folder: str, image_size: int) -> ValidationImages:
-        """Open a folder; rank 0 hashes its files for all."""
-        stored = StoredImages(folder, image_size)
-        description = {
+    def __init__(self, folder: str | Path, image_size: int) -> None:
+        super().__init__(folder, image_size)
+        self.description = {
             "name": "validation images",
-            "num_images": len(stored),
+            "num_images": len(self),
             "image_size": image_size,
             "files_sha256": from_rank_zero(lambda: _shards_hash(Path(folder))),
         }
-        return cls(stored, description)
 
 
 def _shards_hash(folder: Path) -> str:

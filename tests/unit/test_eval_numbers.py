@@ -13,8 +13,8 @@ import torch
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.engine.rows import RowStore
 from lgm_scale.evaluation.engine.statistics import FeatureStatistics, Sums, statistics_of
-from lgm_scale.evaluation.features.extraction import images_hash, refuse_broken
-from lgm_scale.evaluation.features.pixel_pca import PixelPCA
+from lgm_scale.evaluation.features.extraction import refuse_broken
+from lgm_scale.evaluation.features.pixel_pca import PixelPCA, images_hash
 from lgm_scale.evaluation.metrics import scores as scores_module
 from lgm_scale.evaluation.metrics.scores import frechet_distance, symmetric_distance
 from lgm_scale.evaluation.sweep.results import loss_per_length

@@ -251,14 +251,13 @@ def test_the_conformance_command_needs_the_published_files(
 def test_the_conformance_command_scores_an_npz(tmp_path, inception_file):
     """Its machinery on 12 random images and random weights; the numbers are no published ones."""
     from lgm_scale.evaluation.commands.conformance import score
-    from lgm_scale.evaluation.references.making import ReferenceOptions, make_reference
+    from lgm_scale.evaluation.references.making import make_reference
 
     for name, seed in (("samples", 0), ("reference", 1)):
         np.savez(tmp_path / f"{name}.npz", pictures(seed)[:12].permute(0, 2, 3, 1).numpy())
-    options = ReferenceOptions(
-        source=tmp_path / "reference.npz", work=tmp_path / "r.work", inception=str(inception_file)
+    reference = make_reference(
+        tmp_path / "reference.npz", tmp_path / "r.work", inception=str(inception_file)
     )
-    reference = make_reference(options)
     small = Reference(reference.name, {}, reference.features)  # distances of 2048 take seconds
     found = score(Path(tmp_path / "samples.npz"), small, str(inception_file), tmp_path / "work")
     assert set(found) == {"is", "is_std", "precision", "recall"}

@@ -81,7 +81,7 @@ class MeanColours:
 
 @pytest.fixture(scope="module")
 def reconstructor(small_pipeline) -> ReconstructionPlans:
-    images = ValidationImages.open(str(small_pipeline.images), 32)
+    images = ValidationImages(small_pipeline.images, 32)
     return ReconstructionPlans(
         tokenizer=load_tokenizer(small_pipeline.tokenizer),
         tree=MergeTree.load(small_pipeline.tokenizer / "merge_tree.safetensors"),
@@ -100,7 +100,7 @@ def reconstructor(small_pipeline) -> ReconstructionPlans:
 def pairs(plans: ReconstructionPlans, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """All originals and their reconstructions, without chunks."""
     assert plans.images is not None
-    images, _ = plans.images.stored.read(range(68))
+    images, _ = plans.images.read(range(68))
     z = encode(plans.tokenizer, images)
     made = decode_at(plans.tokenizer, plans.tree, z, num_tokens, 68)
     return images, to_uint8(made)
@@ -132,6 +132,21 @@ def test_reconstructions_that_are_not_finite_are_named(reconstructor, monkeypatc
     engine = Engine(tmp_path, torch.device("cpu"), quiet=True)
     with pytest.raises(DataError, match=r"reconstructions at K = 8: 1 of 20 .*: \[21\]"):
         reconstruct.measure(reconstructor, engine, [8], [])
+
+
+def test_latents_are_kept_for_the_next_length_up_to_a_bound(small_pipeline, tmp_path, monkeypatch):
+    encoded = []
+    real = image_work.encode
+    monkeypatch.setattr(image_work, "encode", lambda *args: encoded.append(0) or real(*args))
+    options = ("--lengths", 4, 8)
+    free = measured(monkeypatch, small_pipeline, tmp_path / "free", *options)
+    assert len(encoded) == 7  # the batches of 68 images in chunks of 20; once for both lengths
+    encoded.clear()
+    latents = 16 * 8 * 4  # bytes of an image
+    monkeypatch.setattr(image_work, "LATENTS_KEPT", 20 * latents)
+    bound = measured(monkeypatch, small_pipeline, tmp_path / "bound", *options)
+    assert len(encoded) == 7 + 5  # two batches fit
+    assert [row["metrics"] for row in bound["rows"]] == [row["metrics"] for row in free["rows"]]
 
 
 def test_an_interrupted_measurement_goes_on(small_pipeline, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.images import NpzImages
 from lgm_scale.evaluation.metrics.catalogue import compute, select
 from lgm_scale.evaluation.references.files import Reference
-from lgm_scale.evaluation.references.making import ReferenceOptions, make_reference
+from lgm_scale.evaluation.references.making import make_reference
 from lgm_scale.hashing import file_hash
 
 __all__ = ["PUBLISHED", "score"]
@@ -84,9 +84,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(args.work or scratch)
         reference = make_reference(
-            ReferenceOptions(
-                source=Path(args.reference), work=work / "reference.work", inception=args.inception
-            )
+            Path(args.reference), work / "reference.work", inception=args.inception
         )
         numbers = score(Path(args.samples), reference, args.inception, work / "samples")
     status = 0

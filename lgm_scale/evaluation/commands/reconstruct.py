@@ -89,7 +89,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def refuse_missing(args: argparse.Namespace) -> None:
-    """Raise MissingAssetError if a path that was given is no file."""
+    """Raise MissingAssetError if a file of weights that was given is not there."""
     wrong = [
         f"--{key}: {getattr(args, key)} is not a file; {use} needs it (about {size}, from {url}), "
         f"or leave --{key} out"
@@ -100,37 +100,32 @@ def refuse_missing(args: argparse.Namespace) -> None:
         raise MissingAssetError("\n".join(wrong))
 
 
-def refuse_problems(args: argparse.Namespace, net: Tokenizer, least: int) -> None:
-    """Raise ConfigError with everything that is wrong with the command line."""
-    image_size = net.image_size
+def problems_of(args: argparse.Namespace, tokenizer: Tokenizer, least: int) -> Iterator[str]:
+    """Everything that is wrong with the command line; `least` is the smallest K there is."""
+    lengths, side = args.lengths or (), tokenizer.image_size
     manifest = read_manifest(args.images, "images")
-    outside = outside_lengths(args.lengths or (), least, net.num_base_tokens)
-    problems = [f"--lengths: {text}" for text in outside]
-    problems += [f"--lengths: {text}" for text in repeated_lengths(args.lengths or ())]
-    problems += [f"--{text}" for text in wrong_image_size(args.images, manifest, image_size)]
-    problems += chunk_problems(args)
-    problems += [f"--{text}" for text in _other_problems(args, manifest.num_samples, image_size)]
-    if problems:
-        raise ConfigError(problems)
-
-
-def _other_problems(args: argparse.Namespace, count: int, image_size: int) -> Iterator[str]:
-    if args.inception is not None and count < 2:
-        yield f"images: {args.images} holds {count} image; rFID needs 2 or more"
-    if args.vgg16 is not None and image_size < LPIPS_SIDE:
-        yield f"vgg16: LPIPS needs {LPIPS_SIDE} pixels per side, the bundle makes {image_size}"
+    for text in (
+        *outside_lengths(lengths, least, tokenizer.num_base_tokens),
+        *repeated_lengths(lengths),
+    ):
+        yield f"--lengths: {text}"
+    yield from (f"--{text}" for text in wrong_image_size(args.images, manifest, side))
+    yield from chunk_problems(args)
+    if args.inception is not None and manifest.num_samples < 2:
+        yield f"--images: {args.images} holds {manifest.num_samples} image; rFID needs 2 or more"
+    if args.vgg16 is not None and side < LPIPS_SIDE:
+        yield f"--vgg16: LPIPS needs {LPIPS_SIDE} pixels per side, the bundle makes {side}"
 
 
 def output_folder(out: str) -> Path:
     """Make the folder of results now, not after the work. Raises: ConfigError."""
-    path = Path(out)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"--out: {out} cannot be a folder ({error.strerror}); choose another"
         ) from error
-    return path
+    return Path(out)
 
 
 def main() -> int:
@@ -141,10 +136,12 @@ def main() -> int:
     files = read_bundle(args.bundle, "tokenizer")["files"]
     has_tree = TREE_NAME in files  # truncation and per-image merging have none
     tree = MergeTree.load(Path(args.bundle) / TREE_NAME) if has_tree else None
-    refuse_problems(args, tokenizer, tree.num_blocks if tree else tokenizer.merging.min_tokens)
+    least = tree.num_blocks if tree else tokenizer.merging.min_tokens
+    if problems := list(problems_of(args, tokenizer, least)):
+        raise ConfigError(problems)
     out = output_folder(args.out)
     device, start = join_ranks(), time.perf_counter()
-    images = ValidationImages.open(args.images, tokenizer.image_size)
+    images = ValidationImages(args.images, tokenizer.image_size)
     spaces = Spaces.load(device, images, args.inception)
     reference = load_reference(args.reference) if args.reference else None
     check_reference(reference, spaces, tokenizer.image_size)

@@ -27,7 +27,7 @@ from lgm_scale.evaluation.commands.arguments import (
     command_parser,
 )
 from lgm_scale.evaluation.references.files import save_reference
-from lgm_scale.evaluation.references.making import ReferenceOptions, make_reference
+from lgm_scale.evaluation.references.making import make_reference
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -70,7 +70,7 @@ def main() -> int:
     if problems:
         raise ConfigError(problems)
     work = Path(f"{out}.work")
-    reference = make_reference(ReferenceOptions(work=work, **options))
+    reference = make_reference(work=work, **options)
     if dist.get_global_rank() == 0:
         save_reference(out, reference)
         shutil.rmtree(work, ignore_errors=True)

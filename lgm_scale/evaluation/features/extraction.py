@@ -30,7 +30,6 @@ __all__ = [
     "extract",
     "filled_up",
     "fixed_batches",
-    "images_hash",
     "joined",
     "network_flags",
     "refuse_broken",
@@ -117,14 +116,6 @@ def refuse_broken(finite: np.ndarray, what: str, first: int = 0) -> None:
             f"{broken[:8].tolist()}{more}; the weights are broken or the sampler's settings drive "
             "them out of range"
         )
-
-
-def images_hash(images: np.ndarray | Tensor) -> str:
-    """SHA-256 of shape and pixels of uint8 images."""
-    values = images.cpu().numpy() if isinstance(images, Tensor) else images
-    total = hashlib.sha256(str(values.shape).encode())
-    total.update(np.ascontiguousarray(values).tobytes())
-    return total.hexdigest()
 
 
 # --- what it costs ----------------------------------------------------------------------------

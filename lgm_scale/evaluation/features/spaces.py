@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from lgm_scale.evaluation.features.pixel_pca import MAX_FITTED, PixelPCA
 from lgm_scale.evaluation.images import ValidationImages, spread
 
 __all__ = ["Spaces"]
+
+
+def _fit(images: ValidationImages, num_components: int) -> PixelPCA:
+    pixels, _ = images.read(spread(len(images), MAX_FITTED))
+    return PixelPCA.fit(pixels.numpy(), num_components)
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,8 @@ class Spaces:
             spaces.append(DINOv2Features(dinov2, device))
         if num_components:
             assert images is not None  # a rule of the configuration
-            stored = images.stored
-
-            def fit() -> PixelPCA:
-                pixels, _ = stored.read(spread(len(stored), MAX_FITTED))
-                return PixelPCA.fit(pixels.numpy(), num_components)
-
-            spaces.append(from_rank_zero(fit))  # one fit, so that all ranks project alike
+            # One fit, so that all ranks project alike; one reader, for it may be 2048 images.
+            spaces.append(from_rank_zero(partial(_fit, images, num_components)))
         return cls(spaces, images)
 
     @property

@@ -138,12 +138,15 @@ def _why_off(
     if metric.feature not in outputs:
         space = metric.feature.split("_")[0]
         key = {"pixel": "num_components", "inception": "inception", "dinov2": "dinov2"}[space]
-        return f"`{key}` is not given; `python -m eval.preflight` lists what is needed"
+        return (
+            f"`{key}` is not given; `python -m lgm_scale.evaluation.commands.preflight` lists what "
+            "is needed"
+        )
     held = {"statistics": reference.statistics, "features": reference.features}
     if metric.needs in held and metric.feature not in held[metric.needs]:
         return (
             f"the reference {reference.name} holds no {metric.needs} of {metric.feature}; make "
-            "one with `python -m eval.reference`"
+            "one with `python -m lgm_scale.evaluation.commands.reference`"
         )
     if metric.key in ("precision", "recall") and count <= NEIGHBOURS:
         return f"{count} images have no {NEIGHBOURS} neighbours each"
@@ -170,11 +173,11 @@ def compute(
     reference: Reference,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """The selected metrics.
+    """Compute the selected metrics, and the deviations of those that have one.
 
     Args:
         selection: From `select`.
-        statistics: Of the generated side, for `selection.statistics_features`.
+        statistics: Those of the generated side, for `selection.statistics_features`.
         features: Gives whole features of the generated side, in the order of the images.
         reference: What they are compared with.
         device: Where precision and recall find neighbours.

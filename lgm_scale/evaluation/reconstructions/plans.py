@@ -134,7 +134,7 @@ class ReconstructionPlans:
 
     def _originals(self) -> Job:
         assert self.images is not None
-        stored = self.images.stored
+        stored = self.images
         protocol = {
             "kind": "images",
             "lgm_scale": __version__,
@@ -149,7 +149,7 @@ class ReconstructionPlans:
         assert self.tokenizer is not None
         if self._scores is None:
             self._scores = ReconstructionScores(
-                self.tokenizer, self.tree, self.images.stored, self.spaces.all, self.perceptual,
+                self.tokenizer, self.tree, self.images, self.spaces.all, self.perceptual,
                 self.batch_size, shown=self._shown(),
             )  # fmt: skip
         protocol = {
@@ -163,14 +163,14 @@ class ReconstructionPlans:
             "features": self.spaces.describe(),
             "lpips": None if self.perceptual is None else self.perceptual.weights_hash,
         }
-        count = len(self.images.stored)
+        count = len(self.images)
         name = f"reconstructions-k{num_tokens:04d}"
         return Job(name, protocol, count, self.chunk_size, partial(self._scores, num_tokens))
 
     def _shown(self) -> tuple[int, ...]:
         """The first validation image of a few classes, spread over all that there are."""
         assert self.images is not None
-        manifest = self.images.stored.dataset.manifest
+        manifest = self.images.dataset.manifest
         assert manifest is not None
         starts = np.cumsum([0, *manifest.class_counts[:-1]])
         present = [
@@ -224,14 +224,6 @@ class ReconstructionPlans:
         if self._validation is None:
             raise DataError("reference: missing, and so are validation images; give one of them")
         return self._validation
-
-    def outline(self, outer: Reference | None) -> Reference:
-        """The reference of samples as far as it is known before any image was read."""
-        if outer is not None:
-            return outer
-        nothing = FeatureStatistics(np.empty(0), np.empty((0, 0)), None)
-        features = {name: np.empty((0, 0)) for name in self.spaces.outputs}
-        return Reference("validation images", dict.fromkeys(features, nothing), features)
 
     # --- rows ---------------------------------------------------------------------------------
 

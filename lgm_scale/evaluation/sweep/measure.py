@@ -59,11 +59,11 @@ PIXELS = "(x + 1) / 2, clipped to [0, 1], {} to 8 bits"
 
 
 def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | None:
-    """Do what is missing; results on every rank, or None if this was a part.
+    """Make what is missing; return results on every rank, or None if this was a part.
 
     Args:
-        config: Of the sweep.
-        reduce_only: Make no image: refuse if a chunk is missing.
+        config: The sweep.
+        reduce_only: Make no image, and refuse if a chunk is missing.
     """
     losses = loss_per_length(config.metrics_log) if config.metrics_log else {}
     device = join_ranks()
@@ -80,9 +80,7 @@ def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | 
 
 def load_spaces(config: SweepConfig, image_size: int, device: torch.device) -> Spaces:
     """Open the validation images and load the feature spaces that a sweep names."""
-    images = None
-    if config.images is not None:
-        images = ValidationImages.open(config.images, image_size)
+    images = None if config.images is None else ValidationImages(config.images, image_size)
     return Spaces.load(device, images, config.inception, config.dinov2, config.num_components)
 
 
@@ -92,8 +90,8 @@ class Sweep:
     Args:
         config: The sweep; its bundle is not read here.
         pipe: The generator, on its device.
-        weights: What identifies its weights: hashes of files; JSON values.
-        tokenizer: The same for its tokenizer and tree alone, where it has them.
+        weights: What identifies the generator's weights: hashes of files; JSON values.
+        tokenizer: What identifies its tokenizer and tree alone, where it has them.
         spaces: Feature spaces, where they are loaded already.
         quiet: No progress bar, no lines.
     """
@@ -148,16 +146,16 @@ class Sweep:
 
     @property
     def lengths(self) -> list[int]:
-        """Every K of the sweep."""
+        """Every K of the sweep, ascending."""
         return sorted({cell.num_tokens for cell in expand(self.config)})
 
     @property
     def reference(self) -> Reference:
-        """What samples are compared with; of validation images, once their chunks are there."""
+        """What samples are compared with; validation images only after their chunks were made."""
         return self.outer if self.outer is not None else self.reconstructions.validation
 
     def job(self, cell: Cell, num_images: int) -> Job:
-        """The samples of a cell."""
+        """The job of the samples of a cell."""
         config = self.config
         protocol = {
             "kind": "samples",
@@ -176,7 +174,7 @@ class Sweep:
         return Job(name, protocol, num_images, config.chunk_size, partial(self.samples, cell))
 
     def plan(self, cell: Cell, num_images: int) -> RowPlan:
-        """The row of a cell at a number of images."""
+        """How the row of a cell is made, at a number of images."""
         selection = self.selection(num_images)
         job = self.job(cell, num_images)
         protocol = {
@@ -191,7 +189,7 @@ class Sweep:
         return RowPlan(name, job, protocol, selection.statistics_features, finish, cell.label)
 
     def selection(self, num_images: int) -> Selection:
-        """Metrics of samples."""
+        """Which metrics of this many samples can be computed, and why not the others."""
         return select(self.config.metrics, self.spaces.outputs, self.reference, num_images)
 
     def _finish(
@@ -268,14 +266,14 @@ class Sweep:
         }
 
     def run(self, losses: dict[int, dict[str, Any]], reduce_only: bool = False) -> dict[str, Any]:
-        """Make what is missing, and reduce. Results on every rank; rank 0 writes them."""
+        """Make what is missing, and reduce; return results on every rank. Rank 0 writes them."""
         start, config, may_compute = time.perf_counter(), self.config, not reduce_only
-        if self.engine.first:
-            outline, outputs = self._outline(config.num_images), self.spaces.outputs
-            warn_few_images(outline, outputs, config.num_images)
         originals = self.reconstructions.jobs(())
         self.engine.make_chunks(originals, Part(), "validation images", may_compute)
         self.reconstructions.reduce(self.engine)
+        selection = self.selection(config.num_images)
+        if self.engine.first:
+            warn_few_images(selection, self.spaces.outputs, config.num_images)
         cells, searched = expand(config), []
         before, reconstructed = self.reconstructions.plans(self.lengths), []
         if config.search is not None:
@@ -284,7 +282,6 @@ class Sweep:
         plans = [*before, *(self.plan(cell, config.num_images) for cell in cells)]
         rows = self._rows(plans, "sweep", may_compute)
         reconstructed, rows = reconstructed + rows[: len(before)], rows[len(before) :]
-        selection = self.selection(config.num_images)
         for line in selection.off.values():
             self._say(line)
         results = gather_results(
@@ -307,13 +304,6 @@ class Sweep:
         dist.barrier()
         return results
 
-    def _outline(self, num_images: int) -> Selection:
-        """Metrics as far as they are known before the validation images were seen."""
-        return select(
-            self.config.metrics, self.spaces.outputs, self.reconstructions.outline(self.outer),
-            num_images,
-        )  # fmt: skip
-
     def _search(
         self, cells: Sequence[Cell], search: SearchConfig, may_compute: bool
     ) -> tuple[list[dict[str, Any]], list[Cell]]:
@@ -325,9 +315,8 @@ class Sweep:
             found = self._rows(plans, "search", may_compute)
             rows += found
             known |= {c: row["metrics"] for c, row in zip(trying, found, strict=True)}
-        order = {cell: i for i, cell in enumerate(cells)}
-        known = dict(sorted(known.items(), key=lambda item: order[item[0]]))
-        return rows, winners(known, search.metric)
+        in_order = {cell: known[cell] for cell in cells if cell in known}
+        return rows, winners(in_order, search.metric)
 
     def _rows(self, plans: Sequence[RowPlan], what: str, may_compute: bool) -> list[dict[str, Any]]:
         """Rows of these plans: kept, or made through chunks and sums."""
