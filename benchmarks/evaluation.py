@@ -28,11 +28,12 @@ import yaml
 
 from benchmarks.timing import alternating_medians, print_table
 from lgm_scale.errors import exit_on_user_error
-from lgm_scale.evaluation.engine.chunks import Job, Made
+from lgm_scale.evaluation.engine.chunks import ChunkResult, Job
 from lgm_scale.evaluation.engine.parts import Part
 from lgm_scale.evaluation.engine.stages import Engine
+from lgm_scale.evaluation.engine.statistics import FeatureStatistics
 from lgm_scale.evaluation.features.inception import InceptionFeatures
-from lgm_scale.evaluation.metrics.moments import Moments, frechet_distance
+from lgm_scale.evaluation.metrics.scores import frechet_distance
 
 DIM = 2048
 
@@ -79,21 +80,23 @@ def statistics(num_images: int, folder: Path) -> None:
     """Sums and the final reduction of one cell; prints one JSON line."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def work(start: int, stop: int) -> Made:
+    def work(start: int, stop: int) -> ChunkResult:
         rng = np.random.default_rng(start)
-        return Made({"inception_pool": rng.standard_normal((stop - start, DIM), np.float32)})
+        return ChunkResult({"inception_pool": rng.standard_normal((stop - start, DIM), np.float32)})
 
     job = Job("synthetic", {"benchmark": num_images}, num_images, 250, work)
     engine = Engine(folder, device, quiet=True)
-    engine.make_chunks([job], Part(), "", may_work=True)
+    engine.make_chunks([job], Part(), "", may_compute=True)
     base, clock = peak_megabytes(), Clock()
     engine.make_sums([(job, ("inception_pool",))])
     laps = {"sums": clock.lap()}
-    moments = engine.moments(job, ("inception_pool",))["inception_pool"]
+    statistics = engine.statistics(job, ("inception_pool",))["inception_pool"]
     laps["merge"] = clock.lap()
-    reference = Moments(moments.mean + 0.01, moments.covariance * 1.1 + 1e-3 * np.eye(DIM), None)
+    reference = FeatureStatistics(
+        statistics.mean + 0.01, statistics.covariance * 1.1 + 1e-3 * np.eye(DIM), None
+    )
     clock.lap()
-    frechet_distance(moments, reference)
+    frechet_distance(statistics, reference)
     laps["distance"] = clock.lap()
     print(json.dumps({"laps": laps, "base": base, "peak": peak_megabytes()}))
 

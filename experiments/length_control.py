@@ -52,8 +52,8 @@ def measure_run(bundle: Path, images: str, lengths: Sequence[int]) -> Row:
     """PSNR per K, CKNNA and merged-pair cosine of one run; kept in measured.json beside it."""
     import torch
 
-    from lgm_scale.evaluation.commands.adaptive import psnr_table
-    from lgm_scale.evaluation.commands.alignment import measure_alignment
+    from lgm_scale.evaluation.reconstructions.adaptive import psnr_table
+    from lgm_scale.evaluation.reconstructions.alignment import measure_alignment
     from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 
     path = bundle.parent / "measured.json"

@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from lgm_scale.errors import DataError, exit_on_user_error
+from lgm_scale.evaluation.engine.statistics import statistics_of
 from lgm_scale.evaluation.features.pixel_pca import PixelPCA
-from lgm_scale.evaluation.metrics.moments import frechet_distance, moments_of
-from lgm_scale.evaluation.reconstructions.images import StoredImages
+from lgm_scale.evaluation.images import StoredImages
+from lgm_scale.evaluation.metrics.scores import frechet_distance
 from lgm_scale.evaluation.sweep.samples import sample_images
 from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.sampling.config import SamplerConfig
@@ -91,14 +92,14 @@ def measure(seed: int, rows: list[Candidate]) -> np.ndarray:
     stored = StoredImages(IMAGES, pipe.image_size)
     images, _ = stored.read(range(len(stored)))
     space = PixelPCA.fit(images.numpy(), NUM_COMPONENTS)
-    reference = moments_of(space(images)["pixel_pca"])
+    reference = statistics_of(space(images)["pixel_pca"])
     results = []
     for row in tqdm(rows, desc=f"seed {seed}", unit="sampler"):
         parts = [
             space(sample_images(pipe, indices, row.num_tokens, row.config, seed)[0])["pixel_pca"]
             for indices in torch.arange(NUM_IMAGES).split(BATCH)
         ]
-        distance = frechet_distance(moments_of(np.concatenate(parts)), reference)
+        distance = frechet_distance(statistics_of(np.concatenate(parts)), reference)
         flops = pipe.image_flops(row.config, row.num_tokens)
         results.append((distance, flops / 1e9))
     return np.array(results)

@@ -21,7 +21,7 @@ from small_pipeline import ROOT
 from small_spatial import make_spatial_bundle
 from small_sweep import make_sweep_inputs, numbers_of, sweep_config, sweep_file
 
-from lgm_scale.evaluation.engine.chunks import ChunkStore, Job, Made
+from lgm_scale.evaluation.engine.chunks import ChunkResult, ChunkStore, Job
 from lgm_scale.evaluation.engine.parts import Part, make_missing, missing_tasks
 from lgm_scale.evaluation.sweep.measure import measure
 from lgm_scale.evaluation.sweep.rules import load_sweep
@@ -186,11 +186,11 @@ def in_two_processes(target: Callable[..., None], *args: Any) -> None:
 
 
 def _work_in_a_process(folder: Path, log: Path, started: Any) -> None:
-    def work(start: int, stop: int) -> Made:
+    def work(start: int, stop: int) -> ChunkResult:
         with log.open("a") as file:
             file.write(f"{start}\n")
         time.sleep(0.01)
-        return Made({"index": np.arange(start, stop)})
+        return ChunkResult({"index": np.arange(start, stop)})
 
     job = Job("numbers", {"kind": "test"}, 60, 2, work)
     store = ChunkStore(folder)
@@ -202,7 +202,7 @@ def test_two_programs_share_the_work_and_make_each_chunk_once(tmp_path):
     log, barrier = tmp_path / "log", multiprocessing.get_context("spawn").Barrier(2)
     in_two_processes(_work_in_a_process, tmp_path / "store", log, barrier)
     assert sorted(map(int, log.read_text().split())) == list(range(0, 60, 2))
-    job = Job("numbers", {"kind": "test"}, 60, 2, lambda *_: Made({}))
+    job = Job("numbers", {"kind": "test"}, 60, 2, lambda *_: ChunkResult({}))
     assert ChunkStore(tmp_path / "store").gather(job, ["index"])["index"].tolist() == list(
         range(60)
     )

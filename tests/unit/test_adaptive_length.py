@@ -12,7 +12,8 @@ import torch
 from lgm_scale import pixels
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.commands import adaptive
-from lgm_scale.evaluation.commands.adaptive import adaptive_saving, default_lengths
+from lgm_scale.evaluation.images import StoredImages
+from lgm_scale.evaluation.reconstructions.adaptive import adaptive_saving, default_lengths
 from lgm_scale.families.tokenizer.adaptive_length import choose_length
 from lgm_scale.families.tokenizer.bundle import load_tokenizer
 from lgm_scale.families.tokenizer.network import Tokenizer
@@ -147,7 +148,7 @@ def test_the_command_agrees_with_the_tokenizer(small_pipeline, tmp_path, monkeyp
     some, none = result["targets"]
 
     net = load_tokenizer(small_pipeline.tokenizer)
-    batch = torch.cat(list(adaptive.image_batches(small_pipeline.images, 32)))
+    batch = torch.cat(list(StoredImages(small_pipeline.images, 32).batches()))
     choice = net.choose_length(batch.float() / 127.5 - 1, 9.5, [4, 8])
     assert 0 < some["reached"] < 1
     assert some["reached"] == pytest.approx(float(choice.reached.double().mean()))

@@ -11,8 +11,9 @@ import torch
 from experiments.length_control import mean_and_std, write_between_markers
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.commands import alignment
-from lgm_scale.evaluation.commands.adaptive import image_batches
-from lgm_scale.evaluation.commands.alignment import PairCosine, cknna, cknna_matrix, draw_heat_map
+from lgm_scale.evaluation.commands.alignment import draw_heat_map
+from lgm_scale.evaluation.images import StoredImages
+from lgm_scale.evaluation.reconstructions.alignment import PairCosine, cknna, cknna_matrix
 from lgm_scale.families.tokenizer.bundle import load_tokenizer
 
 
@@ -145,7 +146,7 @@ def test_a_bundle_is_measured(small_pipeline, tmp_path, monkeypatch):
     assert (out / "alignment.png").is_file()
 
     tokenizer = load_tokenizer(small_pipeline.tokenizer)
-    images = torch.cat(list(image_batches(small_pipeline.images, 32)))
+    images = torch.cat(list(StoredImages(small_pipeline.images, 32).batches()))
     chosen = [index * len(images) // 30 for index in range(30)]
     z = tokenizer.encode(images[chosen].float() / 127.5 - 1)  # [30, 16, 8]
     tree, near = tokenizer.merge_tree(), {}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from lgm_scale.errors import CheckpointError
-from lgm_scale.evaluation.features.base import FeatureSpace
+from lgm_scale.evaluation.features.extraction import FeatureSpace
 from lgm_scale.evaluation.features.inception import InceptionFeatures
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance, ssim
 from lgm_scale.pixels import psnr

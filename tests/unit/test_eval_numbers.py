@@ -1,4 +1,4 @@
-"""The arithmetic of the evaluation: moments, features, PSNR, losses, the sweep's rules."""
+"""The arithmetic of the evaluation: statistics, features, PSNR, losses, the sweep's rules."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ import torch
 
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.engine.rows import RowStore
-from lgm_scale.evaluation.features.base import images_hash
-from lgm_scale.evaluation.features.pixel_pca import PixelPCA
-from lgm_scale.evaluation.metrics import moments as moments_module
-from lgm_scale.evaluation.metrics.moments import (
-    Moments,
-    Sums,
-    frechet_distance,
-    moments_of,
-    symmetric_distance,
-)
-from lgm_scale.evaluation.sweep.samples import refuse_broken
-from lgm_scale.evaluation.sweep.training_loss import loss_per_length
+from lgm_scale.evaluation.engine.statistics import FeatureStatistics, Sums, statistics_of
+from lgm_scale.evaluation.features.extraction import refuse_broken
+from lgm_scale.evaluation.features.pixel_pca import PixelPCA, images_hash
+from lgm_scale.evaluation.metrics import scores as scores_module
+from lgm_scale.evaluation.metrics.scores import frechet_distance, symmetric_distance
+from lgm_scale.evaluation.sweep.results import loss_per_length
 from lgm_scale.pixels import finite_images, psnr, to_uint8
 
 
@@ -36,7 +30,7 @@ def random_images(count: int, side: int = 8, seed: int = 0) -> np.ndarray:
     return rng.integers(0, 256, (count, 3, side, side), dtype=np.uint8)
 
 
-# --- moments ----------------------------------------------------------------------------------
+# --- statistics ----------------------------------------------------------------------------------
 
 
 def test_the_distance_of_two_gaussians_with_common_axes_is_known():
@@ -47,7 +41,8 @@ def test_the_distance_of_two_gaussians_with_common_axes_is_known():
     mean_a, mean_b = rng.normal(size=12), rng.normal(size=12)
     expected = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
     found = frechet_distance(
-        Moments(mean_a, basis * a @ basis.T, 10), Moments(mean_b, basis * b @ basis.T, 10)
+        FeatureStatistics(mean_a, basis * a @ basis.T, 10),
+        FeatureStatistics(mean_b, basis * b @ basis.T, 10),
     )
     assert found == pytest.approx(expected, abs=1e-9)
 
@@ -59,14 +54,13 @@ def test_the_distance_of_two_general_gaussians_in_the_plane_is_known():
     overlap = math.sqrt(np.trace(product) + 2 * math.sqrt(np.linalg.det(product)))
     expected = np.trace(a) + np.trace(b) - 2 * overlap
     zero = np.zeros(2)
-    assert frechet_distance(Moments(zero, a, 9), Moments(zero, b, 9)) == pytest.approx(
-        expected, abs=1e-9
-    )
+    found = frechet_distance(FeatureStatistics(zero, a, 9), FeatureStatistics(zero, b, 9))
+    assert found == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_distance_is_symmetric_and_zero_to_itself():
     rng = np.random.default_rng(1)
-    a, b = (moments_of(rng.normal(size=(200, 6)) * scale) for scale in (1.0, 1.5))
+    a, b = (statistics_of(rng.normal(size=(200, 6)) * scale) for scale in (1.0, 1.5))
     assert frechet_distance(a, a) < 1e-9
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), abs=1e-9)
     assert frechet_distance(a, b) > 0.1
@@ -74,25 +68,25 @@ def test_the_distance_is_symmetric_and_zero_to_itself():
 
 def test_moments_are_those_of_numpy():
     features = np.random.default_rng(2).normal(size=(50, 5))
-    found = moments_of(features)
+    found = statistics_of(features)
     np.testing.assert_allclose(found.mean, features.mean(0), atol=1e-14)
     np.testing.assert_allclose(found.covariance, np.cov(features.T), atol=1e-13)
 
 
 def test_moments_refuse_one_vector_and_name_broken_ones():
     with pytest.raises(DataError, match="1 feature vectors"):
-        moments_of(np.zeros((1, 3)))
+        statistics_of(np.zeros((1, 3)))
     features = np.zeros((5, 3))
     features[3, 1] = np.nan
     with pytest.raises(DataError, match=r"\[3\]"):
-        moments_of(features)
+        statistics_of(features)
 
 
 def test_sums_of_parts_are_those_of_the_whole():
     """Also where the mean is far away: sums of squares would lose eight digits there."""
     features = np.random.default_rng(2).normal(size=(300, 5)) + 1e6
     parts = [Sums.of(features[start : start + 70].copy()) for start in range(0, 300, 70)]
-    found, whole = Sums.joined(parts), moments_of(features)
+    found, whole = Sums.joined(parts), statistics_of(features)
     np.testing.assert_allclose(found.mean, whole.mean, rtol=1e-14)
     np.testing.assert_allclose(found.covariance, np.cov(features.T), atol=1e-9)
     assert found.count == 300
@@ -104,7 +98,7 @@ def test_both_routes_agree_with_closed_forms_of_full_and_short_rank():
     a[:15] = 0  # short rank: Cholesky has no factor
     basis, _ = np.linalg.qr(rng.normal(size=(40, 40)))
     zero = np.zeros(40)
-    sides = [Moments(zero, basis * values @ basis.T, 9) for values in (a, b)]
+    sides = [FeatureStatistics(zero, basis * values @ basis.T, 9) for values in (a, b)]
     expected = np.square(np.sqrt(a) - np.sqrt(b)).sum()
     assert frechet_distance(*sides) == pytest.approx(expected, abs=1e-6)
     assert symmetric_distance(*sides) == pytest.approx(expected, abs=1e-6)
@@ -112,10 +106,10 @@ def test_both_routes_agree_with_closed_forms_of_full_and_short_rank():
 
 def test_a_difference_between_the_routes_is_reported(monkeypatch, caplog):
     rng = np.random.default_rng(1)
-    a, b = (moments_of(rng.normal(size=(200, 6)) * scale) for scale in (1.0, 1.5))
+    a, b = (statistics_of(rng.normal(size=(200, 6)) * scale) for scale in (1.0, 1.5))
     frechet_distance(a, b, "FID")
     assert not caplog.records
-    monkeypatch.setattr(moments_module, "symmetric_distance", lambda a, b: 7.0)
+    monkeypatch.setattr(scores_module, "symmetric_distance", lambda a, b: 7.0)
     frechet_distance(a, b, "FID")
     assert "FID: two routes to it differ" in caplog.text
 

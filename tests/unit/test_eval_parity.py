@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from torch.utils.data import Dataset
 from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part
 from lgm_scale.evaluation.engine.stages import Engine
+from lgm_scale.evaluation.engine.statistics import statistics_of
+from lgm_scale.evaluation.features.extraction import OriginalFeatures
 from lgm_scale.evaluation.features.inception import NETWORK, InceptionFeatures, register_network
 from lgm_scale.evaluation.metrics.catalogue import (
     compute,
@@ -21,9 +22,7 @@ from lgm_scale.evaluation.metrics.catalogue import (
     select,
     warn_few_images,
 )
-from lgm_scale.evaluation.metrics.moments import frechet_distance, moments_of
-from lgm_scale.evaluation.metrics.scores import inception_score
-from lgm_scale.evaluation.reconstructions.images import OriginalsWork
+from lgm_scale.evaluation.metrics.scores import frechet_distance, inception_score
 from lgm_scale.evaluation.references.files import Reference
 
 COUNT = 16
@@ -63,10 +62,10 @@ def sides(extractor, tmp_path_factory) -> tuple[Engine, Job, Job]:
     engine = Engine(tmp_path_factory.mktemp("parity"), torch.device("cpu"), quiet=True)
     jobs = [
         Job(name, {"seed": seed}, COUNT, 6,
-            OriginalsWork(Pictures(pictures(seed)), [extractor], torch.device("cpu"), 5))
+            OriginalFeatures(Pictures(pictures(seed)), [extractor], torch.device("cpu"), 5))
         for seed, name in enumerate(("generated", "real"))
     ]  # fmt: skip
-    engine.make_chunks(jobs, Part(), "parity", may_work=True)
+    engine.make_chunks(jobs, Part(), "parity", may_compute=True)
     return engine, *jobs  # type: ignore[return-value]
 
 
@@ -115,12 +114,12 @@ def test_the_distance_is_that_of_torch_fidelity_where_the_rank_is_full(inception
     ]
     space, engine = EarlyLayer(inception_file), Engine(tmp_path, torch.device("cpu"), quiet=True)
     jobs = [
-        Job(f"set{i}", {"set": i}, 100, 30, OriginalsWork(Pictures(images), [space], CPU, 8))
+        Job(f"set{i}", {"set": i}, 100, 30, OriginalFeatures(Pictures(images), [space], CPU, 8))
         for i, images in enumerate(sets)
     ]
-    engine.make_chunks(jobs, Part(), "early", may_work=True)
+    engine.make_chunks(jobs, Part(), "early", may_compute=True)
     engine.make_sums([(job, ("inception_pool",)) for job in jobs])
-    a, b = (engine.moments(job, ("inception_pool",))["inception_pool"] for job in jobs)
+    a, b = (engine.statistics(job, ("inception_pool",))["inception_pool"] for job in jobs)
     expected = calculate_metrics(
         input1=Pictures(sets[0]), input2=Pictures(sets[1]), cuda=False, fid=True, batch_size=8,
         feature_extractor=NETWORK, feature_extractor_weights_path=str(inception_file),
@@ -138,12 +137,15 @@ def test_all_metrics_are_those_of_torch_fidelity(sides, theirs, extractor):
     features = ("inception_pool",)
     engine.make_sums([(generated, features), (real, features)])
     reference = Reference(
-        "real", engine.moments(real, features), dict(engine.features(real, features))
+        "real", engine.statistics(real, features), dict(engine.features(real, features))
     )
     chosen = select(keys, extractor.outputs, reference, COUNT)
     assert chosen.on == keys
     found = compute(
-        chosen, engine.moments(generated, features), partial(engine.features, generated), reference
+        chosen,
+        engine.statistics(generated, features),
+        partial(engine.features, generated),
+        reference,
     )
     assert found["is"] == theirs["inception_score_mean"]
     assert found["is_std"] == theirs["inception_score_std"]
@@ -180,7 +182,7 @@ def test_spatial_distances_are_those_of_torch_fidelity(extractor, inception_file
     cut = [part[:, ::40].contiguous() for part in parts]
     statistics = [fid_features_to_statistics(part) for part in cut]
     expected = fid_statistics_to_metric(*statistics, False)["frechet_inception_distance"]
-    found = frechet_distance(*(moments_of(part[:, ::40]) for part in ours))
+    found = frechet_distance(*(statistics_of(part[:, ::40]) for part in ours))
     assert expected > 1e-3
     assert found == pytest.approx(expected, abs=1e-4)
 
@@ -213,7 +215,7 @@ def test_the_score_of_images_sorted_by_class_is_the_published_definition():
 
 def test_too_few_images_are_said_loudly(caplog):
     outputs = {"inception_pool": 2048, "inception_logits": 1008}
-    nothing = moments_of(np.eye(4))
+    nothing = statistics_of(np.eye(4))
     reference = Reference("r", {"inception_pool": nothing}, {})
     chosen = select(("fid", "is", "precision"), outputs, reference, 100)
     assert chosen.on == ("fid", "is")
@@ -249,15 +251,13 @@ def test_the_conformance_command_needs_the_published_files(
 def test_the_conformance_command_scores_an_npz(tmp_path, inception_file):
     """Its machinery on 12 random images and random weights; the numbers are no published ones."""
     from lgm_scale.evaluation.commands.conformance import score
-    from lgm_scale.evaluation.commands.reference import make_reference, parse_args
+    from lgm_scale.evaluation.references.making import make_reference
 
     for name, seed in (("samples", 0), ("reference", 1)):
         np.savez(tmp_path / f"{name}.npz", pictures(seed)[:12].permute(0, 2, 3, 1).numpy())
-    args: argparse.Namespace = parse_args(
-        [str(tmp_path / "reference.npz"), "--out", str(tmp_path / "r"), "--inception",
-         str(inception_file)]
-    )  # fmt: skip
-    reference = make_reference(args)
+    reference = make_reference(
+        tmp_path / "reference.npz", tmp_path / "r.work", inception=str(inception_file)
+    )
     small = Reference(reference.name, {}, reference.features)  # distances of 2048 take seconds
     found = score(Path(tmp_path / "samples.npz"), small, str(inception_file), tmp_path / "work")
     assert set(found) == {"is", "is_std", "precision", "recall"}

@@ -18,12 +18,13 @@ from small_pipeline import SmallPipeline, assert_user_error, run_command
 from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError
 from lgm_scale.evaluation.commands import reconstruct
 from lgm_scale.evaluation.engine.stages import Engine
-from lgm_scale.evaluation.features.spaces import Spaces, ValidationImages
+from lgm_scale.evaluation.engine.statistics import statistics_of
+from lgm_scale.evaluation.features.spaces import Spaces
+from lgm_scale.evaluation.images import StoredImages, ValidationImages
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
-from lgm_scale.evaluation.metrics.moments import frechet_distance, moments_of
+from lgm_scale.evaluation.metrics.scores import frechet_distance
 from lgm_scale.evaluation.reconstructions import images as image_work
-from lgm_scale.evaluation.reconstructions.images import StoredImages, encode
-from lgm_scale.evaluation.reconstructions.images import reconstruct as reconstruct_images
+from lgm_scale.evaluation.reconstructions.images import decode_at, encode
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig
@@ -56,8 +57,8 @@ def test_without_files_two_metrics_are_off_and_say_why(
     assert all(set(row["metrics"]) == {"psnr_db", "ssim"} for row in results["rows"])
     off = results["off"]
     for name, parts in {
-        "lpips": ("LPIPS is off", "vgg16", "eval.preflight"),
-        "rfid_val": ("rFID is off", "inception", "eval.preflight"),
+        "lpips": ("LPIPS is off", "vgg16", "commands.preflight"),
+        "rfid_val": ("rFID is off", "inception", "commands.preflight"),
     }.items():
         assert all(part in off[name] for part in parts)
         assert "\n" not in off[name]
@@ -81,7 +82,7 @@ class MeanColours:
 
 @pytest.fixture(scope="module")
 def reconstructor(small_pipeline) -> ReconstructionPlans:
-    images = ValidationImages.open(str(small_pipeline.images), 32)
+    images = ValidationImages(small_pipeline.images, 32)
     return ReconstructionPlans(
         tokenizer=load_tokenizer(small_pipeline.tokenizer),
         tree=MergeTree.load(small_pipeline.tokenizer / "merge_tree.safetensors"),
@@ -100,9 +101,9 @@ def reconstructor(small_pipeline) -> ReconstructionPlans:
 def pairs(plans: ReconstructionPlans, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """All originals and their reconstructions, without chunks."""
     assert plans.images is not None
-    images, _ = plans.images.stored.read(range(68))
+    images, _ = plans.images.read(range(68))
     z = encode(plans.tokenizer, images)
-    made = reconstruct_images(plans.tokenizer, plans.tree, z, num_tokens, 68)
+    made = decode_at(plans.tokenizer, plans.tree, z, num_tokens, 68)
     return images, to_uint8(made)
 
 
@@ -110,7 +111,7 @@ def test_the_distance_is_from_the_originals_to_their_reconstructions(reconstruct
     engine = Engine(tmp_path, torch.device("cpu"), quiet=True)
     rows, savings = reconstruct.measure(reconstructor, engine, [6], [])
     sides = [MeanColours()(x)["inception_pool"] for x in pairs(reconstructor, 6)]
-    expected = frechet_distance(*(moments_of(x) for x in sides))
+    expected = frechet_distance(*(statistics_of(x) for x in sides))
     assert expected > 1
     assert rows[0]["metrics"]["rfid_val"] == pytest.approx(expected, rel=1e-5)
     assert "against validation images" in rows[0]["names"]["rfid_val"]
@@ -134,6 +135,21 @@ def test_reconstructions_that_are_not_finite_are_named(reconstructor, monkeypatc
         reconstruct.measure(reconstructor, engine, [8], [])
 
 
+def test_latents_are_kept_for_the_next_length_up_to_a_bound(small_pipeline, tmp_path, monkeypatch):
+    encoded = []
+    real = image_work.encode
+    monkeypatch.setattr(image_work, "encode", lambda *args: encoded.append(0) or real(*args))
+    options = ("--lengths", 4, 8)
+    free = measured(monkeypatch, small_pipeline, tmp_path / "free", *options)
+    assert len(encoded) == 7  # the batches of 68 images in chunks of 20; once for both lengths
+    encoded.clear()
+    latents = 16 * 8 * 4  # bytes of an image
+    monkeypatch.setattr(image_work, "LATENTS_KEPT", 20 * latents)
+    bound = measured(monkeypatch, small_pipeline, tmp_path / "bound", *options)
+    assert len(encoded) == 7 + 5  # two batches fit
+    assert [row["metrics"] for row in bound["rows"]] == [row["metrics"] for row in free["rows"]]
+
+
 def test_an_interrupted_measurement_goes_on(small_pipeline, tmp_path, monkeypatch):
     first = measured(monkeypatch, small_pipeline, tmp_path / "out", "--lengths", 8)
     (folder,) = (tmp_path / "out" / "chunks").glob("reconstructions*")
@@ -141,13 +157,13 @@ def test_an_interrupted_measurement_goes_on(small_pipeline, tmp_path, monkeypatc
     (row,) = (tmp_path / "out" / "rows").glob("*.json")
     row.unlink()
     calls = []
-    real = image_work.reconstruct
+    real = image_work.decode_at
 
     def counted(*args):
         calls.append(args[-1])
         return real(*args)
 
-    monkeypatch.setattr(image_work, "reconstruct", counted)
+    monkeypatch.setattr(image_work, "decode_at", counted)
     again = measured(monkeypatch, small_pipeline, tmp_path / "out", "--lengths", 8)
     assert calls == [16, 4]
     assert again["rows"][0]["metrics"] == first["rows"][0]["metrics"]

@@ -14,10 +14,10 @@ from small_sweep import make_images, make_sweep_inputs, sweep_config
 
 from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError
 from lgm_scale.evaluation.commands import preflight, reference
+from lgm_scale.evaluation.engine.statistics import statistics_of
 from lgm_scale.evaluation.features.inception import SPATIAL_DIM
-from lgm_scale.evaluation.metrics.moments import moments_of
+from lgm_scale.evaluation.images import NpzImages, open_source
 from lgm_scale.evaluation.references.files import Reference, load_reference, save_reference
-from lgm_scale.evaluation.references.sources import NpzImages, open_source
 from lgm_scale.evaluation.sweep.measure import measure
 
 
@@ -38,9 +38,9 @@ def adm(tmp_path_factory) -> Path:
 
 def test_adm_statistics_are_read_with_hash_and_resolution(adm):
     found = load_reference(adm)
-    assert np.array_equal(found.moments["inception_pool"].mean, statistics(2048)[0])
+    assert np.array_equal(found.statistics["inception_pool"].mean, statistics(2048)[0])
     assert np.array_equal(
-        found.moments["inception_spatial"].covariance, statistics(SPATIAL_DIM, 1)[1]
+        found.statistics["inception_spatial"].covariance, statistics(SPATIAL_DIM, 1)[1]
     )
     assert found.image_size == 16
     assert len(found.description["sha256"]) == 64
@@ -51,7 +51,7 @@ def test_adm_statistics_are_read_with_hash_and_resolution(adm):
 def test_mean_and_covariance_are_read_by_their_usual_names(tmp_path, keys):
     mu, sigma = statistics(2048)
     np.savez(tmp_path / "s.npz", **{keys[0]: mu.astype("f4"), keys[1]: sigma.astype("f4")})
-    found = load_reference(tmp_path / "s.npz").moments["inception_pool"]
+    found = load_reference(tmp_path / "s.npz").statistics["inception_pool"]
     assert found.mean.dtype == found.covariance.dtype == np.float64
     np.testing.assert_allclose(found.mean, mu, rtol=1e-6)
 
@@ -64,8 +64,8 @@ def test_edm2_statistics_are_read_without_executing_anything(tmp_path):
     }  # fmt: skip
     (tmp_path / "img.pkl").write_bytes(pickle.dumps(values))
     found = load_reference(tmp_path / "img.pkl")
-    assert set(found.moments) == {"inception_pool", "dinov2"}
-    assert np.array_equal(found.moments["dinov2"].mean, dino[0])
+    assert set(found.statistics) == {"inception_pool", "dinov2"}
+    assert np.array_equal(found.statistics["dinov2"].mean, dino[0])
 
 
 class Trap:
@@ -124,15 +124,17 @@ def test_files_that_are_no_reference_are_refused_by_name(tmp_path, name):
 def test_ours_is_written_and_read_whole(tmp_path):
     rows = np.random.default_rng(0).normal(size=(9, 4))
     made = Reference(
-        "mine", {"dinov2": moments_of(rows)}, {"inception_pool": rows.astype("f4")}, 16,
+        "mine", {"dinov2": statistics_of(rows)}, {"inception_pool": rows.astype("f4")}, 16,
         {"dinov2": "ab" * 32}, {"crop": "none"},
     )  # fmt: skip
     save_reference(tmp_path / "r.safetensors", made)
     found = load_reference(tmp_path / "r.safetensors")
-    assert np.array_equal(found.moments["dinov2"].covariance, made.moments["dinov2"].covariance)
+    assert np.array_equal(
+        found.statistics["dinov2"].covariance, made.statistics["dinov2"].covariance
+    )
     assert np.array_equal(found.features["inception_pool"], made.features["inception_pool"])
     assert (found.name, found.image_size, found.weights) == ("mine", 16, made.weights)
-    assert found.moments["dinov2"].count == 9
+    assert found.statistics["dinov2"].count == 9
     assert found.description["crop"] == "none"
 
 
@@ -174,7 +176,7 @@ def test_images_are_put_through_the_networks_for_what_is_missing(
     out = tmp_path / "r.safetensors"
     run(monkeypatch, adm, "--out", out, "--inception", inception_file, "--keep-features", 4)
     found = load_reference(out)
-    assert np.array_equal(found.moments["inception_pool"].mean, statistics(2048)[0])
+    assert np.array_equal(found.statistics["inception_pool"].mean, statistics(2048)[0])
     assert found.features["inception_pool"].shape == (4, 2048)
     assert found.weights.keys() == {"inception"}
     assert "4 vectors of inception_pool" in capsys.readouterr().out
@@ -185,7 +187,7 @@ def test_statistics_alone_are_converted_without_a_network(tmp_path, monkeypatch)
     mu, sigma = statistics(2048)
     np.savez(tmp_path / "s.npz", mu=mu, sigma=sigma)
     run(monkeypatch, tmp_path / "s.npz", "--out", tmp_path / "r.safetensors")
-    assert load_reference(tmp_path / "r.safetensors").moments.keys() == {"inception_pool"}
+    assert load_reference(tmp_path / "r.safetensors").statistics.keys() == {"inception_pool"}
 
 
 def test_images_without_a_network_and_wrong_options_are_refused(tmp_path, monkeypatch):
@@ -212,13 +214,13 @@ def test_a_reference_of_another_resolution_or_network_is_refused(made, tmp_path,
     rows = np.random.default_rng(0).normal(size=(9, 4))
     cases = {
         "images of 24 pixels, the bundle makes 16": Reference(
-            "r", {"dinov2": moments_of(rows)}, {}, 24
+            "r", {"dinov2": statistics_of(rows)}, {}, 24
         ),
         "4 dimensions of inception_pool, the features here 2048": Reference(
-            "r", {"inception_pool": moments_of(rows)}, {}, 16
+            "r", {"inception_pool": statistics_of(rows)}, {}, 16
         ),
         "other inception weights": Reference(
-            "r", {"dinov2": moments_of(rows)}, {}, 16, {"inception": "ab" * 32}
+            "r", {"dinov2": statistics_of(rows)}, {}, 16, {"inception": "ab" * 32}
         ),
     }
     for message, bad in cases.items():
@@ -233,7 +235,10 @@ def test_a_reference_of_another_resolution_or_network_is_refused(made, tmp_path,
 
 def test_a_missing_statistic_disables_its_metric_with_one_line(made, tmp_path, capsys):
     rows = np.random.default_rng(0).normal(size=(9, 4))
-    save_reference(tmp_path / "r.safetensors", Reference("mine", {"pixel_pca": moments_of(rows)}))
+    save_reference(
+        tmp_path / "r.safetensors",
+        Reference("mine", {"pixel_pca": statistics_of(rows)}),
+    )
     results = measure(
         sweep_config(
             made,

@@ -19,10 +19,9 @@ from small_sweep import make_sweep_inputs, results_of, sweep_config
 
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.commands import report
-from lgm_scale.evaluation.commands.report import write_comparison, write_report
-from lgm_scale.evaluation.report.point_names import NamedPoint, name_points
-from lgm_scale.evaluation.report.theme import LIGHT
-from lgm_scale.evaluation.report.tradeoff import tradeoff_figure
+from lgm_scale.evaluation.report.curves import tradeoff_figure
+from lgm_scale.evaluation.report.drawing import LIGHT, NamedPoint, name_points
+from lgm_scale.evaluation.report.writing import write_comparison, write_report
 from lgm_scale.evaluation.sweep.measure import measure
 from lgm_scale.evaluation.sweep.results import comparable, differences
 

@@ -36,10 +36,10 @@ from lgm_scale.bundle import read_info
 from lgm_scale.config.loading import load_config, to_dict
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.errors import ConfigError
-from lgm_scale.evaluation.commands.report import write_comparison, write_report
 from lgm_scale.evaluation.commands.sweep import describe
-from lgm_scale.evaluation.report.theme import LIGHT
-from lgm_scale.evaluation.report.tradeoff import tradeoff_figure
+from lgm_scale.evaluation.report.curves import tradeoff_figure
+from lgm_scale.evaluation.report.drawing import LIGHT
+from lgm_scale.evaluation.report.writing import write_comparison, write_report
 from lgm_scale.evaluation.sweep import samples as generate
 from lgm_scale.evaluation.sweep.config import expand
 from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
@@ -111,9 +111,10 @@ def test_every_budget_has_its_row(made, swept):
 
 def test_the_distance_is_that_of_the_samples_themselves(made, tmp_path):
     """Once more without chunks, sums or rows."""
+    from lgm_scale.evaluation.engine.statistics import statistics_of
     from lgm_scale.evaluation.features.pixel_pca import PixelPCA
-    from lgm_scale.evaluation.metrics.moments import frechet_distance, moments_of
-    from lgm_scale.evaluation.reconstructions.images import StoredImages
+    from lgm_scale.evaluation.images import StoredImages
+    from lgm_scale.evaluation.metrics.scores import frechet_distance
 
     cells = [{"num_tokens": 16, "uncond_num_tokens": 4, "guidance": "autoguidance"}]
     config = config_of(made, tmp_path / "report", cells=cells)
@@ -125,7 +126,7 @@ def test_the_distance_is_that_of_the_samples_themselves(made, tmp_path):
     settings = expand(config)[0].sampler.settings()
     images = pipe([i % 3 for i in range(11)], 16, progress_bar=False, **settings)
     sides = [torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2), originals]
-    expected = frechet_distance(*(moments_of(pca(side)["pixel_pca"]) for side in sides))
+    expected = frechet_distance(*(statistics_of(pca(side)["pixel_pca"]) for side in sides))
     assert results["rows"][0]["metrics"]["pixel_frechet"] == pytest.approx(expected, rel=1e-9)
 
 

@@ -103,9 +103,10 @@ def test_the_distance_is_that_of_the_samples_themselves(made, tmp_path):
     """Once more without chunks, sums or rows."""
     import torch
 
+    from lgm_scale.evaluation.engine.statistics import statistics_of
     from lgm_scale.evaluation.features.pixel_pca import PixelPCA
-    from lgm_scale.evaluation.metrics.moments import frechet_distance, moments_of
-    from lgm_scale.evaluation.reconstructions.images import StoredImages
+    from lgm_scale.evaluation.images import StoredImages
+    from lgm_scale.evaluation.metrics.scores import frechet_distance
     from lgm_scale.families.lgm.pipeline import LGMPipeline
 
     config = sweep_config(made, tmp_path / "report", cells=[{"num_tokens": 9}])
@@ -117,7 +118,7 @@ def test_the_distance_is_that_of_the_samples_themselves(made, tmp_path):
     settings = expand(config)[0].sampler.settings()
     images = pipe([i % 3 for i in range(11)], 9, seed=0, progress_bar=False, **settings)
     sides = [torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2), originals]
-    expected = frechet_distance(*(moments_of(pca(side)["pixel_pca"]) for side in sides))
+    expected = frechet_distance(*(statistics_of(pca(side)["pixel_pca"]) for side in sides))
     assert expected > 1
     assert results["rows"][0]["metrics"]["pixel_frechet"] == pytest.approx(expected, rel=1e-9)
 

@@ -1,12 +1,9 @@
 """How much the latents of one image agree across token lengths, and how alike merged tokens are.
 
-    python -m eval.alignment --bundle BUNDLE --images MDS --out FOLDER [--lengths 8 16 ...]
+    python -m lgm_scale.evaluation.commands.alignment --bundle BUNDLE --images MDS --out FOLDER
+        [--lengths 8 16 ...]
 
-Writes alignment.json and alignment.png (a heat map). Works for every length control: what is
-compared is the full-length equivalent A z_K, which the decoder reads.
-
-Source: CKNNA is from Huh et al. 2024, "The Platonic Representation Hypothesis"; that a tokenizer
-of aligned lengths is easier to generate for is the LGM paper's finding.
+Writes alignment.json and alignment.png (a heat map).
 """
 
 from __future__ import annotations
@@ -15,138 +12,31 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from matplotlib.figure import Figure
 
 from lgm_scale.errors import ConfigError, exit_on_user_error
-from lgm_scale.evaluation.commands.adaptive import default_lengths, image_batches
-from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
-from lgm_scale.families.tokenizer.network import Tokenizer
-from lgm_scale.merging.tree import cosine_similarity, in_block_pairs
-from lgm_scale.pixels import to_unit_range
+from lgm_scale.evaluation.commands.arguments import (
+    add_tokenizer_options,
+    command_parser,
+    open_tokenizer,
+)
+from lgm_scale.evaluation.files import write_aside
+from lgm_scale.evaluation.reconstructions.adaptive import default_lengths
+from lgm_scale.evaluation.reconstructions.alignment import measure_alignment
+from lgm_scale.families.tokenizer.bundle import tokenizer_id
 
-__all__ = ["PairCosine", "cknna", "cknna_matrix", "measure_alignment"]
-
-
-def cknna(a: Tensor, b: Tensor, num_neighbors: int = 10) -> float:
-    """Centred kernel nearest-neighbour alignment of two representations of the same M images.
-
-    With K_ij = <a_i, a_j> - mean_l <a_i, a_l>, L_ij likewise for b, and w_ij = 1 where j is among
-    the k nearest neighbours of i (itself left out) in a *and* in b:
-
-        align(a, b) = sum_ij w_ij K_ij L_ij,   CKNNA = align(a, b) / sqrt(align(a, a) align(b, b)).
-
-    Rows are L2-normalised first, as the authors do, so the nearest neighbour is the one of
-    greatest cosine. 1 for equal representations, and unchanged by rotation and scaling of either.
-
-    Shapes: a [M, F], b [M, G] -> a number. Raises: ConfigError unless M > k.
-    Source: Huh et al. 2024, section on measuring alignment and its appendix.
-    """
-    matrix = cknna_matrix([a, b], num_neighbors)
-    return float(matrix[0, 1])
-
-
-def cknna_matrix(representations: Sequence[Tensor], num_neighbors: int = 10) -> Tensor:
-    """CKNNA of every pair. Shapes: L times [M, F] -> [L, L] float64, ones on the diagonal."""
-    kernels = torch.stack([_neighbor_kernel(each, num_neighbors) for each in representations])
-    flat = kernels.flatten(1)  # zero outside the neighbourhoods: products are restricted to both
-    align = flat @ flat.T
-    scale = align.diagonal().sqrt()
-    return align / scale[:, None] / scale[None, :]
-
-
-def _neighbor_kernel(features: Tensor, num_neighbors: int) -> Tensor:
-    """Row-centred inner products, zero outside the k nearest neighbours: [M, F] -> [M, M]."""
-    if len(features) <= num_neighbors:
-        raise ConfigError(
-            f"images: {len(features)} are too few for {num_neighbors} neighbours of each; use more"
-        )
-    unit = F.normalize(features.double(), dim=1)
-    kernel = unit @ unit.T
-    others = kernel.clone().fill_diagonal_(-torch.inf)
-    near = torch.zeros_like(kernel).scatter_(1, others.topk(num_neighbors).indices, 1.0)
-    return near * (kernel - kernel.mean(1, keepdim=True))
-
-
-class PairCosine:
-    """Mean cosine of pairs of tokens of one image: merged ones, and all for comparison.
-
-    Source: LGM paper, similarity of merged pairs.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, name: str, cosine: Tensor, chosen: Tensor) -> None:
-        """Take in a batch: cosine [B, N, N], chosen [B, N, N] or [N, N] bool; pairs i < j count."""
-        pairs = chosen.expand_as(cosine).triu(1)
-        self._sums[name] = self._sums.get(name, 0.0) + float(cosine[pairs].double().sum())
-        self._counts[name] = self._counts.get(name, 0) + int(pairs.sum())
-
-    def mean(self, name: str) -> float | None:
-        """None where there was no such pair."""
-        count = self._counts.get(name, 0)
-        return self._sums[name] / count if count else None
-
-
-@torch.inference_mode()
-def measure_alignment(
-    tokenizer: Tokenizer,
-    folder: str | Path,
-    lengths: Sequence[int],
-    num_images: int | None = None,
-    num_neighbors: int = 10,
-) -> dict[str, Any]:
-    """CKNNA between all pairs of lengths, and the cosine of merged pairs at each.
-
-    Returns: lengths, num_images, num_neighbors, cknna [L][L], cknna_mean over pairs of different
-    lengths (None for one length), cosine_all, cosine_in_block, cosine_merged {K: mean or None}.
-    """
-    device = next(tokenizer.parameters()).device
-    control = tokenizer.merging
-    within = in_block_pairs(control.num_base_tokens, control.num_blocks, device)
-    latents: dict[int, list[Tensor]] = {k: [] for k in lengths}
-    pairs = PairCosine()
-    for batch in image_batches(folder, tokenizer.image_size, num_images):
-        z = tokenizer.encode(to_unit_range(batch.to(device)))
-        cosine = cosine_similarity(z)  # [B, N, N]
-        pairs.add("all", cosine, torch.ones_like(within))
-        pairs.add("in_block", cosine, within)
-        for k in lengths:
-            latents[k].append(control.full_length(z, k).flatten(1).cpu())
-            labels = control.cluster_labels(z, k)
-            if labels is not None:
-                pairs.add(f"merged {k}", cosine, labels[:, :, None] == labels[:, None, :])
-    matrix = cknna_matrix([torch.cat(latents[k]) for k in lengths], num_neighbors)
-    between = [float(matrix[i, j]) for i, j in itertools.combinations(range(len(lengths)), 2)]
-    return {
-        "length_control": control.name,
-        "lengths": list(lengths),
-        "num_images": sum(len(part) for part in latents[lengths[0]]),
-        "num_neighbors": num_neighbors,
-        "cknna": matrix.tolist(),
-        "cknna_mean": sum(between) / len(between) if between else None,
-        "cosine_all": pairs.mean("all"),
-        "cosine_in_block": pairs.mean("in_block"),
-        "cosine_merged": {str(k): pairs.mean(f"merged {k}") for k in lengths},
-    }
+__all__ = ["draw_heat_map"]
 
 
 def draw_heat_map(result: dict[str, Any], path: Path) -> None:
-    """The CKNNA matrix as a picture, with its numbers."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Draw the CKNNA matrix of `measure_alignment` with its numbers, and write it as a PNG."""
     lengths, matrix = result["lengths"], result["cknna"]
     side = 1.5 + 0.6 * len(lengths)
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.add_subplot()
     image = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
     for row, column in itertools.product(range(len(lengths)), repeat=2):
         value = matrix[row][column]
@@ -157,21 +47,15 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     axes.set(xlabel="K", ylabel="K", title=f"CKNNA between lengths ({result['length_control']})")
     figure.colorbar(image)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.alignment",
-        description="Alignment of a tokenizer's latents across token lengths (CKNNA).",
+    parser = command_parser(
+        "alignment", "Alignment of a tokenizer's latents across token lengths (CKNNA)."
     )
-    parser.add_argument("--bundle", required=True, help="tokenizer or generator bundle")
-    parser.add_argument("--images", required=True, metavar="MDS", help="from images_to_mds.py")
+    add_tokenizer_options(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", metavar="K", help="default: powers of two and N"
-    )
     parser.add_argument(
         "--num-images", type=int, default=2000, help="at most so many, evenly spaced (default 2000)"
     )
@@ -184,15 +68,12 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     if args.neighbors < 1:
         raise ConfigError(f"--neighbors: {args.neighbors} must be 1 or more")
-    tokenizer = load_tokenizer(args.bundle, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = open_tokenizer(args)
     lengths = sorted(set(args.lengths or default_lengths(tokenizer)))
-    for k in lengths:
-        tokenizer.merging.check(k)  # refuse a wrong K before the work
     result = measure_alignment(tokenizer, args.images, lengths, args.num_images, args.neighbors)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"tokenizer_id": tokenizer_id(args.bundle)} | result, indent=1)
-    (out / "alignment.json").write_text(text + "\n")
+    write_aside(out / "alignment.json", f"{text}\n".encode())
     draw_heat_map(result, out / "alignment.png")
     print(f"CKNNA, mean over pairs of lengths: {_text(result['cknna_mean'])}")
     print(f"cosine, all pairs: {_text(result['cosine_all'])}", end="; merged pairs: ")

@@ -1,6 +1,7 @@
 r"""Check this evaluator against published numbers: ADM's sample batch scored with ADM's reference.
 
-    python -m eval.conformance --samples admnet_guided_upsampled_imagenet256.npz \
+    python -m lgm_scale.evaluation.commands.conformance
+        --samples admnet_guided_upsampled_imagenet256.npz
         --reference VIRTUAL_imagenet256_labeled.npz --inception INCEPTION.pth
 
 The three files are published, large, and never downloaded here. Prints measured and published
@@ -10,25 +11,24 @@ comparison has not been run by the project's authors, who had none of the files 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
 from lgm_scale.errors import MissingAssetError, exit_on_user_error
+from lgm_scale.evaluation.commands.arguments import command_parser
 from lgm_scale.evaluation.commands.preflight import ADM
-from lgm_scale.evaluation.commands.reference import make_reference
-from lgm_scale.evaluation.commands.reference import parse_args as reference_args
 from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
 from lgm_scale.evaluation.engine.stages import Engine
+from lgm_scale.evaluation.features.extraction import OriginalFeatures
 from lgm_scale.evaluation.features.inception import PUBLISHED_HASH, WEIGHTS_URL
-from lgm_scale.evaluation.features.spaces import network_spaces
+from lgm_scale.evaluation.features.spaces import Spaces
+from lgm_scale.evaluation.images import NpzImages
 from lgm_scale.evaluation.metrics.catalogue import compute, select
-from lgm_scale.evaluation.reconstructions.images import OriginalsWork
 from lgm_scale.evaluation.references.files import Reference
-from lgm_scale.evaluation.references.sources import NpzImages
+from lgm_scale.evaluation.references.making import make_reference
 from lgm_scale.hashing import file_hash
 
 __all__ = ["PUBLISHED", "score"]
@@ -45,27 +45,24 @@ recall are computed there from distances in half precision."""
 
 
 def score(samples: Path, reference: Reference, inception: str, work: Path) -> dict[str, float]:
-    """Metrics of an npz of images against a reference."""
+    """Measure an npz of images against a reference; `work` is the folder of unfinished chunks."""
     device = join_ranks()
-    source = NpzImages(samples)
-    spaces = network_spaces(inception, None, device)
-    maker = OriginalsWork(source, spaces, device, 50)
-    protocol = {"sha256": file_hash(samples), "features": [s.describe() for s in spaces]}
-    job = Job("samples", protocol, len(source), 250, maker)
+    source, spaces = NpzImages(samples), Spaces.load(device, inception=inception)
+    protocol = {"sha256": file_hash(samples), "features": spaces.describe()}
+    originals = OriginalFeatures(source, spaces.all, device, 50)
+    job = Job("samples", protocol, len(source), 250, originals)
     engine = Engine(work, device)
-    engine.make_chunks([job], Part(), "samples", may_work=True)
-    outputs = {name: dim for space in spaces for name, dim in space.outputs.items()}
-    chosen = select(PUBLISHED, outputs, reference, len(source))
-    engine.make_sums([(job, chosen.moment_features)])
-    moments = engine.moments(job, chosen.moment_features)
-    return compute(chosen, moments, partial(engine.features, job), reference, device)
+    engine.make_chunks([job], Part(), "samples", may_compute=True)
+    chosen = select(PUBLISHED, spaces.outputs, reference, len(source))
+    engine.make_sums([(job, chosen.statistics_features)])
+    statistics = engine.statistics(job, chosen.statistics_features)
+    return compute(chosen, statistics, partial(engine.features, job), reference, device)
 
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.conformance",
-        description="Score ADM's published samples, and compare with ADM's published numbers.",
+    parser = command_parser(
+        "conformance", "Score ADM's published samples, and compare with ADM's published numbers."
     )
     parser.add_argument("--samples", required=True, metavar="NPZ")
     parser.add_argument("--reference", required=True, metavar="NPZ", help=f"from {ADM}")
@@ -87,9 +84,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(args.work or scratch)
         reference = make_reference(
-            reference_args(
-                [args.reference, "--out", str(work / "reference"), "--inception", args.inception]
-            )
+            Path(args.reference), work / "reference.work", inception=args.inception
         )
         numbers = score(Path(args.samples), reference, args.inception, work / "samples")
     status = 0

@@ -1,6 +1,6 @@
 """Which files the evaluation needs, where it looks for them, and what each unlocks.
 
-    python -m eval.preflight [CONFIG.yaml] [key=value ...] [--strict]
+    python -m lgm_scale.evaluation.commands.preflight [CONFIG.yaml] [key=value ...] [--strict]
 
 Reads files and hashes them; touches no GPU and no network. With --strict a missing or wrong file
 ends with status 2.
@@ -8,7 +8,6 @@ ends with status 2.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from lgm_scale.config.loading import read_yaml
+from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import LGMError, MissingAssetError, exit_on_user_error
+from lgm_scale.evaluation.commands.arguments import command_parser
+from lgm_scale.evaluation.features.dinov2 import WEIGHTS_URL as DINOV2_URL
+from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
+from lgm_scale.evaluation.features.inception import WEIGHTS_URL as INCEPTION_URL
+from lgm_scale.evaluation.references.files import load_reference
+from lgm_scale.frozen import VGG16_URL
 from lgm_scale.hashing import file_hash
 
 __all__ = ["EvalAsset", "assets", "report"]
@@ -40,12 +46,7 @@ class EvalAsset:
 
 
 def assets() -> list[EvalAsset]:
-    """Everything that may be given."""
-    from lgm_scale.evaluation.features.dinov2 import WEIGHTS_URL as DINOV2_URL
-    from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
-    from lgm_scale.evaluation.features.inception import WEIGHTS_URL as INCEPTION_URL
-    from lgm_scale.frozen import VGG16_URL
-
+    """Every file that a sweep may be given."""
     return [
         EvalAsset(
             "inception", INCEPTION_URL, "96 MB", "FID, sFID, IS, KID, precision, recall, rFID",
@@ -54,7 +55,7 @@ def assets() -> list[EvalAsset]:
         EvalAsset("dinov2", DINOV2_URL, "1.2 GB", "FD-DINOv2"),
         EvalAsset("vgg16", VGG16_URL, "528 MB", "LPIPS of reconstructions", "397923af"),
         EvalAsset("reference", ADM, "about 2 GB", "FID and sFID as published; KID, precision and "
-                  "recall after `python -m eval.reference`"),
+                  "recall after `python -m lgm_scale.evaluation.commands.reference`"),
         EvalAsset("images", "your data: data_tools/images_to_mds.py", "-",
                   "reconstructions: rFID, PSNR, SSIM, LPIPS; a reference where none is given"),
     ]  # fmt: skip
@@ -66,14 +67,12 @@ def _expected(asset: EvalAsset) -> str:
 
 
 def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
-    """State and detail of one file: ("there" | "missing" | "wrong" | "not given", ...)."""
+    """State ("there", "missing", "wrong" or "not given") and detail of one file."""
     if path is None:
         return "not given", f"set `{asset.key}` to use it"
     if not Path(path).exists():
         return "missing", f"looked for at {path}"
     if asset.key == "images":
-        from lgm_scale.data.manifest import read_manifest
-
         try:
             manifest = read_manifest(path, "images")
         except LGMError as error:
@@ -83,25 +82,16 @@ def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
     megabytes = Path(path).stat().st_size / 1e6
     detail = f"{path}, {megabytes:.1f} MB, sha256 {digest}"
     if asset.key == "reference":
-        return _look_into_reference(path, detail)
+        try:
+            return "there", f"{detail}; {', '.join(load_reference(path).held())}"
+        except LGMError as error:
+            return "wrong", str(error)
     if asset.hash_prefix is not None and not digest.startswith(asset.hash_prefix):
         return "wrong", (
             f"{detail}, which does not begin with {asset.hash_prefix}: not the published weights, "
             "and results will not be called by the published names"
         )
     return "there", detail
-
-
-def _look_into_reference(path: str, detail: str) -> tuple[str, str]:
-    from lgm_scale.evaluation.references.files import load_reference
-
-    try:
-        reference = load_reference(path)
-    except LGMError as error:
-        return "wrong", str(error)
-    held = [f"statistics of {name}" for name in reference.moments]
-    held += [f"{len(values)} vectors of {name}" for name, values in reference.features.items()]
-    return "there", f"{detail}; {', '.join(held)}"
 
 
 def report(values: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -122,10 +112,10 @@ def report(values: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.preflight",
-        description="List the files that metrics need, where they were looked for, and what each "
-        "unlocks. Nothing is downloaded.",
+    parser = command_parser(
+        "preflight",
+        "List the files that metrics need, where they were looked for, and what each unlocks. "
+        "Nothing is downloaded.",
     )
     parser.add_argument("config", nargs="?", help="YAML file of a sweep")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key")

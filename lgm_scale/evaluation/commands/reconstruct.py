@@ -1,7 +1,8 @@
 """Validation images through the tokenizer at each K: PSNR, SSIM, LPIPS and rFID.
 
-    composer eval/reconstruct.py --bundle BUNDLE --images MDS --out FOLDER [--lengths 8 16 ...]
-        [--vgg16 FILE] [--inception FILE] [--reference FILE]
+    python -m lgm_scale.evaluation.commands.reconstruct --bundle BUNDLE --images MDS --out FOLDER
+        [--lengths 8 16 ...] [--vgg16 FILE] [--inception FILE] [--reference FILE]
+    composer -n 8 -m lgm_scale.evaluation.commands.reconstruct --bundle BUNDLE ...
 
 Writes reconstruction.json (numbers with their whole protocol) and reconstruction.png. The numbers
 do not depend on how many ranks work, and the same command again goes on where it was interrupted.
@@ -27,27 +28,29 @@ from lgm_scale import __version__
 from lgm_scale.bundle import read_bundle
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, MissingAssetError, exit_on_user_error
-from lgm_scale.evaluation.commands.adaptive import (
+from lgm_scale.evaluation.commands.arguments import (
+    add_chunk_options,
+    add_tokenizer_options,
+    chunk_problems,
+    command_parser,
+)
+from lgm_scale.evaluation.engine.parts import Part, join_ranks
+from lgm_scale.evaluation.engine.stages import Engine
+from lgm_scale.evaluation.features.inception import WEIGHTS_URL
+from lgm_scale.evaluation.features.spaces import Spaces
+from lgm_scale.evaluation.files import write_aside, write_json
+from lgm_scale.evaluation.images import ValidationImages
+from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
+from lgm_scale.evaluation.reconstructions.adaptive import (
     AdaptiveSaving,
     adaptive_saving,
     default_lengths,
     saving_line,
 )
-from lgm_scale.evaluation.engine.parts import Part, join_ranks
-from lgm_scale.evaluation.engine.stages import Engine
-from lgm_scale.evaluation.features.inception import WEIGHTS_URL
-from lgm_scale.evaluation.features.spaces import (
-    Spaces,
-    ValidationImages,
-    check_reference,
-    network_spaces,
-)
-from lgm_scale.evaluation.files import write_aside, write_json
-from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
-from lgm_scale.evaluation.references.files import load_reference
-from lgm_scale.evaluation.report.metric_curves import metric_curves
-from lgm_scale.evaluation.report.theme import LIGHT, to_png
+from lgm_scale.evaluation.references.files import check_reference, load_reference
+from lgm_scale.evaluation.report.curves import metric_curves
+from lgm_scale.evaluation.report.drawing import LIGHT, to_png
 from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
 from lgm_scale.families.base import outside_lengths
@@ -56,7 +59,7 @@ from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.frozen import VGG16_URL
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
-__all__ = ["main"]
+__all__ = ["measure"]
 
 LPIPS_SIDE = 16  # VGG16 halves it four times
 ASSETS = {
@@ -67,36 +70,26 @@ ASSETS = {
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="composer eval/reconstruct.py",
-        description="PSNR, SSIM, LPIPS and rFID of reconstructed images at each token count.",
+    parser = command_parser(
+        "reconstruct", "PSNR, SSIM, LPIPS and rFID of reconstructed images at each token count."
     )
-    parser.add_argument("--bundle", required=True, help="tokenizer or generator bundle")
-    parser.add_argument("--images", required=True, metavar="MDS", help="from images_to_mds.py")
+    add_tokenizer_options(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the JSON and picture")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", metavar="K", help="default: N, N/2, ... to the least"
-    )
     parser.add_argument("--vgg16", metavar="FILE", help=f"for LPIPS, from {VGG16_URL}")
     parser.add_argument("--inception", metavar="FILE", help=f"for rFID, from {WEIGHTS_URL}")
     parser.add_argument(
         "--reference", metavar="FILE", help="also: rFID against these statistics, such as ADM's"
     )
     parser.add_argument(
-        "--target-psnr",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="DB",
+        "--target-psnr", type=float, nargs="+", default=[], metavar="DB",
         help="also: the mean K saved by giving each image the smallest K that reaches this",
-    )
-    parser.add_argument("--batch-size", type=int, default=50, help="images per step and rank")
-    parser.add_argument("--chunk-size", type=int, default=250, help="images per file of work")
+    )  # fmt: skip
+    add_chunk_options(parser)
     return parser.parse_args(argv)
 
 
 def refuse_missing(args: argparse.Namespace) -> None:
-    """Raise MissingAssetError if a path that was given is no file."""
+    """Raise MissingAssetError if a file of weights that was given is not there."""
     wrong = [
         f"--{key}: {getattr(args, key)} is not a file; {use} needs it (about {size}, from {url}), "
         f"or leave --{key} out"
@@ -107,39 +100,32 @@ def refuse_missing(args: argparse.Namespace) -> None:
         raise MissingAssetError("\n".join(wrong))
 
 
-def refuse_problems(args: argparse.Namespace, net: Tokenizer, least: int) -> None:
-    """Raise ConfigError with everything that is wrong with the command line."""
-    image_size = net.image_size
+def problems_of(args: argparse.Namespace, tokenizer: Tokenizer, least: int) -> Iterator[str]:
+    """Everything that is wrong with the command line; `least` is the smallest K there is."""
+    lengths, side = args.lengths or (), tokenizer.image_size
     manifest = read_manifest(args.images, "images")
-    outside = outside_lengths(args.lengths or (), least, net.num_base_tokens)
-    problems = [f"--lengths: {text}" for text in outside]
-    problems += [f"--lengths: {text}" for text in repeated_lengths(args.lengths or ())]
-    problems += [f"--{text}" for text in wrong_image_size(args.images, manifest, image_size)]
-    problems += [f"--{text}" for text in _other_problems(args, manifest.num_samples, image_size)]
-    if problems:
-        raise ConfigError(problems)
-
-
-def _other_problems(args: argparse.Namespace, count: int, image_size: int) -> Iterator[str]:
-    for key in ("batch_size", "chunk_size"):
-        if getattr(args, key) < 1:
-            yield f"{key.replace('_', '-')}: {getattr(args, key)} must be 1 or more"
-    if args.inception is not None and count < 2:
-        yield f"images: {args.images} holds {count} image; rFID needs 2 or more"
-    if args.vgg16 is not None and image_size < LPIPS_SIDE:
-        yield f"vgg16: LPIPS needs {LPIPS_SIDE} pixels per side, the bundle makes {image_size}"
+    for text in (
+        *outside_lengths(lengths, least, tokenizer.num_base_tokens),
+        *repeated_lengths(lengths),
+    ):
+        yield f"--lengths: {text}"
+    yield from (f"--{text}" for text in wrong_image_size(args.images, manifest, side))
+    yield from chunk_problems(args)
+    if args.inception is not None and manifest.num_samples < 2:
+        yield f"--images: {args.images} holds {manifest.num_samples} image; rFID needs 2 or more"
+    if args.vgg16 is not None and side < LPIPS_SIDE:
+        yield f"--vgg16: LPIPS needs {LPIPS_SIDE} pixels per side, the bundle makes {side}"
 
 
 def output_folder(out: str) -> Path:
     """Make the folder of results now, not after the work. Raises: ConfigError."""
-    path = Path(out)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"--out: {out} cannot be a folder ({error.strerror}); choose another"
         ) from error
-    return path
+    return Path(out)
 
 
 def main() -> int:
@@ -150,11 +136,13 @@ def main() -> int:
     files = read_bundle(args.bundle, "tokenizer")["files"]
     has_tree = TREE_NAME in files  # truncation and per-image merging have none
     tree = MergeTree.load(Path(args.bundle) / TREE_NAME) if has_tree else None
-    refuse_problems(args, tokenizer, tree.num_blocks if tree else tokenizer.merging.min_tokens)
+    least = tree.num_blocks if tree else tokenizer.merging.min_tokens
+    if problems := list(problems_of(args, tokenizer, least)):
+        raise ConfigError(problems)
     out = output_folder(args.out)
     device, start = join_ranks(), time.perf_counter()
-    images = ValidationImages.open(args.images, tokenizer.image_size)
-    spaces = Spaces(network_spaces(args.inception, None, device), images)
+    images = ValidationImages(args.images, tokenizer.image_size)
+    spaces = Spaces.load(device, images, args.inception)
     reference = load_reference(args.reference) if args.reference else None
     check_reference(reference, spaces, tokenizer.image_size)
     lengths = set(args.lengths or default_lengths(tokenizer))
@@ -185,7 +173,7 @@ def measure(
     plans: ReconstructionPlans, engine: Engine, lengths: list[int], targets: list[float]
 ) -> tuple[list[dict[str, Any]], list[AdaptiveSaving]]:
     """Rows at each K, and what choosing K per image saves at each target."""
-    engine.make_chunks(plans.jobs(lengths), Part(), "reconstruct", may_work=True)
+    engine.make_chunks(plans.jobs(lengths), Part(), "reconstruct", may_compute=True)
     plans.reduce(engine)
     row_plans = plans.plans(lengths)
     engine.make_sums([(plan.job, plan.sums) for plan in engine.open_plans(row_plans)])

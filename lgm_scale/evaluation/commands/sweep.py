@@ -1,14 +1,14 @@
 """Measure one generator at many token counts and sampler settings, and write a report.
 
-    composer eval/sweep.py CONFIG.yaml [key=value ...] [--dry-run]
-    composer -n 8 eval/sweep.py yamls/eval_sweep.yaml bundle=runs/dit_xl/bundle
+    python -m lgm_scale.evaluation.commands.sweep CONFIG.yaml [key=value ...] [--dry-run]
+    composer -n 8 -m lgm_scale.evaluation.commands.sweep CONFIG.yaml bundle=runs/dit_xl/bundle
 
 For every cell: sample images, extract features, compare with a reference, count the work. What is
 done is kept: the same command again makes what is missing, after any interruption and with any
 number of ranks, and gives the same numbers. Independent jobs share a sweep like this, in any order:
 
-    eval/sweep.py CONFIG.yaml part=0/16 ... part=15/16    make every 16th chunk, and stop
-    eval/sweep.py CONFIG.yaml --reduce                    numbers and report; makes no image
+    ... sweep CONFIG.yaml part=0/16 ... part=15/16    make every 16th chunk, and stop
+    ... sweep CONFIG.yaml --reduce                    numbers and report; makes no image
 
 Exit status: 0 done, 2 for anything the user must mend.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import ConfigError, exit_on_user_error
+from lgm_scale.evaluation.commands.arguments import command_parser
 from lgm_scale.evaluation.sweep.config import SweepConfig, expand
 from lgm_scale.evaluation.sweep.rules import load_sweep
 from lgm_scale.families.base import add_import_option
@@ -29,13 +30,14 @@ from lgm_scale.families.base import add_import_option
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="composer eval/sweep.py",
-        description="Sample at every token count and setting, compare with a reference, write a "
-        "report. The same command again keeps what is done.",
-        epilog="Keys and defaults are in lgm_scale/evaluation/sweep/config.py. "
-        "`python -m eval.preflight CONFIG` "
-        "lists the files that metrics need; `python -m eval.report OUT` draws the report again.",
+    parser = command_parser(
+        "sweep",
+        "Sample at every token count and setting, compare with a reference, write a report. The "
+        "same command again keeps what is done.",
+    )
+    parser.epilog = (
+        "Keys and defaults are in lgm_scale/evaluation/sweep/config.py. The command `preflight` "
+        "beside this one lists the files that metrics need, `report` draws the report again."
     )
     parser.add_argument("config", help="YAML file, for example yamls/eval_sweep.yaml")
     parser.add_argument(
@@ -69,7 +71,7 @@ def main() -> int:
         return 0
     from composer.utils import dist
 
-    from lgm_scale.evaluation.commands.report import write_report
+    from lgm_scale.evaluation.report.writing import write_report
     from lgm_scale.evaluation.sweep.measure import measure
 
     finished = measure(config, args.reduce) is not None
@@ -80,7 +82,7 @@ def main() -> int:
 
 
 def describe(config: SweepConfig) -> str:
-    """Resolved configuration, and the work of each cell."""
+    """The resolved configuration as YAML, and a table of the operations of each cell."""
     import torch
     import yaml
 

@@ -1,4 +1,4 @@
-"""Work over images, in chunks of fixed image ranges whose results are kept in files.
+"""Results over images, in chunks of fixed image ranges, each kept in one file.
 
 A chunk is one file, `<job>-<id>/<start>-<stop>.safetensors`, that is there whole or not at all.
 Its name says what it holds, so a chunk that two processes make is still one chunk. Where a chunk
@@ -27,15 +27,15 @@ from safetensors.numpy import save
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.files import digest, write_aside
 
-__all__ = ["Arrays", "Bounds", "ChunkStore", "Job", "Made", "chunk_bounds"]
+__all__ = ["Arrays", "Bounds", "ChunkResult", "ChunkStore", "Job", "chunk_bounds"]
 
 Arrays = dict[str, np.ndarray]
 Bounds = tuple[int, int]
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 
 
-class Made(NamedTuple):
-    """What work over a chunk gives: arrays, and notes (seconds, device) that are no result."""
+class ChunkResult(NamedTuple):
+    """What is computed for a chunk: arrays, and notes (seconds, device) that are no result."""
 
     arrays: Arrays
     notes: dict[str, Any] = {}  # noqa: RUF012  a default of an immutable tuple, never written to
@@ -48,30 +48,31 @@ def chunk_bounds(count: int, size: int) -> list[Bounds]:
 
 @dataclass(frozen=True)
 class Job:
-    """Work over `count` images, whose result for image i depends on `protocol` and i alone.
+    """A computation over `count` images; image i's result depends on `protocol` and i alone.
 
     Args:
-        name: For people, and the beginning of a folder's name.
+        name: Beginning of the folder's name, for people to read.
         protocol: Everything that the arrays depend on; JSON values.
-        count: Number of images. Not part of the identity: more images keep the chunks there are.
+        count: Number of images. Not part of the identity: more images keep the whole chunks that
+            there are, and add to them.
         chunk_size: Images per chunk.
-        work: (start, stop) -> arrays, whatever their shapes, and notes.
+        compute: (start, stop) -> arrays, whatever their shapes, and notes.
     """
 
     name: str
     protocol: dict[str, Any]
     count: int
     chunk_size: int
-    work: Callable[[int, int], Made]
+    compute: Callable[[int, int], ChunkResult]
 
     @cached_property
     def id(self) -> str:
-        """Hash of what the arrays depend on."""
+        """SHA-256 of the protocol: equal ids mean interchangeable chunks."""
         return digest(self.protocol)
 
     @property
     def bounds(self) -> list[Bounds]:
-        """The chunks."""
+        """Image ranges of all chunks, in order."""
         return chunk_bounds(self.count, self.chunk_size)
 
 
@@ -81,22 +82,22 @@ class ChunkStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def of(self, job: Job) -> Path:
-        """Folder of a job."""
+    def folder_of(self, job: Job) -> Path:
+        """Folder that holds the chunks of a job."""
         return self.folder / f"{job.name}-{job.id[:12]}"
 
     def path(self, job: Job, bounds: Bounds) -> Path:
-        """File of a chunk."""
-        return self.of(job) / f"{bounds[0]:08d}-{bounds[1]:08d}.safetensors"
+        """File that holds, or will hold, one chunk."""
+        return self.folder_of(job) / f"{bounds[0]:08d}-{bounds[1]:08d}.safetensors"
 
-    def write(self, job: Job, bounds: Bounds, made: Made) -> None:
-        """Keep a chunk."""
-        arrays = {name: np.ascontiguousarray(value) for name, value in made.arrays.items()}
-        header = {"job": job.id, "sha256": _checksum(arrays), "notes": json.dumps(made.notes)}
+    def write(self, job: Job, bounds: Bounds, result: ChunkResult) -> None:
+        """Write a chunk with its checksum, whole or not at all."""
+        arrays = {name: np.ascontiguousarray(value) for name, value in result.arrays.items()}
+        header = {"job": job.id, "sha256": _checksum(arrays), "notes": json.dumps(result.notes)}
         write_aside(self.path(job, bounds), save(arrays, metadata=header))
 
-    def read(self, job: Job, bounds: Bounds, names: Iterable[str] | None = None) -> Made:
-        """A chunk, verified; with `names`, these arrays alone.
+    def read(self, job: Job, bounds: Bounds, names: Iterable[str] | None = None) -> ChunkResult:
+        """Read a chunk and verify its checksum; with `names`, return these arrays alone.
 
         Raises: DataError if it is missing, damaged or of another job.
         """
@@ -112,7 +113,7 @@ class ChunkStore:
         if header.get("job") != job.id or header.get("sha256") != _checksum(arrays):
             raise DataError(f"{path} is damaged; run the same command again to make it anew")
         wanted = arrays if names is None else {name: arrays[name] for name in names}
-        return Made(wanted, json.loads(header["notes"]))
+        return ChunkResult(wanted, json.loads(header["notes"]))
 
     def has(self, job: Job, bounds: Bounds) -> bool:
         """Whether the chunk is there, whole and undamaged."""
@@ -125,28 +126,28 @@ class ChunkStore:
         return True
 
     def notes(self, job: Job) -> list[dict[str, Any]]:
-        """Notes of all chunks of a job, in order; the arrays are not read."""
+        """Notes of all chunks of a job, in the order of its images; no array is read."""
         found = []
         for bounds in job.bounds:
             with safe_open(self.path(job, bounds), framework="numpy") as file:
                 found.append(json.loads(file.metadata()["notes"]))
         return found
 
-    def gather(self, job: Job, names: Iterable[str]) -> Arrays:
-        """Arrays of a whole job, in the order of its images.
+    def gather(self, job: Job, names: Iterable[str], start: int = 0) -> Arrays:
+        """Concatenate arrays of a job from image `start` on, chunk after chunk.
 
-        Raises: DataError if the chunks do not tile [0, count), or an array is not as long as its
-        chunk: then no number may be made of them.
+        Raises: DataError if the chunks do not tile [start, count), or an array is not as long as
+        its chunk: then no number may be made of them.
         """
         names = list(names)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        for start, stop in job.bounds:
-            arrays = self.read(job, (start, stop), names).arrays
-            for name, values in arrays.items():
-                if len(values) != stop - start:
+        for bounds in job.bounds[start // job.chunk_size :]:
+            size = bounds[1] - bounds[0]
+            for name, values in self.read(job, bounds, names).arrays.items():
+                if len(values) != size:
                     raise DataError(
-                        f"{self.path(job, (start, stop))}: {name} has {len(values)} rows for "
-                        f"{stop - start} images; delete the file and run the same command again"
+                        f"{self.path(job, bounds)}: {name} has {len(values)} rows for {size} "
+                        "images; delete the file and run the same command again"
                     )
                 parts[name].append(values)
         return {name: np.concatenate(values) for name, values in parts.items()}
@@ -159,7 +160,7 @@ class ChunkStore:
         operating system and ends with the process, however it ends. It saves work and nothing
         else: where a file system has no locks, a chunk may be made twice, to the same bytes.
         """
-        path = self.of(job) / "claims"
+        path = self.folder_of(job) / "claims"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             try:

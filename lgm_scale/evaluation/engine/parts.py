@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from composer.utils import dist, get_device
 
 from lgm_scale.evaluation.engine.chunks import Bounds, ChunkStore, Job
 
-__all__ = ["Part", "Task", "join_ranks", "make_missing", "missing_tasks"]
+__all__ = ["Part", "Task", "from_rank_zero", "join_ranks", "make_missing", "missing_tasks"]
+
+Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=24)
 """How long ranks wait for the last chunk of another. A rank that dies ends the others anyway."""
@@ -25,14 +28,14 @@ PATIENCE = timedelta(hours=24)
 
 @dataclass(frozen=True)
 class Part:
-    """Part `index` of `count` of all chunks."""
+    """Every `count`-th chunk of the flat list of all chunks, from chunk `index` on."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def parse(cls, text: str | None) -> Part:
-        """Read `i/n`. Raises: ValueError if it is none."""
+        """Read `i/n` with 0 <= i < n; None is all in one. Raises: ValueError."""
         if text is None:
             return cls()
         index, count = (int(number) for number in text.split("/"))
@@ -43,19 +46,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Task:
-    """One chunk of one job of a list."""
+    """One chunk to be made: the index of its job in a list of jobs, and its image range."""
 
     job: int
     bounds: Bounds
 
     @property
     def num_images(self) -> int:
-        """Images of the chunk."""
+        """Number of images in the chunk."""
         return self.bounds[1] - self.bounds[0]
 
 
 def join_ranks() -> torch.device:
-    """Start working with the other ranks, in full float32 products; this rank's device."""
+    """Join the other ranks, switch TF32 off in this process, and return this rank's device."""
     device = get_device(None)
     dist.initialize_dist(device, timeout=PATIENCE.total_seconds())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -64,29 +67,39 @@ def join_ranks() -> torch.device:
     return torch.device("cuda", dist.get_local_rank()) if gpu else torch.device("cpu")
 
 
-def missing_tasks(jobs: Sequence[Job], store: ChunkStore, part: Part) -> list[Task]:
-    """Chunks of this part that are still to be made, in order; the same on every rank.
+def from_rank_zero(compute: Callable[[], Result]) -> Result:
+    """Compute on rank 0 and give every rank its result; every rank must call it.
 
-    Every chunk there is is read and verified, each by one rank.
+    Where files decide what is done next, one rank must look for all: a file that appears between
+    two ranks' looks would send them to different collective calls, which then wait for ever.
+    """
+    found: list[Any] = [compute() if dist.get_global_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def missing_tasks(jobs: Sequence[Job], store: ChunkStore, part: Part) -> list[Task]:
+    """List the chunks of this part that are still to be made; the same list on every rank.
+
+    Every existing chunk is read and verified, each by one rank.
     """
     tasks = [Task(i, bounds) for i, job in enumerate(jobs) for bounds in job.bounds]
     tasks = tasks[part.index :: part.count]
     rank, world = dist.get_global_rank(), dist.get_world_size()
-    own = [i for i in range(rank, len(tasks), world) if not _has(store, jobs, tasks[i])]
+    own = [
+        i for i in range(rank, len(tasks), world)
+        if not store.has(jobs[tasks[i].job], tasks[i].bounds)
+    ]  # fmt: skip
     return [tasks[i] for i in sorted(i for found in dist.all_gather_object(own) for i in found)]
-
-
-def _has(store: ChunkStore, jobs: Sequence[Job], task: Task) -> bool:
-    return store.has(jobs[task.job], task.bounds)
 
 
 def make_missing(
     jobs: Sequence[Job], store: ChunkStore, tasks: Sequence[Task], done: Callable[[Task], object]
 ) -> None:
-    """Make this rank's share of the tasks. Others that another program works on come last.
+    """Make this rank's share of the tasks; those that another program has claimed come last.
 
     Args:
-        jobs: The list that tasks count in.
+        jobs: The list that `Task.job` counts in.
         store: Where chunks are kept.
         tasks: From `missing_tasks`.
         done: Told each task of this rank that is there now.
@@ -103,5 +116,5 @@ def make_missing(
                     busy.append(task)
                     continue
                 if not store.has(job, task.bounds):  # another program may have made it meanwhile
-                    store.write(job, task.bounds, job.work(*task.bounds))
+                    store.write(job, task.bounds, job.compute(*task.bounds))
             done(task)

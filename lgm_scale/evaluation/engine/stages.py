@@ -1,7 +1,8 @@
 """From jobs to rows, in three stages that any number of processes share.
 
 1. Chunks: every rank makes features of its share of all missing chunks; nobody waits.
-2. Sums: mean and scatter of about 4000 images at a time, from the chunks, dealt like them.
+2. Sums: mean and scatter of about 4000 images at a time, from the chunks, dealt like them. To
+   read 50 000 vectors and multiply them takes longer than the distance: so all ranks share it.
 3. Rows: sums are put together in order, distances and scores computed; one process per row.
 
 Only files connect the stages. So a stage may be finished by other processes than began it, at
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,16 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from lgm_scale.errors import DataError
-from lgm_scale.evaluation.engine.chunks import ChunkStore, Job, Made
-from lgm_scale.evaluation.engine.parts import Part, Task, make_missing, missing_tasks
+from lgm_scale.evaluation.engine.chunks import ChunkResult, ChunkStore, Job
+from lgm_scale.evaluation.engine.parts import (
+    Part,
+    Task,
+    from_rank_zero,
+    make_missing,
+    missing_tasks,
+)
 from lgm_scale.evaluation.engine.rows import RowStore
-from lgm_scale.evaluation.metrics.moments import Moments, Sums
+from lgm_scale.evaluation.engine.statistics import FeatureStatistics, Sums
 
 __all__ = ["Engine", "Finish", "RowPlan"]
 
@@ -37,15 +44,15 @@ Finish = Callable[["RowPlan", "Engine"], tuple[dict[str, Any], dict[str, Any]]]
 
 @dataclass(frozen=True)
 class RowPlan:
-    """A row to be: the job it is made of, and how.
+    """How one row is to be made from the finished chunks of a job.
 
     Args:
         name: Beginning of the row's file names.
-        job: Its chunks.
+        job: The job whose chunks hold its images' features.
         protocol: Everything that its numbers depend on.
-        sums: Features whose moments it needs.
+        sums: Names of the features whose mean and covariance it needs.
         finish: (plan, engine) -> the row without its protocol, and pictures.
-        title: For people.
+        title: How the row is called on the console.
     """
 
     name: str
@@ -57,7 +64,7 @@ class RowPlan:
 
 
 class Engine:
-    """Makes rows below one folder.
+    """Makes chunks, sums and rows below one folder.
 
     Args:
         out: Folder; chunks, sums and rows are below it.
@@ -73,16 +80,16 @@ class Engine:
 
     # --- stages -------------------------------------------------------------------------------
 
-    def make_chunks(self, jobs: Sequence[Job], part: Part, what: str, may_work: bool) -> int:
-        """Make what is missing of this part; the number of images that were missing.
+    def make_chunks(self, jobs: Sequence[Job], part: Part, what: str, may_compute: bool) -> int:
+        """Make the missing chunks of this part; return how many images they hold.
 
-        Raises: DataError naming what is missing if `may_work` is False.
+        Raises: DataError naming what is missing if `may_compute` is False.
         """
         tasks = missing_tasks(jobs, self.chunks, part)
         images = sum(task.num_images for task in tasks)
         if not tasks:
             return 0
-        if not may_work:
+        if not may_compute:
             names = sorted({jobs[task.job].name for task in tasks})
             raise DataError(
                 f"{len(tasks)} chunks ({images} images) are missing, of {', '.join(names[:6])}"
@@ -102,15 +109,15 @@ class Engine:
         return images
 
     def make_sums(self, wanted: Sequence[tuple[Job, tuple[str, ...]]]) -> None:
-        """Mean and scatter of these features of these jobs, whose chunks are there."""
+        """Make mean and scatter of these features of these jobs, whose chunks must be there."""
         jobs = [self._sums(job, features) for job, features in wanted if features]
         make_missing(jobs, self.chunks, missing_tasks(jobs, self.chunks, Part()), lambda _: None)
         dist.barrier()
 
     def make_rows(self, plans: Sequence[RowPlan]) -> list[dict[str, Any]]:
-        """Rows of finished chunks, one rank each; the same list on every rank, in order.
+        """Compute rows from finished chunks and sums, one rank each; keep those that are there.
 
-        Rows that are there are kept.
+        Returns: the rows in the order of the plans, the same list on every rank.
         """
         own = range(dist.get_global_rank(), len(plans), dist.get_world_size())
         for i in own:
@@ -118,54 +125,50 @@ class Engine:
             if self.rows.find(plan.name, plan.protocol) is None:
                 self.rows.save(plan.name, plan.protocol, *plan.finish(plan, self))
         dist.barrier()
-        found: list[Any] = [None]
-        if self.first:
-            found = [[self.rows.find(plan.name, plan.protocol) for plan in plans]]
-        dist.broadcast_object_list(found)
-        assert all(row is not None for row in found[0])
-        return found[0]
+        rows = self._found(plans)
+        assert all(rows), "a row that was just written cannot be read"
+        return [row for row in rows if row]
 
     def open_plans(self, plans: Sequence[RowPlan]) -> list[RowPlan]:
-        """Plans whose row is not there yet, on every rank alike."""
-        found: list[Any] = [None]
-        if self.first:
-            found = [[self.rows.find(plan.name, plan.protocol) is None for plan in plans]]
-        dist.broadcast_object_list(found)
-        return [plan for plan, is_open in zip(plans, found[0], strict=True) if is_open]
+        """Plans whose row is not there yet; the same list on every rank."""
+        return [plan for plan, row in zip(plans, self._found(plans), strict=True) if row is None]
+
+    def _found(self, plans: Sequence[RowPlan]) -> list[dict[str, Any] | None]:
+        return from_rank_zero(lambda: [self.rows.find(p.name, p.protocol) for p in plans])
 
     def clean(self, plans: Sequence[RowPlan], keep_features: bool) -> None:
-        """Delete what the chunks of finished rows can make again; on one rank."""
+        """Delete the sums of finished rows, which their chunks can make again; on rank 0.
+
+        Without `keep_features` the chunks go, too.
+        """
         if not self.first:
             return
         for plan in plans:
             if plan.sums:
-                shutil.rmtree(self.chunks.of(self._sums(plan.job, plan.sums)), ignore_errors=True)
+                shutil.rmtree(
+                    self.chunks.folder_of(self._sums(plan.job, plan.sums)), ignore_errors=True
+                )
             if not keep_features:
-                shutil.rmtree(self.chunks.of(plan.job), ignore_errors=True)
+                shutil.rmtree(self.chunks.folder_of(plan.job), ignore_errors=True)
 
     # --- what a row is made of ----------------------------------------------------------------
 
     def _sums(self, job: Job, features: tuple[str, ...]) -> Job:
         size = job.chunk_size * max(1, IMAGES_PER_SUM // job.chunk_size)
 
-        def work(start: int, stop: int) -> Made:
-            part = Job(job.name, job.protocol, stop, job.chunk_size, job.work)
-            rows: dict[str, list[np.ndarray]] = {name: [] for name in features}
-            for bounds in part.bounds[start // job.chunk_size :]:
-                found = self.chunks.read(part, bounds, features).arrays
-                for name in features:
-                    rows[name].append(_whole(found[name], bounds[1] - bounds[0], job, name))
+        def compute(start: int, stop: int) -> ChunkResult:
+            rows = self.chunks.gather(replace(job, count=stop), features, start)
             arrays = {}
             for name in features:
-                total = Sums.of(np.concatenate(rows[name]), self.device)
+                total = Sums.of(rows[name], self.device)
                 arrays |= {f"{name}.mean": total.mean, f"{name}.scatter": total.scatter}
-            return Made(arrays)
+            return ChunkResult(arrays)
 
         protocol = {"sums_of": job.id, "features": features, "chunk_size": job.chunk_size}
-        return Job(f"sums-{job.name}", protocol, job.count, size, work)
+        return Job(f"sums-{job.name}", protocol, job.count, size, compute)
 
-    def moments(self, job: Job, features: tuple[str, ...]) -> dict[str, Moments]:
-        """Moments of a job's features, from its sums, in the order of the images."""
+    def statistics(self, job: Job, features: tuple[str, ...]) -> dict[str, FeatureStatistics]:
+        """Mean and covariance of a job's features, its sums put together in order."""
         if not features:
             return {}
         sums = self._sums(job, features)
@@ -178,11 +181,11 @@ class Engine:
         return {name: Sums.joined(found) for name, found in parts.items()}
 
     def features(self, job: Job, names: Sequence[str]) -> Mapping[str, np.ndarray]:
-        """Whole features of a job, in the order of its images."""
+        """Features of a job, image by image in order: name -> [M, F]."""
         return self.chunks.gather(job, names)
 
     def first_arrays(self, job: Job, name: str, count: int) -> np.ndarray:
-        """The first `count` entries of an array that only the first chunks hold."""
+        """The first `count` entries of an array that only the first chunks need to hold."""
         parts: list[np.ndarray] = []
         for bounds in job.bounds:
             if bounds[0] >= count:
@@ -191,7 +194,7 @@ class Engine:
         return np.concatenate(parts)[:count]
 
     def seconds(self, job: Job) -> tuple[dict[str, float], list[str]]:
-        """Seconds on each stage over all chunks, and the devices they were made on."""
+        """Seconds spent on each stage over all chunks, and the devices they were made on."""
         total: dict[str, float] = {}
         devices = set()
         for notes in self.chunks.notes(job):
@@ -199,9 +202,3 @@ class Engine:
             for stage, value in notes.get("seconds", {}).items():
                 total[stage] = total.get(stage, 0.0) + value
         return total, sorted(devices - {""})
-
-
-def _whole(values: np.ndarray, count: int, job: Job, name: str) -> np.ndarray:
-    if len(values) != count:
-        raise DataError(f"{job.name}: {name} has {len(values)} rows for {count} images")
-    return values

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lgm_scale.errors import CheckpointError, MissingAssetError
 from lgm_scale.evaluation.engine.chunks import Arrays
-from lgm_scale.evaluation.features.base import fixed_batches, network_flags
+from lgm_scale.evaluation.features.extraction import fixed_batches, network_flags
 from lgm_scale.frozen import read_weights
 from lgm_scale.hashing import file_hash
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.engine.chunks import Arrays
-from lgm_scale.evaluation.features.base import images_hash
 
-__all__ = ["MAX_FITTED", "PixelPCA"]
+__all__ = ["MAX_FITTED", "PixelPCA", "images_hash"]
 
 ROUNDING = 1e-12  # of sums of squares; one level of one pixel is 1.5e-5
 MAX_FITTED = 2048
@@ -105,7 +104,13 @@ class PixelPCA:
         }
 
 
-def _pixels(images: np.ndarray | Tensor) -> np.ndarray:
+def images_hash(images: np.ndarray) -> str:
+    """SHA-256 of shape and pixels of uint8 images."""
+    total = hashlib.sha256(str(images.shape).encode())
+    total.update(np.ascontiguousarray(images).tobytes())
+    return total.hexdigest()
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
     """Uint8 images [B, 3, S, S] -> float64 [B, 3 S S] in [0, 1]."""
-    values = images.numpy() if isinstance(images, torch.Tensor) else images
-    return values.reshape(len(values), -1).astype(np.float64) / 255
+    return images.reshape(len(images), -1).astype(np.float64) / 255

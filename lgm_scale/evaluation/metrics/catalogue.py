@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lgm_scale.evaluation.engine.statistics import FeatureStatistics
 from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
-from lgm_scale.evaluation.metrics.moments import Moments, frechet_distance
 from lgm_scale.evaluation.metrics.scores import (
     IS_SPLITS,
     KID_SUBSETS,
     NEIGHBOURS,
+    frechet_distance,
     inception_score,
     kernel_distance,
     kid_subset_size,
@@ -96,8 +97,8 @@ class Selection:
     off: dict[str, str]
 
     @property
-    def moment_features(self) -> tuple[str, ...]:
-        """Features whose moments are needed."""
+    def statistics_features(self) -> tuple[str, ...]:
+        """Features whose statistics are needed."""
         return tuple(
             sorted({METRICS[key].feature for key in self.on if METRICS[key].needs == "statistics"})
         )
@@ -137,12 +138,15 @@ def _why_off(
     if metric.feature not in outputs:
         space = metric.feature.split("_")[0]
         key = {"pixel": "num_components", "inception": "inception", "dinov2": "dinov2"}[space]
-        return f"`{key}` is not given; `python -m eval.preflight` lists what is needed"
-    held = {"statistics": reference.moments, "features": reference.features}
+        return (
+            f"`{key}` is not given; `python -m lgm_scale.evaluation.commands.preflight` lists what "
+            "is needed"
+        )
+    held = {"statistics": reference.statistics, "features": reference.features}
     if metric.needs in held and metric.feature not in held[metric.needs]:
         return (
             f"the reference {reference.name} holds no {metric.needs} of {metric.feature}; make "
-            "one with `python -m eval.reference`"
+            "one with `python -m lgm_scale.evaluation.commands.reference`"
         )
     if metric.key in ("precision", "recall") and count <= NEIGHBOURS:
         return f"{count} images have no {NEIGHBOURS} neighbours each"
@@ -153,7 +157,7 @@ def _why_off(
 
 def warn_few_images(selection: Selection, outputs: Mapping[str, int], count: int) -> None:
     """Say loudly where there are fewer images than dimensions."""
-    for feature in selection.moment_features:
+    for feature in selection.statistics_features:
         if count <= outputs[feature]:
             log.warning(
                 "FEW IMAGES: %d in %d dimensions (%s): the covariance has not full rank, and the "
@@ -164,16 +168,16 @@ def warn_few_images(selection: Selection, outputs: Mapping[str, int], count: int
 
 def compute(
     selection: Selection,
-    moments: Mapping[str, Moments],
+    statistics: Mapping[str, FeatureStatistics],
     features: Callable[[Sequence[str]], Mapping[str, np.ndarray]],
     reference: Reference,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """The selected metrics.
+    """Compute the selected metrics, and the deviations of those that have one.
 
     Args:
         selection: From `select`.
-        moments: Of the generated side, for `selection.moment_features`.
+        statistics: Those of the generated side, for `selection.statistics_features`.
         features: Gives whole features of the generated side, in the order of the images.
         reference: What they are compared with.
         device: Where precision and recall find neighbours.
@@ -183,7 +187,9 @@ def compute(
         metric = METRICS[key]
         if metric.needs == "statistics":
             name = metric.feature
-            numbers[key] = frechet_distance(moments[name], reference.moments[name], metric.name)
+            numbers[key] = frechet_distance(
+                statistics[name], reference.statistics[name], metric.name
+            )
     held = features(selection.whole_features) if selection.whole_features else {}
     if "is" in selection.on:
         numbers["is"], numbers["is_std"] = inception_score(held["inception_logits"])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgm_scale.evaluation.features.base import fixed_batches, network_flags
+from lgm_scale.evaluation.features.extraction import fixed_batches, network_flags
 from lgm_scale.frozen import load_perceptual
 from lgm_scale.hashing import file_hash
 from lgm_scale.pixels import to_unit_range

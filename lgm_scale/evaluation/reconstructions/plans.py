@@ -1,7 +1,7 @@
 """Reconstructions as jobs and rows: every metric in one pass over the images at each K.
 
-The sweep and `eval/reconstruct.py` share this. The validation images are a job of their own: what
-reconstructions are compared with, and samples too where no other reference is given.
+The sweep and the command `reconstruct` share this. The validation images are a job of their own:
+what reconstructions are compared with, and samples too where no other reference is given.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.utils import dist
 
 from lgm_scale import __version__
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.engine.chunks import Job
+from lgm_scale.evaluation.engine.parts import from_rank_zero
 from lgm_scale.evaluation.engine.stages import Engine, RowPlan
-from lgm_scale.evaluation.features.spaces import Spaces, ValidationImages
+from lgm_scale.evaluation.engine.statistics import FeatureStatistics
+from lgm_scale.evaluation.features.extraction import OriginalFeatures
+from lgm_scale.evaluation.features.spaces import Spaces
+from lgm_scale.evaluation.images import ValidationImages, spread
 from lgm_scale.evaluation.metrics.catalogue import METRICS, count_name, metric_name
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
-from lgm_scale.evaluation.metrics.moments import Moments, frechet_distance
-from lgm_scale.evaluation.reconstructions.images import OriginalsWork, ReconstructionWork
+from lgm_scale.evaluation.metrics.scores import frechet_distance
+from lgm_scale.evaluation.reconstructions.images import ReconstructionScores
 from lgm_scale.evaluation.references.files import Reference
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import MergeTree
@@ -33,6 +36,7 @@ from lgm_scale.merging.tree import MergeTree
 __all__ = ["ReconstructionPlans"]
 
 DISTANCES = ("fid", "fd_dinov2", "pixel_frechet")
+WHERE = "`python -m lgm_scale.evaluation.commands.preflight` says where it is to be had"
 NUM_SHOWN = 8
 PSNR = "mean over images, float64; an identical image counts as if one value were one level off"
 SSIM = (
@@ -89,7 +93,7 @@ class ReconstructionPlans:
     batch_size: int
     metrics: Sequence[str]
     _validation: Reference | None = field(default=None, init=False)
-    _work: ReconstructionWork | None = field(default=None, init=False)
+    _scores: ReconstructionScores | None = field(default=None, init=False)
 
     @property
     def on(self) -> tuple[str, ...]:
@@ -99,7 +103,7 @@ class ReconstructionPlans:
 
     @property
     def sums(self) -> tuple[str, ...]:
-        """Features whose moments are needed."""
+        """Features whose statistics are needed."""
         return tuple(METRICS[key].feature for key in self.on)
 
     @property
@@ -114,13 +118,9 @@ class ReconstructionPlans:
             return {"reconstructions": "Reconstructions are off: `images` is not given"}
         lines = {}
         if self.perceptual is None:
-            lines["lpips"] = (
-                "LPIPS is off: `vgg16` is not given; `python -m eval.preflight` says where it is"
-            )
+            lines["lpips"] = f"LPIPS is off: `vgg16` is not given; {WHERE}"
         if "fid" in self.metrics and "fid" not in self.on:
-            lines["rfid_val"] = (
-                "rFID is off: `inception` is not given; `python -m eval.preflight` says where it is"
-            )
+            lines["rfid_val"] = f"rFID is off: `inception` is not given; {WHERE}"
         return lines
 
     # --- jobs ---------------------------------------------------------------------------------
@@ -134,21 +134,22 @@ class ReconstructionPlans:
 
     def _originals(self) -> Job:
         assert self.images is not None
-        work = OriginalsWork(self.images.stored, self.spaces.all, self.device, self.batch_size)
+        stored = self.images
         protocol = {
             "kind": "images",
             "lgm_scale": __version__,
             "images": self.images.description,
             "features": self.spaces.describe(),
         }
-        return Job("images", protocol, len(self.images.stored), self.chunk_size, work)
+        originals = OriginalFeatures(stored, self.spaces.all, self.device, self.batch_size)
+        return Job("images", protocol, len(stored), self.chunk_size, originals)
 
     def _job(self, num_tokens: int) -> Job:
         assert self.images is not None
         assert self.tokenizer is not None
-        if self._work is None:
-            self._work = ReconstructionWork(
-                self.tokenizer, self.tree, self.images.stored, self.spaces.all, self.perceptual,
+        if self._scores is None:
+            self._scores = ReconstructionScores(
+                self.tokenizer, self.tree, self.images, self.spaces.all, self.perceptual,
                 self.batch_size, shown=self._shown(),
             )  # fmt: skip
         protocol = {
@@ -162,61 +163,56 @@ class ReconstructionPlans:
             "features": self.spaces.describe(),
             "lpips": None if self.perceptual is None else self.perceptual.weights_hash,
         }
-        count = len(self.images.stored)
+        count = len(self.images)
         name = f"reconstructions-k{num_tokens:04d}"
-        return Job(name, protocol, count, self.chunk_size, partial(self._work, num_tokens))
+        return Job(name, protocol, count, self.chunk_size, partial(self._scores, num_tokens))
 
     def _shown(self) -> tuple[int, ...]:
         """The first validation image of a few classes, spread over all that there are."""
         assert self.images is not None
-        manifest = self.images.stored.dataset.manifest
+        manifest = self.images.dataset.manifest
         assert manifest is not None
         starts = np.cumsum([0, *manifest.class_counts[:-1]])
         present = [
             int(start) for start, count in zip(starts, manifest.class_counts, strict=True) if count
         ]
-        count = min(NUM_SHOWN, len(present))
-        return tuple(present[i * len(present) // count] for i in range(count))
+        return tuple(present[i] for i in spread(len(present), NUM_SHOWN))
 
     # --- what the validation images are, as a reference ---------------------------------------
 
     def ready(self, engine: Engine, needed: bool) -> bool:
-        """Whether numbers can be computed: where the images are the reference, their chunks are."""
+        """Whether numbers can be computed: the reference's chunks are there, if it is `needed`."""
         if not needed:
             return True
         if self.images is None:
             return False
         job = self._originals()
-        found: list[Any] = [None]
-        if dist.get_global_rank() == 0:
-            found = [all(engine.chunks.path(job, bounds).is_file() for bounds in job.bounds)]
-        dist.broadcast_object_list(found)
-        if found[0]:
+        there = from_rank_zero(
+            lambda: all(engine.chunks.path(job, bounds).is_file() for bounds in job.bounds)
+        )
+        if there:
             self.reduce(engine)
-        return found[0]
+        return there
 
     def reduce(self, engine: Engine) -> None:
         """Turn the chunks of the validation images into a reference. Every rank must call it."""
         if self.images is None:
             return
-        job, features = self._originals(), self._moment_features()
-        moments: dict[str, Moments] = {}
-        if features:
-            engine.make_sums([(job, features)])
-            moments = engine.moments(job, features)
+        job, features = self._originals(), self._statistics_features()
+        engine.make_sums([(job, features)])
         hashes = engine.features(job, ["hashes"])["hashes"]
         description = self.images.description | {
             "images_sha256": hashlib.sha256(hashes.tobytes()).hexdigest()
         }
         self._validation = Reference(
             name="validation images",
-            moments=moments,
-            features=_Features(engine, job, list(self.spaces.outputs)),  # type: ignore[arg-type]  # a Mapping
+            statistics=engine.statistics(job, features),
+            features=_Features(engine, job, list(self.spaces.outputs)),
             image_size=self.images.description["image_size"],
             description=description,
         )
 
-    def _moment_features(self) -> tuple[str, ...]:
+    def _statistics_features(self) -> tuple[str, ...]:
         wanted = {
             METRICS[key].feature for key in self.metrics if METRICS[key].needs == "statistics"
         }
@@ -228,14 +224,6 @@ class ReconstructionPlans:
         if self._validation is None:
             raise DataError("reference: missing, and so are validation images; give one of them")
         return self._validation
-
-    def outline(self, outer: Reference | None) -> Reference:
-        """The reference of samples as far as it is known before any image was read."""
-        if outer is not None:
-            return outer
-        nothing = Moments(np.empty(0), np.empty((0, 0)), None)
-        features = {name: np.empty((0, 0)) for name in self.spaces.outputs}
-        return Reference("validation images", dict.fromkeys(features, nothing), features)
 
     # --- rows ---------------------------------------------------------------------------------
 
@@ -273,20 +261,20 @@ class ReconstructionPlans:
         numbers = {name: math.fsum(found[name]) / plan.job.count for name in scores}
         names = {"psnr_db": "PSNR in dB", "ssim": "SSIM", "lpips": "LPIPS (VGG16, rounded pixels)"}
         names = {key: value for key, value in names.items() if key in numbers}
-        moments = engine.moments(plan.job, plan.sums) if plan.sums else {}
+        statistics = engine.statistics(plan.job, plan.sums)
         for key in self.on:
             feature = METRICS[key].feature
             space = self.spaces.described(feature)
             text = metric_name(key, plan.job.count, space, "r")
             against = {"val": self.validation}
-            if self.reference is not None and feature in self.reference.moments:
+            if self.reference is not None and feature in self.reference.statistics:
                 against["reference"] = self.reference
             for short, reference in against.items():
                 name = f"r{key}_{short}"
-                other = reference.moments[feature]
-                numbers[name] = frechet_distance(moments[feature], other, name)
+                other = reference.statistics[feature]
+                numbers[name] = frechet_distance(statistics[feature], other, name)
                 names[name] = (
-                    f"{text}, against {reference.name}{_rank(plan.job.count, moments[feature])}"
+                    f"{text}, against {reference.name}{_rank(plan.job.count, statistics[feature])}"
                 )
         seconds, devices = engine.seconds(plan.job)
         row = {
@@ -305,22 +293,21 @@ class ReconstructionPlans:
         return engine.features(self._job(num_tokens), ["psnr_db"])["psnr_db"]
 
     def _pictures(self, job: Job, engine: Engine) -> dict[str, np.ndarray]:
-        names = ("shown_pixels", "shown_originals", "shown_labels")
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        shown = self._shown()
-        for bounds in job.bounds:
-            if any(bounds[0] <= index < bounds[1] for index in shown):
-                arrays = engine.chunks.read(job, bounds, names).arrays
-                for name in names:
-                    parts[name].append(arrays[name])
-        pixels, originals, labels = (np.concatenate(parts[name]) for name in names)
-        return {"images": pixels, "originals": originals, "labels": labels}
+        names = {
+            "images": "shown_pixels", "originals": "shown_originals", "labels": "shown_labels"
+        }  # fmt: skip
+        parts = [
+            engine.chunks.read(job, bounds, names.values()).arrays
+            for bounds in job.bounds
+            if any(bounds[0] <= index < bounds[1] for index in self._shown())
+        ]
+        return {key: np.concatenate([p[name] for p in parts]) for key, name in names.items()}
 
 
-def _rank(count: int, moments: Moments) -> str:
-    if count > len(moments.mean):
+def _rank(count: int, statistics: FeatureStatistics) -> str:
+    if count > len(statistics.mean):
         return ""
     return (
-        f" ({count_name(count)} images in {len(moments.mean)} dimensions: rank deficient, compares "
-        "only with the same images)"
+        f" ({count_name(count)} images in {len(statistics.mean)} dimensions: rank deficient, "
+        "compares only with the same images)"
     )

@@ -1,1 +1,1 @@
-"""What samples are compared with, in every published form."""
+"""Reference statistics and features: reading every published form, and making our own."""

@@ -2,7 +2,7 @@
 
 | file | holds |
 | --- | --- |
-| `.safetensors` | ours, from `python -m eval.reference`: statistics, features, protocol |
+| `.safetensors` | our own form, of the command `reference`: statistics, features, protocol |
 | `.npz` | `mu`, `sigma` (or `ref_mu`, `ref_sigma`), and ADM's `mu_s`, `sigma_s`, `arr_0` |
 | `.pkl` | EDM2's `{"fid": {"mu", "sigma"}, "fd_dinov2": {"mu", "sigma"}}` |
 
@@ -14,22 +14,24 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lgm_scale.errors import DataError
+from lgm_scale.evaluation.engine.statistics import FeatureStatistics
 from lgm_scale.evaluation.features.inception import SPATIAL_DIM
+from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.files import write_aside
-from lgm_scale.evaluation.metrics.moments import Moments
+from lgm_scale.evaluation.images import npz_images_shape
 from lgm_scale.hashing import file_hash
 
-__all__ = ["Reference", "load_reference", "npy_header", "npz_images_shape", "save_reference"]
+__all__ = ["Reference", "check_reference", "load_reference", "save_reference"]
 
 FORMAT = "lgm_scale.reference"
 _MEAN_KEYS = ("mu", "ref_mu", "mean", "fid_mu")
@@ -46,12 +48,19 @@ class Reference:
     """
 
     name: str
-    moments: dict[str, Moments] = field(default_factory=dict)
-    features: dict[str, np.ndarray] = field(default_factory=dict)
+    statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
     image_size: int | None = None
     weights: dict[str, str] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
     """For the protocol of a result: where it comes from, hash, count, crop."""
+
+    def held(self) -> list[str]:
+        """What it holds, for people."""
+        return [
+            *(f"statistics of {name}" for name in self.statistics),
+            *(f"{len(values)} vectors of {name}" for name, values in self.features.items()),
+        ]
 
 
 def load_reference(path: str | Path) -> Reference:
@@ -62,7 +71,8 @@ def load_reference(path: str | Path) -> Reference:
     path = Path(path)
     if not path.is_file():
         raise DataError(
-            f"reference: {path} is not a file; make one with `python -m eval.reference`"
+            f"reference: {path} is not a file; make one with "
+            "`python -m lgm_scale.evaluation.commands.reference`"
         )
     readers: dict[str, Callable[[Path], Reference]] = {
         ".safetensors": _read_own,
@@ -72,18 +82,19 @@ def load_reference(path: str | Path) -> Reference:
     if path.suffix not in readers:
         raise DataError(f"reference: {path} ends in none of {', '.join(readers)}")
     reference = readers[path.suffix](path)
-    if not reference.moments:
+    if not reference.statistics:
         raise DataError(
             f"reference: {path} holds no mean and covariance; turn its images into a reference "
-            f"with `python -m eval.reference {path} --out FILE.safetensors`"
+            f"with `python -m lgm_scale.evaluation.commands.reference {path} --out "
+            "FILE.safetensors`"
         )
-    for name, moments in reference.moments.items():
-        _check(f"{path}: {name}", moments)
+    for name, statistics in reference.statistics.items():
+        _check(f"{path}: {name}", statistics)
     return reference
 
 
-def _check(what: str, moments: Moments) -> None:
-    mean, covariance = moments.mean, moments.covariance
+def _check(what: str, statistics: FeatureStatistics) -> None:
+    mean, covariance = statistics.mean, statistics.covariance
     if covariance.shape != (len(mean), len(mean)):
         raise DataError(f"{what}: mean {mean.shape} and covariance {covariance.shape} do not fit")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
@@ -95,24 +106,52 @@ def _check(what: str, moments: Moments) -> None:
         raise DataError(f"{what}: the covariance has negative variances; get the file again")
 
 
-def _statistics(mean: Any, covariance: Any, count: int | None = None) -> Moments:
-    return Moments(np.asarray(mean, dtype="f8"), np.asarray(covariance, dtype="f8"), count)
+def _statistics(mean: Any, covariance: Any, count: int | None = None) -> FeatureStatistics:
+    return FeatureStatistics(
+        np.asarray(mean, dtype="f8"), np.asarray(covariance, dtype="f8"), count
+    )
 
 
 def _source(path: Path, **more: Any) -> dict[str, Any]:
     return {"file": path.name, "sha256": file_hash(path), **more}
 
 
+def check_reference(reference: Reference | None, spaces: Spaces, image_size: int) -> None:
+    """Refuse a reference of another resolution, dimension or network. Raises: DataError."""
+    if reference is None:
+        return
+    if reference.image_size not in (None, image_size):
+        raise DataError(
+            f"reference: {reference.name} was made of images of {reference.image_size} pixels, the "
+            f"bundle makes {image_size}; take a reference of that size"
+        )
+    for name, statistics in reference.statistics.items():
+        expected = spaces.outputs.get(name)
+        if expected is not None and len(statistics.mean) != expected:
+            raise DataError(
+                f"reference: {reference.name} has {len(statistics.mean)} dimensions of {name}, the "
+                f"features here {expected}; they are of another network"
+            )
+    for own in spaces.describe():
+        theirs = reference.weights.get(own["space"])
+        if theirs is not None and theirs != own.get("weights_sha256"):
+            raise DataError(
+                f"reference: {reference.name} was made with other {own['space']} weights "
+                f"({theirs[:12]}) than the ones given ({own.get('weights_sha256', '')[:12]}); use "
+                "the same file, or make the reference again"
+            )
+
+
 # --- ours -------------------------------------------------------------------------------------
 
 
 def save_reference(path: Path, reference: Reference) -> None:
-    """Write a reference in our own form."""
+    """Write a reference in our own form, whole or not at all."""
     arrays: dict[str, np.ndarray] = {}
     counts = {}
-    for name, moments in reference.moments.items():
-        arrays |= {f"{name}.mean": moments.mean, f"{name}.covariance": moments.covariance}
-        counts[name] = moments.count
+    for name, statistics in reference.statistics.items():
+        arrays |= {f"{name}.mean": statistics.mean, f"{name}.covariance": statistics.covariance}
+        counts[name] = statistics.count
     arrays |= {f"{name}.features": values for name, values in reference.features.items()}
     info = {
         "format": FORMAT,
@@ -132,7 +171,7 @@ def _read_own(path: Path) -> Reference:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if info["format"] != FORMAT:
             raise ValueError(f"format {info['format']!r}")
-        moments = {
+        statistics = {
             name: _statistics(arrays[f"{name}.mean"], arrays[f"{name}.covariance"], count)
             for name, count in info["counts"].items()
         }
@@ -145,7 +184,7 @@ def _read_own(path: Path) -> Reference:
     }
     return Reference(
         name=info["name"],
-        moments=moments,
+        statistics=statistics,
         features=features,
         image_size=info["image_size"],
         weights=info["weights"],
@@ -160,50 +199,30 @@ def _read_npz(path: Path) -> Reference:
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = set(file.files)
-            moments = {}
+            statistics = {}
             mean, sigma = (
                 next((k for k in n if k in keys), None) for n in (_MEAN_KEYS, _SIGMA_KEYS)
             )
             if mean is not None and sigma is not None:
-                moments["inception_pool"] = _statistics(file[mean], file[sigma])
+                statistics["inception_pool"] = _statistics(file[mean], file[sigma])
             if {"mu_s", "sigma_s"} <= keys:
-                moments["inception_spatial"] = _statistics(file["mu_s"], file["sigma_s"])
+                statistics["inception_spatial"] = _statistics(file["mu_s"], file["sigma_s"])
         shape = npz_images_shape(path)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"reference: {path} cannot be read as npz ({error})") from error
     for name, dim in (("inception_pool", 2048), ("inception_spatial", SPATIAL_DIM)):
-        if name in moments and len(moments[name].mean) != dim:
+        if name in statistics and len(statistics[name].mean) != dim:
             raise DataError(
-                f"reference: {path} has {name} of {len(moments[name].mean)} dimensions, "
+                f"reference: {path} has {name} of {len(statistics[name].mean)} dimensions, "
                 f"not {dim}: these are no statistics of Inception"
             )
-    kind = "ADM" if "inception_spatial" in moments else "npz"
+    kind = "ADM" if "inception_spatial" in statistics else "npz"
     return Reference(
         name=f"{path.stem} ({kind})",
-        moments=moments,
+        statistics=statistics,
         image_size=shape[1] if shape else None,
         description=_source(path, kind=kind, keys=sorted(keys)),
     )
-
-
-def npz_images_shape(path: Path) -> tuple[int, int, int, int] | None:
-    """Shape of `arr_0` [M, S, S, 3] of an npz of images, without reading the images."""
-    with zipfile.ZipFile(path) as archive:
-        if "arr_0.npy" not in archive.namelist():
-            return None
-        with archive.open("arr_0.npy") as file:
-            shape, order, dtype = npy_header(file)
-    if len(shape) != 4 or shape[3] != 3 or shape[1] != shape[2] or dtype != np.uint8 or order:
-        raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 images [M, S, S, 3]")
-    return shape  # type: ignore[return-value]  # four entries, as checked
-
-
-def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read the header of an npy: shape, whether it is in Fortran's order, dtype."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -229,20 +248,20 @@ class _ArraysOnly(pickle.Unpickler):
 
 def _read_edm2(path: Path) -> Reference:
     spaces = {"fid": ("inception_pool", 2048), "fd_dinov2": ("dinov2", 1024)}
-    moments = {}
+    statistics = {}
     try:
         with path.open("rb") as file:
             values = _ArraysOnly(file).load()
         for key, (feature, dim) in spaces.items():
             if key in values:
-                moments[feature] = _statistics(values[key]["mu"], values[key]["sigma"])
-                if len(moments[feature].mean) != dim:
+                statistics[feature] = _statistics(values[key]["mu"], values[key]["sigma"])
+                if len(statistics[feature].mean) != dim:
                     raise ValueError(
-                        f"{key} has {len(moments[feature].mean)} dimensions, not {dim}"
+                        f"{key} has {len(statistics[feature].mean)} dimensions, not {dim}"
                     )
     except (pickle.UnpicklingError, OSError, EOFError, ValueError, KeyError, TypeError, IndexError,
             AttributeError, ImportError) as error:  # fmt: skip
         raise DataError(f"reference: {path} cannot be read as EDM2 statistics ({error})") from error
     return Reference(
-        name=f"{path.stem} (EDM2)", moments=moments, description=_source(path, kind="EDM2")
+        name=f"{path.stem} (EDM2)", statistics=statistics, description=_source(path, kind="EDM2")
     )

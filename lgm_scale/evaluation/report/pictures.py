@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lgm_scale.evaluation.report.theme import Theme
+from lgm_scale.evaluation.report.drawing import Theme
 
 __all__ = ["contact_sheet", "image_grid"]
 
@@ -57,10 +57,7 @@ def image_grid(
     canvas = np.zeros((height, width, 4), dtype=np.uint8)
     for i, images in enumerate(rows):
         for j, image in enumerate(images):
-            big = image.transpose(1, 2, 0).repeat(factor, axis=0).repeat(factor, axis=1)
-            y, x = top + i * pitch, left + j * pitch
-            canvas[y : y + tile, x : x + tile, :3] = big
-            canvas[y : y + tile, x : x + tile, 3] = 255
+            _paste(canvas, image, factor, top + i * pitch, left + j * pitch)
     axes.imshow(canvas, extent=(0, width, height, 0), interpolation="none", aspect="auto")
     for i, label in enumerate(row_labels):
         head, *rest = label.split("\n")
@@ -79,22 +76,26 @@ def image_grid(
     return figure
 
 
+def _paste(canvas: np.ndarray, image: np.ndarray, factor: int, y: int, x: int) -> None:
+    """Put an image [3, S, S] onto an RGBA canvas, every pixel as a square of factor x factor."""
+    big = image.transpose(1, 2, 0).repeat(factor, axis=0).repeat(factor, axis=1)
+    place = canvas[y : y + len(big), x : x + len(big)]
+    place[..., :3], place[..., 3] = big, 255
+
+
 def contact_sheet(images: np.ndarray, across: int = 10) -> bytes:
     """Images row by row, transparent between them, pixel for pixel: a PNG.
 
     Shapes: uint8 [M, 3, S, S].
     """
     side = images.shape[-1]
-    factor = max(1, -(-TILE // side)) if side < TILE else 1
+    factor = max(1, -(-TILE // side))
     tile, across = side * factor, min(across, len(images))
     down = -(-len(images) // across)
     size = (down * (tile + GAP) - GAP, across * (tile + GAP) - GAP)
     canvas = np.zeros((*size, 4), dtype=np.uint8)
     for i, image in enumerate(images):
-        y, x = (i // across) * (tile + GAP), (i % across) * (tile + GAP)
-        big = image.transpose(1, 2, 0).repeat(factor, axis=0).repeat(factor, axis=1)
-        canvas[y : y + tile, x : x + tile, :3] = big
-        canvas[y : y + tile, x : x + tile, 3] = 255
+        _paste(canvas, image, factor, i // across * (tile + GAP), i % across * (tile + GAP))
     data = io.BytesIO()
     Image.fromarray(canvas, "RGBA").save(data, "png", optimize=True)
     return data.getvalue()

@@ -27,9 +27,8 @@ from torch import Tensor
 from lgm_scale.config.loading import read_yaml, to_dict
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.data.epochs import EpochDataset
-from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.sweep.config import SweepConfig
-from lgm_scale.evaluation.sweep.measure import Sweep
+from lgm_scale.evaluation.sweep.measure import Sweep, load_spaces
 from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import broken_rules, check_sweep
 from lgm_scale.families.base import family_of, generator_families
@@ -94,7 +93,7 @@ class EvaluationDuringTraining(Callback):
         with _own_randomness():
             self.subject = family.evaluated(config, dataset, info, self.device)
             image_size = self.pipeline(self.subject.bundle).image_size
-            self.spaces = Spaces.load(self.config, image_size, self.device)
+            self.spaces = load_spaces(self.config, image_size, self.device)
         self.frozen = {name: _hash(weights) for name, weights in self.subject.frozen.items()}
         self._sweep(0, {})  # finds out now what would fail then
 

@@ -20,8 +20,9 @@ from lgm_scale import __version__
 from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
 from lgm_scale.evaluation.engine.stages import Engine, RowPlan
-from lgm_scale.evaluation.features.spaces import Spaces, check_reference, load_reference_for
+from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.files import write_json
+from lgm_scale.evaluation.images import ValidationImages
 from lgm_scale.evaluation.metrics.catalogue import (
     METRICS,
     Selection,
@@ -33,28 +34,34 @@ from lgm_scale.evaluation.metrics.catalogue import (
 )
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
-from lgm_scale.evaluation.references.files import Reference
+from lgm_scale.evaluation.references.files import (
+    Reference,
+    check_reference,
+    load_reference,
+)
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig, SweepConfig, expand
-from lgm_scale.evaluation.sweep.npz import write_samples
-from lgm_scale.evaluation.sweep.results import gather_results, headline
-from lgm_scale.evaluation.sweep.samples import SampleWork, work_of
+from lgm_scale.evaluation.sweep.results import gather_results, headline, loss_per_length
+from lgm_scale.evaluation.sweep.samples import (
+    SampleFeatures,
+    work_of,
+    write_samples,
+)
 from lgm_scale.evaluation.sweep.search import next_cells, winners
-from lgm_scale.evaluation.sweep.training_loss import loss_per_length
 from lgm_scale.merging.tree import TREE_NAME
 from lgm_scale.pipeline import Pipeline, load_pipeline
 
-__all__ = ["Sweep", "measure"]
+__all__ = ["Sweep", "load_spaces", "measure"]
 
 NUM_SHOWN = 20
 PIXELS = "(x + 1) / 2, clipped to [0, 1], {} to 8 bits"
 
 
 def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | None:
-    """Do what is missing; results on every rank, or None if this was a part.
+    """Make what is missing; return results on every rank, or None if this was a part.
 
     Args:
-        config: Of the sweep.
-        reduce_only: Make no image: refuse if a chunk is missing.
+        config: The sweep.
+        reduce_only: Make no image, and refuse if a chunk is missing.
     """
     losses = loss_per_length(config.metrics_log) if config.metrics_log else {}
     device = join_ranks()
@@ -69,14 +76,20 @@ def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | 
     return sweep.run(losses, reduce_only)
 
 
+def load_spaces(config: SweepConfig, image_size: int, device: torch.device) -> Spaces:
+    """Open the validation images and load the feature spaces that a sweep names."""
+    images = None if config.images is None else ValidationImages(config.images, image_size)
+    return Spaces.load(device, images, config.inception, config.dinov2, config.num_components)
+
+
 class Sweep:
     """One generator at many cells.
 
     Args:
         config: The sweep; its bundle is not read here.
         pipe: The generator, on its device.
-        weights: What identifies its weights: hashes of files; JSON values.
-        tokenizer: The same for its tokenizer and tree alone, where it has them.
+        weights: What identifies the generator's weights: hashes of files; JSON values.
+        tokenizer: What identifies its tokenizer and tree alone, where it has them.
         spaces: Feature spaces, where they are loaded already.
         quiet: No progress bar, no lines.
     """
@@ -95,10 +108,10 @@ class Sweep:
         for cell in expand(config):  # what cannot work is told before any work
             pipe.check(cell.sampler, cell.num_tokens)
         self.engine = Engine(Path(config.out), pipe.device, quiet)
-        self.spaces = spaces or Spaces.load(config, pipe.image_size, pipe.device)
-        self.outer = load_reference_for(config)
+        self.spaces = spaces or load_spaces(config, pipe.image_size, pipe.device)
+        self.outer = load_reference(config.reference) if config.reference is not None else None
         check_reference(self.outer, self.spaces, pipe.image_size)
-        self.work = SampleWork(
+        self.samples = SampleFeatures(
             pipe=pipe,
             spaces=self.spaces.all,
             seed=config.seed,
@@ -131,16 +144,16 @@ class Sweep:
 
     @property
     def lengths(self) -> list[int]:
-        """Every K of the sweep."""
+        """Every K of the sweep, ascending."""
         return sorted({cell.num_tokens for cell in expand(self.config)})
 
     @property
     def reference(self) -> Reference:
-        """What samples are compared with; of validation images, once their chunks are there."""
+        """What samples are compared with; validation images only after their chunks were made."""
         return self.outer if self.outer is not None else self.reconstructions.validation
 
     def job(self, cell: Cell, num_images: int) -> Job:
-        """The samples of a cell."""
+        """The job of the samples of a cell."""
         config = self.config
         protocol = {
             "kind": "samples",
@@ -158,10 +171,10 @@ class Sweep:
         name = (
             f"samples-k{cell.num_tokens:04d}-w{cell.sampler.cfg_scale:g}-s{cell.sampler.num_steps}"
         )
-        return Job(name, protocol, num_images, config.chunk_size, partial(self.work, cell))
+        return Job(name, protocol, num_images, config.chunk_size, partial(self.samples, cell))
 
     def plan(self, cell: Cell, num_images: int) -> RowPlan:
-        """The row of a cell at a number of images."""
+        """How the row of a cell is made, at a number of images."""
         selection = self.selection(num_images)
         job = self.job(cell, num_images)
         protocol = {
@@ -173,18 +186,18 @@ class Sweep:
         }
         finish = partial(self._finish, cell, selection)
         name = f"{job.name}-n{num_images}"
-        return RowPlan(name, job, protocol, selection.moment_features, finish, cell.label)
+        return RowPlan(name, job, protocol, selection.statistics_features, finish, cell.label)
 
     def selection(self, num_images: int) -> Selection:
-        """Metrics of samples."""
+        """Which metrics of this many samples can be computed, and why not the others."""
         return select(self.config.metrics, self.spaces.outputs, self.reference, num_images)
 
     def _finish(
         self, cell: Cell, selection: Selection, plan: RowPlan, engine: Engine
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        moments = engine.moments(plan.job, plan.sums)
+        statistics = engine.statistics(plan.job, plan.sums)
         numbers = compute(
-            selection, moments, partial(engine.features, plan.job), self.reference, engine.device
+            selection, statistics, partial(engine.features, plan.job), self.reference, engine.device
         )
         seconds, devices = engine.seconds(plan.job)
         making = seconds["sampling"] + seconds["decoding"]
@@ -210,7 +223,7 @@ class Sweep:
         }
         if self.config.save_npz and count == self.config.num_images:
             row["npz"] = str(write_samples(engine, plan.job, Path(self.config.out), plan.name))
-        shown = min(self.work.num_shown, count)
+        shown = min(self.samples.num_shown, count)
         return row, {"images": engine.first_arrays(plan.job, "pixels", shown)}
 
     # --- runs ---------------------------------------------------------------------------------
@@ -253,23 +266,22 @@ class Sweep:
         }
 
     def run(self, losses: dict[int, dict[str, Any]], reduce_only: bool = False) -> dict[str, Any]:
-        """Make what is missing, and reduce. Results on every rank; rank 0 writes them."""
-        start, config, may_work = time.perf_counter(), self.config, not reduce_only
-        if self.engine.first:
-            outline, outputs = self._outline(config.num_images), self.spaces.outputs
-            warn_few_images(outline, outputs, config.num_images)
+        """Make what is missing, and reduce; return results on every rank. Rank 0 writes them."""
+        start, config, may_compute = time.perf_counter(), self.config, not reduce_only
         originals = self.reconstructions.jobs(())
-        self.engine.make_chunks(originals, Part(), "validation images", may_work)
+        self.engine.make_chunks(originals, Part(), "validation images", may_compute)
         self.reconstructions.reduce(self.engine)
+        selection = self.selection(config.num_images)
+        if self.engine.first:
+            warn_few_images(selection, self.spaces.outputs, config.num_images)
         cells, searched = expand(config), []
         before, reconstructed = self.reconstructions.plans(self.lengths), []
         if config.search is not None:
-            reconstructed, before = self._rows(before, "reconstructions", may_work), []
-            searched, cells = self._search(cells, config.search, may_work)
+            reconstructed, before = self._rows(before, "reconstructions", may_compute), []
+            searched, cells = self._search(cells, config.search, may_compute)
         plans = [*before, *(self.plan(cell, config.num_images) for cell in cells)]
-        rows = self._rows(plans, "sweep", may_work)
+        rows = self._rows(plans, "sweep", may_compute)
         reconstructed, rows = reconstructed + rows[: len(before)], rows[len(before) :]
-        selection = self.selection(config.num_images)
         for line in selection.off.values():
             self._say(line)
         results = gather_results(
@@ -292,32 +304,24 @@ class Sweep:
         dist.barrier()
         return results
 
-    def _outline(self, num_images: int) -> Selection:
-        """Metrics as far as they are known before the validation images were seen."""
-        return select(
-            self.config.metrics, self.spaces.outputs, self.reconstructions.outline(self.outer),
-            num_images,
-        )  # fmt: skip
-
     def _search(
-        self, cells: Sequence[Cell], search: SearchConfig, may_work: bool
+        self, cells: Sequence[Cell], search: SearchConfig, may_compute: bool
     ) -> tuple[list[dict[str, Any]], list[Cell]]:
         """Rows of the cells that were tried, and the best cells."""
         known: dict[Cell, dict[str, float]] = {}
         rows: list[dict[str, Any]] = []
         while trying := next_cells(cells, known, search):
             plans = [self.plan(cell, search.num_images) for cell in trying]
-            found = self._rows(plans, "search", may_work)
+            found = self._rows(plans, "search", may_compute)
             rows += found
             known |= {c: row["metrics"] for c, row in zip(trying, found, strict=True)}
-        order = {cell: i for i, cell in enumerate(cells)}
-        known = dict(sorted(known.items(), key=lambda item: order[item[0]]))
-        return rows, winners(known, search.metric)
+        in_order = {cell: known[cell] for cell in cells if cell in known}
+        return rows, winners(in_order, search.metric)
 
-    def _rows(self, plans: Sequence[RowPlan], what: str, may_work: bool) -> list[dict[str, Any]]:
+    def _rows(self, plans: Sequence[RowPlan], what: str, may_compute: bool) -> list[dict[str, Any]]:
         """Rows of these plans: kept, or made through chunks and sums."""
         missing = self.engine.open_plans(plans)
-        self.engine.make_chunks([plan.job for plan in missing], Part(), what, may_work)
+        self.engine.make_chunks([plan.job for plan in missing], Part(), what, may_compute)
         self.engine.make_sums([(plan.job, plan.sums) for plan in missing])
         rows = self.engine.make_rows(plans)
         new = {plan.name for plan in missing}

@@ -1,10 +1,10 @@
-"""results.json, results.csv and results.md; which rows of a sweep may share a table."""
+"""results.json; which rows of sweeps may share a table; and the training's loss beside them."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,16 @@ __all__ = [
     "differences",
     "gather_results",
     "headline",
+    "loss_per_length",
     "read_results",
     "tables_of",
-    "to_csv",
-    "to_markdown",
 ]
 
 FORMAT, VERSION = "lgm_scale.sweep", 2
 Row = dict[str, Any]
 OWN = ("cell", "weights", "noise_scale", "precision", "pixels_kept", "lgm_scale")
 """What may differ between rows of one table: what is measured, not how."""
+WINDOW = 20
 
 
 def gather_results(
@@ -76,7 +76,7 @@ def read_results(out: Path) -> dict[str, Any]:
     """Results of a finished sweep. Raises: DataError if the folder holds none."""
     path = out / "results.json"
     if not path.is_file():
-        raise DataError(f"{path} is missing: give the `out` folder of a finished eval/sweep.py")
+        raise DataError(f"{path} is missing: give the `out` folder of a finished sweep")
     try:
         results = json.loads(path.read_text())
         found = results["format"], results["version"]
@@ -124,11 +124,11 @@ def tables_of(rows: Sequence[Row]) -> list[list[Row]]:
     return list(tables.values())
 
 
-# --- text -------------------------------------------------------------------------------------
+# --- console ----------------------------------------------------------------------------------
 
 
 def headline(row: Row) -> str:
-    """A row for the console."""
+    """One line about a row, for the console."""
     names = {"psnr_db": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
     parts = []
     for key, value in row["metrics"].items():
@@ -141,79 +141,34 @@ def headline(row: Row) -> str:
     return "   ".join(parts)
 
 
-def columns(rows: Sequence[Row]) -> list[str]:
-    """Metrics of a table, in the order of the first row that has them."""
-    return list(dict.fromkeys(key for row in rows for key in row["metrics"]))
+# --- loss of the training ------------------------------------------------------------------------
 
 
-def flat(row: Row) -> dict[str, Any]:
-    """A row of samples as one line of a table: settings, metrics, work, identity."""
-    protocol = row["protocol"]
-    return {
-        **row["cell"],
-        "num_images": row["num_images"],
-        **row["metrics"],
-        "tflops_per_image": row["work"]["tflops_per_image"],
-        "rows_per_image": row["work"]["rows"],
-        "images_per_second": row["run"]["images_per_second"],
-        "seed": protocol["seed"],
-        "noise_scale": protocol["noise_scale"],
-        "reference_sha256": protocol["reference"].get(
-            "sha256", protocol["reference"].get("images_sha256")
-        ),
-        "protocol": row["key"].rsplit("-", 1)[-1],
-    }
+def loss_per_length(path: str | Path) -> dict[int, dict[str, Any]]:
+    """Mean loss over the first and the last 20 steps at each K, their ratio and the step count.
+
+    The loss grows with K by construction: a length is compared only with itself. Below 40 steps
+    at a K the two windows overlap; `steps` tells.
+
+    Raises: DataError naming the line that is not a step, or the step whose loss is not finite.
+    """
+    losses: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            step, num_tokens, loss = int(row["step"]), int(row["num_tokens"]), float(row["loss"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number}: not a step with step, num_tokens and loss ({error})"
+            ) from error
+        if not math.isfinite(loss):
+            raise DataError(f"{path}: the loss of step {step} is {loss}; the run has diverged")
+        losses[num_tokens].append((step, loss))
+    return {k: _summary([loss for _, loss in sorted(rows)]) for k, rows in sorted(losses.items())}
 
 
-def to_csv(results: Mapping[str, Any]) -> str:
-    """All rows of samples, searched ones too; one column per setting and metric."""
-    lines = [flat(row) for row in (*results["rows"], *results["searched"])]
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def to_markdown(results: Mapping[str, Any]) -> str:
-    """One table per protocol, and one of the reconstructions."""
-    parts = ["# Sweep", "", f"Reference: {results['reference']['name']}. Lower is better unless a "
-             "column says otherwise."]  # fmt: skip
-    for rows in tables_of([*results["rows"], *results["searched"]]):
-        keys = columns(rows)
-        searched = rows[0] in results["searched"]
-        parts += [
-            "",
-            f"## {'Search' if searched else 'Samples'}, {rows[0]['num_images']} images",
-            "",
-        ]
-        parts.append(_line(["cell", *(rows[0]["names"].get(k, k) for k in keys),
-                            "TFLOPs per image", "images/s per device"]))  # fmt: skip
-        parts.append(_line(["---"] * (len(keys) + 3)))
-        parts += [
-            _line([
-                row["label"],
-                *(f"{row['metrics'][k]:.4g}" if k in row["metrics"] else "-" for k in keys),
-                f"{row['work']['tflops_per_image']:.4g}",
-                f"{row['run']['images_per_second']:.4g}",
-            ])
-            for row in rows
-        ]  # fmt: skip
-    if results["reconstructions"]:
-        rows = results["reconstructions"]
-        keys = columns(rows)
-        parts += ["", f"## Reconstructions, {rows[0]['num_images']} images", ""]
-        parts.append(_line(["K", *(rows[0]["names"].get(k, k) for k in keys)]))
-        parts.append(_line(["---"] * (len(keys) + 1)))
-        parts += [
-            _line([str(row["num_tokens"]), *(f"{row['metrics'][k]:.4g}" for k in keys)])
-            for row in rows
-        ]
-    if results["off"]:
-        parts += ["", "Off:", "", *(f"- {line}" for line in results["off"].values())]
-    return "\n".join(parts) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _summary(values: list[float]) -> dict[str, Any]:
+    first = math.fsum(values[:WINDOW]) / len(values[:WINDOW])
+    last = math.fsum(values[-WINDOW:]) / len(values[-WINDOW:])
+    ratio = last / first if first else 1.0
+    return {"steps": len(values), "first20": first, "last20": last, "ratio": ratio}

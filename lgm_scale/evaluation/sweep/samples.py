@@ -1,53 +1,40 @@
-"""Samples of a cell: noise, solver, decoder, pixels, features; and what they cost."""
+"""Samples of a cell: noise, solver, decoder, pixels, features; what they cost, and all as npz."""
 
 from __future__ import annotations
 
-import time
+import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from lgm_scale.errors import DataError
-from lgm_scale.evaluation.engine.chunks import Made
-from lgm_scale.evaluation.features.base import MIN_ROWS, FeatureSpace, extract
+from lgm_scale.evaluation.engine.chunks import Arrays, ChunkResult, Job
+from lgm_scale.evaluation.engine.stages import Engine
+from lgm_scale.evaluation.features.extraction import (
+    FeatureSpace,
+    Stopwatch,
+    chunk_batches,
+    device_name,
+    extract,
+    filled_up,
+    joined,
+    refuse_broken,
+)
 from lgm_scale.evaluation.sweep.config import Cell
 from lgm_scale.pipeline import Pipeline
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.sampling.config import SamplerConfig
 
 __all__ = [
-    "SampleWork",
-    "Stopwatch",
-    "batches",
-    "refuse_broken",
+    "SampleFeatures",
     "sample_images",
     "work_of",
+    "write_samples",
 ]
-
-
-class Stopwatch:
-    """Seconds spent on each stage; on a GPU, until its work is really done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, {}
-        self._since = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Count the time since the last lap to a stage."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
-        self._since = now
-
-
-def batches(start: int, stop: int, size: int) -> list[Tensor]:
-    """Indices of a chunk in batches; where they begin depends on the chunk alone."""
-    return list(torch.arange(start, stop).split(size))
 
 
 def sample_images(
@@ -59,7 +46,7 @@ def sample_images(
     truncate: bool = False,
     watch: Stopwatch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample the images with these indices; image i has class i mod num_classes.
+    """Sample the images of these indices; image i has class i mod num_classes.
 
     Batches of less than four are filled up while they are computed: on a CPU an image has the
     same bits in a batch of any size.
@@ -67,8 +54,7 @@ def sample_images(
     Shapes: indices [B] int64 -> uint8 [B, 3, S, S], and bool [B]: whether the image is finite.
     """
     count = len(indices)
-    if count < MIN_ROWS:
-        indices = torch.cat((indices, indices[-1:].expand(MIN_ROWS - count)))
+    indices = filled_up(indices)
     labels = indices % pipe.num_classes
     latents = pipe.latents(labels, indices, num_tokens, seed, sampler)
     if watch is not None:
@@ -80,30 +66,18 @@ def sample_images(
     return images, finite
 
 
-def refuse_broken(finite: np.ndarray, what: str, first: int = 0) -> None:
-    """Raise DataError with count and indices of the images that are not finite."""
-    broken = np.flatnonzero(~finite) + first
-    if len(broken):
-        more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
-        raise DataError(
-            f"{what}: {len(broken)} of {len(finite)} images are not finite (NaN or infinity): "
-            f"{broken[:8].tolist()}{more}; the weights are broken or the sampler's settings drive "
-            "them out of range"
-        )
-
-
 @dataclass
-class SampleWork:
-    """Makes chunks of samples of a cell.
+class SampleFeatures:
+    """Computes chunks of samples of a cell, and their features.
 
     Args:
         pipe: The generator.
         spaces: Feature spaces, on the pipeline's device.
-        seed: Of the noise.
+        seed: Seed of the noise.
         batch_size: Images at once.
-        truncate: How pixels become 8 bits.
-        num_shown: Images from the first on whose pixels are kept for pictures.
-        keep_pixels: Keep the pixels of all.
+        truncate: Cut pixels to 8 bits instead of rounding them.
+        num_shown: How many images, from the first on, keep their pixels for pictures.
+        keep_pixels: Keep the pixels of all images.
     """
 
     pipe: Pipeline
@@ -114,13 +88,13 @@ class SampleWork:
     num_shown: int = 0
     keep_pixels: bool = False
 
-    def __call__(self, cell: Cell, start: int, stop: int) -> Made:
-        """One chunk. Raises: DataError if an image is not finite."""
+    def __call__(self, cell: Cell, start: int, stop: int) -> ChunkResult:
+        """Compute one chunk. Raises: DataError if an image is not finite."""
         watch = Stopwatch(self.pipe.device)
-        features: list[dict[str, np.ndarray]] = []
+        features: list[Arrays] = []
         finite: list[np.ndarray] = []
         pixels: list[np.ndarray] = []
-        for indices in batches(start, stop, self.batch_size):
+        for indices in chunk_batches(start, stop, self.batch_size):
             images, good = sample_images(
                 self.pipe, indices, cell.num_tokens, cell.sampler, self.seed, self.truncate, watch
             )
@@ -131,19 +105,16 @@ class SampleWork:
                 pixels.append(images[:wanted].cpu().numpy())
             watch.lap("features")
         refuse_broken(np.concatenate(finite), f"samples at {cell.label}", start)
-        arrays = {name: np.concatenate([part[name] for part in features]) for name in features[0]}
+        arrays = joined(features)
         if pixels:
             arrays["pixels"] = np.concatenate(pixels)
-        return Made(arrays, {"seconds": watch.seconds, "device": device_name(self.pipe.device)})
-
-
-def device_name(device: torch.device) -> str:
-    """For people."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return ChunkResult(
+            arrays, {"seconds": watch.seconds, "device": device_name(self.pipe.device)}
+        )
 
 
 def work_of(pipe: Pipeline, cell: Cell) -> dict[str, Any]:
-    """Operations per image of K tokens, with every network row that is really run."""
+    """Operations per image of K tokens, counting every network row that is really run."""
     sampler = cell.sampler
     evaluations = sampler.evaluations()
     return {
@@ -158,3 +129,27 @@ def work_of(pipe: Pipeline, cell: Cell) -> dict[str, Any]:
         "rows": sampler.num_forwards(),
         "rows_if_always_guided": (2 if sampler.cfg_scale > 1 else 1) * len(evaluations),
     }
+
+
+def write_samples(engine: Engine, job: Job, out: Path, name: str) -> Path:
+    """Write all samples as one npz of ADM's form, `arr_0` uint8 [M, S, S, 3]; return the file.
+
+    The pixels of the job are read and written chunk by chunk, never all in memory.
+    """
+    path = out / "npz" / f"{name}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with (
+        zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as file,
+    ):
+        for i, bounds in enumerate(job.bounds):
+            pixels = engine.chunks.read(job, bounds, ["pixels"]).arrays["pixels"]
+            images = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+            if i == 0:
+                shape = (job.count, *images.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+            file.write(images.tobytes())
+    aside.replace(path)
+    return path

@@ -1,22 +1,69 @@
-"""Names beside the points of a diagram, moved up or down until none covers another."""
+"""What all pictures share: colours for light and dark surroundings, axes, names beside points."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from lgm_scale.evaluation.report.theme import Theme
-
-__all__ = ["NamedPoint", "name_points"]
+__all__ = ["DARK", "LIGHT", "NamedPoint", "Theme", "dress", "name_points", "to_png"]
 
 SIZE = 10
 LETTER, LINE = 0.62, 1.25
 """Mean width and height of the type, as a share of its size."""
 ASIDE, NEAR, STEP, TRIES = 4, 7, 13, 6
 """Points of type: to the right of a mark, above it, between two places; and how many there are."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one surrounding, as #rrggbb; the page has the same."""
+
+    name: str
+    page: str
+    paper: str
+    ink: str
+    muted: str
+    rule: str
+    accent: str
+    second: str
+    lightness: float
+    """Of the colours that tell clusters apart."""
+
+
+LIGHT = Theme(
+    "light", "#f6f5f2", "#ffffff", "#1c1f26", "#626a76", "#dcdbd6", "#2867a8", "#c0531b", 0.56
+)
+DARK = Theme(
+    "dark", "#14161a", "#1c1f25", "#e9e8e4", "#a0a7b2", "#3a3f48", "#7fb5ea", "#f09a5f", 0.62
+)
+
+
+def to_png(figure: Figure, theme: Theme) -> bytes:
+    """Render a figure at its own resolution on the theme's paper."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=figure.dpi, facecolor=theme.paper)
+    return buffer.getvalue()
+
+
+def dress(axes: Axes, theme: Theme) -> None:
+    """Give axes their common looks: horizontal rules behind the data, and two spines."""
+    axes.grid(axis="y", color=theme.rule, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_facecolor("none")
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.rule)
+
+
+# --- names beside points ----------------------------------------------------------------------
 
 
 class NamedPoint(NamedTuple):

@@ -1,19 +1,19 @@
-"""Quality against work and against speed, with published points where they are comparable."""
+"""Metrics as curves: samples over work and speed, and reconstructions over the number of tokens."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lgm_scale.evaluation.metrics.catalogue import METRICS
-from lgm_scale.evaluation.report.point_names import NamedPoint, name_points
-from lgm_scale.evaluation.report.published import POINTS
-from lgm_scale.evaluation.report.theme import Theme
+from lgm_scale.evaluation.report.drawing import NamedPoint, Theme, dress, name_points
 
-__all__ = ["PUBLISHED_NAME", "main_metric", "tradeoff_figure"]
+__all__ = ["PUBLISHED_NAME", "main_metric", "metric_curves", "tradeoff_figure"]
 
 PUBLISHED_NAME = "gFID-50K"
 """Published points stand beside this metric and no other."""
@@ -22,6 +22,38 @@ _WIDE = 6
 """Above this ratio of its ends, an axis has labels enough without those of every minor tick."""
 DASHES = ("-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """Two lines have colours of their own; the next pair is dashed."""
+PANELS_PER_ROW = 2
+WIDTH, HEIGHT, TOP = 5.4, 3.5, 0.55  # inches, of a panel and of the title
+
+
+@dataclass(frozen=True)
+class PublishedPoint:
+    """One published generator: gFID-50K, work per image with decoder, speed if it was given."""
+
+    label: str
+    fid: float
+    tflops: float
+    images_per_second: float | None = None
+    """On one RTX 3090 in float32."""
+    above: bool = False
+    left: bool = False
+    """Where its name stands beside the marker of its operations, so that names do not overlap."""
+
+
+# Published generators, for hollow markers beside measured ones; none of these numbers is ours.
+# Source: LGM (Lee and Hong 2026, arXiv 2606.20076), its tables of ImageNet 256x256, 50 000 samples,
+# ADM's reference; the other methods' numbers are those their own authors give. ELIT's are left out:
+# those of its release are without guidance and by an evaluator of its own, and would be misread
+# beside guided ones by ADM's.
+POINTS = (
+    PublishedPoint("LGM-XL, K = 32, 25 steps", 2.89, 1.08, 6.12),
+    PublishedPoint("LGM-XL, K = 128, 25 steps", 2.03, 2.88, 1.95),
+    PublishedPoint("LGM-XL, K = 32, 100 steps", 2.54, 4.33, 2.04),
+    PublishedPoint("LGM-XL, K = 128, 100 steps", 1.86, 11.51, 0.36, left=True),
+    PublishedPoint("SoftVQ-B-32", 2.51, 10.8),
+    PublishedPoint("Semanticist-L-32", 2.57, 11.2, above=True),
+    PublishedPoint("FlexTok d18-d18", 2.02, 7.45, above=True),
+)
 
 
 class _Line(NamedTuple):
@@ -103,8 +135,8 @@ def tradeoff_figure(
             linestyle=(0, (4, 2)), color=theme.muted, label="reconstructions at the same K",
         )  # fmt: skip
     devices = sorted({name for row in rows for name in row["run"]["devices"]})
-    _dress(left, f"{unit} per image (network and decoder)", theme)
-    _dress(right, f"images per second on one device ({', '.join(devices)})", theme)
+    _cost_axis(left, f"{unit} per image (network and decoder)", theme)
+    _cost_axis(right, f"images per second on one device ({', '.join(devices)})", theme)
     left.margins(x=0.1)
     right.margins(x=0.16)
     if name == PUBLISHED_NAME:
@@ -162,21 +194,61 @@ def _published(left: Axes, right: Axes, theme: Theme) -> None:
         axes.set_xlim(right=axes.get_xlim()[1] * 1.5)  # room for the names
 
 
-def _dress(axes: Axes, label: str, theme: Theme) -> None:
+def _cost_axis(axes: Axes, label: str, theme: Theme) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:.3g}")
     axes.tick_params(which="both", colors=theme.muted, labelsize=9.5, length=3, pad=4)
     low, high = axes.get_xlim()
     axes.xaxis.set_minor_formatter(_sparse if high / low > _WIDE else "{x:.3g}")
     axes.set_xlabel(label, size=10.5, color=theme.ink)
-    axes.grid(axis="y", color=theme.rule, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.set_facecolor("none")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.rule)
+    dress(axes, theme)
 
 
 def _sparse(value: float, _: float) -> str:
     """Labels of minor ticks at 2 and 5 times a power of ten only."""
     return f"{value:.3g}" if f"{value:e}"[0] in "25" else ""
+
+
+# --- reconstructions ------------------------------------------------------------------------
+
+
+def metric_curves(
+    rows: list[dict[str, Any]], labels: dict[str, str], title: str, theme: Theme
+) -> Figure:
+    """Draw each metric over K.
+
+    Args:
+        rows: With num_tokens and every metric, in the order of num_tokens.
+        labels: Metric -> its name above its panel.
+        title: Above all.
+        theme: Colours.
+    """
+    columns = min(PANELS_PER_ROW, len(labels))
+    panel_rows = -(-len(labels) // columns)
+    width, height = WIDTH * columns, HEIGHT * panel_rows + TOP
+    figure = Figure(figsize=(width, height), dpi=160)
+    figure.text(0.03, 1 - 0.33 / height, title, color=theme.ink, size=14, va="center")
+    for index, (name, label) in enumerate(labels.items()):
+        row, column = divmod(index, columns)
+        left = (column * WIDTH + 0.75) / width
+        bottom = ((panel_rows - 1 - row) * HEIGHT + 0.65) / height
+        axes = figure.add_axes((left, bottom, (WIDTH - 1.05) / width, (HEIGHT - 1.45) / height))
+        _panel(axes, rows, name, label, theme)
+    return figure
+
+
+def _panel(axes: Axes, rows: list[dict[str, Any]], name: str, label: str, theme: Theme) -> None:
+    lengths = [row["num_tokens"] for row in rows]
+    axes.plot(
+        lengths, [row[name] for row in rows], marker="o", markersize=6, linewidth=1.8,
+        color=theme.accent,
+    )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [str(k) for k in lengths])
+    axes.set_xticks([], minor=True)
+    axes.margins(x=0.06, y=0.12)
+    axes.set_xlabel("K, tokens per image", size=11, color=theme.ink)
+    axes.set_title("\n".join(textwrap.wrap(label, 52)), color=theme.ink, size=11.5, loc="left")
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.tick_params(colors=theme.muted, labelsize=10)
+    dress(axes, theme)

@@ -12,7 +12,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lgm_scale.evaluation.report.theme import Theme
+from lgm_scale.evaluation.report.drawing import Theme
 from lgm_scale.merging.tree import MergeTree
 
 __all__ = ["merge_tree_figure"]

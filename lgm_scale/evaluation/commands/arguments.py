@@ -1,0 +1,59 @@
+"""Options that several of the commands share, and the rules that they break together."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lgm_scale.families.tokenizer.network import Tokenizer
+
+__all__ = [
+    "add_chunk_options",
+    "add_tokenizer_options",
+    "chunk_problems",
+    "command_parser",
+    "open_tokenizer",
+]
+
+
+def command_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Parser of a command of this folder, called as it is called where only the package is."""
+    return argparse.ArgumentParser(
+        prog=f"python -m lgm_scale.evaluation.commands.{name}", description=description
+    )
+
+
+def add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
+    """Add --bundle, --images and --lengths: images through a tokenizer."""
+    parser.add_argument("--bundle", required=True, help="tokenizer or generator bundle")
+    parser.add_argument("--images", required=True, metavar="MDS", help="from images_to_mds.py")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", metavar="K", help="default: N, N/2, ... to the least"
+    )
+
+
+def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    """Load the tokenizer of --bundle, on a GPU if there is one, and refuse a wrong --lengths."""
+    import torch  # late: the commands that read a configuration report its errors before
+
+    from lgm_scale.families.tokenizer.bundle import load_tokenizer
+
+    tokenizer = load_tokenizer(args.bundle, "cuda" if torch.cuda.is_available() else "cpu")
+    for k in args.lengths or ():
+        tokenizer.merging.check(k)
+    return tokenizer
+
+
+def add_chunk_options(parser: argparse.ArgumentParser) -> None:
+    """Add --batch-size and --chunk-size."""
+    parser.add_argument("--batch-size", type=int, default=50, help="images per step and rank")
+    parser.add_argument("--chunk-size", type=int, default=250, help="images per file of work")
+
+
+def chunk_problems(args: argparse.Namespace) -> Iterator[str]:
+    """What is wrong with the values of `add_chunk_options`."""
+    for key in ("batch_size", "chunk_size"):
+        if getattr(args, key) < 1:
+            yield f"--{key.replace('_', '-')}: {getattr(args, key)} must be 1 or more"
