@@ -161,7 +161,7 @@ def _flat(row: Row) -> dict[str, Any]:
         "rows_per_image": row["work"]["rows"],
         "images_per_second": row["run"]["images_per_second"],
         "seed": protocol["seed"],
-        "noise_scale": protocol["noise_scale"],
+        "noise_scale": protocol.get("noise_scale", ""),
         "reference_sha256": reference.get("sha256", reference.get("images_sha256")),
         "protocol": row["key"].rsplit("-", 1)[-1],
     }
