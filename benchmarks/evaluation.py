@@ -3,9 +3,9 @@
     python -m benchmarks.evaluation [--inception FILE] [--bundle BUNDLE] [--num-images 50000]
         [--threads 1]
 
-Three tables: features through the evaluator against the bare network (alternating, same process);
-the statistics of a cell, from synthetic features of Inception's size, in a process of its own,
-with its peak memory; and, for a bundle, the share of every stage of a sweep of a few images.
+Three tables: the statistics of a cell, from synthetic features of Inception's size, in a process of
+its own, with its peak memory; features through the evaluator against the bare network (alternating,
+same process); and, for a bundle, the share of every stage of a sweep of a few images.
 Without --inception random weights are used: speed does not depend on them.
 """
 
@@ -154,10 +154,11 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
+    # First, while this process is small: a new one inherits the peak of what started it.
+    statistics_in_a_process(args.num_images, args.threads)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(args.inception or random_inception(Path(folder) / "inception.pth"))
         features_against_bare_network(weights, device, args.repeats)
-        statistics_in_a_process(args.num_images, args.threads)
         if args.bundle:
             shares(args.bundle, weights)
     return 0

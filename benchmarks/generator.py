@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import itertools
+import runpy
 from functools import partial
 from pathlib import Path
 
@@ -50,14 +50,10 @@ def load_reference(text: str) -> nn.Module:
     path, _, attribute = text.rpartition(":")
     if not path or not Path(path).is_file():
         raise ConfigError(f"--reference: {text!r} is not PATH:ATTR with an existing Python file")
-    spec = importlib.util.spec_from_file_location("reference_network", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, attribute):
+    found = runpy.run_path(path)
+    if attribute not in found:
         raise ConfigError(f"--reference: {path} has no {attribute!r}")
-    return getattr(module, attribute)()
+    return found[attribute]()
 
 
 class Step:

@@ -54,7 +54,7 @@ def main() -> int:
     results = train_and_measure(experiment, planned, args.jobs)
     text, page = render(experiment, results, budget), Path(experiment.page)
     write_between_markers(page, text)
-    if experiment.plot is not None:
+    if experiment.panels:
         draw(experiment, results, page.with_suffix(".png"))
     print(text)
     return 0

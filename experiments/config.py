@@ -21,11 +21,9 @@ from lgm_scale.errors import ConfigError, DataError
 
 __all__ = [
     "Column",
-    "EqualWork",
     "Experiment",
     "Measurement",
     "Panel",
-    "Plot",
     "Run",
     "Table",
     "fill",
@@ -51,15 +49,6 @@ class Run:
     """Name in tables and plots; empty: `name`."""
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name of a result's row -> the cell of a sweep that makes it; `{run.cells}` in a command."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EqualWork:
-    """Every run is trained for as many operations as `run` needs for `steps` steps."""
-
-    __pydantic_config__ = _STRICT
-    run: str
-    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,15 +108,6 @@ class Panel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A picture beside the page, under the page's name."""
-
-    __pydantic_config__ = _STRICT
-    title: str
-    panels: tuple[Panel, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A comparison of training runs that are measured alike."""
 
@@ -146,11 +126,15 @@ class Experiment:
     prepare: tuple[str, ...] = ()
     """Commands that come before every run; each keeps what is finished."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    equal_work: EqualWork | None = None
-    """Null: every run is trained for as long as its own file says."""
+    equal_work: str | None = None
+    """A run whose duration sets the operations of training of all. Null: each has its own file's
+    duration."""
     rows: str = ""
     """Path of the list in a run's record of which each entry is a line; empty: the run is one."""
-    plot: Plot | None = None
+    panels: tuple[Panel, ...] = ()
+    """Of a picture beside the page, under the page's name; empty: there is none."""
+    title: str = ""
+    """Above the panels."""
 
 
 def lookup(values: Any, path: str) -> Any:
@@ -220,11 +204,9 @@ def _run_rules(experiment: Experiment) -> Iterator[str]:
             yield f"runs.{i}.config: {run.config} is not a file; give a training run's YAML"
         if experiment.rows and not run.cells:
             yield f"runs.{i}.cells: empty, and `rows` needs a name for each row; name them"
-    equal = experiment.equal_work
-    if equal is not None and equal.run not in names:
-        yield f"equal_work.run: {equal.run!r} is no run; choose from {', '.join(names)}"
-    if equal is not None and equal.steps < 1:
-        yield f"equal_work.steps: {equal.steps} must be 1 or more"
+    if experiment.equal_work not in (None, *names):
+        known = ", ".join(names)
+        yield f"equal_work: {experiment.equal_work!r} is no run; choose from {known}"
 
 
 def _measurement_rules(entries: tuple[Measurement, ...]) -> Iterator[str]:

@@ -98,8 +98,7 @@ def write_between_markers(path: Path, text: str) -> None:
 
 def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> None:
     """The experiment's plot: means over seeds, with their sample standard deviation as bars."""
-    assert experiment.plot is not None
-    panels = experiment.plot.panels
+    panels = experiment.panels
     size = (7.2, 4.2) if len(panels) == 1 else (4.5 * len(panels), 3.6)
     figure = Figure(figsize=size, layout="constrained")
     lines = lines_of(experiment, results)
@@ -120,7 +119,7 @@ def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> Non
         axes.margins(x=0.1)
         axes.grid(alpha=0.3)
     row[-1].legend()
-    figure.suptitle(experiment.plot.title, fontsize=10)
+    figure.suptitle(experiment.title, fontsize=10)
     figure.savefig(path, dpi=120)
 
 

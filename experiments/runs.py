@@ -42,9 +42,8 @@ class PlannedRun:
     record: Record
 
 
-def training_work(run: Run, overrides: Sequence[str]) -> tuple[float, int]:
+def training_work(config: Any) -> tuple[float, int]:
     """Operations of a mean step of a run (forward and backward), and its cycle of lengths."""
-    config: Any = load_training_run(run.config, list(overrides), world_size=1, has_gpu=None)
     choices = config.lengths.choices
     forward = statistics.mean(_forward_flops(config, choices))
     return 3 * config.train.global_batch_size * forward, len(choices)
@@ -90,20 +89,15 @@ def plan_runs(
 
     Raises: ConfigError if a configuration is invalid, or its folder holds another run.
     """
-    durations: dict[str, list[str]] = {run.name: [] for run in experiment.runs}
-    budget = None
+    durations, budget = {}, None
     if experiment.equal_work is not None:
-        work = {run.name: training_work(run, overrides) for run in experiment.runs}
-        budget = experiment.equal_work.steps * work[experiment.equal_work.run][0]
-        for each, (per_step, cycle) in work.items():
-            steps = equal_steps(per_step, cycle, budget)
-            durations[each] = [f"train.max_duration={steps}ba"]
+        durations, budget = _equal_durations(experiment, overrides)
     planned = []
     for run in experiment.runs:
         for seed in seeds:
             path = Path(experiment.out) / f"{run.name}-seed{seed}"
             own = (f"seed={seed}", f"run_name={name}-{run.name}-seed{seed}", f"out={path}")
-            changes = (*own, *durations[run.name], *overrides)
+            changes = (*own, *overrides, *durations.get(run.name, ()))
             config = load_training_run(run.config, list(changes), world_size=1, has_gpu=None)
             values = {
                 "name": run.name,
@@ -118,6 +112,25 @@ def plan_runs(
     for each in planned:
         each.folder.finished()  # refuses another run's folder before anything is trained
     return planned, budget
+
+
+def _equal_durations(
+    experiment: Experiment, overrides: Sequence[str]
+) -> tuple[dict[str, list[str]], float]:
+    configs = {
+        run.name: load_training_run(run.config, list(overrides), world_size=1, has_gpu=None)
+        for run in experiment.runs
+    }
+    first = experiment.equal_work or ""
+    duration = configs[first].train.max_duration
+    if not duration.endswith("ba"):
+        raise ConfigError(
+            f"equal_work: train.max_duration of {first!r} is {duration}; give it in steps (600ba)"
+        )
+    work = {name: training_work(config) for name, config in configs.items()}
+    budget = int(duration.removesuffix("ba")) * work[first][0]
+    steps = {name: equal_steps(*each, budget) for name, each in work.items()}
+    return {name: [f"train.max_duration={each}ba"] for name, each in steps.items()}, budget
 
 
 def prepare(experiment: Experiment) -> None:

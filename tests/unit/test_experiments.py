@@ -25,6 +25,7 @@ from experiments.runs import (
     training_work,
 )
 from lgm_scale.config.loading import load_config, read_yaml, to_dict
+from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.sweep.config import SweepConfig, expand, with_lists
 from lgm_scale.evaluation.sweep.samples import sampler_of
@@ -131,7 +132,7 @@ def test_every_problem_of_a_file_is_told_at_once(tmp_path):
         runs=[same, same],
         measure=[measure],
         prepare=["composer 'no end"],
-        equal_work={"run": "c", "steps": 0},
+        equal_work="c",
         rows="score.rows",
         seeds=[],
         captions="x",
@@ -140,14 +141,13 @@ def test_every_problem_of_a_file_is_told_at_once(tmp_path):
         load_experiment(str(path))
     text = str(caught.value)
     for line in (
-        f"13 problems in {path}:",
+        f"12 problems in {path}:",
         "captions: unknown key; did you mean 'caption'?",
         "seeds: empty",
         "runs: 'a' is the name of 2 entries",
         "runs.0.config: no.yaml is not a file",
         "runs.1.cells: empty, and `rows` needs a name for each row",
-        "equal_work.run: 'c' is no run; choose from a, a",
-        "equal_work.steps: 0 must be 1 or more",
+        "equal_work: 'c' is no run; choose from a, a",
         "measure.0.name: 'run' is taken",
         "measure.0.command: run.foldr: no 'foldr' here; known: name, label, seed",
         "measure.0.result: what: no 'what' here; known: out, run",
@@ -162,15 +162,15 @@ def test_wrong_keys_and_types_inside_entries_are_told(tmp_path):
     path = small(
         tmp_path,
         measure=[entry | {"resumeable": True}],
-        plot={"title": "T", "panels": [panel]},
-        equal_work={"run": "a", "steps": "many"},
+        panels=[panel],
+        equal_work=3,
     )
     with pytest.raises(ConfigError) as caught:
         load_experiment(str(path))
     for line in (
         "measure.0.resumeable: unknown key; did you mean 'resumable'?",
-        "plot.panels.0.y_label: missing",
-        'equal_work.steps: "many" is wrong',
+        "panels.0.y_label: missing",
+        "equal_work: 3 is wrong",
     ):
         assert line in str(caught.value)
 
@@ -208,7 +208,10 @@ def test_a_path_reaches_mappings_lists_and_each_of_a_list():
 
 def test_every_generator_gets_the_same_work(tmp_path):
     experiment = dataclasses.replace(load_experiment("elastic"), out=str(tmp_path))
-    work = {run.name: training_work(run, []) for run in experiment.runs}
+    work = {
+        run.name: training_work(load_training_run(run.config, [], 1, None))
+        for run in experiment.runs
+    }
     planned, budget = plan_runs("elastic", experiment, (0,), [])
     assert budget == 600 * work["sit"][0]
     for each in planned:
@@ -220,6 +223,14 @@ def test_every_generator_gets_the_same_work(tmp_path):
         assert steps * per_step == pytest.approx(budget, rel=0.01), each.run.name
     assert [each.record["run"]["steps"] for each in planned] == ["600", "687", "1569"]
     assert render_caption(experiment, budget).startswith("19.2 TFLOPs of training each; 1 seeds;")
+
+
+def test_work_stays_equal_when_the_first_run_is_shortened(tmp_path):
+    experiment = dataclasses.replace(load_experiment("elastic"), out=str(tmp_path))
+    planned, _ = plan_runs("elastic", experiment, (0,), ["train.max_duration=60ba"])
+    assert [each.folder.config.train.max_duration for each in planned] == ["60ba", "69ba", "156ba"]
+    with pytest.raises(ConfigError, match=r"of 'sit' is 1ep; give it in steps"):
+        plan_runs("elastic", experiment, (0,), ["train.max_duration=1ep"])
 
 
 def render_caption(experiment: Experiment, budget: float) -> str:
