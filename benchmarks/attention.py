@@ -10,6 +10,7 @@ that is faster here.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import alternating_medians, print_table
+from benchmarks.harness import alternating_medians, command_line, parse_device, print_table
 from lgm_scale.layers import extra_channel_attention, masked_attention
 
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -28,65 +29,48 @@ FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
-    parser.add_argument("--batch-size", type=int, help="default: 256 on a GPU, 4 on a CPU")
-    parser.add_argument("--num-heads", type=int, default=16)
-    parser.add_argument("--num-tokens", type=int, nargs="+", default=[32, 64, 128, 256])
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 72, 80])
-    parser.add_argument("--repeats", type=int, default=20)
-    return parser.parse_args(argv)
-
-
 def inputs(args: argparse.Namespace, num_tokens: int, head_dim: int) -> list[Tensor]:
     """Shapes: q, k, v [B, H, K, C/H], and log sizes [K]."""
-    device = torch.device(args.device)
     dtype = getattr(torch, args.dtype)
     shape = (args.batch_size, args.num_heads, num_tokens, head_dim)
-    qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    sizes = torch.randint(1, 2 * 256 // num_tokens + 1, (num_tokens,), device=device)
+    qkv = [
+        torch.randn(shape, device=args.device, dtype=dtype, requires_grad=True) for _ in range(3)
+    ]
+    sizes = torch.randint(1, 2 * 256 // num_tokens + 1, (num_tokens,), device=args.device)
     return [*qkv, sizes.float().log()]
 
 
-def forward_and_backward(
-    form: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor
-) -> None:
-    """One training pass."""
-    out = form(q, k, v, log_sizes)
-    torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+def forward(form: Callable[..., Tensor], *tensors: Tensor) -> None:
+    """One evaluation, without a graph."""
+    form(*(tensor.detach() for tensor in tensors))
+
+
+def both(form: Callable[..., Tensor], *tensors: Tensor) -> None:
+    """One training pass, forward and backward."""
+    out = form(*tensors)
+    torch.autograd.grad(out, tensors[:3], torch.ones_like(out))
 
 
 def main() -> int:
     """Time every length, head width and direction."""
-    args = parse_args(sys.argv[1:])
-    device = torch.device(args.device)
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    args.batch_size = args.batch_size or (256 if device.type == "cuda" else 4)
-    rows, wins = [], 0
-    for head_dim in args.head_dims:
-        for num_tokens in args.num_tokens:
-            tensors = inputs(args, num_tokens, head_dim)
-            frozen = [tensor.detach() for tensor in tensors]
-            for direction in ("forward", "both"):
-                candidates = {
-                    name: partial(form, *frozen)
-                    if direction == "forward"
-                    else partial(forward_and_backward, form, *tensors)
-                    for name, form in FORMS.items()
-                }
-                medians = alternating_medians(candidates, device, args.repeats)
-                ratio = medians["channel"] / medians["mask"]
-                wins += ratio < 1
-                rows.append(
-                    [str(head_dim), str(num_tokens), direction]
-                    + [f"{1e3 * medians[name]:.3f}" for name in FORMS]
-                    + [f"{ratio:.2f}"]
-                )
-    print(f"{device.type}, {args.dtype}, batch {args.batch_size}, {args.num_heads} heads; ms\n")
-    print_table(["head width", "K", "pass", *FORMS, "channel / mask"], rows)
+    parser = command_line("attention", __doc__, repeats=20)
+    parser.add_argument("--num-heads", type=int, default=16)
+    parser.add_argument("--num-tokens", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 72, 80])
+    args = parse_device(parser, gpu_batch=256, cpu_batch=4)
+    rows = []
+    for head_dim, num_tokens in itertools.product(args.head_dims, args.num_tokens):
+        tensors = inputs(args, num_tokens, head_dim)
+        for direction in (forward, both):
+            candidates = {name: partial(direction, form, *tensors) for name, form in FORMS.items()}
+            medians = alternating_medians(candidates, args.repeats, device=args.device)
+            times = [1e3 * value for value in medians.values()]
+            ratio = medians["channel"] / medians["mask"]
+            rows.append((head_dim, num_tokens, direction.__name__, *times, ratio))
+    print(f"{args.device}, {args.dtype}, batch {args.batch_size}, {args.num_heads} heads; ms\n")
+    heads = {"head width": "", "K": "", "pass": "", **dict.fromkeys(FORMS, ".3f")}
+    print_table({**heads, "channel / mask": ".2f"}, rows)
+    wins = sum(row[-1] < 1 for row in rows)
     print(f"\nchannel is faster in {wins} of {len(rows)} rows")
     return 0
 

@@ -1,7 +1,7 @@
 """How fast data come: decoding and cropping, latents from disk and from S3, and conversion.
 
-    python benchmarks/data.py
-    S3_ENDPOINT_URL=... AWS_ACCESS_KEY_ID=... python benchmarks/data.py --remote s3://bucket/folder
+    python -m benchmarks.data
+    S3_ENDPOINT_URL=... AWS_ACCESS_KEY_ID=... python -m benchmarks.data --remote s3://bucket/folder
 
 Everything per core, in one process where it says so; candidates alternate, so only their ratios
 within one run are to be compared. The images are crops of photographs that Python packages ship.
@@ -11,11 +11,13 @@ empty cache.
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +25,13 @@ from PIL import Image, features
 from torchvision import datasets as vision
 from torchvision.transforms import v2
 
-from benchmarks.timing import alternating_medians, print_table
+from benchmarks.harness import command_line, print_rates, print_table
 from data_tools.demo_images import DemoArguments, make_demo_images
 from data_tools.images_to_mds import convert_folder, convert_image, encode_jpeg
 from data_tools.parts import PartRecord, PartsFolder
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import (
-    MAX_SCALE,
     ImageDataset,
     center_crop,
     decode_image,
@@ -44,84 +45,56 @@ from lgm_scale.merging.tree import TREE_NAME, MergeTree
 SIDE = 256
 NUM_TOKENS, LATENT_DIM = 256, 32
 BATCH = 128
-CPU = torch.device("cpu")
-
-
-def rate_table(
-    title: str, what: str, count: int, candidates: dict[str, Callable[[], object]], repeats: int
-) -> dict[str, float]:
-    """Print how many per second each candidate makes, and return it."""
-    seconds = alternating_medians(candidates, CPU, repeats, warmup=1)
-    rates = {name: count / value for name, value in seconds.items()}
-    first = next(iter(rates.values()))
-    print(f"\n{title}")
-    print_table(
-        ["", f"{what}/s", "of the first"],
-        [[name, f"{rate:,.0f}", f"{rate / first:.2f}"] for name, rate in rates.items()],
-    )
-    return rates
 
 
 def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
     """Decoding and loading of 256 px JPEGs, one process."""
     blobs = [path.read_bytes() for path in files]
-    numbers = range(len(blobs))
-
-    def loader(train: bool, max_scale: float = MAX_SCALE) -> Callable[[], object]:
-        data = ImageDataset(
-            folder / "mds",
-            image_size=SIDE,
-            train=train,
-            seed=0,
-            batch_size=BATCH,
-            max_scale=max_scale,
-        )
-        return lambda: [data[i] for i in numbers]
-
+    made_like = partial(ImageDataset, folder / "mds", image_size=SIDE, seed=0, batch_size=BATCH)
     transform = v2.Compose(
         [v2.RandomResizedCrop(SIDE, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()]
     )
-    plain = vision.ImageFolder(str(folder / "photos" / "train"), transform)
-    candidates = {
-        "bare JPEG decode (Pillow)": lambda: [decode_image(blob) for blob in blobs],
-        "ours, evaluation": loader(train=False),
-        "ours, training without scaling": loader(train=True, max_scale=1.0),
-        "ours, training (scale, crop, flip)": loader(train=True),
-        "torchvision ImageFolder, the same kind of crop": lambda: [plain[i] for i in numbers],
+    read = {
+        "ours, evaluation": made_like(train=False),
+        "ours, training without scaling": made_like(train=True, max_scale=1.0),
+        "ours, training (scale, crop, flip)": made_like(train=True),
+        "torchvision ImageFolder, the same kind of crop": vision.ImageFolder(
+            str(folder / "photos" / "train"), transform
+        ),
     }
+    candidates: dict[str, Callable[[], object]] = {
+        "bare JPEG decode (Pillow)": lambda: [decode_image(blob) for blob in blobs]
+    }
+    for name, data in read.items():
+        candidates[name] = lambda data=data: [data[i] for i in range(len(blobs))]
     turbo = "libjpeg-turbo" if features.check_feature("libjpeg_turbo") else "libjpeg"
-    rate_table(
-        f"Images of {SIDE} px, {len(blobs)} files, one process ({turbo} {features.version('jpg')})",
-        "images",
-        len(blobs),
-        candidates,
-        repeats,
-    )
+    title = f"Images of {SIDE} px, {len(blobs)} files, one process"
+    title += f" ({turbo} {features.version('jpg')})"
+    print_rates(title, "images", len(blobs), candidates, repeats)
 
 
 def image_shares(files: list[Path]) -> None:
     """Where the time of a training image goes."""
-    names = ("read", "decode", "scale and crop", "flip", "to tensor")
-    seconds = np.zeros(len(names))
-    clock = time.perf_counter
+    seconds: dict[str, float] = {}
     for i, path in enumerate(files):
         rng = np.random.default_rng(i)
-        times = [clock()]
-        blob = path.read_bytes()
-        times.append(clock())
-        image = decode_image(blob)
-        times.append(clock())
-        image = random_resized_crop(image, SIDE, rng)
-        times.append(clock())
-        image = random_flip(image, rng)
-        times.append(clock())
-        torch.from_numpy(np.ascontiguousarray(np.array(image).transpose(2, 0, 1)))
-        times.append(clock())
-        seconds += np.diff(times)
+        value: Any = path
+        for part, work in {
+            "read": Path.read_bytes,
+            "decode": decode_image,
+            "scale and crop": lambda image, rng=rng: random_resized_crop(image, SIDE, rng),
+            "flip": lambda image, rng=rng: random_flip(image, rng),
+            "to tensor": lambda image: torch.from_numpy(
+                np.ascontiguousarray(np.array(image).transpose(2, 0, 1))
+            ),
+        }.items():
+            start = time.perf_counter()
+            value = work(value)
+            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
+    total = sum(seconds.values())
     print("\nShare of a training image's time")
-    shares = zip(names, seconds / seconds.sum(), seconds / len(files), strict=True)
-    rows = [[name, f"{share:.0%}", f"{each * 1e6:,.0f}"] for name, share, each in shares]
-    print_table(["part", "share", "us"], rows)
+    rows = [(part, each / total, each / len(files) * 1e6) for part, each in seconds.items()]
+    print_table({"part": "", "share": ".0%", "us": ",.0f"}, rows)
 
 
 def write_latents(out: str, staging: str | None, count: int) -> None:
@@ -183,12 +156,10 @@ def latent_rates(folder: Path, count: int, remote: str | None, repeats: int) -> 
             rows.setdefault("S3, full cache, 2 workers", []).append(read_epoch(cache, 2))
     size = 2 * 2 * NUM_TOKENS * LATENT_DIM
     print(f"\nLatents, {NUM_TOKENS} x {LATENT_DIM}, both flips stored: {size:,} bytes a sample")
+    medians = {name: float(np.median(values)) for name, values in rows.items()}
     print_table(
-        ["from", "samples/s", "MB/s read"],
-        [
-            [name, f"{np.median(v):,.0f}", f"{np.median(v) * size / 1e6:,.0f}"]
-            for name, v in rows.items()
-        ],
+        {"from": "", "samples/s": ",.0f", "MB/s read": ",.0f"},
+        [(name, rate, rate * size / 1e6) for name, rate in medians.items()],
     )
 
 
@@ -201,44 +172,32 @@ def conversion_rates(folder: Path, repeats: int) -> None:
         with Image.open(path) as image:
             image.resize((500, 375), Image.Resampling.BICUBIC).save(source / f"{i:04}.jpg")
     blobs = [path.read_bytes() for path in sorted(source.iterdir())]
-    made = iter(range(10**6))
+    made = itertools.count()
 
-    def convert(size: int | None) -> Callable[[], object]:
-        def run() -> None:
-            convert_folder(source.parent, folder / f"made{next(made)}", size)
-
-        return run
+    def convert(size: int | None) -> None:
+        convert_folder(source.parent, folder / f"made{next(made)}", size)
 
     decoded = [decode_image(blob) for blob in blobs]
     cropped = [center_crop(image, SIDE) for image in decoded]
-    rate_table(
-        f"Conversion of 500 x 375 JPEGs, {len(blobs)} files, one process",
-        "images",
-        len(blobs),
-        {
-            "bare JPEG decode (Pillow)": lambda: [decode_image(blob) for blob in blobs],
-            "bytes kept": convert(None),
-            f"--image-size {SIDE}": convert(SIDE),
-            "its decode, crop and encode without files": lambda: [
-                convert_image(blob, "", SIDE) for blob in blobs
-            ],
-            "centre crop alone": lambda: [center_crop(image, SIDE) for image in decoded],
-            "JPEG encode alone": lambda: [encode_jpeg(image) for image in cropped],
-        },
-        repeats,
-    )
+    candidates: dict[str, Callable[[], object]] = {
+        "bare JPEG decode (Pillow)": lambda: [decode_image(blob) for blob in blobs],
+        "bytes kept": lambda: convert(None),
+        f"--image-size {SIDE}": lambda: convert(SIDE),
+        "its decode, crop and encode without files": lambda: [
+            convert_image(blob, "", SIDE) for blob in blobs
+        ],
+        "centre crop alone": lambda: [center_crop(image, SIDE) for image in decoded],
+        "JPEG encode alone": lambda: [encode_jpeg(image) for image in cropped],
+    }
+    title = f"Conversion of 500 x 375 JPEGs, {len(blobs)} files, one process"
+    print_rates(title, "images", len(blobs), candidates, repeats)
 
 
 def main() -> None:
     """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/data.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("data", __doc__, repeats=5)
     parser.add_argument("--remote", metavar="s3://...", help="free place for 200 MB of latents")
     parser.add_argument("--latents", type=int, default=6144, help="samples (default: 6144)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (default: 5)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="lgm_scale-data-") as name:

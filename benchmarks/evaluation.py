@@ -3,30 +3,30 @@
     python -m benchmarks.evaluation [--inception FILE] [--bundle BUNDLE] [--num-images 50000]
         [--threads 1]
 
-Three tables: features through the evaluator against the bare network (alternating, same process);
-the statistics of a cell, from synthetic features of Inception's size, in a process of its own,
-with its peak memory; and, for a bundle, the share of every stage of a sweep of a few images.
+Three tables: the statistics of a cell, from synthetic features of Inception's size, in a process of
+its own, with its peak memory; features through the evaluator against the bare network (alternating,
+same process); and, for a bundle, the share of every stage of a sweep of a few images.
 Without --inception random weights are used: speed does not depend on them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import yaml
 
-from benchmarks.timing import alternating_medians, print_table
+from benchmarks.harness import command_line, print_rates, print_table
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.engine.chunks import ChunkResult, Job
 from lgm_scale.evaluation.engine.parts import Part
@@ -35,7 +35,8 @@ from lgm_scale.evaluation.engine.statistics import FeatureStatistics
 from lgm_scale.evaluation.features.inception import InceptionFeatures
 from lgm_scale.evaluation.metrics.scores import frechet_distance
 
-DIM = 2048
+DIM, POOL = 2048, "inception_pool"
+Result = TypeVar("Result")
 
 
 def random_inception(path: Path) -> Path:
@@ -51,7 +52,7 @@ def random_inception(path: Path) -> Path:
     return path
 
 
-def features_against_bare_network(weights: Path, device: torch.device) -> None:
+def features_against_bare_network(weights: Path, device: torch.device, repeats: int) -> None:
     """Images per second of the evaluator's features and of the network alone."""
     space = InceptionFeatures(weights, device)
     count = 8 if device.type == "cpu" else 200
@@ -63,12 +64,19 @@ def features_against_bare_network(weights: Path, device: torch.device) -> None:
         for batch in images.split(sizes):
             space.net(batch)
 
-    seconds = alternating_medians({"evaluator": lambda: space(images), "bare": bare}, device, 5, 1)
-    rows = [
-        [name, f"{count / value:.2f}", f"{seconds['bare'] / value:.2f}"]
-        for name, value in seconds.items()
-    ]
-    print_table(["features", "images/s", "of the bare network"], rows)
+    candidates = {"bare network": bare, "evaluator": lambda: space(images)}
+    print_rates("Features", "images", count, candidates, repeats, device)
+
+
+def timed(laps: dict[str, tuple[float, float]], name: str, work: Callable[[], Result]) -> Result:
+    """Do work and note its seconds on the wall and of the processor.
+
+    On a machine that others use, only the latter compare.
+    """
+    wall, processor = time.perf_counter(), time.process_time()
+    found = work()
+    laps[name] = time.perf_counter() - wall, time.process_time() - processor
+    return found
 
 
 def peak_megabytes() -> float:
@@ -76,68 +84,40 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def statistics(num_images: int, folder: Path) -> None:
-    """Sums and the final reduction of one cell; prints one JSON line."""
+def statistics(num_images: int) -> tuple[dict[str, tuple[float, float]], float, float]:
+    """Sums and final reduction of one cell: seconds of each, and megabytes before and after."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def work(start: int, stop: int) -> ChunkResult:
         rng = np.random.default_rng(start)
-        return ChunkResult({"inception_pool": rng.standard_normal((stop - start, DIM), np.float32)})
+        return ChunkResult({POOL: rng.standard_normal((stop - start, DIM), np.float32)})
 
-    job = Job("synthetic", {"benchmark": num_images}, num_images, 250, work)
-    engine = Engine(folder, device, quiet=True)
-    engine.make_chunks([job], Part(), "", may_compute=True)
-    base, clock = peak_megabytes(), Clock()
-    engine.make_sums([(job, ("inception_pool",))])
-    laps = {"sums": clock.lap()}
-    statistics = engine.statistics(job, ("inception_pool",))["inception_pool"]
-    laps["merge"] = clock.lap()
-    reference = FeatureStatistics(
-        statistics.mean + 0.01, statistics.covariance * 1.1 + 1e-3 * np.eye(DIM), None
-    )
-    clock.lap()
-    frechet_distance(statistics, reference)
-    laps["distance"] = clock.lap()
-    print(json.dumps({"laps": laps, "base": base, "peak": peak_megabytes()}))
-
-
-class Clock:
-    """Seconds of the wall and of the processor; on a shared machine only the latter compare."""
-
-    def __init__(self) -> None:
-        self.since = time.perf_counter(), time.process_time()
-
-    def lap(self) -> tuple[float, float]:
-        """Both since the last lap."""
-        now = time.perf_counter(), time.process_time()
-        found = now[0] - self.since[0], now[1] - self.since[1]
-        self.since = now
-        return found
+    job, names = Job("synthetic", {"benchmark": num_images}, num_images, 250, work), (POOL,)
+    laps: dict[str, tuple[float, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine(Path(folder), device, quiet=True)
+        engine.make_chunks([job], Part(), "", may_compute=True)
+        base = peak_megabytes()
+        sums = f"sums of {num_images} x {DIM}, dealt over ranks"
+        timed(laps, sums, lambda: engine.make_sums([(job, names)]))
+        merge = "final: put sums together"
+        moments = timed(laps, merge, lambda: engine.statistics(job, names))[POOL]
+    covariance = moments.covariance * 1.1 + 1e-3 * np.eye(DIM)
+    reference = FeatureStatistics(moments.mean + 0.01, covariance, None)
+    distance = "final: distance, both routes"
+    timed(laps, distance, lambda: frechet_distance(moments, reference))
+    wall, processor = (a + b for a, b in zip(laps[merge], laps[distance], strict=True))
+    return laps | {"final reduction": (wall, processor)}, base, peak_megabytes()
 
 
 def statistics_in_a_process(num_images: int, threads: int) -> None:
     """The same in a fresh process, whose memory is its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.evaluation", "--child", folder]
-        command += ["--num-images", str(num_images)]
-        limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env=os.environ | limits
-        )
-    found = json.loads(done.stdout.splitlines()[-1])
-    laps = found["laps"]
-    final = [sum(pair) for pair in zip(laps["merge"], laps["distance"], strict=True)]
-    rows = [
-        [name, f"{wall:.2f} s", f"{cpu:.2f} s"]
-        for name, (wall, cpu) in {
-            f"sums of {num_images} x {DIM}, dealt over ranks": laps["sums"],
-            "final: put sums together": laps["merge"],
-            "final: distance, both routes": laps["distance"],
-            "final reduction": final,
-        }.items()
-    ]
-    print_table([f"statistics, {threads} thread(s)", "wall", "processor"], rows)
-    print(f"peak memory {found['peak']:.0f} MB; imports and making chunks {found['base']:.0f} MB")
+    os.environ |= {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        laps, base, peak = fresh.submit(statistics, num_images).result()
+    heads = {f"statistics, {threads} thread(s)": "", "wall, s": ".2f", "processor, s": ".2f"}
+    print_table(heads, [(name, *seconds) for name, seconds in laps.items()])
+    print(f"peak memory {peak:.0f} MB; imports and making chunks {base:.0f} MB")
 
 
 def shares(bundle: str, weights: Path) -> None:
@@ -161,30 +141,25 @@ def shares(bundle: str, weights: Path) -> None:
     assert results is not None
     stages = dict(results["rows"][0]["run"]["seconds"])
     stages["loading, files, scores, waiting"] = wall - sum(stages.values())
-    rows = [[name, f"{value:.2f} s", f"{value / wall:.1%}"] for name, value in stages.items()]
-    print_table(["stage of 32 samples at K = 64", "wall", "share"], rows)
+    rows = [(name, value, value / wall) for name, value in stages.items()]
+    print_table({"stage of 32 samples at K = 64": "", "wall, s": ".2f", "share": ".1%"}, rows)
 
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__)
+    parser = command_line("evaluation", __doc__, repeats=5)
     parser.add_argument("--inception", help="weights; default: random ones")
     parser.add_argument("--bundle", help="generator bundle, for the shares of a sweep")
     parser.add_argument("--num-images", type=int, default=50_000)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)
-    args = parser.parse_args(sys.argv[1:])
-    if args.child:
-        statistics(args.num_images, Path(args.child))
-        return 0
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
+    # First, while this process is small: a new one inherits the peak of what started it.
+    statistics_in_a_process(args.num_images, args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        weights = Path(args.inception) if args.inception else random_inception(
-            Path(folder) / "inception.pth"
-        )  # fmt: skip
-        features_against_bare_network(weights, device)
-        statistics_in_a_process(args.num_images, args.threads)
+        weights = Path(args.inception or random_inception(Path(folder) / "inception.pth"))
+        features_against_bare_network(weights, device, args.repeats)
         if args.bundle:
             shares(args.bundle, weights)
     return 0

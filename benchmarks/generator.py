@@ -12,37 +12,37 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
-import sys
-from collections.abc import Callable
+import itertools
+import runpy
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import alternating_medians, print_table
+from benchmarks.harness import alternating_medians, command_line, parse_device, print_table
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.lgm.config import DIT_SIZES
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.parallel.compile import compile_blocks
 
+__all__ = ["Batch", "build_network", "random_batch"]
+
 NUM_CLASSES, LATENT_DIM, NUM_BASE_TOKENS = 1000, 32, 256
+Batch = tuple[Tensor, Tensor, Tensor, MergeAssignment]
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.generator", description=__doc__)
-    parser.add_argument("--size", choices=list(DIT_SIZES), default="s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: by device")
-    parser.add_argument("--batch-size", type=int, help="default: 128 on a GPU, 4 on a CPU")
-    parser.add_argument("--num-tokens", type=int, nargs="+", default=[32, 64, 128, 256])
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--no-compile", action="store_true", help="time the eager form alone")
-    parser.add_argument("--reference", metavar="PATH:ATTR", help="another network to time")
-    return parser.parse_args(argv)
+def build_network(size: str) -> MergeDiT:
+    """A generator of 256 base tokens and 1000 classes, with fresh weights."""
+    return MergeDiT.from_size(size, LATENT_DIM, NUM_BASE_TOKENS, NUM_CLASSES)
+
+
+def random_batch(tree: MergeTree, num_tokens: int, batch_size: int, device: torch.device) -> Batch:
+    """Random noisy latents [B, K, D], times [B] and labels [B], and the cut at K."""
+    z_t = torch.randn(batch_size, num_tokens, LATENT_DIM, device=device)
+    labels = torch.randint(NUM_CLASSES, (batch_size,), device=device)
+    return z_t, torch.rand(batch_size, device=device), labels, tree.assignment(num_tokens, device)
 
 
 def load_reference(text: str) -> nn.Module:
@@ -50,44 +50,23 @@ def load_reference(text: str) -> nn.Module:
     path, _, attribute = text.rpartition(":")
     if not path or not Path(path).is_file():
         raise ConfigError(f"--reference: {text!r} is not PATH:ATTR with an existing Python file")
-    spec = importlib.util.spec_from_file_location("reference_network", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, attribute):
+    found = runpy.run_path(path)
+    if attribute not in found:
         raise ConfigError(f"--reference: {path} has no {attribute!r}")
-    return getattr(module, attribute)()
-
-
-def build_networks(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """The networks to compare, with equal weights where they are ours."""
-    net = MergeDiT.from_size(args.size, LATENT_DIM, NUM_BASE_TOKENS, NUM_CLASSES)
-    networks: dict[str, nn.Module] = {"eager": net}
-    if not args.no_compile:
-        compiled = copy.deepcopy(net)
-        compile_blocks(compiled, args.num_tokens)
-        networks["compiled"] = compiled
-    if args.reference:
-        networks["reference"] = load_reference(args.reference)
-    return {name: network.to(args.device) for name, network in networks.items()}
+    return found[attribute]()
 
 
 class Step:
     """One step of one network. Training: forward, backward, AdamW; sampling: forward alone."""
 
     def __init__(self, net: nn.Module, args: argparse.Namespace) -> None:
-        self.net = net
-        self.autocast = partial(
-            torch.autocast,
-            torch.device(args.device).type,
-            torch.bfloat16,
-            enabled=args.dtype == "bfloat16",
-        )
-        fused = torch.device(args.device).type == "cuda"
+        self.net = net.to(args.device)
+        bf16 = args.dtype == "bfloat16"
+        self.autocast = partial(torch.autocast, args.device.type, torch.bfloat16, enabled=bf16)
+        fused = args.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=fused)
 
-    def train(self, batch: tuple[Tensor, Tensor, Tensor, MergeAssignment]) -> None:
+    def train(self, batch: Batch) -> None:
         """The squared error stands for the loss."""
         with self.autocast():
             v = self.net(*batch)
@@ -96,50 +75,47 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def sample(self, batch: tuple[Tensor, Tensor, Tensor, MergeAssignment]) -> None:
+    def sample(self, batch: Batch) -> None:
         """One network evaluation."""
         with self.autocast():
             self.net(*batch)
 
 
-def make_batch(
-    tree: MergeTree, num_tokens: int, args: argparse.Namespace
-) -> tuple[Tensor, Tensor, Tensor, MergeAssignment]:
-    """Random inputs at one length, on the device."""
-    size, device = args.batch_size, args.device
-    z_t = torch.randn(size, num_tokens, LATENT_DIM, device=device)
-    labels = torch.randint(NUM_CLASSES, (size,), device=device)
-    return z_t, torch.rand(size, device=device), labels, tree.assignment(num_tokens, device)
-
-
 def main() -> int:
     """Time every length in both modes."""
-    args = parse_args(sys.argv[1:])
-    device = torch.device(args.device)
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    args.batch_size = args.batch_size or (128 if device.type == "cuda" else 4)
-    networks = build_networks(args)
-    steps = {name: Step(net, args) for name, net in networks.items()}
+    parser = command_line("generator", __doc__, repeats=10)
+    parser.add_argument("--size", choices=list(DIT_SIZES), default="s")
+    parser.add_argument("--num-tokens", type=int, nargs="+", default=[32, 64, 128, 256])
+    parser.add_argument("--no-compile", action="store_true", help="time the eager form alone")
+    parser.add_argument("--reference", metavar="PATH:ATTR", help="another network to time")
+    args = parse_device(parser, gpu_batch=128, cpu_batch=4)
+    net = build_network(args.size)
+    networks: dict[str, nn.Module] = {"eager": net}
+    if not args.no_compile:
+        networks["compiled"] = copy.deepcopy(net)  # equal weights
+        compile_blocks(networks["compiled"], args.num_tokens)
+    if args.reference:
+        networks["reference"] = load_reference(args.reference)
+    steps = {name: Step(network, args) for name, network in networks.items()}
     tree = MergeTree.from_embeddings(torch.randn(NUM_BASE_TOKENS, 64))
     for num_tokens in args.num_tokens:
         tree.assignment(num_tokens)  # a length outside the tree is told before the first minute
+    others = [name for name in steps if name != "eager"]
     rows = []
-    net = networks["eager"]
-    assert isinstance(net, MergeDiT)
-    for num_tokens in args.num_tokens:
-        batch = make_batch(tree, num_tokens, args)
-        for mode, passes in (("train", 3), ("sample", 1)):
-            candidates: dict[str, Callable[[], object]] = {
-                name: partial(getattr(step, mode), batch) for name, step in steps.items()
-            }
-            medians = alternating_medians(candidates, device, args.repeats)
-            teraflops = args.batch_size * passes * net.flops(num_tokens) / 1e12
-            row = [str(num_tokens), mode, *(f"{1e3 * medians[name]:.1f}" for name in steps)]
-            row += [f"{medians[name] / medians['eager']:.2f}" for name in steps if name != "eager"]
-            rows.append([*row, f"{teraflops / min(medians.values()):.3g}"])
-    print(f"{args.size} on {device.type}, {args.dtype}, batch {args.batch_size}; ms per step\n")
-    ratios = [f"{name} / eager" for name in steps if name != "eager"]
-    print_table(["K", "step", *steps, *ratios, "TFLOP/s of the fastest"], rows)
+    for num_tokens, (mode, passes) in itertools.product(
+        args.num_tokens, {"train": 3, "sample": 1}.items()
+    ):
+        batch = random_batch(tree, num_tokens, args.batch_size, args.device)
+        candidates = {name: partial(getattr(step, mode), batch) for name, step in steps.items()}
+        medians = alternating_medians(candidates, args.repeats, device=args.device)
+        times = [1e3 * value for value in medians.values()]
+        ratios = [medians[name] / medians["eager"] for name in others]
+        teraflops = args.batch_size * passes * net.flops(num_tokens) / 1e12
+        rows.append((num_tokens, mode, *times, *ratios, teraflops / min(medians.values())))
+    print(f"{args.size} on {args.device}, {args.dtype}, batch {args.batch_size}; ms per step\n")
+    heads = {"K": "", "step": "", **dict.fromkeys(steps, ".1f")}
+    heads |= {f"{name} / eager": ".2f" for name in others}
+    print_table({**heads, "TFLOP/s of the fastest": ".3g"}, rows)
     return 0
 
 

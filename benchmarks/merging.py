@@ -3,9 +3,8 @@
     python -m benchmarks.merging [--repetitions 20] [--model-flops-per-second 200e12]
 
 Both sides get the same similarities and end with labels. scikit-learn's AgglomerativeClustering
-(average linkage, precomputed distances) is what the authors' release runs at every step. The
-repetitions alternate between the contestants, so a slower moment of the machine hits both, and
-what counts is the thread's own processor time, so other programs do not.
+(average linkage, precomputed distances) is what the authors' release runs at every step. What
+counts is the thread's own processor time, so other programs do not.
 
 The share of a training step is computed, not measured: the step's operations (`lgm_scale.flops`,
 forward and backward three times the forward) at a rate given on the command line. On a GPU the
@@ -15,35 +14,20 @@ less time than the encoder's forward pass, its share is what hides behind it.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from sklearn.cluster import AgglomerativeClustering
 
+from benchmarks.harness import alternating_medians, command_line, print_table
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import MergeTree, cosine_similarity, in_block_pairs
 
-SIZES = (256, 1024)
 NUM_BLOCKS = 4
 LENGTHS = {256: (32, 48, 64, 96, 128, 196), 1024: (128, 192, 256, 384, 512, 784)}
 BATCH_PER_GPU = 32  # of the ViT-B tokenizer, for the share of a step
-
-
-def alternate(contestants: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median processor seconds of each, measured in turns after one unmeasured turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repetitions + 1):
-        for name, run in contestants.items():
-            start = time.thread_time()
-            run()
-            if turn > 0:
-                seconds[name].append(time.thread_time() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def release_labels(similarity: torch.Tensor, num_tokens: int) -> np.ndarray:
@@ -54,32 +38,26 @@ def release_labels(similarity: torch.Tensor, num_tokens: int) -> np.ndarray:
     return clustering.fit(distances).labels_
 
 
-def measure(size: int, repetitions: int) -> dict[str, float]:
+def measure(size: int, repeats: int) -> dict[str, float]:
     """Median seconds per contestant at N base tokens."""
     embeddings = torch.randn(size, 768, generator=torch.Generator().manual_seed(0))
     similarity = cosine_similarity(embeddings)
     lengths = LENGTHS[size]
     middle = lengths[len(lengths) // 2]
 
-    def all_cuts() -> None:
+    def cuts(*wanted: int) -> None:
         tree = MergeTree.from_similarity(similarity, NUM_BLOCKS)
-        for k in lengths:
+        for k in wanted:
             tree.assignment(k)
 
-    return alternate(
-        {
-            "merge tree alone": lambda: MergeTree.from_similarity(similarity, NUM_BLOCKS),
-            "merge tree and one cut": lambda: MergeTree.from_similarity(
-                similarity, NUM_BLOCKS
-            ).assignment(middle),
-            f"merge tree and {len(lengths)} cuts": all_cuts,
-            "scikit-learn, one K": lambda: release_labels(similarity, middle),
-            f"scikit-learn, {len(lengths)} K": lambda: [
-                release_labels(similarity, k) for k in lengths
-            ],
-        },
-        repetitions,
-    )
+    contestants = {
+        "merge tree alone": cuts,
+        "merge tree and one cut": lambda: cuts(middle),
+        f"merge tree and {len(lengths)} cuts": lambda: cuts(*lengths),
+        "scikit-learn, one K": lambda: release_labels(similarity, middle),
+        f"scikit-learn, {len(lengths)} K": lambda: [release_labels(similarity, k) for k in lengths],
+    }
+    return alternating_medians(contestants, repeats, warmup=1, clock=time.thread_time)
 
 
 def step_seconds(size: int, flops_per_second: float) -> float:
@@ -90,12 +68,9 @@ def step_seconds(size: int, flops_per_second: float) -> float:
     return 3 * BATCH_PER_GPU * tokenizer.flops(256) / flops_per_second
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.merging", description="Cost of clustering in a training step."
-    )
-    parser.add_argument("--repetitions", type=int, default=20, help="turns per contestant")
+def main() -> int:
+    """Measure every size, print one table."""
+    parser = command_line("merging", __doc__, repeats=20)
     parser.add_argument(
         "--model-flops-per-second",
         type=float,
@@ -103,26 +78,20 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar="RATE",
         help="that a GPU reaches in training, for the computed share of a step (default 200e12)",
     )
-    return parser.parse_args(argv)
-
-
-def main() -> int:
-    """Measure every size, print one table."""
-    args = parse_args(sys.argv[1:])
+    args = parser.parse_args()
+    rate = args.model_flops_per_second
     torch.set_num_threads(1)
     print(
-        f"Median of {args.repetitions} alternating repetitions, processor time of one thread. "
-        f"Share: of a ViT-B step of {BATCH_PER_GPU} images, computed at "
-        f"{args.model_flops_per_second:.3g} FLOP/s.\n"
+        f"Median of {args.repeats} alternating repetitions, processor time of one thread. Share: "
+        f"of a ViT-B step of {BATCH_PER_GPU} images, computed at {rate:.3g} FLOP/s.\n"
     )
-    print("| N | clustering | ms | against one K of scikit-learn | share of a step |")
-    print("| --- | --- | --- | --- | --- |")
-    for size in SIZES:
-        seconds = measure(size, args.repetitions)
-        step = step_seconds(size, args.model_flops_per_second)
-        for name, value in seconds.items():
-            ratio = value / seconds["scikit-learn, one K"]
-            print(f"| {size} | {name} | {1e3 * value:.2f} | {ratio:.2f} x | {value / step:.2%} |")
+    rows = []
+    for size in LENGTHS:
+        seconds, step = measure(size, args.repeats), step_seconds(size, rate)
+        one = seconds["scikit-learn, one K"]
+        rows += [(size, name, 1e3 * t, t / one, t / step) for name, t in seconds.items()]
+    heads = {"N": "", "clustering": "", "ms": ".2f", "against one K of scikit-learn": ".2f"}
+    print_table({**heads, "share of a step": ".2%"}, rows)
     return 0
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.timing import print_table
+from benchmarks.generator import build_network
+from benchmarks.harness import print_table
 from lgm_scale.config.schema import FSDPConfig, ParallelConfig
-from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.parallel.memory import parameter_infos, planned_bytes
 
 __all__ = ["Cluster", "communication_seconds", "print_projection"]
@@ -79,7 +79,7 @@ def print_projection(
 ) -> None:
     """The model in words, and its table."""
     with torch.device("meta"):
-        net = MergeDiT.from_size(size, 32, 256, 1000)
+        net = build_network(size)
     parameters = sum(p.numel() for p in net.parameters())
     flops = 3 * net.flops(num_tokens)
     print(
@@ -95,18 +95,9 @@ def print_projection(
         for strategy in STRATEGIES:
             talk = communication_seconds(strategy, parameters, gpus, cluster)
             best, worst = max(compute, talk), compute + talk
-            rows.append(
-                [
-                    str(gpus),
-                    strategy,
-                    f"{compute * 1e3:.1f}",
-                    f"{talk * 1e3:.1f}",
-                    f"{best * 1e3:.1f} ... {worst * 1e3:.1f}",
-                    f"{batch_size / worst:,.0f} ... {batch_size / best:,.0f}",
-                    f"{_state(strategy, net, gpus, cluster) / 2**30:.2f}",
-                ]
-            )
-    print_table(
-        ["GPUs", "strategy", "compute", "talk", "step", "images/s", "state, GiB"],
-        rows,
-    )
+            times = [f"{best * 1e3:.1f} ... {worst * 1e3:.1f}"]
+            times += [f"{batch_size / worst:,.0f} ... {batch_size / best:,.0f}"]
+            state = _state(strategy, net, gpus, cluster) / 2**30
+            rows.append((gpus, strategy, compute * 1e3, talk * 1e3, *times, state))
+    heads = {"GPUs": "", "strategy": "", "compute": ".1f", "talk": ".1f", "step": ""}
+    print_table(heads | {"images/s": "", "state, GiB": ".2f"}, rows)

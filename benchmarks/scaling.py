@@ -14,14 +14,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import socket
-import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,20 +24,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from benchmarks.generator import NUM_BASE_TOKENS, build_network, random_batch
+from benchmarks.harness import alternating_medians, command_line, print_table
 from benchmarks.projection import Cluster, print_projection
-from benchmarks.timing import alternating_medians, print_table
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.lgm.config import DIT_SIZES
-from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.fsdp import shard
 from lgm_scale.parallel.memory import measured_bytes, parameter_infos, planned_bytes
 from lgm_scale.parallel.pieces import local_pieces
 from lgm_scale.parallel.zero_pieces import live_gradients, zero_pieces
-
-NUM_CLASSES, LATENT_DIM, NUM_BASE_TOKENS = 1000, 32, 256
 
 STRATEGIES = {
     "ddp": ParallelConfig(),
@@ -57,18 +51,13 @@ STRATEGIES = {
 }
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line("scaling", __doc__, repeats=10)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--measured-size", choices=list(DIT_SIZES), default="tiny")
     parser.add_argument("--batch-size", type=int, default=8, help="per rank")
     parser.add_argument("--num-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--projection-only", action="store_true")
     project = parser.add_argument_group("projection")
     project.add_argument("--size", choices=list(DIT_SIZES), default="xl")
@@ -79,7 +68,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     project.add_argument("--utilization", type=float, default=0.4, help="of the peak, computing")
     project.add_argument("--node-gbps", type=float, default=450, help="GB/s per GPU inside a node")
     project.add_argument("--network-gbps", type=float, default=50, help="GB/s per GPU, outside")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 class CollectiveBytes(TorchDispatchMode):
@@ -95,18 +84,11 @@ class CollectiveBytes(TorchDispatchMode):
         """Count, and go on."""
         name = func.name() if hasattr(func, "name") else str(func)
         if name.startswith(("c10d::", "_c10d_functional::")):
-            sizes = [t.numel() * t.element_size() for t in _tensors(args)]
+            tensors = (each for each in tree_leaves(args) if isinstance(each, Tensor))
+            sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
             kind = name.split("::")[1].strip("_").split(".")[0]
             self.bytes[kind] = self.bytes.get(kind, 0) + max(sizes, default=0)
         return func(*args, **(kwargs or {}))
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, list | tuple):
-        return [tensor for value in values for tensor in _tensors(value)]
-    return []
 
 
 class Step:
@@ -114,7 +96,7 @@ class Step:
 
     def __init__(self, parallel: ParallelConfig, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        net = MergeDiT.from_size(args.measured_size, LATENT_DIM, NUM_BASE_TOKENS, NUM_CLASSES)
+        net = build_network(args.measured_size)
         self.model = nn.ModuleDict({"net": net})
         self.infos = parameter_infos(self.model, averaged=False)
         self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
@@ -128,12 +110,7 @@ class Step:
         elif dist.get_world_size() > 1:
             self.call = nn.parallel.DistributedDataParallel(net)
         tree = MergeTree.from_embeddings(torch.randn(NUM_BASE_TOKENS, 8), 4)
-        self.batch = (
-            torch.randn(args.batch_size, args.num_tokens, LATENT_DIM),
-            torch.rand(args.batch_size),
-            torch.randint(NUM_CLASSES, (args.batch_size,)),
-            tree.assignment(args.num_tokens, "cpu"),
-        )
+        self.batch = random_batch(tree, args.num_tokens, args.batch_size, torch.device("cpu"))
 
     def _start_zero(self, zero: DeepSpeedConfig) -> None:
         from lgm_scale.parallel.deepspeed import EngineOptimizer, settings, start_engine
@@ -162,7 +139,7 @@ class Step:
         return measured_bytes(self.model, local_pieces(self.model, self.optimizer), ()).total
 
 
-def _rank(rank: int, world_size: int, port: int, args: argparse.Namespace, folder: str) -> None:
+def _rank(rank: int, world_size: int, port: int, args: argparse.Namespace, out: Any) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -174,63 +151,43 @@ def _rank(rank: int, world_size: int, port: int, args: argparse.Namespace, folde
         if parallel.strategy != "deepspeed" or importlib.util.find_spec("deepspeed")
     ]
     steps = {name: Step(STRATEGIES[name], args) for name in names}
-    seconds = alternating_medians(steps, torch.device("cpu"), args.repeats)
-    rows = {}
+    seconds = alternating_medians(steps, args.repeats)
+    first, rows = next(iter(seconds.values())), []
     for name, step in steps.items():
         count = CollectiveBytes()
         with count:
             step()
         step.backward()
-        planned = planned_bytes(step.infos, STRATEGIES[name], world_size)
-        rows[name] = {
-            "seconds": seconds[name],
-            "bytes": count.bytes,
-            "state": step.state_bytes(),
-            "planned": asdict(planned) | {"total": planned.total},
-        }
+        planned = planned_bytes(step.infos, STRATEGIES[name], world_size).total
+        sizes = (sum(count.bytes.values()), step.state_bytes(), planned)
+        rows.append((name, seconds[name] / first, *(size / 2**20 for size in sizes)))
     if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps(rows))
+        out.put(rows)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(world_size: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Rows by strategy, from rank 0."""
+def print_measured(world_size: int, args: argparse.Namespace) -> None:
+    """Measure at one world size, and print what rank 0 found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world_size, port, args, folder), nprocs=world_size)  # type: ignore[arg-type]
-        return json.loads(Path(folder, "rows.json").read_text())
-
-
-def print_measured(world_size: int, rows: dict[str, Any], args: argparse.Namespace) -> None:
-    """One table per world size."""
+    out = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_rank, (world_size, port, args, out), nprocs=world_size)  # type: ignore[arg-type]
     print(
         f"\nmeasured: size {args.measured_size}, {world_size} ranks over gloo on CPU, "
         f"{args.batch_size} samples of {args.num_tokens} tokens per rank, float32\n"
     )
-    first = next(iter(rows.values()))["seconds"]
-    table = [
-        [
-            name,
-            f"{row['seconds'] / first:.2f}",
-            f"{sum(row['bytes'].values()) / 2**20:.1f}",
-            f"{row['state'] / 2**20:.1f}",
-            f"{row['planned']['total'] / 2**20:.1f}",
-        ]
-        for name, row in rows.items()
-    ]
-    head = ["strategy", "step, ddp = 1", "collectives, MiB", "state, MiB", "planned, MiB"]
-    print_table(head, table)
+    heads = {"strategy": "", "step, ddp = 1": ".2f", "collectives, MiB": ".1f"}
+    print_table(heads | {"state, MiB": ".1f", "planned, MiB": ".1f"}, out.get())
 
 
 def main() -> int:
     """Measure, then project."""
-    args = parse_args(sys.argv[1:])
+    args = parse_args()
     if not args.projection_only:
         for world_size in args.world_sizes:
-            print_measured(world_size, measure(world_size, args), args)
+            print_measured(world_size, args)
     cluster = Cluster(
         args.gpus_per_node,
         args.peak_tflops * 1e12,

@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from experiments.length_control import mean_and_std, write_between_markers
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.commands import alignment
 from lgm_scale.evaluation.commands.alignment import draw_heat_map
@@ -170,18 +169,3 @@ def test_the_heat_map_is_written(tmp_path):
     result = {"lengths": [4, 8], "cknna": [[1.0, 0.4], [0.4, 1.0]], "length_control": "lgm"}
     draw_heat_map(json.loads(json.dumps(result)), tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_table_replaces_only_what_is_between_the_markers(tmp_path):
-    doc = tmp_path / "docs" / "page.md"
-    write_between_markers(doc, "first")
-    doc.write_text("# Ours\n" + doc.read_text() + "Text after.\n")
-    before = doc.read_text()
-    write_between_markers(doc, "second")
-    assert doc.read_text() == before.replace("first", "second")
-
-
-def test_mean_and_sample_standard_deviation():
-    assert mean_and_std([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
-    assert mean_and_std([1.25], 1) == "1.2"
-    assert mean_and_std([None, None], 1) == "-"

@@ -1,0 +1,233 @@
+"""What a comparison is: its runs, how each is measured, and where the numbers go. Free of torch.
+
+Commands, paths and captions may hold `{path}`: the value at that dotted path of a run's record
+(see `lookup`), formatted as in `{path:.1f}`.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+
+from lgm_scale.config.loading import InvalidValues, load_config, read_yaml
+from lgm_scale.errors import ConfigError, DataError
+
+__all__ = [
+    "Column",
+    "Experiment",
+    "Measurement",
+    "Panel",
+    "Run",
+    "Table",
+    "fill",
+    "load_experiment",
+    "lookup",
+]
+
+HOME = Path("yamls/experiments")
+_STRICT = ConfigDict(extra="forbid", strict=True)
+_FIELD = re.compile(r"\{([\w.*-]+)(?::([^{}]*))?\}")
+RUN_FIELDS = ("name", "label", "seed", "folder", "steps", "cells")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training configuration; it is trained once per seed, in `<out>/<name>-seed<seed>`."""
+
+    __pydantic_config__ = _STRICT
+    name: str
+    config: str
+    """YAML file of the training run."""
+    label: str = ""
+    """Name in tables and plots; empty: `name`."""
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of a result's row -> the cell of a sweep that makes it; `{run.cells}` in a command."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A command that measures a finished run, and the JSON file that it writes."""
+
+    __pydantic_config__ = _STRICT
+    name: str
+    """Key of its results in the run's record."""
+    command: str
+    result: str
+    """Path of the JSON file."""
+    resumable: bool = False
+    """Whether the command itself keeps what is finished; it is then called every time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of a table: mean and sample standard deviation over seeds, or one value."""
+
+    __pydantic_config__ = _STRICT
+    head: str
+    value: str
+    """Dotted path in the record of a line; it may hold `{path}`."""
+    digits: int = 2
+    factor: float = 1.0
+    spread: bool = True
+    """False: the first seed's value alone, for what is the same at every seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One line per run, or with `rows` of the experiment one per row of each run's results."""
+
+    __pydantic_config__ = _STRICT
+    columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A curve per run with error bars. Without `rows`, x and y are paths of equally long lists."""
+
+    __pydantic_config__ = _STRICT
+    x: str
+    y: str
+    x_label: str
+    y_label: str
+    x_factor: float = 1.0
+    x_ticks: tuple[int, ...] = ()
+    """The only marks of the axis; empty: matplotlib's."""
+    drop_last: bool = False
+    """Leave out the last entries of the lists, where y is what it is by definition."""
+    from_zero: bool = False
+    """Whether the vertical axis begins at 0."""
+    point_label: str = ""
+    """Text at each point; it may hold `{path}`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A comparison of training runs that are measured alike."""
+
+    __pydantic_config__ = _STRICT
+    out: str
+    """Folder of the runs."""
+    page: str
+    """Markdown file whose measured part is rewritten."""
+    runs: tuple[Run, ...]
+    measure: tuple[Measurement, ...]
+    caption: str
+    """Text above the tables; `{seeds}` and `{work}` (TFLOPs of training) besides `{path}`."""
+    tables: tuple[Table, ...]
+    needs: tuple[str, ...] = ()
+    """Files and folders that `make quickstart` leaves and the runs read."""
+    prepare: tuple[str, ...] = ()
+    """Commands that come before every run; each keeps what is finished."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    equal_work: str | None = None
+    """A run whose duration sets the operations of training of all. Null: each has its own file's
+    duration."""
+    rows: str = ""
+    """Path of the list in a run's record of which each entry is a line; empty: the run is one."""
+    panels: tuple[Panel, ...] = ()
+    """Of a picture beside the page, under the page's name; empty: there is none."""
+    title: str = ""
+    """Above the panels."""
+
+
+def lookup(values: Any, path: str) -> Any:
+    """The value at a dotted path: keys of mappings, indices of lists, `*` for each of a list.
+
+    Raises: DataError if there is none.
+    """
+    node, keys = values, path.split(".")
+    for i, key in enumerate(keys):
+        if key == "*":
+            rest = ".".join(keys[i + 1 :])
+            return [lookup(each, rest) for each in node] if rest else list(node)
+        try:
+            node = node[key] if isinstance(node, Mapping) else node[int(key)]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            known = f"; known: {', '.join(map(str, node))}" if isinstance(node, Mapping) else ""
+            raise DataError(f"{path}: no {key!r} here{known}") from error
+    return node
+
+
+def fill(template: str, record: Mapping[str, Any]) -> str:
+    """The template with every `{path}` replaced by its value. Raises: DataError."""
+    return _FIELD.sub(lambda part: format(lookup(record, part[1]), part[2] or ""), template)
+
+
+def load_experiment(name: str) -> Experiment:
+    """Read and validate an experiment.
+
+    Args:
+        name: A YAML file, or the name of one in yamls/experiments.
+
+    Raises: ConfigError with every problem.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else HOME / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(each.stem for each in HOME.glob("*.yaml")))
+        raise ConfigError(f"experiment: {name!r} is neither a YAML file nor one of {known}")
+    problems: list[str] = []
+    try:
+        experiment = load_config(read_yaml(path), Experiment, str(path))
+    except InvalidValues as error:
+        problems, experiment = error.problems, error.rest
+    if experiment is not None:
+        told = {problem.split(":")[0] for problem in problems}
+        problems += [rule for rule in _rules(experiment) if rule.split(":")[0] not in told]
+    if problems or experiment is None:
+        raise ConfigError(problems, str(path))
+    return experiment
+
+
+def _rules(experiment: Experiment) -> Iterator[str]:
+    """One line for each rule between keys that is broken."""
+    for key in ("runs", "measure", "tables", "seeds"):
+        if not getattr(experiment, key):
+            yield f"{key}: empty; name at least one"
+    yield from _run_rules(experiment)
+    yield from _measurement_rules(experiment.measure)
+    for i, command in enumerate(experiment.prepare):
+        yield from _broken_template(f"prepare.{i}", command, {"out": ""})
+
+
+def _run_rules(experiment: Experiment) -> Iterator[str]:
+    names = [run.name for run in experiment.runs]
+    yield from _repeated("runs", names)
+    for i, run in enumerate(experiment.runs):
+        if not Path(run.config).is_file():
+            yield f"runs.{i}.config: {run.config} is not a file; give a training run's YAML"
+        if experiment.rows and not run.cells:
+            yield f"runs.{i}.cells: empty, and `rows` needs a name for each row; name them"
+    if experiment.equal_work not in (None, *names):
+        known = ", ".join(names)
+        yield f"equal_work: {experiment.equal_work!r} is no run; choose from {known}"
+
+
+def _measurement_rules(entries: tuple[Measurement, ...]) -> Iterator[str]:
+    yield from _repeated("measure", [entry.name for entry in entries])
+    sample = {"out": "", "run": dict.fromkeys(RUN_FIELDS, "")}
+    for i, entry in enumerate(entries):
+        if entry.name in ("row", *sample):
+            yield f"measure.{i}.name: {entry.name!r} is taken; choose another"
+        for key in ("command", "result"):
+            yield from _broken_template(f"measure.{i}.{key}", getattr(entry, key), sample)
+
+
+def _repeated(key: str, names: list[str]) -> Iterator[str]:
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield f"{key}: {name!r} is the name of {count} entries; give each its own"
+
+
+def _broken_template(key: str, template: str, sample: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        fill(template, sample)
+        shlex.split(template)
+    except (DataError, ValueError) as error:
+        yield f"{key}: {error}"

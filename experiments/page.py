@@ -1,0 +1,144 @@
+"""The measured part of a page: caption, tables and picture, from the records of all runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.config import Column, Experiment, Panel, fill, lookup
+from lgm_scale.errors import DataError
+
+__all__ = ["draw", "mean_and_std", "render", "write_between_markers"]
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+Line = Sequence[Mapping[str, Any]]
+"""Records of one line of a table, or one point of a curve, one per seed."""
+
+
+def lines_of(experiment: Experiment, results: Mapping[str, Line]) -> dict[str, list[Line]]:
+    """Lines of each run by its name; `row` of a record is the row of the results.
+
+    Raises: DataError if the results have more or fewer rows than the run has cells.
+    """
+    if not experiment.rows:
+        return {name: [records] for name, records in results.items()}
+    lines = {}
+    for run in experiment.runs:
+        per_seed = []
+        for record in results[run.name]:
+            rows = lookup(record, experiment.rows)
+            if len(rows) != len(run.cells):
+                raise DataError(
+                    f"runs.{run.name}.cells: {len(run.cells)} names for {len(rows)} rows of "
+                    f"{experiment.rows}; let every cell make one row"
+                )
+            per_seed.append(
+                [
+                    {**record, "row": {**row, "name": name}}
+                    for name, row in zip(run.cells, rows, strict=True)
+                ]
+            )
+        lines[run.name] = list(zip(*per_seed, strict=True))
+    return lines
+
+
+def mean_and_std(values: Sequence[float | None], digits: int) -> str:
+    """`22.17 ± 0.05`, the sample standard deviation over seeds; "-" where nothing is defined."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    text = f"{statistics.mean(known):.{digits}f}"
+    return f"{text} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else text
+
+
+def _entry(column: Column, line: Line) -> str:
+    values = [lookup(record, fill(column.value, record)) for record in line]
+    if isinstance(values[0], str):
+        return values[0]
+    scaled = [None if value is None else value * column.factor for value in values]
+    return mean_and_std(scaled if column.spread else scaled[:1], column.digits)
+
+
+def render(experiment: Experiment, results: Mapping[str, Line], budget: float | None) -> str:
+    """Caption and tables as Markdown.
+
+    Args:
+        experiment: The comparison.
+        results: Records of each run by its name, one per seed.
+        budget: Operations of training of each, where they are equal.
+    """
+    first = next(iter(results.values()))
+    common = {"seeds": len(first), "work": None if budget is None else budget / 1e12}
+    text = [fill(experiment.caption, {**first[0], **common})]
+    lines = [line for each in lines_of(experiment, results).values() for line in each]
+    for table in experiment.tables:
+        heads = [column.head for column in table.columns]
+        entries = [[_entry(column, line) for column in table.columns] for line in lines]
+        text.append("")
+        text += [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *entries)]
+    return "\n".join(text)
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    """Replace what stands between the markers of a Markdown file; without them, append both."""
+    old = path.read_text(encoding="utf-8") if path.is_file() else f"# {path.stem}\n"
+    if BEGIN not in old or END not in old:
+        old = f"{old.rstrip()}\n\n{BEGIN}\n{END}\n"
+    head, rest = old.split(BEGIN, 1)
+    tail = rest.split(END, 1)[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+
+
+def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> None:
+    """The experiment's plot: means over seeds, with their sample standard deviation as bars."""
+    panels = experiment.panels
+    size = (7.2, 4.2) if len(panels) == 1 else (4.5 * len(panels), 3.6)
+    figure = Figure(figsize=size, layout="constrained")
+    lines = lines_of(experiment, results)
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for panel, axes in zip(panels, row, strict=True):
+        for points in lines.values():
+            _curve(axes, panel, points)
+        axes.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log")
+        if panel.x_ticks:
+            axes.set_xticks(panel.x_ticks, [str(place) for place in panel.x_ticks])
+            axes.minorticks_off()
+        else:
+            axes.xaxis.set_major_formatter("{x:.3g}")
+            axes.xaxis.set_minor_formatter("{x:.3g}")
+            axes.tick_params(which="minor", labelsize=8)
+        if panel.from_zero:
+            axes.set_ylim(bottom=0)
+        axes.margins(x=0.1)
+        axes.grid(alpha=0.3)
+    row[-1].legend()
+    figure.suptitle(experiment.title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def _curve(axes: Axes, panel: Panel, points: list[Line]) -> None:
+    """One run's curve, from a point per line or, if x is the path of a list, from a single line."""
+    seen = [
+        [(lookup(record, panel.x), lookup(record, panel.y)) for record in line] for line in points
+    ]
+    if isinstance(seen[0][0][0], list):
+        per_seed = [list(zip(x, y, strict=True)) for x, y in seen[0]]
+        seen = [list(point) for point in zip(*per_seed, strict=True)]
+        seen = seen[:-1] if panel.drop_last else seen
+    places = [panel.x_factor * point[0][0] for point in seen]
+    values = [[y for _, y in point] for point in seen]
+    means = [statistics.mean(each) for each in values]
+    spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+    label = points[0][0]["run"]["label"]
+    axes.errorbar(places, means, spread, marker="o", capsize=3, label=label)
+    if panel.point_label:
+        for line, x, y in zip(points, places, means, strict=True):
+            text = fill(panel.point_label, line[0])
+            axes.annotate(text, (x, y), xytext=(6, 6), textcoords="offset points", size=8)

@@ -1,0 +1,448 @@
+"""Comparisons: their files, what is kept and continued, what a page says. Nothing is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments import runs
+from experiments.config import Experiment, fill, load_experiment, lookup
+from experiments.page import draw, lines_of, mean_and_std, render, write_between_markers
+from experiments.runs import (
+    Record,
+    equal_steps,
+    plan_runs,
+    prepare,
+    train_and_measure,
+    training_work,
+)
+from lgm_scale.config.loading import load_config, read_yaml, to_dict
+from lgm_scale.config.rules import load_training_run
+from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.evaluation.sweep.config import SweepConfig, expand, with_lists
+
+SHIPPED = ("elastic", "length_control", "samplers")
+HOME = Path("yamls/experiments")
+
+
+def measured(name: str) -> str:
+    """What docs/<name>.md holds between its markers."""
+    page = Path(f"docs/{name}.md").read_text(encoding="utf-8")
+    return page.split("<!-- measured: begin -->\n")[1].split("\n<!-- measured: end -->")[0]
+
+
+# --- the file ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_shipped_is_valid_and_plans_every_run_at_every_seed(name, tmp_path):
+    experiment = dataclasses.replace(load_experiment(name), out=str(tmp_path))
+    planned, _ = plan_runs(name, experiment, (0, 5), [])
+    assert [each.folder.path.name for each in planned] == [
+        f"{run.name}-seed{seed}" for run in experiment.runs for seed in (0, 5)
+    ]
+    for each in planned:
+        assert each.folder.config.seed == each.record["run"]["seed"]
+        assert each.folder.config.out == str(each.folder.path)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_shipped_has_the_table_of_its_page(name):
+    experiment = load_experiment(name)
+    page = measured(name)
+    for table in experiment.tables:
+        assert f"| {' | '.join(column.head for column in table.columns)} |" in page
+    cells = [cell for run in experiment.runs for cell in run.cells]
+    if name == "samplers":
+        assert cells == re.findall(r"^\| ((?:K =|both).*?) \|", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["elastic", "samplers"])
+def test_every_cell_is_one_valid_row_of_a_sweep(name):
+    values = read_yaml(HOME / name / "sweep.yaml")
+    for run in load_experiment(name).runs:
+        own = with_lists(values | {"cells": list(run.cells.values())})
+        cells = expand(load_config(own, SweepConfig))
+        assert len(cells) == len(run.cells)
+        for label, cell in zip(run.cells, cells, strict=True):
+            assert cell.sampler.lengths(cell.num_tokens) == {
+                int(k) for k in re.findall(r"\b(?:8|16|32|64)\b", label)
+            } | {cell.num_tokens}
+
+
+def test_only_what_must_differ_does():
+    files = {run.name: read_yaml(run.config) for run in load_experiment("elastic").runs}
+    for key in ("optimizer", "ema", "objective"):
+        assert files["sit"][key] == files["elit"][key] == files["lgm"][key]
+    for run in load_experiment("elastic").runs:
+        lengths = [cell["num_tokens"] for cell in run.cells.values()]
+        assert sorted(files[run.name]["lengths"]["choices"]) == lengths
+        assert files[run.name]["train"]["global_batch_size"] == 64
+    assert files["sit"]["space"] == files["elit"]["space"]
+
+
+def small(tmp_path: Path, **changes: Any) -> Path:
+    """The file of a comparison of two runs that differ in one value."""
+    config = HOME / "length_control"
+    values: dict[str, Any] = {
+        "out": str(tmp_path / "runs"),
+        "page": str(tmp_path / "page.md"),
+        "runs": [
+            {"name": "a", "label": "First", "config": str(config / "lgm.yaml")},
+            {"name": "b", "config": str(config / "tome.yaml")},
+        ],
+        "measure": [
+            {
+                "name": "score",
+                "command": "python -m score --of {run.folder}/bundle '--note={run.label} of {out}'",
+                "result": "{run.folder}/score.json",
+            }
+        ],
+        "seeds": [0, 1],
+        "caption": "{seeds} seeds of {run.steps} steps, {score.images:03d} images.",
+        "tables": [
+            {
+                "columns": [
+                    {"head": "run", "value": "run.label"},
+                    {"head": "x", "value": "score.values.0", "digits": 1},
+                ]
+            }
+        ],
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(values | changes))
+    return path
+
+
+def test_every_problem_of_a_file_is_told_at_once(tmp_path):
+    measure = {"name": "run", "command": "x {run.foldr}", "result": "{what}"}
+    same = {"name": "a", "config": "no.yaml"}
+    path = small(
+        tmp_path,
+        runs=[same, same],
+        measure=[measure],
+        prepare=["composer 'no end"],
+        equal_work="c",
+        rows="score.rows",
+        seeds=[],
+        captions="x",
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(str(path))
+    text = str(caught.value)
+    for line in (
+        f"12 problems in {path}:",
+        "captions: unknown key; did you mean 'caption'?",
+        "seeds: empty",
+        "runs: 'a' is the name of 2 entries",
+        "runs.0.config: no.yaml is not a file",
+        "runs.1.cells: empty, and `rows` needs a name for each row",
+        "equal_work: 'c' is no run; choose from a, a",
+        "measure.0.name: 'run' is taken",
+        "measure.0.command: run.foldr: no 'foldr' here; known: name, label, seed",
+        "measure.0.result: what: no 'what' here; known: out, run",
+        "prepare.0: No closing quotation",
+    ):
+        assert line in text
+
+
+def test_wrong_keys_and_types_inside_entries_are_told(tmp_path):
+    entry = {"name": "x", "command": "y", "result": "z"}
+    panel = {"x": "a", "y": "b", "x_label": "K"}
+    path = small(
+        tmp_path,
+        measure=[entry | {"resumeable": True}],
+        panels=[panel],
+        equal_work=3,
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(str(path))
+    for line in (
+        "measure.0.resumeable: unknown key; did you mean 'resumable'?",
+        "panels.0.y_label: missing",
+        "equal_work: 3 is wrong",
+    ):
+        assert line in str(caught.value)
+
+
+def test_an_unknown_name_and_a_wrong_option_end_with_status_2():
+    for given, line in (
+        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, length_control, sampl"),
+        (["elastic", "--jobs", "0"], "--jobs: 0 must be 1 or more"),
+        (["elastic", "modell.size=b"], "modell: unknown key; did you mean 'model'?"),
+    ):
+        command = [sys.executable, "-m", "experiments", *given]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert line in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+# --- paths and templates ------------------------------------------------------------------------
+
+
+def test_a_path_reaches_mappings_lists_and_each_of_a_list():
+    record = {"a": {"8": [[1, 2], [3, 4]]}, "k": 8}
+    assert lookup(record, "a.8.1.0") == 3
+    assert lookup(record, "a.8.*.-1") == [2, 4]
+    assert lookup(record, "a.8.*") == [[1, 2], [3, 4]]
+    assert lookup(record, fill("a.{k}.0.1", record)) == 2
+    assert fill("{k:04d} of {a.8.0.0}, {not a path}", record) == "0008 of 1, {not a path}"
+    for path in ("b", "a.9", "a.8.2", "a.8.x", "k.0"):
+        with pytest.raises(DataError, match=re.escape(path.rsplit(".", maxsplit=1)[-1])):
+            lookup(record, path)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def test_every_generator_gets_the_same_work(tmp_path):
+    experiment = dataclasses.replace(load_experiment("elastic"), out=str(tmp_path))
+    work = {
+        run.name: training_work(load_training_run(run.config, [], 1, None))
+        for run in experiment.runs
+    }
+    planned, budget = plan_runs("elastic", experiment, (0,), [])
+    assert budget == 600 * work["sit"][0]
+    for each in planned:
+        per_step, cycle = work[each.run.name]
+        steps = int(each.record["run"]["steps"])
+        assert f"train.max_duration={steps}ba" in each.changes
+        assert steps == equal_steps(per_step, cycle, budget)
+        assert steps % cycle == 0  # every length equally often
+        assert steps * per_step == pytest.approx(budget, rel=0.01), each.run.name
+    assert [each.record["run"]["steps"] for each in planned] == ["600", "687", "1569"]
+    assert render_caption(experiment, budget).startswith("19.2 TFLOPs of training each; 1 seeds;")
+
+
+def test_work_stays_equal_when_the_first_run_is_shortened(tmp_path):
+    experiment = dataclasses.replace(load_experiment("elastic"), out=str(tmp_path))
+    planned, _ = plan_runs("elastic", experiment, (0,), ["train.max_duration=60ba"])
+    assert [each.folder.config.train.max_duration for each in planned] == ["60ba", "69ba", "156ba"]
+    with pytest.raises(ConfigError, match=r"of 'sit' is 1ep; give it in steps"):
+        plan_runs("elastic", experiment, (0,), ["train.max_duration=1ep"])
+
+
+def render_caption(experiment: Experiment, budget: float) -> str:
+    bare = dataclasses.replace(experiment, tables=(), rows="")
+    records = [{"sweep": {"rows": [{"num_images": 544}]}}]
+    return render(bare, {run.name: records for run in experiment.runs}, budget)
+
+
+def test_steps_are_whole_cycles_and_never_none():
+    assert equal_steps(2.0, 3, 61.0) == 30
+    assert equal_steps(2.0, 3, 0.1) == 3
+
+
+class FakeCommands:
+    """Stands for `runs.call`: a training leaves a bundle, a measurement its file."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[list[str]] = []
+        self.fail_on = ""
+        monkeypatch.setattr(runs, "call", self)
+
+    def __call__(self, command: list[str]) -> None:
+        self.calls.append(list(command))
+        if self.fail_on and any(self.fail_on in word for word in command):
+            raise DataError("stopped")
+        if command[0] == "composer":
+            config = runs.load_training_run(command[2], command[3:], 1, None)
+            folder = runs.RunFolder(Path(config.out), config)
+            folder.claim()
+            folder.bundle.mkdir(exist_ok=True)
+            (folder.bundle / "bundle.json").write_text(json.dumps({"seed": config.seed}))
+        else:
+            folder_path = Path(command[command.index("--of") + 1]).parent
+            seed = int(folder_path.name[-1])
+            score = {"images": 7, "values": [seed + 0.5]}
+            (folder_path / "score.json").write_text(json.dumps(score))
+
+
+def execute(path: Path, *overrides: str, jobs: int = 1) -> dict[str, list[Record]]:
+    experiment = load_experiment(str(path))
+    planned, _ = plan_runs("small", experiment, experiment.seeds, overrides)
+    return train_and_measure(experiment, planned, jobs)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_runs_are_trained_measured_and_kept(tmp_path, monkeypatch, jobs):
+    commands, path = FakeCommands(monkeypatch), small(tmp_path)
+    results = execute(path, "train.max_duration=30ba", jobs=jobs)
+    trained = [call for call in commands.calls if call[0] == "composer"]
+    assert len(trained) == 4
+    assert len(commands.calls) == 8
+    assert all(call[-1] == "train.max_duration=30ba" for call in trained)
+    assert [record["score"]["values"] for record in results["b"]] == [[0.5], [1.5]]
+    score = next(
+        call for call in commands.calls if "a-seed1" in " ".join(call[3:5]) and "-m" in call
+    )
+    assert score[0] == sys.executable
+    assert score[-1] == f"--note=First of {tmp_path / 'runs'}"  # one word, filled after the split
+
+    commands.calls.clear()
+    assert execute(path, "train.max_duration=30ba") == results
+    assert commands.calls == []
+
+    bundle = tmp_path / "runs" / "a-seed0" / "bundle" / "bundle.json"
+    bundle.write_text("{}")  # another training's weights: measured anew
+    execute(path, "train.max_duration=30ba")
+    assert len(commands.calls) == 1
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    commands, path = FakeCommands(monkeypatch), small(tmp_path)
+    commands.fail_on = "b-seed0/bundle"
+    with pytest.raises(DataError, match="stopped"):
+        execute(path)
+    done = {" ".join(call) for call in commands.calls if "b-seed0/bundle" not in " ".join(call)}
+    commands.calls, commands.fail_on = [], ""
+    execute(path)
+    assert not done & {" ".join(call) for call in commands.calls}
+    assert any("b-seed0/bundle" in " ".join(call) for call in commands.calls)
+
+
+def test_a_resumable_command_is_called_every_time(tmp_path, monkeypatch):
+    commands = FakeCommands(monkeypatch)
+    entry = to_dict(load_experiment(str(small(tmp_path))))["measure"][0] | {"resumable": True}
+    path = small(tmp_path, measure=[entry])
+    execute(path)
+    commands.calls.clear()
+    execute(path)
+    assert len(commands.calls) == 4
+    assert not list(tmp_path.rglob("measured.json"))
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    commands, path = FakeCommands(monkeypatch), small(tmp_path)
+    execute(path)
+    commands.calls.clear()
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: 0.002 there, 0.1 here"):
+        execute(path, "optimizer.lr=0.1")
+    assert commands.calls == []
+
+
+def test_a_command_without_its_file_and_one_that_fails_are_data_errors(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"stopped with an error:\nno such luck"):
+        runs.call([sys.executable, "-c", "raise SystemExit('no such luck')"])
+    FakeCommands(monkeypatch)
+    entry = to_dict(load_experiment(str(small(tmp_path))))["measure"][0]
+    path = small(tmp_path, measure=[entry | {"result": "{run.folder}/other.json"}])
+    with pytest.raises(DataError, match=r"did not write .*other.json"):
+        execute(path)
+
+
+def test_preparation_asks_for_what_is_needed_and_then_runs(tmp_path, monkeypatch):
+    commands = FakeCommands(monkeypatch)
+    path = small(tmp_path, needs=[str(tmp_path), str(tmp_path / "no"), "nor/this"])
+    with pytest.raises(ConfigError, match=r"(?s)no is missing: run `make quickstart`.*nor/this"):
+        prepare(load_experiment(str(path)))
+    path = small(tmp_path, prepare=["composer"])
+    monkeypatch.setattr(runs, "call", commands.calls.append)
+    prepare(load_experiment(str(path)))
+    assert commands.calls == [["composer"]]
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+
+def sweep_records(experiment: Experiment) -> dict[str, list[Record]]:
+    """Two seeds of every run of `elastic`, with rows as a sweep gives them."""
+    results: dict[str, list[Record]] = {}
+    for run in experiment.runs:
+        steps = {"sit": "600", "elit": "687", "lgm": "1569"}[run.name]
+        values = {"name": run.name, "label": run.label, "steps": steps}
+        results[run.name] = [
+            {
+                "run": values,
+                "sweep": {
+                    "rows": [
+                        {
+                            "cell": cell,
+                            "num_images": 544,
+                            "metrics": {"pixel_frechet": 10.0 + shift + 1000 / k},
+                            "work": {
+                                "tflops_per_image": k / 1000,
+                                "tflops_per_row": {str(k): k / 25000},
+                            },
+                        }
+                        for cell in run.cells.values()
+                        for k in [cell["num_tokens"]]
+                    ]
+                },
+            }
+            for shift in (0, 2)
+        ]
+    return results
+
+
+def test_the_table_has_a_line_per_length_and_the_spread_over_seeds(tmp_path):
+    experiment = load_experiment("elastic")
+    results = sweep_records(experiment)
+    table = render(experiment, results, 19.18e12)
+    assert "19.2 TFLOPs of training each; 2 seeds; 544 samples" in table
+    assert "| SiT | 64 | 600 | 2.560 | 64.00 | 26.6 ± 1.4 |" in table
+    assert table.count("| ELIT |") == table.count("| LGM |") == 3
+    draw(experiment, results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_run_without_rows_is_one_line_and_its_lists_are_curves(tmp_path):
+    experiment = load_experiment("length_control")
+    lengths = [8, 16, 32, 48, 64]
+    results = {
+        run.name: [
+            {
+                "run": {"label": run.name, "steps": "400"},
+                "psnr": {"num_images": 544, "lengths": lengths, "mean_psnr": [20 + s] * 5},
+                "alignment": {
+                    "lengths": lengths,
+                    "cknna": [[1.0, 0.5]] * 5,
+                    "cknna_mean": 0.5 + s,
+                    "cosine_merged": dict.fromkeys(map(str, lengths), None),
+                    "cosine_in_block": 0.25,
+                    "cosine_all": 0.125,
+                },
+            }
+            for s in (0.0, 0.02)
+        ]
+        for run in experiment.runs
+    }
+    table = render(experiment, results, None)
+    same = "20.01 ± 0.01 | " * 5
+    assert table.startswith(measured("length_control").split("\n")[0].replace("3 seeds", "2 seeds"))
+    assert f"| tome | {same}0.510 ± 0.014 |" in table
+    assert "| tome | - | - | - | - | 0.250 ± 0.000 | 0.125 ± 0.000 |" in table
+    draw(experiment, results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_rows_that_do_not_fit_their_names_are_refused():
+    experiment = load_experiment("elastic")
+    results = sweep_records(experiment)
+    results["lgm"][1]["sweep"]["rows"].pop()
+    with pytest.raises(DataError, match=r"runs.lgm.cells: 3 names for 2 rows of sweep.rows"):
+        lines_of(experiment, results)
+
+
+def test_the_table_replaces_only_what_is_between_the_markers(tmp_path):
+    doc = tmp_path / "docs" / "page.md"
+    write_between_markers(doc, "first")
+    doc.write_text("# Ours\n" + doc.read_text() + "Text after.\n")
+    before = doc.read_text()
+    write_between_markers(doc, "second")
+    assert doc.read_text() == before.replace("first", "second")
+
+
+def test_mean_and_sample_standard_deviation():
+    assert mean_and_std([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
+    assert mean_and_std([1.25], 1) == "1.2"
+    assert mean_and_std([None, None], 1) == "-"
