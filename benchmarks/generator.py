@@ -26,7 +26,7 @@ from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.lgm.network import DIT_SIZES, MergeDiT
 from lgm_scale.flops import dit_flops
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
-from lgm_scale.parallel.compile import compile_blocks
+from lgm_scale.parallel.blocks import compile_blocks
 
 NUM_CLASSES, LATENT_DIM, NUM_BASE_TOKENS = 1000, 32, 256
 

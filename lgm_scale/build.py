@@ -23,7 +23,7 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from lgm_scale.build_data import TrainingDataset, build_data
-from lgm_scale.checkpoint.resume import Resume
+from lgm_scale.checkpoint.checkpointer import Checkpointer
 from lgm_scale.checkpoint.saver import StateSaver
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import (
@@ -59,14 +59,12 @@ from lgm_scale.families.tokenizer.network import AUXILIARY_SIZE, Decoder
 from lgm_scale.families.tokenizer.training import TokenizerModel
 from lgm_scale.flops import network_flops, tokenizer_flops
 from lgm_scale.flow import NoiseScale
-from lgm_scale.parallel.activation_checkpointing import checkpoint_blocks
+from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
 from lgm_scale.parallel.collectives import mean_over_ranks
-from lgm_scale.parallel.compile import compile_blocks
-from lgm_scale.parallel.fsdp import shard_group, transformer_blocks
 from lgm_scale.parallel.trainers import start_trainer
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
-from lgm_scale.training.clipping import PlayerClipping, parameters_of
+from lgm_scale.training.clipping import GroupClipping, parameters_of
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
@@ -212,14 +210,18 @@ def build_loggers(config: TrainingRun) -> list[LoggerDestination]:
 
 
 def _players(model: TrainingModel) -> dict[str, list[nn.Module]]:
-    return model.players() if isinstance(model, TokenizerModel) else {"generator": [model.net]}
+    return (
+        model.parameter_groups()
+        if isinstance(model, TokenizerModel)
+        else {"generator": [model.net]}
+    )
 
 
 def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
     threshold = config.optimizer.clip_norm
     if threshold is None or config.parallel.strategy == "deepspeed":  # the engine clips
         return []
-    return [PlayerClipping(_players(model), threshold, model.record)]
+    return [GroupClipping(_players(model), threshold, model.record)]
 
 
 def _labels(model: TrainingModel) -> dict[str, Any]:
@@ -260,11 +262,11 @@ def build_trainer(
     model: TrainingModel,
     dataset: TrainingDataset,
     ema: EMA,
-    resume: Resume,
+    checkpointer: Checkpointer,
     stop: StopRequest,
 ) -> Trainer:
-    """Composer's trainer under the run's strategy. `resume` is bound to it, and not begun."""
-    where = resume.storage.root
+    """Composer's trainer under the run's strategy. `checkpointer` is bound to it, not begun."""
+    where = checkpointer.storage.root
     advice = f"Run it again from {where} with a lower optimizer.lr, or look at the data."
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
@@ -281,11 +283,11 @@ def build_trainer(
             model.record,
             config.logging.progress_bar,
             _labels(model),
-            resume.attempts.check,
+            checkpointer.attempts.check,
         ),
         _throughput(config, model),
         stop,
-        StateSaver(resume, config.checkpoint.interval, stop, {metrics.name: metrics}),
+        StateSaver(checkpointer, config.checkpoint.interval, stop, {metrics.name: metrics}),
     ]
     if not isinstance(config, TokenizerRun) and config.evaluation is not None:
         callbacks.append(build_evaluation(config, dataset, ema))  # after the EMA has moved
@@ -293,7 +295,7 @@ def build_trainer(
     if isinstance(data.dataloader, ScaledLoader):
         callbacks.append(LoaderStep(data.dataloader))
     batch_size = config.train.global_batch_size // dist.get_world_size()
-    trainer, pieces, reload = start_trainer(
+    trainer, shards, reload = start_trainer(
         config,
         model=model,
         train_dataloader=data,
@@ -310,11 +312,8 @@ def build_trainer(
         device_train_microbatch_size=config.train.device_microbatch_size or batch_size,
         seed=config.seed,
     )
-    for algorithm in trainer.state.algorithms:
-        if isinstance(algorithm, PlayerClipping):
-            algorithm.shard_group = shard_group(model)
-    ema.start(pieces)
-    resume.bind(model, pieces, ema, reload)
+    ema.start(shards)
+    checkpointer.bind(model, shards, ema, reload)
     return trainer
 
 

@@ -25,7 +25,7 @@ from lgm_scale.families.lgm.bundle import build_generator, build_tokenizer
 from lgm_scale.families.lgm.lora import add_adapter
 from lgm_scale.families.tokenizer.assets import build_frozen
 from lgm_scale.flops import network_flops, tokenizer_flops
-from lgm_scale.parallel.fsdp import transformer_blocks
+from lgm_scale.parallel.blocks import transformer_blocks
 from lgm_scale.parallel.memory import ParameterInfo, parameter_infos, planned_bytes
 from lgm_scale.training.batch_scaling import loader_batches, steps_per_epoch
 from lgm_scale.training.length_schedule import LengthSchedule
@@ -189,7 +189,7 @@ _STRATEGIES = (
 def _label(parallel: ParallelConfig) -> str:
     if parallel.strategy == "fsdp":
         fsdp = parallel.fsdp or FSDPConfig()
-        return f"fsdp{fsdp.version} {fsdp.shard}{' offload' if fsdp.cpu_offload else ''}"
+        return f"fsdp2 {fsdp.shard}{' offload' if fsdp.cpu_offload else ''}"
     if parallel.strategy == "deepspeed":
         zero = parallel.deepspeed or DeepSpeedConfig()
         return f"zero-{zero.stage}{'' if zero.offload == 'none' else ' offload'}"

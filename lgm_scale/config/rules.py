@@ -22,7 +22,7 @@ from lgm_scale.config.schema import (
 from lgm_scale.data.config import broken_data_rules
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.elit.rules import spatial_rules
-from lgm_scale.parallel.rules import parallel_rules
+from lgm_scale.parallel.rules import parallel_rules, separate_clipping_rule
 
 __all__ = ["broken_rules", "load_training_run"]
 
@@ -73,6 +73,8 @@ def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> 
     problems += parallel_rules(config, world_size, has_gpu)
     if isinstance(config, TokenizerRun):
         problems += _tokenizer(config)
+        if config.objective.adversarial > 0:
+            problems += separate_clipping_rule(config.parallel.strategy, config.optimizer.clip_norm)
     elif isinstance(config, SpatialRun):
         problems += spatial_rules(config)
     else:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from lgm_scale.config.schema import DeepSpeedConfig, TokenizerRun, TrainingRun
+from lgm_scale.config.schema import DeepSpeedConfig, TrainingRun
 
-__all__ = ["parallel_rules"]
+__all__ = ["parallel_rules", "separate_clipping_rule"]
 
 
 def parallel_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> Iterator[str]:
-    """One line for each rule that is broken; see `config_rules.broken_rules`."""
+    """One line, `key: value; rule; fix`, for each rule of `parallel:` that is broken.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks that will run it.
+        has_gpu: Whether ranks have a GPU; None leaves the rules about it out (dry runs).
+    """
     parallel = config.parallel
     sections = {"fsdp": parallel.fsdp, "deepspeed": parallel.deepspeed}
     given = [name for name, section in sections.items() if section is not None]
@@ -42,11 +48,6 @@ def _fsdp(config: TrainingRun, world_size: int, has_gpu: bool | None) -> Iterato
     fsdp = config.parallel.fsdp
     if fsdp is None:
         return
-    if fsdp.cpu_offload and fsdp.version == 1:
-        yield (
-            "parallel.fsdp.cpu_offload: true needs parallel.fsdp.version: 2; Composer refuses it "
-            "under version 1"
-        )
     if fsdp.shard != "hybrid":
         if fsdp.group_size is not None:
             yield (
@@ -54,10 +55,10 @@ def _fsdp(config: TrainingRun, world_size: int, has_gpu: bool | None) -> Iterato
                 f"{fsdp.shard}; drop it, or use hybrid"
             )
         return
-    if fsdp.version == 2 and has_gpu is False:
+    if has_gpu is False:
         yield (
-            "parallel.fsdp.shard: hybrid needs a GPU under version 2 (torch 2.7 waits for a CUDA "
-            "event); use version: 1 here"
+            "parallel.fsdp.shard: hybrid needs a GPU (torch 2.7 waits for a CUDA event when it "
+            "averages copies); use shard: full here"
         )
     if fsdp.group_size is None:
         return
@@ -90,9 +91,11 @@ def _deepspeed(config: TrainingRun) -> Iterator[str]:
             "weights inside the blocks: torch compiles the pieces between them over and over, and "
             "gives up; set it to false, or use stage: 2 or parallel.strategy: fsdp"
         )
-    clip_norm = config.optimizer.clip_norm
-    two_players = isinstance(config, TokenizerRun) and config.objective.adversarial > 0
-    if two_players and clip_norm is not None:
+
+
+def separate_clipping_rule(strategy: str, clip_norm: float | None) -> Iterator[str]:
+    """The rule of runs whose parameter groups are clipped each on its own."""
+    if strategy == "deepspeed" and clip_norm is not None:
         yield (
             f"optimizer.clip_norm: {clip_norm} is for each player's gradient on its own, and "
             "parallel.strategy: deepspeed knows the norm of all gradients alone; set it to null, "

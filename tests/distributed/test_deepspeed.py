@@ -1,4 +1,4 @@
-"""ZeRO computes what DDP computes, keeps a share of it per rank, and is read by pieces."""
+"""ZeRO computes what DDP computes, keeps a share of it per rank, and is read by shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from composer.callbacks import OptimizerMonitor
 
 from lgm_scale.config.schema import DeepSpeedConfig
 from lgm_scale.errors import ConfigError
-from lgm_scale.training.clipping import PlayerClipping
+from lgm_scale.training.clipping import GroupClipping
 from lgm_scale.training.record import LossRecord
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
@@ -88,7 +88,7 @@ def test_clipping_had_something_to_clip(runs):
 
 
 @pytest.mark.parametrize("case", [*PLAIN[1:], *VARIANTS], ids=lambda case: case.name)
-def test_pieces_are_the_parameters_bit_for_bit(runs, case):
+def test_shards_are_the_parameters_bit_for_bit(runs, case):
     found = runs[f"two_{case.name}"]
     assert found["cut"] > 0  # some parameters lie on both ranks
     assert list(found["read"]) == list(found["before"])
@@ -97,7 +97,7 @@ def test_pieces_are_the_parameters_bit_for_bit(runs, case):
 
 
 @pytest.mark.parametrize("case", [*PLAIN[1:], *VARIANTS], ids=lambda case: case.name)
-def test_the_average_over_pieces_is_that_of_ddp(runs, case):
+def test_the_average_over_shards_is_that_of_ddp(runs, case):
     found, ddp = runs[f"two_{case.name}"], runs[f"two_{same_losses(case).name}"]
     assert list(found["average"]) == list(ddp["average"])
     for name, value in ddp["average"].items():
@@ -149,7 +149,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(runs):
         ("algorithms", EMA(half_life="10ba")),
         ("algorithms", SAM()),
         ("algorithms", SWA()),
-        ("algorithms", PlayerClipping({}, 1.0, LossRecord())),
+        ("algorithms", GroupClipping({}, 1.0, LossRecord())),
         ("callbacks", OptimizerMonitor()),
     ],
     ids=lambda value: type(value).__name__,

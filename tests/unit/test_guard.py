@@ -12,8 +12,8 @@ from small_tokenizer import OPTIMIZER, small_batch, small_model
 
 from lgm_scale.build import build_optimizer
 from lgm_scale.errors import DivergenceError
-from lgm_scale.parallel.pieces import local_pieces
-from lgm_scale.training.clipping import PlayerClipping
+from lgm_scale.parallel.shards import local_shards
+from lgm_scale.training.clipping import GroupClipping
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
 
@@ -43,8 +43,8 @@ class Poison(Callback):
 def fit(tmp_path, poison: Poison):
     model = small_model()
     ema = EMA(0.5)
-    optimizer = build_optimizer(OPTIMIZER, model.players())
-    ema.start(local_pieces(model, optimizer))
+    optimizer = build_optimizer(OPTIMIZER, model.parameter_groups())
+    ema.start(local_shards(model, optimizer))
     trainer = Trainer(
         model=model,
         train_dataloader=DataSpec(
@@ -53,7 +53,7 @@ def fit(tmp_path, poison: Poison):
         ),
         max_duration="6ba",
         optimizers=optimizer,
-        algorithms=[PlayerClipping(model.players(), 1.0, model.record)],
+        algorithms=[GroupClipping(model.parameter_groups(), 1.0, model.record)],
         callbacks=[FiniteGuard(model.record, "Advice."), ema, poison],
         save_folder=str(tmp_path),
         save_filename="ba{batch}.pt",

@@ -178,6 +178,10 @@ class SiT(nn.Module):
                 f"num_tokens: {num_tokens}; a SiT has no latents and runs at {self.num_base_tokens}"
             )
 
+    def block_lengths(self, num_tokens: int) -> set[int]:
+        """Token counts at which blocks run at a budget of K: ELIT's outer blocks run at N."""
+        return {self.num_base_tokens, num_tokens}
+
     def forward(self, z_t: Tensor, t: Tensor, labels: Tensor, num_tokens: int) -> Tensor:
         """Predict the velocity, data - noise.
 

@@ -105,6 +105,10 @@ class MergeDiT(nn.Module):
         """The label of the unconditional branch."""
         return self.label_embed.null_label
 
+    def block_lengths(self, num_tokens: int) -> set[int]:
+        """Token counts at which blocks run when the network runs at K: all of them at K."""
+        return {num_tokens}
+
     def initialize(self) -> None:
         """See `initialize_transformer`."""
         initialize_transformer(self, self.pos_embed)

@@ -81,14 +81,14 @@ class TokenizerModel(ComposerModel):
             # Moving averages of the mean logits of real images and of reconstructions.
             self.register_buffer("lecam_means", torch.zeros(2))
 
-    def players(self) -> dict[str, list[nn.Module]]:
-        """What each player trains; their gradients are clipped apart."""
-        players: dict[str, list[nn.Module]] = {"generator": [self.net]}
+    def parameter_groups(self) -> dict[str, list[nn.Module]]:
+        """The modules that each player of the game trains; their gradients are clipped apart."""
+        groups: dict[str, list[nn.Module]] = {"generator": [self.net]}
         if self.auxiliary is not None:
-            players["generator"].append(self.auxiliary)
+            groups["generator"].append(self.auxiliary)
         if self.critic is not None:
-            players["critic"] = [self.critic]
-        return players
+            groups["critic"] = [self.critic]
+        return groups
 
     def read_elsewhere(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         """Weights that a module of the losses reads of one inside it, whose forward never runs.
