@@ -36,11 +36,10 @@ from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.lgm.network import DIT_SIZES, MergeDiT
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.parallel.deepspeed_internals import live_gradients
+from lgm_scale.parallel.deepspeed_internals import live_gradients, zero_shards
 from lgm_scale.parallel.fsdp import shard_model
 from lgm_scale.parallel.memory import measured_bytes, parameter_infos, planned_bytes
 from lgm_scale.parallel.shards import local_shards
-from lgm_scale.parallel.zero_shards import zero_shards
 
 NUM_CLASSES, LATENT_DIM, NUM_BASE_TOKENS = 1000, 32, 256
 

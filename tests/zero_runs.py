@@ -31,9 +31,8 @@ from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel import deepspeed as zero
 from lgm_scale.parallel.blocks import compile_blocks
 from lgm_scale.parallel.collectives import mean_over_ranks
-from lgm_scale.parallel.deepspeed_internals import live_gradients
+from lgm_scale.parallel.deepspeed_internals import live_gradients, zero_shards
 from lgm_scale.parallel.shards import ParameterShard, gather, local_shards
-from lgm_scale.parallel.zero_shards import zero_shards
 
 BATCH, STEPS = 8, 12
 LENGTHS = (8, 16)
@@ -218,7 +217,8 @@ def bytes_per_rank(stage: int) -> dict[str, int]:
     model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
     engine = engine_of(model, stage)
     engine(torch.ones(2, 512)).square().mean().backward()
-    found = {"gradients": live_bytes(live_gradients(engine))}
+    own = [p.grad for p in model.parameters()]
+    found = {"gradients": live_bytes([*live_gradients(engine), *own])}
     engine.step()
     shards = zero_shards(engine, model)
     found["master"] = live_bytes(shard.weight() for shard in shards)

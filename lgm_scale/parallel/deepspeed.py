@@ -19,26 +19,16 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from composer.core import Precision
-from composer.utils import ensure_tuple
 from torch import nn
 from typing_extensions import override
 
 from lgm_scale.config.schema import DeepSpeedConfig
-from lgm_scale.errors import ConfigError, DivergenceError
+from lgm_scale.errors import DivergenceError
 from lgm_scale.parallel.composer_internals import ShardingTrainer
 from lgm_scale.parallel.deepspeed_internals import build_no_kernels
 
 __all__ = ["DeepSpeedTrainer", "EngineOptimizer", "settings", "start_engine"]
 
-# They read or write `p.grad` or `p.data`, where ZeRO leaves nothing, or nothing that is whole.
-_ALGORITHMS = {
-    "EMA": "use ema.decay",
-    "GradientClipping": "use optimizer.clip_norm",
-    "GroupClipping": "set optimizer.clip_norm: null, or use parallel.strategy: fsdp or ddp",
-    "SAM": "use parallel.strategy: ddp",
-    "SWA": "use ema.decay",
-}
-_CALLBACKS = {"OptimizerMonitor": "use parallel.strategy: fsdp or ddp"}
 _BYTES = 4  # of float32, the unit of DeepSpeed's buckets
 
 
@@ -46,15 +36,15 @@ class DeepSpeedTrainer(ShardingTrainer):
     """Composer's trainer with ZeRO-1, 2 or 3.
 
     Model and optimizer are left out of Composer's own state, which no rank has as a whole: they
-    are written and read by their shards (`zero_shards.zero_shards`).
+    are written and read by their shards (`deepspeed_internals.zero_shards`). Algorithms and
+    callbacks that touch `p.grad` or `p.data`, such as Composer's GradientClipping, EMA and
+    OptimizerMonitor, find nothing there, or nothing that is whole.
 
     Args:
         *args: Arguments of `composer.Trainer`.
         zero: What is sharded, and where it lies.
         clip_norm: Largest norm of the gradient of all parameters together; None: any.
         **options: Keyword arguments of `composer.Trainer`.
-
-    Raises: ConfigError for an algorithm or callback that cannot work.
     """
 
     zero_engine: Any  # deepspeed.DeepSpeedEngine, which is untyped
@@ -62,12 +52,6 @@ class DeepSpeedTrainer(ShardingTrainer):
     def __init__(
         self, *args: Any, zero: DeepSpeedConfig, clip_norm: float | None = None, **options: Any
     ) -> None:
-        problems = [
-            *_unfit(options.get("algorithms"), _ALGORITHMS),
-            *_unfit(options.get("callbacks"), _CALLBACKS),
-        ]
-        if problems:
-            raise ConfigError(problems)
         self._zero = zero
         self._clip_norm = clip_norm
         super().__init__(*args, **options)
@@ -84,20 +68,6 @@ class DeepSpeedTrainer(ShardingTrainer):
         self.state.serialized_attributes = [
             name for name in self.state.serialized_attributes if name not in ("model", "optimizers")
         ]
-
-
-def _unfit(members: Any, unfit: dict[str, str]) -> Iterator[str]:
-    """One line for each member of a class that is not for ZeRO.
-
-    Classes are compared by name, subclasses included, so that none has to be imported.
-    """
-    for member in ensure_tuple(members):
-        for name in (kind.__name__ for kind in type(member).__mro__):
-            if name in unfit:
-                yield (
-                    f"parallel.strategy: deepspeed, but {name} needs whole weights or gradients, "
-                    f"which no rank has; {unfit[name]}"
-                )
 
 
 def settings(zero: DeepSpeedConfig, clip_norm: float | None, bf16: bool) -> dict[str, Any]:

@@ -12,18 +12,19 @@ that the optimizer steps. Here both are float32; they are two copies all the sam
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lgm_scale.parallel.shards import ParameterShard
+
 __all__ = [
-    "HeldElements",
     "build_no_kernels",
-    "held_elements",
     "live_gradients",
     "partition_of",
     "update_model_weights",
+    "zero_shards",
 ]
 
 
@@ -38,53 +39,42 @@ def build_no_kernels() -> None:
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
 
 
-class HeldElements(NamedTuple):
-    """The elements of one parameter that this rank keeps, and where.
+def zero_shards(engine: Any, model: nn.Module) -> list[ParameterShard]:
+    """This rank's shard of every parameter under ZeRO, in the model's order.
 
-    They are elements [start, start + numel) of the flattened parameter, and lie in `flat` from
-    `offset` on. `stepped` tells whether the optimizer steps `flat`, under which its state is then
-    found, or the parameter is frozen.
+    To load a state, write into the shards on all ranks, then call `update_model_weights`.
+
+    Args:
+        engine: DeepSpeed's engine, of any ZeRO stage.
+        model: The module that the engine was given.
     """
-
-    shape: tuple[int, ...]
-    start: int
-    numel: int
-    flat: Tensor
-    offset: int
-    stepped: bool
-
-
-def held_elements(engine: Any, model: nn.Module) -> Iterator[tuple[str, HeldElements]]:
-    """Name of every parameter, in the model's order, and what this rank keeps of it."""
     find = _stage_3 if engine.zero_optimization_stage() == 3 else _stages_1_and_2
-    return find(engine.optimizer, model)
+    return list(find(engine.optimizer, model))
 
 
-def _stages_1_and_2(optimizer: Any, model: nn.Module) -> Iterator[tuple[str, HeldElements]]:
+def _stages_1_and_2(optimizer: Any, model: nn.Module) -> Iterator[ParameterShard]:
     """All parameters of an optimizer's group are laid end to end, and that is cut by ranks.
 
     So a cut goes through a parameter anywhere, and most parameters lie on one rank alone: on the
     others, `_hp_mapping`, which links a parameter to its fragment, is None.
     """
-    group_of = {
-        id(parameter): group
-        for group, parameters in enumerate(optimizer.bit16_groups)
-        for parameter in parameters
-    }
+    group_of = {id(p): group for group, ps in enumerate(optimizer.bit16_groups) for p in ps}
+    parameter: Any
     for name, parameter in model.named_parameters():
-        shape, group = tuple(parameter.shape), group_of.get(id(parameter))
+        shape, group = parameter.shape, group_of.get(id(parameter))
         if group is None:  # frozen: whole on every rank
-            yield name, HeldElements(shape, 0, parameter.numel(), parameter.data, 0, False)
+            yield ParameterShard(name, shape, 0, parameter.numel(), parameter.data, None)
             continue
-        flat, mapping = optimizer.single_partition_of_fp32_groups[group], parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            yield name, HeldElements(shape, 0, 0, flat, 0, True)
-            continue
-        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        yield name, HeldElements(shape, here.start, here.numel, flat, there.start, True)
+        flat, mapping = optimizer.single_partition_of_fp32_groups[group], parameter._hp_mapping
+        start = numel = offset = 0
+        if mapping is not None:
+            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+            start, numel, offset = here.start, here.numel, there.start
+        # torch's optimizer, inside DeepSpeed's, steps whole flat tensors.
+        yield ParameterShard(name, shape, start, numel, flat, optimizer.optimizer, offset)
 
 
-def _stage_3(optimizer: Any, model: nn.Module) -> Iterator[tuple[str, HeldElements]]:
+def _stage_3(optimizer: Any, model: nn.Module) -> Iterator[ParameterShard]:
     """Each parameter is cut by itself, into equal parts; the last ranks' parts are padded.
 
     `ds_shape` and `ds_numel` are those of the whole parameter, which is empty while it is not
@@ -92,15 +82,15 @@ def _stage_3(optimizer: Any, model: nn.Module) -> Iterator[tuple[str, HeldElemen
     """
     parameter: Any
     for name, parameter in model.named_parameters():
-        part = parameter.partition_numel()
+        shape, part = parameter.ds_shape, parameter.partition_numel()
         start = min(part * dist.get_rank(), parameter.ds_numel)
         numel = min(part, parameter.ds_numel - start)
-        flat, offset = parameter.ds_tensor, 0
-        if parameter.requires_grad:
-            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            flat = optimizer.fp32_partitioned_groups_flat[group]
-        shape = tuple(parameter.ds_shape)
-        yield name, HeldElements(shape, start, numel, flat, offset, parameter.requires_grad)
+        if not parameter.requires_grad:
+            yield ParameterShard(name, shape, start, numel, parameter.ds_tensor, None)
+            continue
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        flat = optimizer.fp32_partitioned_groups_flat[group]
+        yield ParameterShard(name, shape, start, numel, flat, optimizer.optimizer, offset)
 
 
 def update_model_weights(engine: Any) -> None:
@@ -123,14 +113,12 @@ def update_model_weights(engine: Any) -> None:
 
 
 def live_gradients(engine: Any) -> list[Tensor]:
-    """Every gradient that lies in memory between the backward pass and the step.
+    """Gradients that the engine keeps, beside the parameters' own, from backward to step.
 
-    Stage 1 keeps them in `all_grad_tensors`, stages 2 and 3 in `averaged_gradients`, and what was
-    not averaged yet is the parameters' own.
+    Stage 1 keeps them in `all_grad_tensors`, stages 2 and 3 in `averaged_gradients`.
     """
     kept = getattr(engine.optimizer, "all_grad_tensors", {}), engine.optimizer.averaged_gradients
-    inside = [tensor for groups in kept for group in groups.values() for tensor in group or ()]
-    return inside + [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return [tensor for groups in kept for group in groups.values() for tensor in group or ()]
 
 
 def partition_of(parameter: nn.Parameter) -> Tensor | None:

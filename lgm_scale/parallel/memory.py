@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig
 from lgm_scale.parallel.deepspeed_internals import partition_of
-from lgm_scale.parallel.shards import ParameterShard
+from lgm_scale.parallel.shards import ParameterShard, local_part
 
 __all__ = ["ParameterInfo", "StateBytes", "measured_bytes", "parameter_infos", "planned_bytes"]
 
@@ -144,13 +144,12 @@ def measured_bytes(
         model: The model in training.
         shards: This rank's shards.
         average: This rank's part of the moving average.
-        gradients: Gradients that shards do not know of: under ZeRO, those of
+        gradients: Gradients that are no parameter's: under ZeRO, those of
             `deepspeed_internals.live_gradients`.
     """
     parts = [part for p in model.parameters() if (part := partition_of(p)) is not None]
     weights = [*model.parameters(), *parts, *(shard.weight() for shard in shards)]
-    known = [gradient for s in shards if (gradient := s.gradient()) is not None]
-    gradients = [*gradients, *known]
+    gradients = [*gradients, *(p.grad for p in model.parameters() if p.grad is not None)]
     moments = [value for s in shards for key, value in s.optimizer_state().items() if key != "step"]
     return StateBytes(*map(_storage_bytes, (weights, gradients, moments, average)))
 
@@ -158,7 +157,7 @@ def measured_bytes(
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        local = getattr(tensor.detach(), "to_local", tensor.detach)()
+        local = local_part(tensor)
         storage = local.untyped_storage()
         if storage.nbytes() and local.device != torch.device("meta"):
             sizes[storage.data_ptr()] = storage.nbytes()

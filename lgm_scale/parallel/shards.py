@@ -12,7 +12,6 @@ intersected.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,88 +20,70 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
-from typing_extensions import override
 
-__all__ = ["ParameterShard", "TensorShard", "fresh_adamw_state", "gather", "local_shards", "owned"]
+__all__ = ["ParameterShard", "gather", "local_part", "local_shards", "owned"]
 
 
-class ParameterShard(ABC):
+class ParameterShard:
     """Elements [start, start + numel) of a flattened parameter, kept by this rank.
+
+    Weight and moments are read and written through views, which stay valid through training.
 
     Args:
         name: The parameter's name in the model.
         shape: Shape of the whole parameter.
         start: Index of the first element.
         numel: Number of elements; may be 0.
-        trainable: Whether the parameter has a gradient.
+        held: The tensor that has them: the parameter itself, or one in which many lie.
+        optimizer: The optimizer that steps `held`; None if the parameter is frozen.
+        offset: Where in `held`, flattened, the elements begin.
     """
 
     def __init__(
-        self, name: str, shape: Sequence[int], start: int, numel: int, trainable: bool
+        self,
+        name: str,
+        shape: Sequence[int],
+        start: int,
+        numel: int,
+        held: Tensor,
+        optimizer: torch.optim.Optimizer | None,
+        offset: int = 0,
     ) -> None:
         self.name = name
         self.shape = tuple(shape)
         self.start = start
         self.numel = numel
-        self.trainable = trainable
+        self.trainable = optimizer is not None
+        self._held = held
+        self._optimizer = optimizer
+        self._offset = offset
 
-    @abstractmethod
     def weight(self) -> Tensor:
         """The values that the optimizer works on, as a view. Shapes: -> [numel]."""
+        return self._part(self._held)
 
-    @abstractmethod
-    def gradient(self) -> Tensor | None:
-        """The gradient of the last backward pass, if the shard knows it. Shapes: -> [numel]."""
-
-    @abstractmethod
     def optimizer_state(self) -> dict[str, Tensor]:
         """Views of AdamW's moments, [numel] each, and `step`, a scalar; {} if frozen.
 
-        Before the first step they are made, as zeros: a state can be loaded into them.
+        Before the first step they are made, as zeros: a state can be loaded into them. `step` is
+        one for all shards that lie in the same tensor.
         """
-
-
-class TensorShard(ParameterShard):
-    """A shard that is a parameter of torch's optimizer: under DDP and FSDP.
-
-    Args:
-        name: The parameter's name in the model.
-        start: Index of the first element that this rank keeps.
-        parameter: The parameter; a DTensor under FSDP.
-        optimizer: The optimizer that steps it.
-    """
-
-    def __init__(
-        self, name: str, start: int, parameter: nn.Parameter, optimizer: torch.optim.Optimizer
-    ) -> None:
-        self.parameter = parameter
-        self.optimizer = optimizer
-        numel = _flat(parameter).numel()
-        super().__init__(name, parameter.shape, start, numel, parameter.requires_grad)
-
-    @override
-    def weight(self) -> Tensor:
-        return _flat(self.parameter)
-
-    @override
-    def gradient(self) -> Tensor | None:
-        return None if self.parameter.grad is None else _flat(self.parameter.grad)
-
-    @override
-    def optimizer_state(self) -> dict[str, Tensor]:
-        if not self.trainable:
+        if self._optimizer is None:
             return {}
-        state = self.optimizer.state[self.parameter]
+        state = self._optimizer.state[self._held]
         if not state:
-            state |= fresh_adamw_state(self.parameter)
+            state |= _fresh_adamw_state(self._held)
         return {
-            key: value if key == "step" else _flat(value)
+            key: value if key == "step" else self._part(value)
             for key, value in state.items()
             if isinstance(value, Tensor)
         }
 
+    def _part(self, tensor: Tensor) -> Tensor:
+        return local_part(tensor).view(-1)[self._offset : self._offset + self.numel]
 
-def fresh_adamw_state(parameter: Tensor) -> dict[str, Any]:
+
+def _fresh_adamw_state(parameter: Tensor) -> dict[str, Any]:
     """What torch's AdamW makes in its first step: two moments, and a count of steps.
 
     The count is on the device where the fused kernel wants it: that of the parameter.
@@ -115,9 +96,10 @@ def fresh_adamw_state(parameter: Tensor) -> dict[str, Any]:
     }
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor, without its history: of a DTensor, a part."""
     tensor = tensor.detach()
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[ParameterShard]:
@@ -125,12 +107,13 @@ def local_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Par
 
     Call it when the strategy has been applied, for sharding replaces the parameters.
     """
-    shards: list[ParameterShard] = []
-    for name, parameter in model.named_parameters():
-        start = 0
-        if isinstance(parameter, DTensor):
-            start = _first_row(parameter) * (parameter.numel() // max(len(parameter), 1))
-        shards.append(TensorShard(name, start, parameter, optimizer))
+    shards = []
+    for name, p in model.named_parameters():
+        numel, start = local_part(p).numel(), 0
+        if isinstance(p, DTensor):
+            start = _first_row(p) * (p.numel() // max(len(p), 1))
+        stepped_by = optimizer if p.requires_grad else None
+        shards.append(ParameterShard(name, p.shape, start, numel, p, stepped_by))
     return shards
 
 

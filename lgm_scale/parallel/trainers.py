@@ -10,10 +10,9 @@ import torch
 from composer import Trainer
 
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, TrainingRun
-from lgm_scale.parallel.deepspeed_internals import update_model_weights
+from lgm_scale.parallel.deepspeed_internals import update_model_weights, zero_shards
 from lgm_scale.parallel.fsdp import FSDPTrainer
 from lgm_scale.parallel.shards import ParameterShard, local_shards
-from lgm_scale.parallel.zero_shards import zero_shards
 
 __all__ = ["StartedTrainer", "start_trainer"]
 

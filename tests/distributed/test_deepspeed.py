@@ -6,13 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from composer.algorithms import EMA, SAM, SWA, GradientClipping
-from composer.callbacks import OptimizerMonitor
-
-from lgm_scale.config.schema import DeepSpeedConfig
-from lgm_scale.errors import ConfigError
-from lgm_scale.training.clipping import GroupClipping
-from lgm_scale.training.record import LossRecord
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
 
@@ -25,8 +18,6 @@ from zero_runs import (
     Case,
     run_all,
 )
-
-from lgm_scale.parallel.deepspeed import DeepSpeedTrainer
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-6
@@ -140,27 +131,3 @@ def test_a_gradient_that_is_not_finite_ends_the_run(runs):
     assert len(runs["two_divergence"]) == len(STAGES)
     for message in runs["two_divergence"]:
         assert "a gradient is NaN or infinite; stopped before the optimizer's step" in message
-
-
-@pytest.mark.parametrize(
-    ("kind", "member"),
-    [
-        ("algorithms", GradientClipping("norm", 1.0)),
-        ("algorithms", EMA(half_life="10ba")),
-        ("algorithms", SAM()),
-        ("algorithms", SWA()),
-        ("algorithms", GroupClipping({}, 1.0, LossRecord())),
-        ("callbacks", OptimizerMonitor()),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-@pytest.mark.parametrize("wrap", [lambda member: member, lambda member: [member]])
-def test_what_needs_whole_gradients_is_refused_by_name(kind, member, wrap):
-    with pytest.raises(ConfigError, match=f"but {type(member).__name__} needs whole weights"):
-        DeepSpeedTrainer(zero=DeepSpeedConfig(), **{kind: wrap(member)})
-
-
-def test_all_that_is_refused_is_named_at_once():
-    with pytest.raises(ConfigError) as error:
-        DeepSpeedTrainer(zero=DeepSpeedConfig(), algorithms=[SAM(), SWA()])
-    assert len(error.value.problems) == 2
