@@ -101,6 +101,18 @@ def test_a_bad_gradient_stops_before_anything_is_saved(tmp_path):
     assert saved(tmp_path) == ["ba1.pt", "ba2.pt"]
 
 
+def test_a_batch_of_mixed_lengths_is_told_as_such():
+    record = SimpleNamespace(latest={"loss": torch.tensor(float("inf"))})
+    state = SimpleNamespace(
+        batch={"num_tokens": torch.tensor([8, 16])},
+        timestamp=SimpleNamespace(batch=SimpleNamespace(value=3)),
+    )
+    guard = FiniteGuard(record, "")  # type: ignore[arg-type]
+    guard.after_loss(state, None)  # type: ignore[arg-type]
+    with pytest.raises(DivergenceError, match="step 3, K = mixed: loss is inf"):
+        guard.after_train_batch(state, None)  # type: ignore[arg-type]
+
+
 def test_every_micro_batch_is_looked_at():
     record = SimpleNamespace(latest={"loss": torch.tensor(float("nan"))})
     state = SimpleNamespace(
