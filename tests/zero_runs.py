@@ -6,6 +6,7 @@ import gc
 import os
 import socket
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel import deepspeed as zero
 from lgm_scale.parallel.blocks import compile_blocks
 from lgm_scale.parallel.collectives import mean_over_ranks
+from lgm_scale.parallel.composer_internals import ShardingTrainer
 from lgm_scale.parallel.deepspeed_internals import live_gradients, zero_shards
 from lgm_scale.parallel.shards import ParameterShard, gather, local_shards
 
@@ -185,8 +187,9 @@ def run(case: Case, world_size: int) -> dict[str, Any]:
         watch.start(local_shards(model, options["optimizers"]))
     else:
         sharding = DeepSpeedConfig(stage=case.stage, offload=case.offload, bucket_mib=1)  # type: ignore[arg-type]
-        trainer = zero.DeepSpeedTrainer(zero=sharding, clip_norm=case.clip, **options)
-        watch.start(zero_shards(trainer.zero_engine, model))
+        shard = partial(zero.shard_state, zero=sharding, clip_norm=case.clip)
+        trainer = ShardingTrainer(shard, **options)
+        watch.start(zero_shards(trainer.state.model.engine, model))
     found: dict[str, Any] = {"before": before, "read": dict(gather(watch.shards, watch.average))}
     found["cut"] = sum(0 < p.numel < torch.Size(p.shape).numel() for p in watch.shards)
     trainer.fit()
@@ -195,7 +198,7 @@ def run(case: Case, world_size: int) -> dict[str, Any]:
     found["average"] = dict(gather(watch.shards, watch.average))
     found |= {"losses": watch.losses, "rates": watch.rates}
     if case.stage:
-        trainer.zero_engine.destroy()  # type: ignore[attr-defined]
+        trainer.state.model.engine.destroy()  # type: ignore[operator]
     return found
 
 

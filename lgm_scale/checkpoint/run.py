@@ -40,11 +40,12 @@ def enter_run(folder: RunFolder) -> EnteredRun:
     Raises: ConfigError with the keys that differ; CheckpointError.
     """
     storage = open_storage(folder.config.checkpoint.folder or str(folder.path / "state"))
-    run = on_rank_zero(lambda: _enter(folder, storage))
-    return EnteredRun(run["run_id"], run["finished"], storage)
+    run_id, finished = on_rank_zero(lambda: _enter(folder, storage))
+    return EnteredRun(run_id, finished, storage)
 
 
-def _enter(folder: RunFolder, storage: Storage) -> dict:
+def _enter(folder: RunFolder, storage: Storage) -> tuple[str, bool]:
+    """The run's id, and whether it is finished. Called on rank 0."""
     folder.claim()
     config = folder.config
     run = _open_run(storage, config.run_name, to_dict(config))
@@ -58,8 +59,7 @@ def _enter(folder: RunFolder, storage: Storage) -> dict:
             f"checkpoint.folder: {storage.root} holds the state of a run with another "
             "configuration; choose another folder",
         )
-    finished = storage.remote and _fetch_result(storage, folder)
-    return {"run_id": run["run_id"], "finished": finished}
+    return run["run_id"], storage.remote and _fetch_result(storage, folder)
 
 
 def _open_run(storage: Storage, run_name: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ one of these names is gone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from composer import Trainer
@@ -23,19 +24,23 @@ __all__ = [
 
 
 class ShardingTrainer(Trainer):
-    """Composer's trainer, which lets `apply_sharding` replace the model.
+    """Composer's trainer with a strategy that Composer does not know.
 
     `Trainer.__init__` calls `_wrap_model_for_distributed` to apply its own FSDP. It is the one
     place that is late enough (precision is known, and schedulers are bound to the optimizer) and
     early enough (nothing was loaded yet, and callbacks have not seen the model).
+
+    Args:
+        shard: Shards the state's model, and lets the state's optimizer step the shards.
+        **arguments: Keyword arguments of `composer.Trainer`.
     """
 
-    def apply_sharding(self) -> None:
-        """Shard `self.state.model` and see to it that `self.state.optimizers` steps the shards."""
-        raise NotImplementedError
+    def __init__(self, shard: Callable[[State], None], **arguments: Any) -> None:
+        self._shard = shard
+        super().__init__(**arguments)
 
     def _wrap_model_for_distributed(self, model: Any, optimizers: Any) -> None:
-        self.apply_sharding()
+        self._shard(self.state)
 
 
 def dataset_position(state: State) -> dict[str, Any] | None:

@@ -18,56 +18,38 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from composer.core import Precision
+from composer.core import Precision, State
 from torch import nn
-from typing_extensions import override
 
 from lgm_scale.config.schema import DeepSpeedConfig
 from lgm_scale.errors import DivergenceError
-from lgm_scale.parallel.composer_internals import ShardingTrainer
 from lgm_scale.parallel.deepspeed_internals import build_no_kernels
 
-__all__ = ["DeepSpeedTrainer", "EngineOptimizer", "settings", "start_engine"]
+__all__ = ["EngineModel", "EngineOptimizer", "settings", "shard_state", "start_engine"]
 
 _BYTES = 4  # of float32, the unit of DeepSpeed's buckets
 
 
-class DeepSpeedTrainer(ShardingTrainer):
-    """Composer's trainer with ZeRO-1, 2 or 3.
+def shard_state(state: State, zero: DeepSpeedConfig, clip_norm: float | None) -> None:
+    """Put an engine where Composer's state has model and optimizer.
 
-    Model and optimizer are left out of Composer's own state, which no rank has as a whole: they
-    are written and read by their shards (`deepspeed_internals.zero_shards`). Algorithms and
-    callbacks that touch `p.grad` or `p.data`, such as Composer's GradientClipping, EMA and
-    OptimizerMonitor, find nothing there, or nothing that is whole.
+    Both are left out of Composer's own state dictionary, for no rank has them as a whole: they are
+    written and read by their shards (`deepspeed_internals.zero_shards`). Algorithms and callbacks
+    that touch `p.grad` or `p.data`, such as Composer's GradientClipping, EMA and OptimizerMonitor,
+    find nothing there, or nothing that is whole.
 
     Args:
-        *args: Arguments of `composer.Trainer`.
+        state: Composer's state; its model becomes an `EngineModel`.
         zero: What is sharded, and where it lies.
         clip_norm: Largest norm of the gradient of all parameters together; None: any.
-        **options: Keyword arguments of `composer.Trainer`.
     """
-
-    zero_engine: Any  # deepspeed.DeepSpeedEngine, which is untyped
-
-    def __init__(
-        self, *args: Any, zero: DeepSpeedConfig, clip_norm: float | None = None, **options: Any
-    ) -> None:
-        self._zero = zero
-        self._clip_norm = clip_norm
-        super().__init__(*args, **options)
-
-    @override
-    def apply_sharding(self) -> None:
-        (optimizer,) = self.state.optimizers
-        bf16 = self.state.precision is Precision.AMP_BF16
-        self.zero_engine = start_engine(
-            self.state.model, optimizer, settings(self._zero, self._clip_norm, bf16)
-        )
-        self.state.model = _EngineModel(self.zero_engine)  # type: ignore[assignment]
-        self.state.optimizers = EngineOptimizer(self.zero_engine, optimizer)
-        self.state.serialized_attributes = [
-            name for name in self.state.serialized_attributes if name not in ("model", "optimizers")
-        ]
+    (optimizer,) = state.optimizers
+    bf16 = state.precision is Precision.AMP_BF16
+    engine = start_engine(state.model, optimizer, settings(zero, clip_norm, bf16))
+    state.model = EngineModel(engine)  # type: ignore[assignment]
+    state.optimizers = EngineOptimizer(engine, optimizer)
+    whole = {"model", "optimizers"}
+    state.serialized_attributes = [n for n in state.serialized_attributes if n not in whole]
 
 
 def settings(zero: DeepSpeedConfig, clip_norm: float | None, bf16: bool) -> dict[str, Any]:
@@ -131,7 +113,7 @@ def start_engine(
     return engine
 
 
-class _EngineModel(nn.Module):
+class EngineModel(nn.Module):
     """The engine as Composer calls it.
 
     Composer puts DDP around every model of which some parameter has a gradient, and there is no

@@ -13,18 +13,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from composer.core import State
 from composer.utils import dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from typing_extensions import override
 
 from lgm_scale.config.schema import FSDPConfig
 from lgm_scale.errors import ConfigError
 from lgm_scale.parallel.blocks import transformer_blocks
-from lgm_scale.parallel.composer_internals import ShardingTrainer, sync_optimizer_and_model_params
+from lgm_scale.parallel.composer_internals import sync_optimizer_and_model_params
 
-__all__ = ["FSDPTrainer", "shard_model"]
+__all__ = ["shard_model", "shard_state"]
 
 
 def _mesh(config: FSDPConfig) -> DeviceMesh:
@@ -85,22 +85,8 @@ def shard_model(model: nn.Module, config: FSDPConfig, compute: torch.dtype) -> N
         fully_shard(network, **arguments)
 
 
-class FSDPTrainer(ShardingTrainer):
-    """Composer's trainer, with the model sharded where Composer would do it.
-
-    Args:
-        *args: Arguments of `composer.Trainer`.
-        fsdp: What is sharded, and where it lies.
-        compute: Dtype of gathered weights.
-        **kwargs: Keyword arguments of `composer.Trainer`.
-    """
-
-    def __init__(self, *args: Any, fsdp: FSDPConfig, compute: torch.dtype, **kwargs: Any) -> None:
-        self._fsdp, self._compute = fsdp, compute
-        super().__init__(*args, **kwargs)
-
-    @override
-    def apply_sharding(self) -> None:
-        (optimizer,) = self.state.optimizers
-        with sync_optimizer_and_model_params(optimizer, self.state.model):
-            shard_model(self.state.model, self._fsdp, self._compute)
+def shard_state(state: State, config: FSDPConfig, compute: torch.dtype) -> None:
+    """Apply FSDP2 to the model of Composer's state, whose optimizer then steps the shards."""
+    (optimizer,) = state.optimizers
+    with sync_optimizer_and_model_params(optimizer, state.model):
+        shard_model(state.model, config, compute)

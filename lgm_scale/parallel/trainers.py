@@ -10,8 +10,9 @@ import torch
 from composer import Trainer
 
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, TrainingRun
+from lgm_scale.parallel.composer_internals import ShardingTrainer
 from lgm_scale.parallel.deepspeed_internals import update_model_weights, zero_shards
-from lgm_scale.parallel.fsdp import FSDPTrainer
+from lgm_scale.parallel.fsdp import shard_state
 from lgm_scale.parallel.shards import ParameterShard, local_shards
 
 __all__ = ["StartedTrainer", "start_trainer"]
@@ -38,17 +39,18 @@ def start_trainer(config: TrainingRun, **arguments: Any) -> StartedTrainer:
     """
     model, parallel = arguments["model"], config.parallel
     if parallel.strategy == "deepspeed":
-        from lgm_scale.parallel.deepspeed import DeepSpeedTrainer  # maybe not installed
+        from lgm_scale.parallel import deepspeed  # maybe not installed
 
-        zero = parallel.deepspeed or DeepSpeedConfig()
-        clip_norm = config.optimizer.clip_norm
-        trainer = DeepSpeedTrainer(zero=zero, clip_norm=clip_norm, **arguments)
-        engine = trainer.zero_engine
+        zero, clip_norm = parallel.deepspeed or DeepSpeedConfig(), config.optimizer.clip_norm
+        shard = partial(deepspeed.shard_state, zero=zero, clip_norm=clip_norm)
+        trainer = ShardingTrainer(shard, **arguments)
+        engine = trainer.state.model.engine
         reload = partial(update_model_weights, engine)
         return StartedTrainer(trainer, zero_shards(engine, model), reload)
     if parallel.strategy == "fsdp":
         compute = torch.bfloat16 if config.train.precision == "amp_bf16" else torch.float32
-        trainer = FSDPTrainer(fsdp=parallel.fsdp or FSDPConfig(), compute=compute, **arguments)
+        fsdp = parallel.fsdp or FSDPConfig()
+        trainer = ShardingTrainer(partial(shard_state, config=fsdp, compute=compute), **arguments)
     else:
         trainer = Trainer(**arguments)
     return StartedTrainer(trainer, local_shards(model, trainer.state.optimizers[0]), lambda: None)
