@@ -25,7 +25,7 @@ from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.lgm.config import DIT_SIZES
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
-from lgm_scale.parallel.compile import compile_blocks
+from lgm_scale.parallel.blocks import compile_blocks
 
 __all__ = ["Batch", "build_network", "random_batch"]
 

@@ -33,10 +33,10 @@ from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.lgm.config import DIT_SIZES
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.parallel.fsdp import shard
+from lgm_scale.parallel.deepspeed_internals import live_gradients, zero_shards
+from lgm_scale.parallel.fsdp import shard_model
 from lgm_scale.parallel.memory import measured_bytes, parameter_infos, planned_bytes
-from lgm_scale.parallel.pieces import local_pieces
-from lgm_scale.parallel.zero_pieces import live_gradients, zero_pieces
+from lgm_scale.parallel.shards import local_shards
 
 STRATEGIES = {
     "ddp": ParallelConfig(),
@@ -103,7 +103,7 @@ class Step:
         self.call: Callable[..., Tensor] = net
         self.engine: Any = None
         if parallel.strategy == "fsdp":
-            shard(self.model, parallel.fsdp or FSDPConfig(), torch.float32)
+            shard_model(self.model, parallel.fsdp or FSDPConfig(), torch.float32)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         elif parallel.strategy == "deepspeed":
             self._start_zero(parallel.deepspeed or DeepSpeedConfig())
@@ -134,9 +134,9 @@ class Step:
     def state_bytes(self) -> int:
         """Weights, gradients and moments on this rank, after a backward pass."""
         if self.engine is not None:
-            pieces = zero_pieces(self.engine, self.model["net"])
-            return measured_bytes(self.model, pieces, (), live_gradients(self.engine)).total
-        return measured_bytes(self.model, local_pieces(self.model, self.optimizer), ()).total
+            shards = zero_shards(self.engine, self.model["net"])
+            return measured_bytes(self.model, shards, (), live_gradients(self.engine)).total
+        return measured_bytes(self.model, local_shards(self.model, self.optimizer), ()).total
 
 
 def _rank(rank: int, world_size: int, port: int, args: argparse.Namespace, out: Any) -> None:

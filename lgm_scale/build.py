@@ -20,20 +20,18 @@ from composer.optim import (
 from composer.utils import dist
 from torch import Tensor, nn
 
-from lgm_scale.checkpoint.resume import Resume
+from lgm_scale.checkpoint.checkpointer import Checkpointer
 from lgm_scale.checkpoint.saver import StateSaver
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import OptimizerConfig, TrainingRun
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.families.base import family_of
-from lgm_scale.parallel.activation_checkpointing import checkpoint_blocks
-from lgm_scale.parallel.compile import compile_blocks
-from lgm_scale.parallel.fsdp import shard_group, transformer_blocks
+from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
 from lgm_scale.parallel.trainers import start_trainer
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
-from lgm_scale.training.clipping import PlayerClipping, parameters_of
+from lgm_scale.training.clipping import GroupClipping, parameters_of
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
@@ -135,7 +133,7 @@ def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
     threshold = config.optimizer.clip_norm
     if threshold is None or config.parallel.strategy == "deepspeed":  # the engine clips
         return []
-    return [PlayerClipping(model.players(), threshold, model.record)]
+    return [GroupClipping(model.parameter_groups(), threshold, model.record)]
 
 
 def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
@@ -152,11 +150,11 @@ def build_trainer(
     model: TrainingModel,
     dataset: EpochDataset,
     ema: EMA,
-    resume: Resume,
+    checkpointer: Checkpointer,
     stop: StopRequest,
 ) -> Trainer:
-    """Composer's trainer under the run's strategy. `resume` is bound to it, and not begun."""
-    where = resume.storage.root
+    """Composer's trainer under the run's strategy. `checkpointer` is bound to it, not begun."""
+    where = checkpointer.storage.root
     advice = f"Run it again from {where} with a lower optimizer.lr, or look at the data."
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
@@ -173,11 +171,11 @@ def build_trainer(
             model.record,
             config.logging.progress_bar,
             model.labels(),
-            resume.attempts.check,
+            checkpointer.attempts.check,
         ),
         _throughput(config, model),
         stop,
-        StateSaver(resume, config.checkpoint.interval, stop, {metrics.name: metrics}),
+        StateSaver(checkpointer, config.checkpoint.interval, stop, {metrics.name: metrics}),
     ]
     if family_of(config).evaluation(config) is not None:
         from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
@@ -187,12 +185,12 @@ def build_trainer(
     if isinstance(data.dataloader, ScaledLoader):
         callbacks.append(LoaderStep(data.dataloader))
     batch_size = config.train.global_batch_size // dist.get_world_size()
-    trainer, pieces, reload = start_trainer(
+    trainer, shards, reload = start_trainer(
         config,
         model=model,
         train_dataloader=data,
         max_duration=config.train.max_duration,
-        optimizers=build_optimizer(config.optimizer, model.players()),
+        optimizers=build_optimizer(config.optimizer, model.parameter_groups()),
         schedulers=build_scheduler(config.optimizer),
         algorithms=_clipping(config, model),
         callbacks=callbacks,
@@ -204,11 +202,8 @@ def build_trainer(
         device_train_microbatch_size=config.train.device_microbatch_size or batch_size,
         seed=config.seed,
     )
-    for algorithm in trainer.state.algorithms:
-        if isinstance(algorithm, PlayerClipping):
-            algorithm.shard_group = shard_group(model)
-    ema.start(pieces)
-    resume.bind(model, pieces, ema, reload)
+    ema.start(shards)
+    checkpointer.bind(model, shards, ema, reload)
     return trainer
 
 

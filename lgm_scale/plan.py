@@ -10,9 +10,14 @@ import yaml
 from torch import nn
 
 from lgm_scale.config.loading import to_dict
-from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig, TrainingRun
+from lgm_scale.config.schema import (
+    DeepSpeedConfig,
+    FSDPConfig,
+    ParallelConfig,
+    TrainingRun,
+)
 from lgm_scale.families.base import Companions, family_of
-from lgm_scale.parallel.fsdp import transformer_blocks
+from lgm_scale.parallel.blocks import transformer_blocks
 from lgm_scale.parallel.memory import ParameterInfo, parameter_infos, planned_bytes
 from lgm_scale.training.batch_scaling import loader_batches, steps_per_epoch
 from lgm_scale.training.length_schedule import LengthSchedule
@@ -149,7 +154,7 @@ _STRATEGIES = (
 def _label(parallel: ParallelConfig) -> str:
     if parallel.strategy == "fsdp":
         fsdp = parallel.fsdp or FSDPConfig()
-        return f"fsdp{fsdp.version} {fsdp.shard}{' offload' if fsdp.cpu_offload else ''}"
+        return f"fsdp2 {fsdp.shard}{' offload' if fsdp.cpu_offload else ''}"
     if parallel.strategy == "deepspeed":
         zero = parallel.deepspeed or DeepSpeedConfig()
         return f"zero-{zero.stage}{'' if zero.offload == 'none' else ' offload'}"

@@ -90,9 +90,9 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
     from composer.utils import dist, get_device, reproducibility
 
     from lgm_scale.build import build_dataset, build_trainer, export_bundle
-    from lgm_scale.checkpoint.resume import Resume
+    from lgm_scale.checkpoint.checkpointer import Checkpointer
     from lgm_scale.checkpoint.run import enter_run, leave_result
-    from lgm_scale.parallel.agreement import on_rank_zero
+    from lgm_scale.parallel.collectives import on_rank_zero
     from lgm_scale.parallel.peers import PeerWatch
     from lgm_scale.training.ema import EMA
     from lgm_scale.training.stopping import StopRequest
@@ -106,9 +106,11 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
         dataset = build_dataset(config)
         model = family_of(config).training_model(config, dataset)
         ema = EMA(config.ema.decay, config.ema.interval)
-        resume = Resume(run.storage, run.run_id, config.parallel.strategy, config.checkpoint.keep)
-        trainer = build_trainer(config, model, dataset, ema, resume, stop)
-        resume.begin(trainer.state)
+        checkpointer = Checkpointer(
+            run.storage, run.run_id, config.parallel.strategy, config.checkpoint.keep
+        )
+        trainer = build_trainer(config, model, dataset, ema, checkpointer, stop)
+        checkpointer.begin(trainer.state)
         if trainer.state.timestamp < config.train.max_duration:
             trainer.fit()
         steps = trainer.state.timestamp.batch.value
@@ -121,7 +123,7 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
         average = ema.full_weights(everywhere=False)
 
         def finish() -> str:
-            resume.attempts.check()
+            checkpointer.attempts.check()
             bundle = export_bundle(config, model, dataset, average, steps)
             leave_result(run.storage, folder, steps)
             return str(bundle)

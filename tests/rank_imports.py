@@ -9,5 +9,9 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import importlib.util
 
+import lgm_scale.build
+import lgm_scale.checkpoint.run
+import lgm_scale.train
+
 if importlib.util.find_spec("deepspeed"):
-    pass
+    import lgm_scale.parallel.deepspeed  # noqa: F401

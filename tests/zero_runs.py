@@ -6,6 +6,7 @@ import gc
 import os
 import socket
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +30,11 @@ from lgm_scale.families.lgm.training import GeneratorModel
 from lgm_scale.flow import NoiseScale
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel import deepspeed as zero
+from lgm_scale.parallel.blocks import compile_blocks
 from lgm_scale.parallel.collectives import mean_over_ranks
-from lgm_scale.parallel.compile import compile_blocks
-from lgm_scale.parallel.pieces import Piece, gather, local_pieces
-from lgm_scale.parallel.zero_pieces import live_gradients, zero_pieces
+from lgm_scale.parallel.composer_internals import ShardingTrainer
+from lgm_scale.parallel.deepspeed_internals import live_gradients, zero_shards
+from lgm_scale.parallel.shards import ParameterShard, gather, local_shards
 
 BATCH, STEPS = 8, 12
 LENGTHS = (8, 16)
@@ -104,19 +106,19 @@ def small_generator() -> GeneratorModel:
 
 
 class Watch(Callback):
-    """Keys batches, averages weights by pieces, and writes down the run."""
+    """Keys batches, averages weights by shards, and writes down the run."""
 
     def __init__(self, model: GeneratorModel) -> None:
         self.model = model
-        self.pieces: list[Piece] = []
+        self.shards: list[ParameterShard] = []
         self.weights: list[torch.Tensor] = []
         self.average: list[torch.Tensor] = []
         self.losses: list[float] = []
         self.rates: list[float] = []
 
-    def start(self, pieces: list[Piece]) -> None:
-        self.pieces = pieces
-        self.weights = [piece.weight() for piece in pieces]  # views, which steps must not cut off
+    def start(self, shards: list[ParameterShard]) -> None:
+        self.shards = shards
+        self.weights = [shard.weight() for shard in shards]  # views, which steps must not cut off
         self.average = [weight.clone() for weight in self.weights]
 
     def batch_start(self, state, logger) -> None:
@@ -129,11 +131,11 @@ class Watch(Callback):
         self.rates.append(state.optimizers[0].param_groups[0]["lr"])
 
 
-def everything(pieces: list[Piece]) -> dict[str, dict[str, torch.Tensor]]:
+def everything(shards: list[ParameterShard]) -> dict[str, dict[str, torch.Tensor]]:
     """Whole weights, moments and numbers of steps."""
-    found = {"weight": dict(gather(pieces, [piece.weight() for piece in pieces]))}
-    trained = [piece for piece in pieces if piece.trainable]
-    states = [piece.optimizer_state() for piece in trained]
+    found = {"weight": dict(gather(shards, [shard.weight() for shard in shards]))}
+    trained = [shard for shard in shards if shard.trainable]
+    states = [shard.optimizer_state() for shard in trained]
     for key in ("exp_avg", "exp_avg_sq"):
         found[key] = dict(gather(trained, [state[key] for state in states]))
     found["step"] = {p.name: s["step"].clone() for p, s in zip(trained, states, strict=True)}
@@ -182,20 +184,21 @@ def run(case: Case, world_size: int) -> dict[str, Any]:
     if case.stage == 0:
         clipping = GradientClipping("norm", case.clip) if case.clip else None
         trainer = Trainer(algorithms=clipping, **options)
-        watch.start(local_pieces(model, options["optimizers"]))
+        watch.start(local_shards(model, options["optimizers"]))
     else:
         sharding = DeepSpeedConfig(stage=case.stage, offload=case.offload, bucket_mib=1)  # type: ignore[arg-type]
-        trainer = zero.DeepSpeedTrainer(zero=sharding, clip_norm=case.clip, **options)
-        watch.start(zero_pieces(trainer.zero_engine, model))
-    found: dict[str, Any] = {"before": before, "read": dict(gather(watch.pieces, watch.average))}
-    found["cut"] = sum(0 < p.numel < torch.Size(p.shape).numel() for p in watch.pieces)
+        shard = partial(zero.shard_state, zero=sharding, clip_norm=case.clip)
+        trainer = ShardingTrainer(shard, **options)
+        watch.start(zero_shards(trainer.state.model.engine, model))
+    found: dict[str, Any] = {"before": before, "read": dict(gather(watch.shards, watch.average))}
+    found["cut"] = sum(0 < p.numel < torch.Size(p.shape).numel() for p in watch.shards)
     trainer.fit()
     trainer.close()
-    found |= everything(watch.pieces)
-    found["average"] = dict(gather(watch.pieces, watch.average))
+    found |= everything(watch.shards)
+    found["average"] = dict(gather(watch.shards, watch.average))
     found |= {"losses": watch.losses, "rates": watch.rates}
     if case.stage:
-        trainer.zero_engine.destroy()  # type: ignore[attr-defined]
+        trainer.state.model.engine.destroy()  # type: ignore[operator]
     return found
 
 
@@ -217,11 +220,12 @@ def bytes_per_rank(stage: int) -> dict[str, int]:
     model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(4)))
     engine = engine_of(model, stage)
     engine(torch.ones(2, 512)).square().mean().backward()
-    found = {"gradients": live_bytes(live_gradients(engine))}
+    own = [p.grad for p in model.parameters()]
+    found = {"gradients": live_bytes([*live_gradients(engine), *own])}
     engine.step()
-    pieces = zero_pieces(engine, model)
-    found["master"] = live_bytes(piece.weight() for piece in pieces)
-    states = [piece.optimizer_state() for piece in pieces]
+    shards = zero_shards(engine, model)
+    found["master"] = live_bytes(shard.weight() for shard in shards)
+    states = [shard.optimizer_state() for shard in shards]
     found["moments"] = live_bytes(s[key] for s in states for key in ("exp_avg", "exp_avg_sq"))
     weights = [(p.data, getattr(p, "ds_tensor", None)) for p in model.parameters()]
     found["weights"] = live_bytes(tensor for both in weights for tensor in both)
@@ -274,8 +278,8 @@ def tokenizer_run(stage: int, rank: int, world_size: int) -> dict[str, float]:
         (wrapped if stage else optimizer).step()
         for name, value in model.record.take().items():
             found[f"{step}.{name}"] = mean_over_ranks(value).item()
-    pieces = zero_pieces(wrapped, model) if stage else local_pieces(model, optimizer)
-    for name, weight in gather(pieces, [piece.weight() for piece in pieces]):
+    shards = zero_shards(wrapped, model) if stage else local_shards(model, optimizer)
+    for name, weight in gather(shards, [shard.weight() for shard in shards]):
         found[name] = weight.abs().max().item()
     if stage:
         wrapped.destroy()

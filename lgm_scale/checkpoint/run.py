@@ -7,24 +7,27 @@ a run needs nothing from the disk of a machine that is gone.
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import dataclass
+from typing import Any
 
-from lgm_scale.checkpoint.resume import open_run
+from lgm_scale.checkpoint.manifest import StateName
 from lgm_scale.checkpoint.run_folder import METRICS_NAME, RunFolder, differing_keys
 from lgm_scale.checkpoint.storage import Storage, open_storage
 from lgm_scale.config.loading import to_dict
-from lgm_scale.errors import ConfigError
-from lgm_scale.parallel.agreement import on_rank_zero
+from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.parallel.collectives import on_rank_zero
 
 __all__ = ["EnteredRun", "enter_run", "leave_result"]
 
+RUN_NAME = "run.json"
 _RESULT = "result.json"
 _BUNDLE = "bundle/"
 
 
 @dataclass(frozen=True)
 class EnteredRun:
-    """A run that may go on here."""
+    """A run that may go on here: its id, whether it has its result, and where its states lie."""
 
     run_id: str
     finished: bool
@@ -37,14 +40,15 @@ def enter_run(folder: RunFolder) -> EnteredRun:
     Raises: ConfigError with the keys that differ; CheckpointError.
     """
     storage = open_storage(folder.config.checkpoint.folder or str(folder.path / "state"))
-    run = on_rank_zero(lambda: _enter(folder, storage))
-    return EnteredRun(run["run_id"], run["finished"], storage)
+    run_id, finished = on_rank_zero(lambda: _enter(folder, storage))
+    return EnteredRun(run_id, finished, storage)
 
 
-def _enter(folder: RunFolder, storage: Storage) -> dict:
+def _enter(folder: RunFolder, storage: Storage) -> tuple[str, bool]:
+    """The run's id, and whether it is finished. Called on rank 0."""
     folder.claim()
     config = folder.config
-    run = open_run(storage, config.run_name, to_dict(config))
+    run = _open_run(storage, config.run_name, to_dict(config))
     there = dict(run["config"])
     if storage.remote:
         there["out"] = config.out  # another machine may put it elsewhere
@@ -55,12 +59,34 @@ def _enter(folder: RunFolder, storage: Storage) -> dict:
             f"checkpoint.folder: {storage.root} holds the state of a run with another "
             "configuration; choose another folder",
         )
-    finished = storage.remote and _fetch_result(storage, folder)
-    return {"run_id": run["run_id"], "finished": finished}
+    return run["run_id"], storage.remote and _fetch_result(storage, folder)
+
+
+def _open_run(storage: Storage, run_name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The run that a storage belongs to: {run_id, run_name, config}; made if there is none.
+
+    The id is drawn at random. States carry it, so that a state that was copied here from another
+    run, even one of the same configuration, is not taken for one of this run.
+
+    Raises: CheckpointError if it is damaged, or is missing where there are states.
+    """
+    try:
+        return json.loads(storage.read(RUN_NAME))
+    except FileNotFoundError:
+        if any(StateName.parse(name.split("/")[0]) for name in storage.names()):
+            raise CheckpointError(
+                f"{storage.root} holds states without {RUN_NAME}: whose they are nobody can tell; "
+                "restore that file, or choose another folder"
+            ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{storage.root}/{RUN_NAME} is damaged ({error})") from error
+    run = {"run_id": uuid.uuid4().hex, "run_name": run_name, "config": config}
+    storage.write(RUN_NAME, (json.dumps(run, indent=1) + "\n").encode())
+    return run
 
 
 def _fetch_result(storage: Storage, folder: RunFolder) -> bool:
-    """Bring log and, of a finished run, the bundle to `out`; whether it is finished."""
+    """Bring the log and a finished run's bundle to `out`. Returns: whether it is finished."""
     names = storage.names()
     metrics = folder.path / METRICS_NAME
     if METRICS_NAME in names and not metrics.exists():
@@ -77,7 +103,10 @@ def _fetch_result(storage: Storage, folder: RunFolder) -> bool:
 
 
 def leave_result(storage: Storage, folder: RunFolder, steps: int) -> None:
-    """Put bundle and log beside the state in object storage. Call on rank 0."""
+    """Put bundle and log beside the state in object storage. Call on rank 0.
+
+    `result.json` comes last: where it is, everything else is there.
+    """
     if not storage.remote:
         return
     for path in sorted(folder.bundle.rglob("*")):

@@ -37,7 +37,12 @@ is none of them: some losses of a tokenizer are nonlinear in it.)"""
 
 
 class RunFolder:
-    """`<out>`: config.json, metrics.jsonl, state/ (resume), bundle/ (result)."""
+    """The folder `out`, with config.json, metrics.jsonl, state/ (to resume) and bundle/ (result).
+
+    Args:
+        path: The folder; it need not exist.
+        config: The run that is to live there.
+    """
 
     def __init__(self, path: Path, config: TrainingRun) -> None:
         self.path = path
@@ -50,7 +55,7 @@ class RunFolder:
         return (self.bundle / "bundle.json").is_file()
 
     def claim(self) -> None:
-        """Make the folder this run's."""
+        """Make the folder this run's. Raises: ConfigError if another run lives here."""
         self._check()
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(to_dict(self.config), indent=1) + "\n"
@@ -74,7 +79,7 @@ class RunFolder:
 
 
 def differing_keys(there: dict[str, Any], config: TrainingRun) -> list[str]:
-    """One line for each key in which a recorded configuration differs; free keys left out.
+    """One line for each key in which a recorded configuration differs, except those that may.
 
     A key that the record does not know, because it is younger, counts with its default.
     """

@@ -1,8 +1,11 @@
-"""Pieces of parameters to and from safetensors files.
+"""Shards of parameters to and from safetensors files.
 
-A file holds, for each piece that its rank speaks for, `weight/<i>`, the optimizer's `exp_avg/<i>`,
+A file holds, for each shard that its rank owns, `weight/<i>`, the optimizer's `exp_avg/<i>`,
 `exp_avg_sq/<i>` and `step/<i>`, and `ema/<i>`, where i is the parameter's place in the model. All
 are flat. Which elements they are stands in the manifest. Rank 0 adds the model's buffers.
+
+A rank reads from every file what that has in common with its own shards, and nothing else, so that
+neither the number of ranks nor the strategy need be those that wrote the state.
 """
 
 from __future__ import annotations
@@ -17,15 +20,15 @@ from torch import Tensor, nn
 
 from lgm_scale.checkpoint.manifest import Manifest, StateFile
 from lgm_scale.errors import CheckpointError
-from lgm_scale.parallel.pieces import Piece, plain_name
+from lgm_scale.parallel.shards import ParameterShard
 
-__all__ = ["files_needed", "read_pieces", "write_pieces"]
+__all__ = ["check_same_model", "files_needed", "read_shards", "write_shards"]
 
 
-def write_pieces(
+def write_shards(
     path: Path,
-    pieces: Sequence[Piece],
-    speaks: Sequence[bool],
+    shards: Sequence[ParameterShard],
+    owned: Sequence[bool],
     average: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
 ) -> list[list[int]]:
@@ -33,67 +36,85 @@ def write_pieces(
 
     Args:
         path: The file.
-        pieces: Of this rank, one for each parameter.
-        speaks: For which of them it writes.
-        average: Moving average by the name of the parameter, flat.
-        buffers: Whole tensors by name; empty on all ranks but one.
+        shards: This rank's shards, one for each parameter.
+        owned: Which of them it writes.
+        average: This rank's part of the moving average by the parameter's name, flat.
+        buffers: The model's buffers by name; empty on all ranks but one.
 
     Returns: [index, start, numel] of what was written.
     """
     tensors = {f"buffer/{name}": _on_host(value) for name, value in buffers.items()}
     written = []
-    for index, (piece, mine) in enumerate(zip(pieces, speaks, strict=True)):
+    for index, (shard, mine) in enumerate(zip(shards, owned, strict=True)):
         if not mine:
             continue
-        written.append([index, piece.start, piece.numel])
-        tensors[f"weight/{index}"] = _on_host(piece.weight())
-        if piece.name in average:
-            tensors[f"ema/{index}"] = _on_host(average[piece.name])
-        for key, value in piece.optimizer_state().items():
+        written.append([index, shard.start, shard.numel])
+        tensors[f"weight/{index}"] = _on_host(shard.weight())
+        if shard.name in average:
+            tensors[f"ema/{index}"] = _on_host(average[shard.name])
+        for key, value in shard.optimizer_state().items():
             tensors[f"{key}/{index}"] = _on_host(value)
     save_file(tensors, str(path))
     return written
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy that shares no storage, which safetensors refuses; of views, their elements alone."""
+    """A copy on the host. safetensors refuses tensors that share a storage, as shards do."""
     tensor = tensor.detach()
     return tensor.to("cpu") if tensor.is_cuda else tensor.clone()
 
 
-def files_needed(manifest: Manifest, pieces: Sequence[Piece]) -> list[StateFile]:
-    """The files that hold elements of these pieces, or the buffers."""
-    needed = []
-    for number, file in enumerate(manifest.files):
-        if number == 0 or any(_overlap(pieces[i], start, n) for i, start, n in file.pieces):
-            needed.append(file)
-    return needed
+def check_same_model(manifest: Manifest, shards: Sequence[ParameterShard], root: str) -> None:
+    """Raise CheckpointError, with an example, if a state's parameters are not the model's."""
+    here = [[shard.name, list(shard.shape)] for shard in shards]
+    if here == manifest.parameters:
+        return
+    pairs = zip(manifest.parameters, here, strict=False)
+    unlike = next(((was, now) for was, now in pairs if was != now), None)
+    example = ""
+    if unlike is not None:
+        (was, shape), (now, other) = unlike
+        example = f"; {was} {shape} there, {now} {other} here"
+    raise CheckpointError(
+        f"checkpoint.folder: {root} holds another model: {len(manifest.parameters)} parameters "
+        f"there, {len(here)} here{example}. Choose another `out`"
+    )
 
 
-def _overlap(piece: Piece, start: int, numel: int) -> bool:
-    return start < piece.start + piece.numel and piece.start < start + numel
+def files_needed(manifest: Manifest, shards: Sequence[ParameterShard]) -> list[StateFile]:
+    """The files that hold elements of these shards, and the first one, which holds the buffers."""
+    return [
+        file
+        for number, file in enumerate(manifest.files)
+        if number == 0 or any(_overlap(shards[i], start, n) for i, start, n in file.pieces)
+    ]
+
+
+def _overlap(shard: ParameterShard, start: int, numel: int) -> bool:
+    return start < shard.start + shard.numel and shard.start < start + numel
 
 
 @torch.no_grad()
-def read_pieces(
+def read_shards(
     manifest: Manifest,
     paths: Mapping[str, Path],
     model: nn.Module,
-    pieces: Sequence[Piece],
+    shards: Sequence[ParameterShard],
     average: Mapping[str, Tensor],
 ) -> None:
-    """Fill this rank's pieces, its average and the model's buffers, in place.
+    """Fill this rank's shards, its average and the model's buffers, in place.
 
     Args:
-        manifest: Of the state.
-        paths: Where `files_needed` are, by name.
-        model: Whose buffers are filled; those in its `fixed_buffers` are compared instead.
-        pieces: Of this rank.
-        average: Moving average by the name of the parameter, flat.
+        manifest: The state's manifest.
+        paths: Where the `files_needed` are, by name.
+        model: The model, whose buffers are filled; those named in its `fixed_buffers` are
+            determined by the data, and are compared instead.
+        shards: This rank's shards.
+        average: This rank's part of the moving average by the parameter's name, flat.
 
     Raises: CheckpointError if a file cannot be read or an element is in none.
     """
-    missing = [piece.numel for piece in pieces]
+    missing = [shard.numel for shard in shards]  # elements that no file has had yet
     for file in manifest.files:
         if file.name not in paths:
             continue
@@ -102,40 +123,39 @@ def read_pieces(
                 if file is manifest.files[0]:
                     _read_buffers(content, model)
                 for index, start, numel in file.pieces:
-                    if _overlap(pieces[index], start, numel):
-                        missing[index] -= _read_piece(content, pieces[index], index, start, average)
+                    if _overlap(shards[index], start, numel):
+                        missing[index] -= _read_shard(content, shards[index], index, start, average)
         except SafetensorError as error:
             raise CheckpointError(f"{paths[file.name]}: {error}") from error
-    lost = [piece.name for piece, count in zip(pieces, missing, strict=True) if count != 0]
+    lost = [shard.name for shard, count in zip(shards, missing, strict=True) if count != 0]
     if lost:
         raise CheckpointError(f"the state does not hold every element of {', '.join(lost[:3])}")
 
 
-def _read_piece(
-    content, piece: Piece, index: int, start: int, average: Mapping[str, Tensor]
+def _read_shard(
+    content, shard: ParameterShard, index: int, start: int, average: Mapping[str, Tensor]
 ) -> int:
-    """Copy the elements that a file's piece and this one share; how many they are."""
-    targets = {"weight": piece.weight(), **piece.optimizer_state()}
-    if piece.name in average:
-        targets["ema"] = average[piece.name]
+    """Copy the elements that a file's shard and this one share. Returns: how many they are."""
+    targets = {"weight": shard.weight(), **shard.optimizer_state()}
+    if shard.name in average:
+        targets["ema"] = average[shard.name]
     count = 0
     for key, target in targets.items():
         if key == "step":
             target.copy_(content.get_tensor(f"step/{index}"))
             continue
-        source = content.get_slice(f"{key}/{index}")
-        first = max(start, piece.start)
-        last = min(start + source.get_shape()[0], piece.start + piece.numel)
+        source = content.get_slice(f"{key}/{index}")  # reads from the disk what is asked for
+        first = max(start, shard.start)
+        last = min(start + source.get_shape()[0], shard.start + shard.numel)
         count = last - first
-        target[first - piece.start : last - piece.start].copy_(source[first - start : last - start])
+        target[first - shard.start : last - shard.start].copy_(source[first - start : last - start])
     return count
 
 
 def _read_buffers(content, model: nn.Module) -> None:
-    """Fill the buffers; those that the data determine must be equal."""
+    """Fill the buffers; those that the data determine must be equal to what was saved."""
     fixed = getattr(model, "fixed_buffers", ())
-    for wrapped_name, buffer in model.named_buffers():
-        name = plain_name(wrapped_name)
+    for name, buffer in model.named_buffers():
         value = content.get_tensor(f"buffer/{name}")
         if name in fixed and not torch.equal(value, buffer.cpu()):
             raise CheckpointError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
@@ -131,7 +131,8 @@ class FSDPConfig:
     """Fully sharded data parallelism; every transformer block is a unit of its own."""
 
     __pydantic_config__ = STRICT
-    version: Literal[1, 2] = 2
+    removed: ClassVar[dict[str, str]] = {"version": "FSDP 2 is the only version; remove the key"}
+    """Keys of older versions -> what to write instead."""
     shard: Literal["full", "grad_op", "hybrid"] = "full"
     """`full`: weights are gathered for each block's forward and backward. `grad_op`: they stay
     from forward to backward. `hybrid`: `full` inside groups of `group_size`, copies across."""
@@ -140,7 +141,7 @@ class FSDPConfig:
     reduce: Literal["fp32", "compute"] = "fp32"
     """Gradients are averaged in float32, or in the dtype of `train.precision`."""
     cpu_offload: bool = False
-    """Keep shards, gradients and optimizer on the host; version 2."""
+    """Keep shards, gradients and optimizer on the host."""
 
 
 @dataclass(frozen=True, kw_only=True)

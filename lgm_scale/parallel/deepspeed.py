@@ -16,88 +16,44 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
-from composer import Trainer
-from composer.core import Precision
-from composer.utils import ensure_tuple
+from composer.core import Precision, State
 from torch import nn
 
 from lgm_scale.config.schema import DeepSpeedConfig
-from lgm_scale.errors import ConfigError, DivergenceError
+from lgm_scale.errors import DivergenceError
+from lgm_scale.parallel.deepspeed_internals import build_no_kernels
 
-__all__ = ["DeepSpeedTrainer", "EngineOptimizer", "settings", "start_engine"]
+__all__ = ["EngineModel", "EngineOptimizer", "settings", "shard_state", "start_engine"]
 
-# They read or write `p.grad` or `p.data`, where ZeRO leaves nothing, or nothing that is whole.
-_ALGORITHMS = {
-    "EMA": "use ema.decay",
-    "GradientClipping": "use optimizer.clip_norm",
-    "PlayerClipping": "set optimizer.clip_norm: null, or use parallel.strategy: fsdp or ddp",
-    "SAM": "use parallel.strategy: ddp",
-    "SWA": "use ema.decay",
-}
-_CALLBACKS = {"OptimizerMonitor": "use parallel.strategy: fsdp or ddp"}
 _BYTES = 4  # of float32, the unit of DeepSpeed's buckets
 
 
-class DeepSpeedTrainer(Trainer):
-    """Composer's trainer with ZeRO-1, 2 or 3.
+def shard_state(state: State, zero: DeepSpeedConfig, clip_norm: float | None) -> None:
+    """Put an engine where Composer's state has model and optimizer.
 
-    Model and optimizer are left out of Composer's own state: write and read them by their pieces
-    (`parallel.zero_pieces`).
+    Both are left out of Composer's own state dictionary, for no rank has them as a whole: they are
+    written and read by their shards (`deepspeed_internals.zero_shards`). Algorithms and callbacks
+    that touch `p.grad` or `p.data`, such as Composer's GradientClipping, EMA and OptimizerMonitor,
+    find nothing there, or nothing that is whole.
 
     Args:
-        *args: Of `composer.Trainer`.
+        state: Composer's state; its model becomes an `EngineModel`.
         zero: What is sharded, and where it lies.
         clip_norm: Largest norm of the gradient of all parameters together; None: any.
-        **options: Of `composer.Trainer`.
-
-    Raises: ConfigError for an algorithm or callback that cannot work.
     """
-
-    zero_engine: Any  # deepspeed.DeepSpeedEngine, which is untyped
-
-    def __init__(
-        self, *args: Any, zero: DeepSpeedConfig, clip_norm: float | None = None, **options: Any
-    ) -> None:
-        problems = [
-            *_unfit(options.get("algorithms"), _ALGORITHMS),
-            *_unfit(options.get("callbacks"), _CALLBACKS),
-        ]
-        if problems:
-            raise ConfigError(problems)
-        self._zero = zero
-        self._clip_norm = clip_norm
-        super().__init__(*args, **options)
-
-    def _wrap_model_for_distributed(self, model: Any, optimizers: Any) -> None:
-        """Composer's place for wrappers: after schedulers are bound, before a state is loaded."""
-        (optimizer,) = self.state.optimizers
-        bf16 = self.state.precision is Precision.AMP_BF16
-        self.zero_engine = start_engine(
-            self.state.model, optimizer, settings(self._zero, self._clip_norm, bf16)
-        )
-        self.state.model = _EngineModel(self.zero_engine)  # type: ignore[assignment]
-        self.state.optimizers = EngineOptimizer(self.zero_engine, optimizer)
-        self.state.serialized_attributes = [
-            name for name in self.state.serialized_attributes if name not in ("model", "optimizers")
-        ]
-
-
-def _unfit(members: Any, unfit: dict[str, str]) -> Iterator[str]:
-    """By name, subclasses included: one line for each that is not for ZeRO."""
-    for member in ensure_tuple(members):
-        for name in (kind.__name__ for kind in type(member).__mro__):
-            if name in unfit:
-                yield (
-                    f"parallel.strategy: deepspeed, but {name} needs whole weights or gradients, "
-                    f"which no rank has; {unfit[name]}"
-                )
+    (optimizer,) = state.optimizers
+    bf16 = state.precision is Precision.AMP_BF16
+    engine = start_engine(state.model, optimizer, settings(zero, clip_norm, bf16))
+    state.model = EngineModel(engine)  # type: ignore[assignment]
+    state.optimizers = EngineOptimizer(engine, optimizer)
+    whole = {"model", "optimizers"}
+    state.serialized_attributes = [n for n in state.serialized_attributes if n not in whole]
 
 
 def settings(zero: DeepSpeedConfig, clip_norm: float | None, bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration: where its defaults are not what DDP does, what DDP does.
+    """DeepSpeed's configuration; where its defaults do other than DDP, it is told to do as DDP.
 
     Args:
         zero: What is sharded, and where it lies.
@@ -137,15 +93,15 @@ def settings(zero: DeepSpeedConfig, clip_norm: float | None, bf16: bool) -> dict
 def start_engine(
     model: nn.Module, optimizer: torch.optim.Optimizer, configuration: dict[str, Any]
 ) -> Any:
-    """The engine, which has taken model and optimizer over. Every rank must call it.
+    """A DeepSpeed engine that has taken model and optimizer over. Every rank must call it.
 
-    A model's `read_elsewhere`, if it has one, names pairs of a module and a weight of another one
-    that it reads.
+    At stage 3 a module's weights are there while its forward runs, and at no other time. A model
+    some of whose modules read a weight of another one has a method `read_elsewhere`, which yields
+    such pairs of module and weight.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
-        # An operator for inference on CPUs: it would be compiled here, minutes long, on all ranks.
-        deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
+        build_no_kernels()
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist.get_backend(), verbose=False)
     engine, *_ = deepspeed.initialize(
@@ -157,12 +113,12 @@ def start_engine(
     return engine
 
 
-class _EngineModel(nn.Module):
+class EngineModel(nn.Module):
     """The engine as Composer calls it.
 
-    Composer puts DDP around a model of which any parameter has a gradient. Here the engine sees
-    to gradients, and so there are none to tell Composer about: that spares replacing a function
-    inside Composer. Names and buffers, `train()` and `eval()` are the engine's.
+    Composer puts DDP around every model of which some parameter has a gradient, and there is no
+    switch against it. So this model shows Composer no parameters: the engine sees to gradients.
+    Names and buffers, `train()` and `eval()` are the engine's.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -170,11 +126,11 @@ class _EngineModel(nn.Module):
         self.engine = engine
 
     def forward(self, batch: Any) -> Any:
-        """One micro-batch."""
+        """The outputs of the model for one micro-batch."""
         return self.engine(batch)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """None; see above."""
+        """No parameters, so that Composer adds no DDP."""
         return iter(())
 
 
@@ -192,19 +148,19 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Of the optimizer."""
+        """The groups of the optimizer that the engine steps."""
         return self.optimizer.param_groups
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """Of the optimizer."""
+        """The state of the optimizer that the engine steps."""
         return self.optimizer.state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: the engine drops gradients after its step."""
+        """Do nothing: the engine drops gradients after its step."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """All micro-batches (Composer's closure), then the engine's step.
+        """Run Composer's closure, which is all micro-batches, and then the engine's step.
 
         Raises: DivergenceError if a gradient is not finite; DeepSpeed would leave the step out.
         """

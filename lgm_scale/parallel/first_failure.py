@@ -23,7 +23,14 @@ __all__ = ["first_failure_on_top"]
 
 @contextlib.contextmanager
 def first_failure_on_top(folder: Path) -> Iterator[None]:
-    """Around the work of a rank; `folder` is shared by all ranks. Errors pass through."""
+    """Surround the work of a rank, and leave its traceback in `folder` if it fails.
+
+    Errors pass through. Those that are messages for the user are the same on all ranks, and leave
+    nothing.
+
+    Args:
+        folder: A folder that all ranks share.
+    """
     started = time.time()
     try:
         yield
@@ -57,7 +64,7 @@ def first_failure_on_top(folder: Path) -> Iterator[None]:
 
 
 def _failures_since(folder: Path, started: float) -> list[Path]:
-    """Tracebacks of this start, the first one first."""
+    """Tracebacks that ranks of this start have left, the first one first."""
     when = {path: float(path.name.split("-")[0]) for path in folder.glob("*-rank-*.txt")}
     return sorted((path for path in when if when[path] >= started), key=when.__getitem__)
 

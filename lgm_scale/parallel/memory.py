@@ -1,25 +1,30 @@
 """Bytes of state that one rank keeps: planned from shapes, and measured.
 
-State is weights, gradients, moments of the optimizer and the moving average. Activations, buffers
-of communication and gathered blocks come on top; the largest gathered block is told apart.
+State is what grows with the number of parameters. Under DDP with AdamW in float32 it is 16 bytes
+for each: 4 for the weight, 4 for its gradient and 2 x 4 for the moments; the moving average adds
+4. Each strategy divides some of these by the number of ranks. Activations, buffers of
+communication and gathered blocks come on top.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig
-from lgm_scale.parallel.pieces import Piece
+from lgm_scale.parallel.deepspeed_internals import partition_of
+from lgm_scale.parallel.shards import ParameterShard, local_part
 
 __all__ = ["ParameterInfo", "StateBytes", "measured_bytes", "parameter_infos", "planned_bytes"]
 
 FLOAT = 4
+"""Bytes of a number: all state is float32, whatever the precision of the computation."""
 MOMENTS = 2
+"""Numbers that AdamW keeps for each weight."""
 PERSISTENT = 100_000
 """ZeRO-3 keeps parameters of up to so many elements whole beside their part (its default)."""
 GPUS_PER_NODE = 8
@@ -52,7 +57,7 @@ class StateBytes:
 
 
 def parameter_infos(module: nn.Module, averaged: bool) -> list[ParameterInfo]:
-    """Of all parameters of a network, which may be on the meta device."""
+    """What a plan needs of all parameters of a network, which may be on the meta device."""
     return [
         ParameterInfo(tuple(p.shape), p.requires_grad, averaged and p.requires_grad)
         for p in module.parameters()
@@ -62,56 +67,52 @@ def parameter_infos(module: nn.Module, averaged: bool) -> list[ParameterInfo]:
 def planned_bytes(
     infos: Sequence[ParameterInfo], parallel: ParallelConfig, world_size: int
 ) -> StateBytes:
-    """On the rank that keeps most, in float32."""
+    """Bytes of state on the rank that keeps most."""
     if parallel.strategy == "fsdp":
         return _fsdp(infos, parallel.fsdp or FSDPConfig(), world_size)
     if parallel.strategy == "deepspeed":
         return _zero(infos, parallel.deepspeed or DeepSpeedConfig(), world_size)
-    every, trained, averaged = (
-        sum(math.prod(info.shape) for info in chosen) for chosen in _kinds(infos)
-    )
-    return StateBytes(every * FLOAT, trained * FLOAT, trained * MOMENTS * FLOAT, averaged * FLOAT)
+    return _state(*_elements(infos, lambda info: math.prod(info.shape)))
 
 
-def _kinds(infos: Sequence[ParameterInfo]) -> tuple[list[ParameterInfo], ...]:
+def _elements(
+    infos: Sequence[ParameterInfo], count: Callable[[ParameterInfo], int]
+) -> tuple[int, int, int]:
+    """Elements of all parameters, of those that are trained and of those that are averaged."""
     return (
-        list(infos),
-        [info for info in infos if info.trainable],
-        [info for info in infos if info.averaged],
+        sum(map(count, infos)),
+        sum(count(info) for info in infos if info.trainable),
+        sum(count(info) for info in infos if info.averaged),
     )
 
 
-def _rows(info: ParameterInfo, ranks: int) -> int:
-    """Elements of the first rank's rows."""
-    if not info.shape:
-        return 1
-    return math.ceil(info.shape[0] / ranks) * math.prod(info.shape[1:])
+def _state(every: int, trained: int, averaged: int) -> StateBytes:
+    """Bytes where one rank keeps so many elements, each with everything that belongs to it."""
+    return StateBytes(every * FLOAT, trained * FLOAT, trained * MOMENTS * FLOAT, averaged * FLOAT)
 
 
 def _fsdp(infos: Sequence[ParameterInfo], fsdp: FSDPConfig, world_size: int) -> StateBytes:
     ranks = world_size
     if fsdp.shard == "hybrid":
         ranks = fsdp.group_size or min(GPUS_PER_NODE, world_size)
-    if fsdp.version == 2:
-        every, trained, averaged = (
-            sum(_rows(info, ranks) for info in chosen) for chosen in _kinds(infos)
-        )
-    else:  # flat, padded by less than one element per rank
-        every, trained, averaged = (
-            math.ceil(sum(math.prod(info.shape) for info in chosen) / ranks)
-            for chosen in _kinds(infos)
-        )
-    planned = StateBytes(
-        every * FLOAT, trained * FLOAT, trained * MOMENTS * FLOAT, averaged * FLOAT
-    )
-    return _on_host(planned, planned.total) if fsdp.cpu_offload else planned
+
+    def rows(info: ParameterInfo) -> int:
+        """Elements on the first rank, which has most: whole rows, and ranks need not divide."""
+        if not info.shape:
+            return 1
+        return math.ceil(info.shape[0] / ranks) * math.prod(info.shape[1:])
+
+    planned = _state(*_elements(infos, rows))
+    return replace(planned, on_host=planned.total) if fsdp.cpu_offload else planned
 
 
 def _zero(infos: Sequence[ParameterInfo], zero: DeepSpeedConfig, world_size: int) -> StateBytes:
-    """ZeRO keeps the optimizer's copy of the weights beside the model's, in float32, too."""
-    every, trained, averaged = (
-        sum(math.prod(info.shape) for info in chosen) for chosen in _kinds(infos)
-    )
+    """ZeRO's optimizer steps a copy of the weights of its own, so that there are two of them.
+
+    For mixed precision, where the model's copy is bfloat16, there must be. In float32 DeepSpeed
+    makes it all the same: 20 bytes per parameter, of which a rank keeps 1/n of 12, 16 or 20.
+    """
+    every, trained, averaged = _elements(infos, lambda info: math.prod(info.shape))
     part = math.ceil(trained / world_size)
     model = every
     if zero.stage == 3:
@@ -126,41 +127,37 @@ def _zero(infos: Sequence[ParameterInfo], zero: DeepSpeedConfig, world_size: int
     if zero.offload == "none":
         return planned
     host = part * FLOAT + planned.optimizer + planned.ema + (part * FLOAT if zero.stage > 1 else 0)
-    return _on_host(planned, host + (model * FLOAT if zero.offload == "all" else 0))
-
-
-def _on_host(planned: StateBytes, host: int) -> StateBytes:
-    return StateBytes(planned.weights, planned.gradients, planned.optimizer, planned.ema, host)
+    return replace(planned, on_host=host + (model * FLOAT if zero.offload == "all" else 0))
 
 
 def measured_bytes(
     model: nn.Module,
-    pieces: Sequence[Piece],
+    shards: Sequence[ParameterShard],
     average: Iterable[Tensor],
     gradients: Iterable[Tensor] = (),
 ) -> StateBytes:
-    """What lies in memory now, on this rank; between the backward pass and the step.
+    """Bytes that lie in memory now, on this rank; between the backward pass and the step.
 
     Storages are counted, once each and whole: a view into a larger tensor counts as that.
 
     Args:
-        model: As trained.
-        pieces: Of this rank.
-        average: Of the moving average.
-        gradients: Those that pieces do not know of: under ZeRO, `zero_pieces.live_gradients`.
+        model: The model in training.
+        shards: This rank's shards.
+        average: This rank's part of the moving average.
+        gradients: Gradients that are no parameter's: under ZeRO, those of
+            `deepspeed_internals.live_gradients`.
     """
-    parts = [vars(p)["ds_tensor"] for p in model.parameters() if hasattr(p, "ds_tensor")]  # ZeRO-3
-    weights = [*model.parameters(), *parts, *(piece.weight() for piece in pieces)]
-    known = [gradient for p in pieces if (gradient := p.gradient()) is not None]
-    gradients = [*gradients, *known]
-    moments = [value for p in pieces for key, value in p.optimizer_state().items() if key != "step"]
+    parts = [part for p in model.parameters() if (part := partition_of(p)) is not None]
+    weights = [*model.parameters(), *parts, *(shard.weight() for shard in shards)]
+    gradients = [*gradients, *(p.grad for p in model.parameters() if p.grad is not None)]
+    moments = [value for s in shards for key, value in s.optimizer_state().items() if key != "step"]
     return StateBytes(*map(_storage_bytes, (weights, gradients, moments, average)))
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        local = getattr(tensor.detach(), "to_local", tensor.detach)()
+        local = local_part(tensor)
         storage = local.untyped_storage()
         if storage.nbytes() and local.device != torch.device("meta"):
             sizes[storage.data_ptr()] = storage.nbytes()

@@ -27,7 +27,7 @@ class PeerWatch:
     must enter it; where there are no other ranks, it does nothing.
 
     Args:
-        grace_seconds: From the death of a peer to the end of this process.
+        grace_seconds: Seconds from the death of a peer to the end of this process.
         interval: Seconds between two looks.
     """
 
@@ -58,7 +58,10 @@ class PeerWatch:
                 return
 
     def _end(self, gone: list[int]) -> None:
-        """Say why and where, take the data workers along, and leave; nothing else would end it."""
+        """Say why and where, take the data workers along, and leave.
+
+        By `os._exit`, for the main thread is in a wait that no exception reaches.
+        """
         rank = dist.get_global_rank()
         print(
             f"rank {rank}: the process of rank {', '.join(map(str, gone))} is gone, and this one "

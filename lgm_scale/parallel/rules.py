@@ -11,7 +11,13 @@ __all__ = ["parallel_rules"]
 
 
 def parallel_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> Iterator[str]:
-    """One line for each rule that is broken; see `config_rules.broken_rules`."""
+    """One line, `key: value; rule; fix`, for each rule of `parallel:` that is broken.
+
+    Args:
+        config: The run.
+        world_size: Number of ranks that will run it.
+        has_gpu: Whether ranks have a GPU; None leaves the rules about it out (dry runs).
+    """
     parallel = config.parallel
     sections = {"fsdp": parallel.fsdp, "deepspeed": parallel.deepspeed}
     given = [name for name, section in sections.items() if section is not None]
@@ -42,11 +48,6 @@ def _fsdp(config: TrainingRun, world_size: int, has_gpu: bool | None) -> Iterato
     fsdp = config.parallel.fsdp
     if fsdp is None:
         return
-    if fsdp.cpu_offload and fsdp.version == 1:
-        yield (
-            "parallel.fsdp.cpu_offload: true needs parallel.fsdp.version: 2; Composer refuses it "
-            "under version 1"
-        )
     if fsdp.shard != "hybrid":
         if fsdp.group_size is not None:
             yield (
@@ -54,10 +55,10 @@ def _fsdp(config: TrainingRun, world_size: int, has_gpu: bool | None) -> Iterato
                 f"{fsdp.shard}; drop it, or use hybrid"
             )
         return
-    if fsdp.version == 2 and has_gpu is False:
+    if has_gpu is False:
         yield (
-            "parallel.fsdp.shard: hybrid needs a GPU under version 2 (torch 2.7 waits for a CUDA "
-            "event); use version: 1 here"
+            "parallel.fsdp.shard: hybrid needs a GPU (torch 2.7 waits for a CUDA event when it "
+            "averages copies); use shard: full here"
         )
     if fsdp.group_size is None:
         return

@@ -10,48 +10,47 @@ import torch
 from composer import Trainer
 
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, TrainingRun
-from lgm_scale.parallel.fsdp import FSDP2Trainer, composer_fsdp1, fsdp1_on_cpu
-from lgm_scale.parallel.pieces import Piece, local_pieces
-from lgm_scale.parallel.zero_pieces import reload, zero_pieces
+from lgm_scale.parallel.composer_internals import ShardingTrainer
+from lgm_scale.parallel.deepspeed_internals import update_model_weights, zero_shards
+from lgm_scale.parallel.fsdp import shard_state
+from lgm_scale.parallel.shards import ParameterShard, local_shards
 
 __all__ = ["StartedTrainer", "start_trainer"]
 
 
 class StartedTrainer(NamedTuple):
-    """A trainer that has applied its strategy.
+    """A trainer that has applied its strategy, and what this rank keeps under it.
 
-    `reload` is to be called when something was loaded into the pieces: under ZeRO, the model reads
-    other copies.
+    `reload` is to be called, on all ranks, when something was loaded into the shards: under ZeRO
+    the optimizer steps one copy of the weights and the model reads another.
     """
 
     trainer: Trainer
-    pieces: list[Piece]
+    shards: list[ParameterShard]
     reload: Callable[[], None]
 
 
 def start_trainer(config: TrainingRun, **arguments: Any) -> StartedTrainer:
-    """Make the trainer of `parallel.strategy`.
+    """Make the trainer of `parallel.strategy`. Every rank must call it.
 
     Args:
         config: The run.
-        **arguments: Of `composer.Trainer`, `model` among them.
+        **arguments: Keyword arguments of `composer.Trainer`, `model` among them.
     """
     model, parallel = arguments["model"], config.parallel
     if parallel.strategy == "deepspeed":
-        from lgm_scale.parallel.deepspeed import DeepSpeedTrainer  # an extra: maybe not installed
+        from lgm_scale.parallel import deepspeed  # maybe not installed
 
-        zero = parallel.deepspeed or DeepSpeedConfig()
-        clip_norm = config.optimizer.clip_norm
-        trainer = DeepSpeedTrainer(zero=zero, clip_norm=clip_norm, **arguments)
-        engine = trainer.zero_engine
-        return StartedTrainer(trainer, zero_pieces(engine, model), partial(reload, engine))
-    fsdp = parallel.fsdp or FSDPConfig()
-    if parallel.strategy == "ddp":
-        trainer = Trainer(**arguments)
-    elif fsdp.version == 2:
+        zero, clip_norm = parallel.deepspeed or DeepSpeedConfig(), config.optimizer.clip_norm
+        shard = partial(deepspeed.shard_state, zero=zero, clip_norm=clip_norm)
+        trainer = ShardingTrainer(shard, **arguments)
+        engine = trainer.state.model.engine
+        reload = partial(update_model_weights, engine)
+        return StartedTrainer(trainer, zero_shards(engine, model), reload)
+    if parallel.strategy == "fsdp":
         compute = torch.bfloat16 if config.train.precision == "amp_bf16" else torch.float32
-        trainer = FSDP2Trainer(fsdp=fsdp, compute=compute, **arguments)
+        fsdp = parallel.fsdp or FSDPConfig()
+        trainer = ShardingTrainer(partial(shard_state, config=fsdp, compute=compute), **arguments)
     else:
-        with fsdp1_on_cpu():
-            trainer = Trainer(parallelism_config=composer_fsdp1(fsdp, model), **arguments)  # type: ignore[arg-type]
-    return StartedTrainer(trainer, local_pieces(model, trainer.state.optimizers[0]), lambda: None)
+        trainer = Trainer(**arguments)
+    return StartedTrainer(trainer, local_shards(model, trainer.state.optimizers[0]), lambda: None)

@@ -26,15 +26,15 @@ __all__ = ["LoaderStep", "ScaledLoader", "loader_batches", "split_by_tokens", "s
 
 
 def loader_batches(schedule: LengthSchedule, num_tokens: int) -> int:
-    """How many of the stream's batches a step at K takes."""
+    """Number of the stream's batches that a step at `num_tokens` takes."""
     return max(schedule.choices) // num_tokens
 
 
 def steps_per_epoch(schedule: LengthSchedule, num_batches: int) -> int:
-    """Steps that an epoch of `num_batches` of the stream's batches makes, at most.
+    """The most steps that an epoch of `num_batches` of the stream's batches can make.
 
-    An epoch may begin anywhere in the cycle of lengths; the worst beginning counts. The true
-    number differs by a few steps of one cycle.
+    An epoch may begin anywhere in the cycle of lengths, and the worst beginning counts. The true
+    number is less by a few steps of one cycle.
     """
     cycle = [loader_batches(schedule, k) for k in schedule.choices]
     rounds, rest = divmod(num_batches, sum(cycle))
@@ -52,9 +52,9 @@ class ScaledLoader(CheckedLoader):
     """A loader of batches for each step's length; `LoaderStep` tells it the step.
 
     Args:
-        *args: Of `CheckedLoader`, whose batches are for the longest length.
+        *args: Arguments of `CheckedLoader`, whose batches are for the longest length.
         schedule: Length of each step; a cycle.
-        **kwargs: As `args`.
+        **kwargs: Keyword arguments of `CheckedLoader`.
     """
 
     def __init__(self, *args: Any, schedule: LengthSchedule, **kwargs: Any) -> None:
@@ -63,7 +63,7 @@ class ScaledLoader(CheckedLoader):
         self.step = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Batches of one epoch. Nothing is drawn before its step."""
+        """Batches of one epoch. None is drawn before its step, when the step's length is known."""
         batches = super().__iter__()
         while True:
             count = loader_batches(self.schedule, self.schedule.num_tokens(self.step))
@@ -73,7 +73,7 @@ class ScaledLoader(CheckedLoader):
             yield parts[0] if len(parts) == 1 else self._join(parts)
 
     def __len__(self) -> int:
-        """Steps of an epoch, at most."""
+        """The most steps that an epoch can make."""
         return steps_per_epoch(self.schedule, super().__len__())
 
     def _join(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ class LoaderStep(Callback):
         self.loader = loader
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """Right before the loader is asked."""
+        """Tell the step right before the loader is asked."""
         self.loader.step = state.timestamp.batch.value
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import statistics
 import sys
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lgm_scale.parallel.agreement import on_rank_zero
+from lgm_scale.parallel.collectives import on_rank_zero
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.record import LossRecord
-from lgm_scale.training.spikes import SpikeWatch
 
-__all__ = ["MetricsLog", "StepKeys"]
+__all__ = ["MetricsLog", "SpikeWatch", "StepKeys"]
 
 log = logging.getLogger("lgm_scale")
 
@@ -32,7 +33,10 @@ log = logging.getLogger("lgm_scale")
 class StepKeys(Callback):
     """Put `step` and `num_tokens` into the batch, as ints: micro-batching leaves ints whole.
 
-    With `per_sample`, `num_tokens` is a tensor [B], which micro-batching cuts like the images.
+    Args:
+        schedule: The token length of each step.
+        per_sample: Whether each sample has a length of its own: `num_tokens` is then a tensor [B],
+            which micro-batching cuts like the images.
     """
 
     def __init__(self, schedule: LengthSchedule, per_sample: bool = False) -> None:
@@ -40,7 +44,7 @@ class StepKeys(Callback):
         self.per_sample = per_sample
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Key the step."""
+        """Key the batch before it is cut into micro-batches."""
         step = state.timestamp.batch.value
         state.batch["step"] = step
         state.batch["num_tokens"] = (
@@ -73,7 +77,8 @@ class MetricsLog(Callback):
         record: Where the model notes its losses.
         progress_bar: Whether rank 0 shows a bar over the whole run.
         labels: What every line says about the run as a whole.
-        fence: Called on rank 0 before lines are written; what it raises, all ranks raise.
+        before_writing: Called on rank 0 before lines are written; what it raises, all ranks raise.
+            A process that was replaced by another one finds out here that it must not write.
     """
 
     def __init__(
@@ -83,14 +88,14 @@ class MetricsLog(Callback):
         record: LossRecord,
         progress_bar: bool = False,
         labels: dict[str, Any] | None = None,
-        fence: Callable[[], None] = lambda: None,
+        before_writing: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = path
         self.interval = interval
         self.record = record
         self.progress_bar = progress_bar
         self.labels = labels or {}
-        self.fence = fence
+        self.before_writing = before_writing
         self._bar: tqdm | None = None
         self._pending: list[_Step] = []
         self._clock = 0.0
@@ -98,7 +103,7 @@ class MetricsLog(Callback):
         self._spikes = SpikeWatch()
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Drop the lines of steps that will run again."""
+        """Drop the lines of steps that will run again, for the file holds each step once."""
         self._clock, self._run = time.monotonic(), (state, logger)
         if dist.get_global_rank() != 0:
             return
@@ -160,7 +165,7 @@ class MetricsLog(Callback):
             by_part = {name.replace("loss", key, 1): mean for name, mean in parts.items()}
             logger.log_metrics({key: row["loss"]} | by_part, step=row["step"])
         rows = [row | parts for row, parts in zip(rows, means, strict=True)]
-        on_rank_zero(self.fence)
+        on_rank_zero(self.before_writing)
         if dist.get_global_rank() == 0:
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -170,6 +175,33 @@ class MetricsLog(Callback):
                     spike = self._spikes.look(row["step"], row["num_tokens"], row["loss"])
                     if spike is not None:
                         log.warning(spike)
+
+
+class SpikeWatch:
+    """Compares each loss with the last ones at the same token length. Ours.
+
+    A spike is a loss above their mean by more than six of their standard deviations. It is no
+    error: the run goes on, and a person may want to look. Spikes are not taken into the window,
+    where one would hide the next.
+    """
+
+    WINDOW, LEAST, DEVIATIONS = 50, 20, 6.0
+
+    def __init__(self) -> None:
+        self._losses: dict[int | str, deque[float]] = defaultdict(lambda: deque(maxlen=self.WINDOW))
+
+    def look(self, step: int, num_tokens: int | str, loss: float) -> str | None:
+        """One line if this loss is a spike."""
+        before = self._losses[num_tokens]
+        if len(before) >= self.LEAST:
+            mean, deviation = statistics.fmean(before), statistics.pstdev(before)
+            if loss > mean + self.DEVIATIONS * deviation:
+                return (
+                    f"loss spike at step {step}, K = {num_tokens}: {loss:.4f}, where the last "
+                    f"{len(before)} losses are {mean:.4f} +- {deviation:.4f}"
+                )
+        before.append(loss)
+        return None
 
 
 def _step_of(line: str) -> float:

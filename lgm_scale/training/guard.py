@@ -32,7 +32,7 @@ class FiniteGuard(Callback):
 
     Args:
         record: Where the model notes its losses.
-        advice: Last line of the message.
+        advice: What the user can do; the message ends with it.
     """
 
     def __init__(self, record: LossRecord, advice: str) -> None:
@@ -56,7 +56,7 @@ class FiniteGuard(Callback):
             self._waiting.append((names, values, None))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Before the optimizer's step. Raises: DivergenceError."""
+        """Look at the losses before the optimizer's step. Raises: DivergenceError."""
         waiting, self._waiting = self._waiting, []
         for names, values, event in waiting:
             if event is not None:
@@ -64,7 +64,7 @@ class FiniteGuard(Callback):
             self._check(dict(zip(names, values.tolist(), strict=True)), state, "before", 0)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """After the step. Raises: DivergenceError."""
+        """Look at the gradient norms after the step. Raises: DivergenceError."""
         norms = self.record.notes()
         if norms:
             values = torch.stack(list(norms.values())).tolist()
@@ -74,9 +74,10 @@ class FiniteGuard(Callback):
     def _check(self, values: dict[str, float], state: State, when: str, passed: int) -> None:
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            batch: Any = state.batch
+            num_tokens = state.batch["num_tokens"]
+            length = num_tokens if isinstance(num_tokens, int) else "mixed"
             step = state.timestamp.batch.value - passed
             raise DivergenceError(
-                f"step {step}, K = {batch['num_tokens']}: {', '.join(bad)}; stopped {when} the "
+                f"step {step}, K = {length}: {', '.join(bad)}; stopped {when} the "
                 f"optimizer's step, and nothing was saved since. {self.advice}"
             )

@@ -31,7 +31,7 @@ class TrainingModel(ComposerModel):
         self.net = net
         self.record = LossRecord()
 
-    def players(self) -> dict[str, list[nn.Module]]:
+    def parameter_groups(self) -> dict[str, list[nn.Module]]:
         """Modules of each parameter group; the gradient norms of groups are clipped apart."""
         return {"generator": [self.net]}
 

@@ -24,7 +24,7 @@ class LossRecord:
         """Terms of the last micro-batch."""
 
     def add(self, num_samples: int, terms: dict[str, Tensor]) -> None:
-        """Note one micro-batch; terms are scalars and are detached. No synchronisation."""
+        """Note the terms of one micro-batch, scalars, which are detached. No synchronisation."""
         self.latest = {name: term.detach().float() for name, term in terms.items()}
         for name, term in self.latest.items():
             weighted = term * num_samples
@@ -46,7 +46,7 @@ class LossRecord:
             self._groups[name] = self._groups[name] + pair if name in self._groups else pair
 
     def take_groups(self) -> dict[str, Tensor]:
-        """Sum and count of each group of the step, [2], and start anew."""
+        """Hand out sum and count of each group of the step, [2], and start anew."""
         groups, self._groups = self._groups, {}
         return groups
 
@@ -55,11 +55,11 @@ class LossRecord:
         self._notes[name] = value.detach().float()
 
     def notes(self) -> dict[str, Tensor]:
-        """What was noted for this step."""
+        """What was noted for this step, so far."""
         return dict(self._notes)
 
     def take(self) -> dict[str, Tensor]:
-        """Means of the step with its notes, and start anew."""
+        """Hand out the step's means and notes, and start anew."""
         means = {name: total / self._samples for name, total in self._sums.items()} | self._notes
         self._sums, self._samples, self._notes = {}, 0, {}
         return means

@@ -37,13 +37,15 @@ class StopRequest(Callback):
 
     Ranks must stop at the same step, and a signal reaches them at different moments, or one of
     them only. So each sends its flag around at the end of every step, on the host and without
-    waiting, and looks at the answer one step later, when it has long been there. A rank whose
-    peers are gone learns it here, too: its answer never comes, and it fails.
+    waiting, and looks at the answer one step later, when it has long been there: agreement costs
+    no step any time, and a request one step more. (gloo, on the host: NCCL would put it into the
+    device's queue, and reading the answer would wait for the device.) A rank whose peers are gone
+    learns it here, too: its answer never comes, and it fails.
 
     It listens inside a `with` block.
 
     Args:
-        timeout_seconds: How long it waits for an answer.
+        timeout_seconds: How long a rank waits for an answer.
     """
 
     def __init__(self, timeout_seconds: int) -> None:
@@ -56,7 +58,7 @@ class StopRequest(Callback):
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        """Take the signals over; in the main thread, once ranks can talk to each other."""
+        """Take the signals over, in the main thread, once ranks can talk to each other."""
         self._before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
         multiprocessing.resource_tracker.ensure_running()  # a program of its own, deaf from birth
         for number in STOP_SIGNALS:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from rank_processes import run_ranks
 from small_pipeline import metrics
-from test_strategies import FSDP1, FSDP2, ZERO
+from test_strategies import FSDP, ZERO
 
-STRATEGIES = {"ddp": [], "fsdp1": FSDP1, "fsdp2": FSDP2, "zero2": ZERO[2]}
+STRATEGIES = {"ddp": [], "fsdp": FSDP, "zero2": ZERO[2]}
 COMPILED = ["train.compile=true", "parallel.activation_checkpointing=0.5"]
 
 

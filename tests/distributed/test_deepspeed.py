@@ -1,4 +1,4 @@
-"""ZeRO computes what DDP computes, keeps a share of it per rank, and is read by pieces."""
+"""ZeRO computes what DDP computes, keeps a share of it per rank, and is read by shards."""
 
 from __future__ import annotations
 
@@ -6,13 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from composer.algorithms import EMA, SAM, SWA, GradientClipping
-from composer.callbacks import OptimizerMonitor
-
-from lgm_scale.config.schema import DeepSpeedConfig
-from lgm_scale.errors import ConfigError
-from lgm_scale.training.clipping import PlayerClipping
-from lgm_scale.training.record import LossRecord
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
 
@@ -25,8 +18,6 @@ from zero_runs import (
     Case,
     run_all,
 )
-
-from lgm_scale.parallel.deepspeed import DeepSpeedTrainer
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-6
@@ -88,7 +79,7 @@ def test_clipping_had_something_to_clip(runs):
 
 
 @pytest.mark.parametrize("case", [*PLAIN[1:], *VARIANTS], ids=lambda case: case.name)
-def test_pieces_are_the_parameters_bit_for_bit(runs, case):
+def test_shards_are_the_parameters_bit_for_bit(runs, case):
     found = runs[f"two_{case.name}"]
     assert found["cut"] > 0  # some parameters lie on both ranks
     assert list(found["read"]) == list(found["before"])
@@ -97,7 +88,7 @@ def test_pieces_are_the_parameters_bit_for_bit(runs, case):
 
 
 @pytest.mark.parametrize("case", [*PLAIN[1:], *VARIANTS], ids=lambda case: case.name)
-def test_the_average_over_pieces_is_that_of_ddp(runs, case):
+def test_the_average_over_shards_is_that_of_ddp(runs, case):
     found, ddp = runs[f"two_{case.name}"], runs[f"two_{same_losses(case).name}"]
     assert list(found["average"]) == list(ddp["average"])
     for name, value in ddp["average"].items():
@@ -140,27 +131,3 @@ def test_a_gradient_that_is_not_finite_ends_the_run(runs):
     assert len(runs["two_divergence"]) == len(STAGES)
     for message in runs["two_divergence"]:
         assert "a gradient is NaN or infinite; stopped before the optimizer's step" in message
-
-
-@pytest.mark.parametrize(
-    ("kind", "member"),
-    [
-        ("algorithms", GradientClipping("norm", 1.0)),
-        ("algorithms", EMA(half_life="10ba")),
-        ("algorithms", SAM()),
-        ("algorithms", SWA()),
-        ("algorithms", PlayerClipping({}, 1.0, LossRecord())),
-        ("callbacks", OptimizerMonitor()),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-@pytest.mark.parametrize("wrap", [lambda member: member, lambda member: [member]])
-def test_what_needs_whole_gradients_is_refused_by_name(kind, member, wrap):
-    with pytest.raises(ConfigError, match=f"but {type(member).__name__} needs whole weights"):
-        DeepSpeedTrainer(zero=DeepSpeedConfig(), **{kind: wrap(member)})
-
-
-def test_all_that_is_refused_is_named_at_once():
-    with pytest.raises(ConfigError) as error:
-        DeepSpeedTrainer(zero=DeepSpeedConfig(), algorithms=[SAM(), SWA()])
-    assert len(error.value.problems) == 2

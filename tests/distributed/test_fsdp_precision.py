@@ -1,4 +1,4 @@
-"""FSDP2 with weights gathered in bfloat16: autocast's numbers, and inputs that stay as they are."""
+"""FSDP with weights gathered in bfloat16: autocast's numbers, and inputs that stay as they are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from lgm_scale.config.schema import FSDPConfig
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.parallel.fsdp import shard
+from lgm_scale.parallel.fsdp import shard_model
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def test_gathered_bfloat16_is_autocast_and_rounds_no_input():
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.05)
     plain, model = copy.deepcopy(net), nn.ModuleDict({"net": net})
-    shard(model, FSDPConfig(), torch.bfloat16)
+    shard_model(model, FSDPConfig(), torch.bfloat16)
     seen: list[torch.dtype] = []
     model["net"].t_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
     tree = MergeTree.from_embeddings(torch.randn(16, 4), 4)

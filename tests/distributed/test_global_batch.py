@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from lgm_scale.build import build_optimizer
 from lgm_scale.families.tokenizer.critic import one_rank
 from lgm_scale.parallel.collectives import mean_over_ranks
-from lgm_scale.training.clipping import PlayerClipping
+from lgm_scale.training.clipping import GroupClipping
 
 NUM_STEPS = 5
 TOLERANCE = 1e-5
@@ -36,9 +36,9 @@ def train(rank: int, world_size: int, sharding: str, reduce_mean) -> dict[str, t
     if sharding == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
     # Plain steps: Adam would turn rounding noise of vanishing gradients into differences.
-    groups = build_optimizer(OPTIMIZER, model.players()).param_groups
+    groups = build_optimizer(OPTIMIZER, model.parameter_groups()).param_groups
     optimizer = torch.optim.SGD([{"params": g["params"]} for g in groups], lr=0.05)
-    clipping = PlayerClipping(model.players(), 1.0, model.record)
+    clipping = GroupClipping(model.parameter_groups(), 1.0, model.record)
     results: dict[str, torch.Tensor] = {}
     for step in range(NUM_STEPS):
         batch = small_batch(step, rank, world_size)

@@ -63,7 +63,7 @@ def reference(small_pipeline, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
 def test_kill_9_at_random_moments(small_pipeline, folder, reference, strategy):
     out, log = folder / strategy, folder / f"{strategy}-killed-log"
     job = (config(small_pipeline, out), STRATEGIES[strategy])
@@ -105,7 +105,7 @@ def test_kill_9_at_random_moments(small_pipeline, folder, reference, strategy):
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_to_one_rank_saves_and_stops_all(small_pipeline, folder, reference, asked):
     out, log = folder / f"asked-{asked}", folder / f"asked-{asked}-log"
-    job = (config(small_pipeline, out), STRATEGIES["fsdp2"])
+    job = (config(small_pipeline, out), STRATEGIES["fsdp"])
     ranks = start_ranks(2, [job], log)
     deadline = time.monotonic() + 240
     while not states(out):
@@ -117,7 +117,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(small_pipeline, folder, refere
     told = (log.parent / f"{log.name}-0.txt").read_text()
     assert f"stopped after step {int(newest[2:10])}" in told
     run_ranks(2, [job], log)
-    assert losses(out) == losses(reference("fsdp2"))
+    assert losses(out) == losses(reference("fsdp"))
     attempts = sorted((out / "state" / "attempts").iterdir())
     assert json.loads(attempts[-1].read_text())["resumed_step"] == int(newest[2:10])
 

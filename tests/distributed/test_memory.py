@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_processes import run_ranks
-from test_strategies import FSDP1, FSDP2, ZERO
+from test_strategies import FSDP, ZERO
 
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.families.lgm.network import build_merge_dit
@@ -19,8 +19,7 @@ from lgm_scale.training.guard import FiniteGuard
 
 CASES = {
     "ddp": [],
-    "fsdp1": FSDP1,
-    "fsdp2": FSDP2,
+    "fsdp": FSDP,
     "zero1": ZERO[1],
     "zero2": ZERO[2],
     "zero3": ZERO[3],
@@ -28,8 +27,7 @@ CASES = {
 # What each strategy shards; FSDP shards everything.
 SHARDED = {
     "ddp": (),
-    "fsdp1": ("weights", "gradients", "optimizer", "ema"),
-    "fsdp2": ("weights", "gradients", "optimizer", "ema"),
+    "fsdp": ("weights", "gradients", "optimizer", "ema"),
     "zero1": ("optimizer", "ema"),
     "zero2": ("gradients", "optimizer", "ema"),
     "zero3": ("gradients", "optimizer", "ema"),
@@ -45,13 +43,13 @@ def measure_in_training() -> None:
         if state.timestamp.batch.value != 1:
             return
         (saver,) = (c for c in state.callbacks if type(c).__name__ == "StateSaver")
-        resume = saver.resume
+        run = saver.checkpointer
         gradients = ()
         if hasattr(state.model, "engine"):
-            from lgm_scale.parallel.zero_pieces import live_gradients
+            from lgm_scale.parallel.deepspeed_internals import live_gradients
 
             gradients = live_gradients(state.model.engine)
-        found = measured_bytes(resume.model, resume.pieces, resume.ema.average, gradients)
+        found = measured_bytes(run.model, run.shards, run.ema.average, gradients)
         path = Path(saver.companions["metrics.jsonl"]).parent / f"rank-{os.environ['RANK']}.json"
         path.write_text(json.dumps(asdict(found)))
 

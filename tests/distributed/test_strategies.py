@@ -14,24 +14,18 @@ from small_pipeline import SmallPipeline, assert_same_run, losses, metrics
 STEPS, LAST_STATE = 20, 8
 TOLERANCE = 1e-6
 
-FSDP1 = ["parallel.strategy=fsdp", "parallel.fsdp.version=1"]
-FSDP2 = ["parallel.strategy=fsdp"]
+FSDP = ["parallel.strategy=fsdp"]
 ZERO = {n: ["parallel.strategy=deepspeed", f"parallel.deepspeed.stage={n}"] for n in (1, 2, 3)}
 STRATEGIES = {
     "ddp": [],
-    "fsdp1": FSDP1,
-    "fsdp2": FSDP2,
-    "fsdp1-grad_op-recompute": [
-        *FSDP1,
-        "parallel.fsdp.shard=grad_op",
-        "parallel.activation_checkpointing=0.5",
-    ],
-    "fsdp2-grad_op-recompute": [
-        *FSDP2,
+    "ddp-recompute": ["parallel.activation_checkpointing=0.5"],
+    "fsdp": FSDP,
+    "fsdp-grad_op-recompute": [
+        *FSDP,
         "parallel.fsdp.shard=grad_op",
         "parallel.activation_checkpointing=1.0",
     ],
-    "fsdp2-offload": [*FSDP2, "parallel.fsdp.cpu_offload=true"],
+    "fsdp-offload": [*FSDP, "parallel.fsdp.cpu_offload=true"],
     **{f"zero{stage}": keys for stage, keys in ZERO.items()},
 }
 
@@ -84,24 +78,18 @@ def test_weights_do_move(runs):
 MOVES = {
     "2 ddp to 1": ("ddp", 1, []),
     "1 to 2 ddp": ("one", 2, []),
-    "1 to 2 fsdp2": ("one", 2, FSDP2),
-    "2 fsdp2 to 1": ("fsdp2", 1, []),
-    "2 fsdp1 to 1 fsdp1": ("fsdp1", 1, FSDP1),
-    "2 fsdp1 to 2 fsdp2": ("fsdp1", 2, FSDP2),
-    "2 fsdp2 to 2 fsdp1": ("fsdp2", 2, FSDP1),
+    "1 to 2 fsdp": ("one", 2, FSDP),
+    "2 fsdp to 1": ("fsdp", 1, []),
+    "2 fsdp to 1 fsdp": ("fsdp", 1, FSDP),
+    "2 fsdp to 2 zero1": ("fsdp", 2, ZERO[1]),
     "2 zero2 to 1": ("zero2", 1, []),
     "2 zero3 to 1 zero1": ("zero3", 1, ZERO[1]),
     "1 to 2 zero2": ("one", 2, ZERO[2]),
-    "2 zero1 to 2 fsdp1": ("zero1", 2, FSDP1),
+    "2 zero1 to 2 fsdp": ("zero1", 2, FSDP),
     "2 ddp to 2 zero3": ("ddp", 2, ZERO[3]),
     "2 zero2 to 4 zero2": ("zero2", 4, ZERO[2]),
-    "2 ddp to 4 fsdp2": ("ddp", 4, FSDP2),
-    "2 fsdp2 to 4 fsdp2": ("fsdp2", 4, FSDP2),
-    "2 fsdp1 to 4 hybrid": (
-        "fsdp1",
-        4,
-        [*FSDP1, "parallel.fsdp.shard=hybrid", "parallel.fsdp.group_size=2"],
-    ),
+    "2 ddp to 4 fsdp": ("ddp", 4, FSDP),
+    "2 fsdp to 4 fsdp": ("fsdp", 4, FSDP),
 }
 
 
@@ -133,14 +121,14 @@ def continued(small_pipeline, folder, runs):
     """Runs taken up after their second state, on the same ranks."""
     outs = {
         name: rewound(runs[name], folder / f"again-{name}", LAST_STATE)
-        for name in ("ddp", "fsdp1", "fsdp2", "zero2", "zero3")
+        for name in ("ddp", "fsdp", "zero2", "zero3")
     }
     jobs = [(config(small_pipeline, out), STRATEGIES[name]) for name, out in outs.items()]
     run_ranks(2, jobs, folder / "again-log")
     return outs
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp1", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
 def test_the_same_ranks_go_on_bit_by_bit(runs, continued, name):
     assert losses(continued[name], STEPS) == losses(runs[name], STEPS)
     assert_same(continued[name], runs[name], tolerance=0)

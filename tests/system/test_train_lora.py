@@ -15,7 +15,7 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.base import family_of
 from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_generator
-from lgm_scale.parallel.pieces import local_pieces
+from lgm_scale.parallel.shards import local_shards
 from lgm_scale.plan import describe
 from lgm_scale.training.ema import EMA
 
@@ -91,7 +91,7 @@ def test_the_average_is_of_the_adapter_alone(small_pipeline, base):
     config = loaded(lora_config(small_pipeline, base, "lora-model"))
     model = family_of(config).training_model(config, build_dataset(config))
     ema = EMA(0.9)
-    ema.start(local_pieces(model, build_optimizer(config.optimizer, {"generator": [model.net]})))
+    ema.start(local_shards(model, build_optimizer(config.optimizer, {"generator": [model.net]})))
     names = ema.full_weights().keys()
     assert names == {name for name, _ in model.net.named_parameters() if "lora_" in name}
     assert len(names) == 4 * 4 * 2

@@ -177,7 +177,7 @@ def test_states_of_unknown_origin_are_refused(small_pipeline, copy):
         go_on(small_pipeline, copy)
 
 
-# --- the fence ------------------------------------------------------------------------------
+# --- one writer -----------------------------------------------------------------------------
 
 
 def test_an_attempt_that_was_replaced_writes_no_more(small_pipeline, tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from lgm_scale.families.elit.network import ELIT
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.parallel.compile import compile_blocks
+from lgm_scale.parallel.blocks import compile_blocks
 
 LENGTHS = [8, 16, 24, 32, 48, 64, 96, 128, 256]  # more than torch's own limit of 8 graphs
 

@@ -7,6 +7,7 @@ import importlib.util
 
 import pytest
 
+from lgm_scale.config.rules import broken_rules
 from lgm_scale.config.schema import (
     DeepSpeedConfig,
     LengthsConfig,
@@ -69,14 +70,20 @@ def test_compiled_blocks_need_whole_weights():
     assert problem.startswith("train.compile: true has no use with parallel.deepspeed.stage: 3")
 
 
-def test_players_cannot_be_clipped_apart():
+def clipping_problems(config, strategy="deepspeed") -> list[str]:
+    config = dataclasses.replace(config, parallel=ParallelConfig(strategy=strategy))
+    return [line for line in broken_rules(config, 2, None) if "clip_norm" in line]
+
+
+def test_two_groups_cannot_be_clipped_apart():
     clipped = dataclasses.replace(TOKENIZER, optimizer=OptimizerConfig(clip_norm=1.0))
-    assert problems(clipped) == []  # one player
+    assert clipping_problems(clipped) == []  # one group
     game = dataclasses.replace(clipped, objective=TokenizerObjectiveConfig(adversarial=0.4))
-    (problem,) = problems(game)
+    (problem,) = clipping_problems(game)
     assert problem.startswith("optimizer.clip_norm: 1.0 is for each player's gradient on its own")
+    assert clipping_problems(game, "fsdp") == []
     free = dataclasses.replace(game, optimizer=OptimizerConfig())
-    assert problems(free) == []
+    assert clipping_problems(free) == []
 
 
 def test_offloaded_weights_and_buckets():

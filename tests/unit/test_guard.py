@@ -12,8 +12,8 @@ from small_tokenizer import OPTIMIZER, small_batch, small_model
 
 from lgm_scale.build import build_optimizer
 from lgm_scale.errors import DivergenceError
-from lgm_scale.parallel.pieces import local_pieces
-from lgm_scale.training.clipping import PlayerClipping
+from lgm_scale.parallel.shards import local_shards
+from lgm_scale.training.clipping import GroupClipping
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
 
@@ -43,8 +43,8 @@ class Poison(Callback):
 def fit(tmp_path, poison: Poison):
     model = small_model()
     ema = EMA(0.5)
-    optimizer = build_optimizer(OPTIMIZER, model.players())
-    ema.start(local_pieces(model, optimizer))
+    optimizer = build_optimizer(OPTIMIZER, model.parameter_groups())
+    ema.start(local_shards(model, optimizer))
     trainer = Trainer(
         model=model,
         train_dataloader=DataSpec(
@@ -53,7 +53,7 @@ def fit(tmp_path, poison: Poison):
         ),
         max_duration="6ba",
         optimizers=optimizer,
-        algorithms=[PlayerClipping(model.players(), 1.0, model.record)],
+        algorithms=[GroupClipping(model.parameter_groups(), 1.0, model.record)],
         callbacks=[FiniteGuard(model.record, "Advice."), ema, poison],
         save_folder=str(tmp_path),
         save_filename="ba{batch}.pt",
@@ -99,6 +99,18 @@ def test_a_bad_gradient_stops_before_anything_is_saved(tmp_path):
     with pytest.raises(DivergenceError, match=r"step 2, K = 16: gradient_norm_generator is nan"):
         fit(tmp_path, Poison(2, "gradient"))
     assert saved(tmp_path) == ["ba1.pt", "ba2.pt"]
+
+
+def test_a_batch_of_mixed_lengths_is_told_as_such():
+    record = SimpleNamespace(latest={"loss": torch.tensor(float("inf"))})
+    state = SimpleNamespace(
+        batch={"num_tokens": torch.tensor([8, 16])},
+        timestamp=SimpleNamespace(batch=SimpleNamespace(value=3)),
+    )
+    guard = FiniteGuard(record, "")  # type: ignore[arg-type]
+    guard.after_loss(state, None)  # type: ignore[arg-type]
+    with pytest.raises(DivergenceError, match="step 3, K = mixed: loss is inf"):
+        guard.after_train_batch(state, None)  # type: ignore[arg-type]
 
 
 def test_every_micro_batch_is_looked_at():

@@ -14,7 +14,7 @@ from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.families.tokenizer.training import TokenizerModel
 from lgm_scale.flow import NoiseScale
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.parallel.pieces import local_pieces
+from lgm_scale.parallel.shards import local_shards
 from lgm_scale.pixels import to_unit_range
 from lgm_scale.training.callbacks import StepKeys
 from lgm_scale.training.ema import EMA
@@ -164,7 +164,7 @@ def test_ema_follows_its_formula(interval):
     layer.bias.requires_grad_(False)
     optimizer = torch.optim.AdamW([layer.weight])
     ema = EMA(0.75, interval)
-    ema.start(local_pieces(model, optimizer))
+    ema.start(local_shards(model, optimizer))
     expected = layer.weight.detach().clone()
     for step, value in enumerate((1.0, 2.0, 4.0, 8.0), start=1):
         nn.init.constant_(layer.weight, value)

@@ -86,14 +86,14 @@ class TokenizerModel(TrainingModel):
             # Moving averages of the mean logits of real images and of reconstructions.
             self.register_buffer("lecam_means", torch.zeros(2))
 
-    def players(self) -> dict[str, list[nn.Module]]:
-        """What each player trains; their gradients are clipped apart."""
-        players: dict[str, list[nn.Module]] = {"generator": [self.net]}
+    def parameter_groups(self) -> dict[str, list[nn.Module]]:
+        """The modules that each player of the game trains; their gradients are clipped apart."""
+        groups: dict[str, list[nn.Module]] = {"generator": [self.net]}
         if self.auxiliary is not None:
-            players["generator"].append(self.auxiliary)
+            groups["generator"].append(self.auxiliary)
         if self.critic is not None:
-            players["critic"] = [self.critic]
-        return players
+            groups["critic"] = [self.critic]
+        return groups
 
     def labels(self) -> dict[str, Any]:
         """Assets that random weights stand in for: the run means nothing then."""

@@ -1,10 +1,10 @@
-"""Loss spikes."""
+"""Loss spikes are told, once and per token length."""
 
 from __future__ import annotations
 
 import random
 
-from lgm_scale.training.spikes import LEAST, SpikeWatch
+from lgm_scale.training.callbacks import SpikeWatch
 
 
 def test_a_loss_that_stands_out_is_told_once():
@@ -18,8 +18,8 @@ def test_a_loss_that_stands_out_is_told_once():
 
 def test_lengths_are_apart_and_few_losses_are_no_base():
     watch = SpikeWatch()
-    for step in range(LEAST - 1):
+    for step in range(SpikeWatch.LEAST - 1):
         assert watch.look(step, 64, 1.0) is None
-    assert watch.look(LEAST, 8, 5.0) is None  # the first one at K = 8
-    assert watch.look(LEAST, 64, 5.0) is None  # one too few before it
-    assert watch.look(LEAST + 1, 64, 500.0) is not None
+    assert watch.look(SpikeWatch.LEAST, 8, 5.0) is None  # the first one at K = 8
+    assert watch.look(SpikeWatch.LEAST, 64, 5.0) is None  # one too few before it
+    assert watch.look(SpikeWatch.LEAST + 1, 64, 500.0) is not None

@@ -1,72 +1,62 @@
-"""Save a run's state, and find and load the newest one that is whole. On all ranks together."""
+"""Save a run's state, and find and load the newest one that is whole. On all ranks together.
+
+The order of what is written is the whole point of this file. A process can be killed between any
+two lines of it, and whatever lies on the disk then must be a state that is whole, or be seen to be
+none:
+
+    attempts/0003.json                   before anything else: older attempts stop at it
+    ba00001500-a0003/rank-*.safetensors  each written aside and renamed; no state yet
+    ba00001500-a0003/manifest.json       last: from here on, this is the newest state
+    (older states are deleted)           only now, their manifests first
+
+Killed before the manifest, a run has files in a folder that nobody reads; the next save of the run
+deletes them. Killed between manifest and deletion, it has one state more than it needs. Killed in a
+deletion, it has files without a manifest once more.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import tempfile
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from composer.core import State
 from composer.utils import dist
-from torch import Tensor, nn
+from torch import nn
 
 from lgm_scale.checkpoint.attempts import Attempt, Attempts, valid_states
-from lgm_scale.checkpoint.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    StateFile,
-    StateName,
-)
+from lgm_scale.checkpoint.manifest import MANIFEST_NAME, Manifest, StateFile, StateName
+from lgm_scale.checkpoint.scalars import load_scalars, read_scalars
 from lgm_scale.checkpoint.storage import Storage
-from lgm_scale.checkpoint.tensors import files_needed, read_pieces, write_pieces
+from lgm_scale.checkpoint.tensors import check_same_model, files_needed, read_shards, write_shards
 from lgm_scale.errors import CheckpointError
 from lgm_scale.hashing import file_hash
-from lgm_scale.parallel.agreement import on_rank_zero, raise_everywhere
-from lgm_scale.parallel.pieces import Piece, owned, plain_name
+from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
+from lgm_scale.parallel.shards import ParameterShard, owned
 from lgm_scale.training.ema import EMA
 
-__all__ = ["Resume", "open_run"]
+__all__ = ["Checkpointer"]
 
 log = logging.getLogger("lgm_scale")
 
-RUN_NAME = "run.json"
 
-
-def open_run(storage: Storage, run_name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The run that a storage belongs to: {run_id, run_name, config}; made if there is none.
-
-    Call on rank 0. Raises: CheckpointError if it is damaged.
-    """
-    try:
-        return json.loads(storage.read(RUN_NAME))
-    except FileNotFoundError:
-        if any(StateName.parse(name.split("/")[0]) for name in storage.names()):
-            raise CheckpointError(
-                f"{storage.root} holds states without {RUN_NAME}: whose they are nobody can tell; "
-                "restore that file, or choose another folder"
-            ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{storage.root}/{RUN_NAME} is damaged ({error})") from error
-    run = {"run_id": uuid.uuid4().hex, "run_name": run_name, "config": config}
-    storage.write(RUN_NAME, (json.dumps(run, indent=1) + "\n").encode())
-    return run
-
-
-class Resume:
-    """The door to a run's states.
+class Checkpointer:
+    """Saves and loads the states of one run.
 
     Args:
         storage: Where they lie.
         run_id: A state of another run is never read.
-        strategy: Recorded.
+        strategy: Name of the run's strategy, which is recorded.
         keep: How many states stay.
     """
+
+    model: nn.Module
+    shards: Sequence[ParameterShard]
+    ema: EMA
+    reload: Callable[[], None]
 
     def __init__(self, storage: Storage, run_id: str, strategy: str, keep: int) -> None:
         self.storage = storage
@@ -74,29 +64,24 @@ class Resume:
         self.strategy = strategy
         self.keep = keep
         self.attempts = Attempts(storage)
-        self.model: nn.Module | None = None
-        self.pieces: Sequence[Piece] = []
-        self.ema: EMA | None = None
-        self.reload: Callable[[], None] = lambda: None
-        self._speaks: list[bool] = []
 
     def bind(
         self,
         model: nn.Module,
-        pieces: Sequence[Piece],
+        shards: Sequence[ParameterShard],
         ema: EMA,
         reload: Callable[[], None] = lambda: None,
     ) -> None:
-        """What to save and to load into, once the strategy has been applied.
+        """Say what to save and to load into, once the strategy has been applied.
 
         Args:
-            model: For its buffers.
-            pieces: Of this rank.
-            ema: Started.
-            reload: Called after loading, where the model reads other copies than the pieces.
+            model: The model, for its buffers.
+            shards: This rank's shards.
+            ema: The moving average, started.
+            reload: Called after loading, where the model reads other copies than the shards.
         """
-        self.model, self.pieces, self.ema, self.reload = model, pieces, ema, reload
-        self._speaks = owned(pieces)
+        self.model, self.shards, self.ema, self.reload = model, shards, ema, reload
+        self._owned = owned(shards)
 
     # --- saving ---------------------------------------------------------------------------
 
@@ -104,15 +89,16 @@ class Resume:
         """Write a state, then its manifest, then delete what is too old.
 
         Args:
-            state: Composer's.
+            state: Composer's state.
             companions: Small files that go beside the states, in object storage only.
 
-        Raises: CheckpointError on every rank if one rank failed; SupersededError.
+        Raises: CheckpointError on every rank if one rank failed; SupersededError if another
+            process has taken the run over.
         """
         attempt = self._own().number
         name = StateName(state.timestamp.batch.value, attempt)
-        on_rank_zero(self.attempts.check)
-        scalars = _scalars(state)
+        on_rank_zero(self.attempts.check)  # before a byte is written
+        scalars = read_scalars(state)
         files = self._write_files(name)
         on_rank_zero(lambda: self._seal(name, scalars, files, companions or {}))
         return name
@@ -122,15 +108,20 @@ class Resume:
         return self.attempts.own
 
     def _write_files(self, name: StateName) -> list[StateFile]:
-        """This rank's file; the files of all ranks."""
-        assert self.model is not None
+        """Write this rank's file. Returns: what the manifest is to say of the files of all ranks.
+
+        A rank that fails says so first and raises then, together with all others: they would wait
+        for it in the next collective until the timeout.
+        """
         file, error = None, None
         workplace = self.storage.workplace()
         try:
             path = workplace / f"rank-{dist.get_global_rank():05d}.safetensors"
-            first = dist.get_global_rank() == 0
-            buffers = dict(_plain_buffers(self.model)) if first else {}
-            written = write_pieces(path, self.pieces, self._speaks, self._average(), buffers)
+            # Buffers are equal on all ranks, and small.
+            buffers = dict(self.model.named_buffers()) if dist.get_global_rank() == 0 else {}
+            written = write_shards(path, self.shards, self._owned, self.ema.by_name(), buffers)
+            # The checksum is that of what was meant to be written, before the disk or the network
+            # had it: at resume it tells whether they kept it.
             file = StateFile(path.name, path.stat().st_size, file_hash(path), written)
             self.storage.put(path, f"{name}/{path.name}")
         except (OSError, CheckpointError) as problem:
@@ -144,13 +135,6 @@ class Resume:
         raise_everywhere(error)
         return [found for found in dist.all_gather_object(file) if found is not None]
 
-    def _average(self) -> dict[str, Any]:
-        assert self.ema is not None
-        return {
-            piece.name: value
-            for piece, value in zip(self.ema.pieces, self.ema.average, strict=True)
-        }
-
     def _seal(
         self,
         name: StateName,
@@ -158,7 +142,9 @@ class Resume:
         files: list[StateFile],
         companions: dict[str, Path],
     ) -> None:
-        """On rank 0: from here on the state counts."""
+        """Write the manifest: from here on the state counts. Called on rank 0."""
+        # Nodes whose folder is not shared would each keep a part of the state, and the run would
+        # notice when it needs it.
         there = set(self.storage.names(f"{name}/"))
         lost = [file.name for file in files if f"{name}/{file.name}" not in there]
         if lost:
@@ -166,14 +152,14 @@ class Resume:
                 f"checkpoint.folder: {self.storage.root} is not shared by all ranks: rank 0 does "
                 f"not see {lost[0]}; use a folder that every node sees, or object storage"
             )
-        self.attempts.check()
+        self.attempts.check()  # again: writing the files has taken time
         manifest = Manifest(
             run_id=self.run_id,
             step=name.step,
             attempt=name.attempt,
             world_size=dist.get_world_size(),
             strategy=self.strategy,
-            parameters=[[piece.name, list(piece.shape)] for piece in self.pieces],
+            parameters=[[shard.name, list(shard.shape)] for shard in self.shards],
             scalars=scalars,
             files=files,
         )
@@ -189,6 +175,7 @@ class Resume:
         names = self._folders()
         keep = valid_states(self._whole(names), self.attempts.all())[: self.keep]
         for state in names:
+            # Not what is newer: it would belong to an attempt that has just taken the run over.
             if state not in keep and state <= newest:
                 # The manifest first: half a state must not look like a whole one.
                 self.storage.delete(f"{state}/{MANIFEST_NAME}")
@@ -199,7 +186,7 @@ class Resume:
         return sorted(state for top in tops if (state := StateName.parse(top)) is not None)
 
     def _whole(self, states: list[StateName]) -> list[StateName]:
-        """Those with a manifest."""
+        """Those that have a manifest."""
         there = set(self.storage.names("ba"))
         return [state for state in states if f"{state}/{MANIFEST_NAME}" in there]
 
@@ -228,6 +215,8 @@ class Resume:
                     f"checkpoint.folder: {self.storage.root} holds {len(candidates)} states and "
                     "none is whole (see above); delete the folder to start anew"
                 )
+        # After loading: the attempt records the step at which it begins, and with that declares
+        # invalid what an older one may still write beyond it.
         number = on_rank_zero(
             lambda: vars(self.attempts.start(step, dist.get_world_size(), self.strategy))
         )
@@ -237,15 +226,15 @@ class Resume:
         return step
 
     def _try(self, name: StateName, state: State) -> str | None:
-        """Load one state; what is wrong with it."""
-        content, problem = on_rank_zero(lambda: self._read_manifest(name))
-        if problem is not None:
-            return problem
-        manifest = Manifest.from_bytes(content)
+        """Load one state. Returns: what is wrong with it, and then nothing was loaded."""
+        manifest = on_rank_zero(lambda: self._read_manifest(name))
+        if isinstance(manifest, str):
+            return manifest
         if manifest.run_id != self.run_id:
             return "it was written by another run"
-        self._check_model(manifest)
+        check_same_model(manifest, self.shards, self.storage.root)
         folder = Path(tempfile.mkdtemp(prefix="lgm_scale-resume-"))
+        # Ranks of one node share what they fetch: the folder of the node's first rank.
         shared = Path(dist.all_gather_object(str(folder))[_first_rank_of_node()])
         try:
             problems = dist.all_gather_object(self._fetch(name, manifest, shared))
@@ -253,42 +242,29 @@ class Resume:
             if problem is not None:
                 return problem
             self._load(name, manifest, shared, state)
-            dist.barrier()
+            dist.barrier()  # nobody reads there any more
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return None
 
-    def _read_manifest(self, name: StateName) -> tuple[bytes, str | None]:
-        """Bytes, or what is wrong with them."""
+    def _read_manifest(self, name: StateName) -> Manifest | str:
+        """The manifest, or what is wrong with it."""
         try:
-            content = self.storage.read(f"{name}/{MANIFEST_NAME}")
-            Manifest.from_bytes(content)
+            return Manifest.from_bytes(self.storage.read(f"{name}/{MANIFEST_NAME}"))
         except (OSError, CheckpointError) as error:
-            return b"", str(error)
-        return content, None
-
-    def _check_model(self, manifest: Manifest) -> None:
-        here = [[piece.name, list(piece.shape)] for piece in self.pieces]
-        if here != manifest.parameters:
-            pairs = zip(manifest.parameters, here, strict=False)
-            unlike = next(((was, now) for was, now in pairs if was != now), None)
-            example = ""
-            if unlike is not None:
-                (was, shape), (now, other) = unlike
-                example = f"; {was} {shape} there, {now} {other} here"
-            raise CheckpointError(
-                f"checkpoint.folder: {self.storage.root} holds another model: "
-                f"{len(manifest.parameters)} parameters there, {len(here)} here{example}. Choose "
-                "another `out`"
-            )
+            return str(error)
 
     def _fetch(self, name: StateName, manifest: Manifest, shared: Path) -> str | None:
-        """Check files, each by one rank; from object storage, bring them to this node first."""
-        needed = {file.name for file in files_needed(manifest, self.pieces)}
-        local_world = dist.get_local_world_size()
+        """Bring files to this node, if need be, and check them. Returns: what is wrong.
+
+        Each file is hashed by one rank only, of all ranks where they share a folder, and of a node
+        where each node fetches its own copy from object storage.
+        """
         if self.storage.remote:
-            everyone = dist.all_gather_object(needed)
-            first = _first_rank_of_node()
+            everyone = dist.all_gather_object(
+                {file.name for file in files_needed(manifest, self.shards)}
+            )
+            first, local_world = _first_rank_of_node(), dist.get_local_world_size()
             node = set().union(*everyone[first : first + local_world])
             wanted = [file for file in manifest.files if file.name in node]
             mine = wanted[dist.get_local_rank() :: local_world]
@@ -304,68 +280,20 @@ class Resume:
         return None
 
     def _load(self, name: StateName, manifest: Manifest, shared: Path, state: State) -> None:
-        assert self.model is not None
         paths = {}
-        for file in files_needed(manifest, self.pieces):
+        for file in files_needed(manifest, self.shards):
             stored = f"{name}/{file.name}"
             fetched = shared / stored.replace("/", "--")
             paths[file.name] = fetched if fetched.is_file() else self.storage.get(stored, shared)
         error = None
         try:
-            read_pieces(manifest, paths, self.model, self.pieces, self._average())
+            read_shards(manifest, paths, self.model, self.shards, self.ema.by_name())
         except CheckpointError as problem:
             error = problem
         raise_everywhere(error)
         self.reload()
-        _load_scalars(manifest.scalars, state)
+        load_scalars(manifest.scalars, state)
 
 
 def _first_rank_of_node() -> int:
     return dist.get_global_rank() - dist.get_local_rank()
-
-
-def _plain_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((plain_name(name), buffer) for name, buffer in model.named_buffers())
-
-
-def _scalars(state: State) -> dict[str, Any]:
-    """Everything of a run that is no tensor. Random numbers need no place: all are keyed.
-
-    Every rank must call it: some callbacks agree over ranks before they hand out their state.
-    """
-    timestamp = {
-        key: value.total_seconds() if isinstance(value, timedelta) else value
-        for key, value in state.timestamp.state_dict().items()
-    }
-    callbacks = {type(c).__name__: c.state_dict() for c in state.callbacks}
-    return {
-        "timestamp": timestamp,
-        "dataset": state._dataset_state_dict()["train"],
-        "learning_rates": [group["lr"] for group in state.optimizers[0].param_groups],
-        "schedulers": [_plain(scheduler.state_dict()) for scheduler in state.schedulers],
-        "callbacks": {name: values for name, values in callbacks.items() if values},
-    }
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's numbers; its functions of time come from the configuration."""
-    return {key: value for key, value in values.items() if key != "lr_lambdas"}
-
-
-def _load_scalars(scalars: dict[str, Any], state: State) -> None:
-    times = {
-        key: timedelta(seconds=value) if key.endswith("_wct") and value is not None else value
-        for key, value in scalars["timestamp"].items()
-    }
-    state.timestamp.load_state_dict(times)
-    if scalars["dataset"] is not None:
-        state._load_dataset_state({"train": dict(scalars["dataset"]), "eval": {}})
-    for group, rate in zip(
-        state.optimizers[0].param_groups, scalars["learning_rates"], strict=True
-    ):
-        group["lr"] = rate
-    for scheduler, values in zip(state.schedulers, scalars["schedulers"], strict=True):
-        scheduler.load_state_dict({**scheduler.state_dict(), **values})
-    for callback in state.callbacks:
-        if type(callback).__name__ in scalars["callbacks"]:
-            callback.load_state_dict(scalars["callbacks"][type(callback).__name__])

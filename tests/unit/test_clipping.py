@@ -1,4 +1,4 @@
-"""One optimizer for both players is the authors' alternation of two."""
+"""Groups are clipped apart, and one optimizer for both is the authors' alternation of two."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lgm_scale.families.tokenizer.losses import alignment_loss, diff_augment, en
 from lgm_scale.families.tokenizer.training import TokenizerModel
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.randomness import Purpose, keyed_uniforms, stream_keys
-from lgm_scale.training.clipping import PlayerClipping
+from lgm_scale.training.clipping import GroupClipping
 
 NUM_STEPS = 20
-CLIP_NORM = 0.05  # below both players' norms: clipping them together would show
+CLIP_NORM = 0.05  # below both groups' norms: clipping them together would show
 
 
 class OneOptimizer:
@@ -29,8 +29,8 @@ class OneOptimizer:
 
     def __init__(self, model: TokenizerModel) -> None:
         self.model = model
-        self.optimizer = build_optimizer(OPTIMIZER, model.players())
-        self.clipping = PlayerClipping(model.players(), CLIP_NORM, model.record)
+        self.optimizer = build_optimizer(OPTIMIZER, model.parameter_groups())
+        self.clipping = GroupClipping(model.parameter_groups(), CLIP_NORM, model.record)
 
     def step(self, batch) -> dict[str, float]:
         self.optimizer.zero_grad()
@@ -45,9 +45,9 @@ class Alternation:
 
     def __init__(self, model: TokenizerModel) -> None:
         self.model = model
-        players = model.players()
-        self.generator = build_optimizer(OPTIMIZER, {"generator": players["generator"]})
-        self.critic = build_optimizer(OPTIMIZER, {"critic": players["critic"]})
+        groups = model.parameter_groups()
+        self.generator = build_optimizer(OPTIMIZER, {"generator": groups["generator"]})
+        self.critic = build_optimizer(OPTIMIZER, {"critic": groups["critic"]})
         self.mean_real = self.mean_fake = torch.zeros(())
 
     def judge(self, images, batch, call):
@@ -162,16 +162,16 @@ def test_one_optimizer_equals_the_authors_alternation():
     assert difference <= 1e-6
 
 
-def test_players_are_clipped_apart():
+def test_groups_are_clipped_apart():
     model = small_model()
     batch = small_batch(3)
     model.loss(model(batch), batch).backward()
-    PlayerClipping(model.players(), CLIP_NORM, model.record).apply(
+    GroupClipping(model.parameter_groups(), CLIP_NORM, model.record).apply(
         Event.AFTER_TRAIN_BATCH,
         None,
         None,  # type: ignore[arg-type]
     )
-    for name, modules in model.players().items():
+    for name, modules in model.parameter_groups().items():
         gradients = [
             p.grad.flatten() for m in modules for p in m.parameters() if p.grad is not None
         ]
@@ -179,12 +179,17 @@ def test_players_are_clipped_apart():
         assert torch.isclose(torch.cat(gradients).norm(), torch.tensor(CLIP_NORM), rtol=1e-3)
 
 
-def test_every_parameter_has_a_player_and_a_gradient():
+def test_every_parameter_has_a_group_and_a_gradient():
     for step in (0, 2, 3):  # before the critic starts, K = N, all on
         model = small_model()
         batch = small_batch(step)
         model.loss(model(batch), batch).backward()
-        owned = {p for modules in model.players().values() for m in modules for p in m.parameters()}
+        owned = {
+            p
+            for modules in model.parameter_groups().values()
+            for m in modules
+            for p in m.parameters()
+        }
         assert owned == set(model.parameters())
         assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
