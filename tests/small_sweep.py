@@ -11,8 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
-from data_tools.images_to_mds import convert_folder
 from lgm_scale.config.schema import GeneratorModelConfig, TokenizerModelConfig
+from lgm_scale.data.preparation.convert import convert_folder
 from lgm_scale.evaluation.sweep.config import SweepConfig, load_sweep
 from lgm_scale.families.lgm.bundle import (
     build_generator,
