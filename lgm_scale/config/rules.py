@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from lgm_scale.config.loading import InvalidValues, load_config, read_yaml
+from lgm_scale.config.loading import InvalidValues, find_recipe, load_config, read_yaml
 from lgm_scale.config.schema import (
     TRAINING_TASKS,
     GeneratorRun,
@@ -202,11 +201,11 @@ def _times(config: TrainingRun) -> Iterator[str]:
     }
     if not isinstance(config, TokenizerRun) and config.evaluation is not None:
         times["evaluation.interval"] = config.evaluation.interval
-        if not Path(config.evaluation.sweep).is_file():
-            yield (
-                f"evaluation.sweep: {config.evaluation.sweep} is not a file; give a YAML with the "
-                "keys of a sweep, or leave `evaluation` out"
-            )
+        try:
+            find_recipe(config.evaluation.sweep)
+        except ConfigError as error:
+            problem = error.problems[0].replace("config:", "evaluation.sweep:", 1)
+            yield f"{problem} with the keys of a sweep, or leave `evaluation` out"
     for key, value in times.items():
         if not _TIME.fullmatch(value):
             yield f"{key}: {value!r} is no duration; write epochs as 400ep or batches as 1500ba"
