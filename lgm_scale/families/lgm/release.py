@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,8 +28,15 @@ from lgm_scale.merging.tree import MergeTree
 from lgm_scale.release_import.names import KeyReport, fit, our_generator_name, translate
 from lgm_scale.release_import.reading import entries, read_dictionary, weights_of
 
-__all__ = ["class_names", "config_from_shapes", "import_generator", "read_stats"]
+__all__ = [
+    "GeneratorImporter",
+    "class_names",
+    "config_from_shapes",
+    "import_generator",
+    "read_stats",
+]
 
+CLASSES_HELP = "names, one per line, or 'imagenet'; default: indices"
 _ENTRIES = {"ema": "model_ema", "model": "model"}
 
 
@@ -178,3 +186,45 @@ def class_names(source: str | None, num_classes: int) -> tuple[str, ...]:
             f"--classes: {source} has {len(names)} names, the generator {num_classes} classes"
         )
     return tuple(names)
+
+
+class GeneratorImporter:
+    """The importer behind `python -m lgm_scale.release_import generator`."""
+
+    help: ClassVar[str] = "a checkpoint {model, model_ema}"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add what the checkpoint does not say: tokenizer, statistics, merge tree, noise scale."""
+        add = parser.add_argument
+        tokenizer_help = "of the tokenizer that made the latents"
+        add("--tokenizer", required=True, metavar="BUNDLE", help=tokenizer_help)
+        add(
+            "--latent-stats", metavar="FILE",
+            help="mean and std of the latents it was trained on: the release's latents_stats.pt, "
+            "or latent_stats.safetensors of a folder of latents encoded here",
+        )  # fmt: skip
+        add(
+            "--merge-tree", metavar="FILE",
+            help="the release's merge dictionary; default: the tokenizer's own tree",
+        )  # fmt: skip
+        add("--classes", metavar="FILE", help=CLASSES_HELP)
+        add(
+            "--noise-scale", choices=["corrected", "legacy"], default="corrected",
+            help="how it was trained to see noise; the checkpoint does not say",
+        )  # fmt: skip
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
+        """Write the bundle that the command line asks for."""
+        if args.latent_stats is None:
+            raise ConfigError(
+                "--latent-stats: missing; images cannot be decoded without the mean and std that "
+                "the generator's latents were standardised with. Give the release's "
+                "latents_stats.pt, or encode images with this tokenizer (data_tools/"
+                "encode_latents.py) and give latent_stats.safetensors of that folder"
+            )
+        return import_generator(
+            args.source, args.folder, args.tokenizer, args.latent_stats, args.merge_tree,
+            args.classes, args.noise_scale, args.weights,
+        )  # fmt: skip
