@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 if TYPE_CHECKING:
     from lgm_scale.release_import.names import KeyReport
 
-__all__ = ["ReleaseImporter", "release_importers"]
+__all__ = ["CLASSES_HELP", "ReleaseImporter", "release_importers"]
+
+CLASSES_HELP = "names, one per line, or 'imagenet'; default: indices"
 
 
 def release_importers() -> dict[str, str]:
     """Importers by the KIND of the command line, each as "module:attribute"."""
     # Stands in for lgm_scale.families.base.release_importers; goes away once that is here.
     return {
-        "tokenizer": "lgm_scale.families.tokenizer.release:TokenizerImporter",
-        "generator": "lgm_scale.families.lgm.release:GeneratorImporter",
-        "elit": "lgm_scale.families.elit.release:ElitImporter",
+        "tokenizer": "lgm_scale.families.tokenizer.release:IMPORTER",
+        "generator": "lgm_scale.families.lgm.release:IMPORTER",
+        "elit": "lgm_scale.families.elit.release:IMPORTER",
     }
 
 

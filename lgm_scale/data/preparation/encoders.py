@@ -21,9 +21,9 @@ __all__ = ["LatentEncoder", "Notes", "latent_encoders"]
 def latent_encoders() -> dict[str, str]:
     """Encoders by the name that --encoder takes, each as "module:attribute"; first the default."""
     # Stands in for lgm_scale.families.base.latent_encoders; goes away once that is here.
-    families = "lgm_scale.families"
-    return {"lgm": f"{families}.lgm.encoder:TokenizerEncoder"} | {
-        "sd-vae": f"{families}.elit.encoder:AutoencoderEncoder"
+    return {
+        "lgm": "lgm_scale.families.lgm.encoder:ENCODER",
+        "sd-vae": "lgm_scale.families.elit.encoder:ENCODER",
     }
 
 

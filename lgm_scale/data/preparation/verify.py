@@ -233,9 +233,8 @@ def _check_whole(
             f"{MANIFEST_NAME} {manifest.num_samples:,}"
         )
     counts = _histogram(labels, manifest)
-    for name, found, wanted in zip(
-        manifest.classes, counts.tolist(), manifest.class_counts, strict=False
-    ):
+    counted = zip(manifest.classes, counts.tolist(), manifest.class_counts, strict=False)
+    for name, found, wanted in counted:
         if found != wanted:
             yield f"class {name!r} has {found:,} samples, {MANIFEST_NAME} says {wanted:,}"
     try:

@@ -17,7 +17,7 @@ from lgm_scale.data.preparation.encoders import Notes
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae
 
-__all__ = ["AutoencoderEncoder"]
+__all__ = ["ENCODER", "AutoencoderEncoder"]
 
 DEFAULT_IMAGE_SIZE = 256
 
@@ -85,3 +85,6 @@ class AutoencoderEncoder:
     def notes(self) -> Notes:
         """Nothing is noted."""
         return Notes()
+
+
+ENCODER = AutoencoderEncoder

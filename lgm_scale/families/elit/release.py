@@ -16,12 +16,13 @@ from lgm_scale.config.schema import InterfaceConfig, SpaceConfig, SpatialModelCo
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.elit.bundle import build_spatial_generator, save_spatial_bundle
 from lgm_scale.families.elit.network import SIT_SIZES, sincos_table
-from lgm_scale.families.lgm.release import CLASSES_HELP, class_names
+from lgm_scale.families.lgm.release import class_names
 from lgm_scale.families.tokenizer.release import provenance, shape_of
+from lgm_scale.release_import import CLASSES_HELP
 from lgm_scale.release_import.names import KeyReport, fit, translate
 from lgm_scale.release_import.reading import read_dictionary, weights_of
 
-__all__ = ["ElitImporter", "import_elit", "our_elit_name", "spatial_config_from_shapes"]
+__all__ = ["IMPORTER", "ElitImporter", "import_elit", "our_elit_name", "spatial_config_from_shapes"]
 
 _READ, _WRITE = "input_token_editor.adapters.0.", "output_token_editor.adapters.0."
 _PARTS = {
@@ -177,3 +178,6 @@ class ElitImporter:
         return import_elit(
             args.source, args.folder, args.vae, args.split, args.classes, args.weights
         )
+
+
+IMPORTER = ElitImporter

@@ -22,7 +22,7 @@ from lgm_scale.families.lgm.data import STATS_NAME, TREE_NAME, LatentStats
 from lgm_scale.merging.nesting import contrast_basis
 from lgm_scale.merging.tree import MergeTree
 
-__all__ = ["LatentNotes", "TokenizerEncoder"]
+__all__ = ["ENCODER", "LatentNotes", "TokenizerEncoder"]
 
 
 class RunningMoments:
@@ -121,3 +121,6 @@ class TokenizerEncoder:
     def notes(self) -> LatentNotes:
         """Statistics of a shard of which nothing is encoded yet."""
         return LatentNotes(self.tree, self.tokenizer.latent_dim, self.device)
+
+
+ENCODER = TokenizerEncoder

@@ -25,10 +25,12 @@ from lgm_scale.families.lgm.network import DIT_SIZES
 from lgm_scale.families.lgm.release_cuts import read_tree
 from lgm_scale.families.tokenizer.release import provenance, shape_of
 from lgm_scale.merging.tree import MergeTree
+from lgm_scale.release_import import CLASSES_HELP
 from lgm_scale.release_import.names import KeyReport, fit, our_generator_name, translate
 from lgm_scale.release_import.reading import entries, read_dictionary, weights_of
 
 __all__ = [
+    "IMPORTER",
     "GeneratorImporter",
     "class_names",
     "config_from_shapes",
@@ -36,7 +38,6 @@ __all__ = [
     "read_stats",
 ]
 
-CLASSES_HELP = "names, one per line, or 'imagenet'; default: indices"
 _ENTRIES = {"ema": "model_ema", "model": "model"}
 
 
@@ -228,3 +229,6 @@ class GeneratorImporter:
             args.source, args.folder, args.tokenizer, args.latent_stats, args.merge_tree,
             args.classes, args.noise_scale, args.weights,
         )  # fmt: skip
+
+
+IMPORTER = GeneratorImporter

@@ -28,6 +28,7 @@ from lgm_scale.release_import.names import (
 from lgm_scale.release_import.reading import read_dictionary, weights_of
 
 __all__ = [
+    "IMPORTER",
     "TokenizerImporter",
     "check_args",
     "config_from_shapes",
@@ -201,3 +202,6 @@ class TokenizerImporter:
     def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
         """Write the bundle that the command line asks for."""
         return import_tokenizer(args.source, args.folder, args.weights)
+
+
+IMPORTER = TokenizerImporter
