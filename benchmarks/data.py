@@ -27,8 +27,6 @@ from torchvision.transforms import v2
 
 from benchmarks.harness import command_line, print_rates, print_table
 from data_tools.demo_images import DemoArguments, make_demo_images
-from data_tools.images_to_mds import convert_folder, convert_image, encode_jpeg
-from data_tools.parts import PartRecord, PartsFolder
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import (
@@ -39,6 +37,8 @@ from lgm_scale.data.images import (
     random_resized_crop,
 )
 from lgm_scale.data.manifest import Manifest
+from lgm_scale.data.preparation.convert import convert_folder, convert_image, encode_jpeg
+from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
 from lgm_scale.families.lgm.data import STATS_NAME, LatentDataset, LatentStats
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,12 +43,12 @@ class Photograph:
     """A photograph inside an installed package.
 
     Args:
-        name: class name.
-        package: import name of the package.
-        path: file inside the package.
-        val_side: which side of it is for validation ("left", "right" or "bottom"), chosen so that
+        name: Name of its class.
+        package: Import name of the package.
+        path: File inside the package.
+        val_side: Side of it that is for validation ("left", "right" or "bottom"), chosen so that
             both parts show the subject.
-        window: the useful part (left, top, right, bottom) as fractions, without black borders.
+        window: Useful part (left, top, right, bottom) as fractions, without black borders.
     """
 
     name: str
@@ -114,27 +113,28 @@ def split_regions(size: tuple[int, int], photograph: Photograph, image_size: int
 
     Raises: ConfigError if the photograph is smaller than `image_size`.
     """
-    width, height = size
-    fractions = photograph.window
-    left, top = round(fractions[0] * width), round(fractions[1] * height)
-    right, bottom = round(fractions[2] * width), round(fractions[3] * height)
-    if min(right - left, bottom - top) < image_size:
+    box = [round(part * side) for part, side in zip(photograph.window, 2 * size, strict=True)]
+    shortest = min(box[2] - box[0], box[3] - box[1])
+    if shortest < image_size:
         raise ConfigError(
             f"--image-size {image_size} is larger than photograph {photograph.name!r} "
-            f"({right - left} x {bottom - top}): choose at most {min(right - left, bottom - top)}"
+            f"({box[2] - box[0]} x {box[3] - box[1]}): choose at most {shortest}"
         )
-    whole = (left, top, right, bottom)
-    length = bottom - top if photograph.val_side == "bottom" else right - left
+    low, high = (1, 3) if photograph.val_side == "bottom" else (0, 2)  # the ends of the cut side
+    length = box[high] - box[low]
     cut = max(round(length * VAL_FRACTION), image_size)
+    first, second = list(box), list(box)
     if length - cut < image_size:
-        return Regions(whole, whole, disjoint=False)
-    if photograph.val_side == "bottom":
-        train, val = (left, top, right, bottom - cut), (left, bottom - cut, right, bottom)
-    elif photograph.val_side == "left":
-        train, val = (left + cut, top, right, bottom), (left, top, left + cut, bottom)
-    else:
-        train, val = (left, top, right - cut, bottom), (right - cut, top, right, bottom)
-    return Regions(train, val, disjoint=True)
+        return Regions(_box(box), _box(box), disjoint=False)
+    first_is_val = photograph.val_side == "left"
+    first[high] = second[low] = box[low] + cut if first_is_val else box[high] - cut
+    train, val = (second, first) if first_is_val else (first, second)
+    return Regions(_box(train), _box(val), disjoint=True)
+
+
+def _box(ends: list[int]) -> Box:
+    left, top, right, bottom = ends
+    return (left, top, right, bottom)
 
 
 def draw_box(region: Box, image_size: int, rng: np.random.Generator) -> Box:
@@ -153,10 +153,10 @@ class DemoArguments:
     """What determines the files, byte for byte.
 
     Args:
-        image_size: side of the images.
-        train_per_class: training crops of each photograph.
-        val_per_class: validation crops of each photograph.
-        seed: of the crops' places and sides.
+        image_size: Side of the images in pixels.
+        train_per_class: Training crops of each photograph.
+        val_per_class: Validation crops of each photograph.
+        seed: Seed of the crops' places and sides.
     """
 
     image_size: int = 64
@@ -190,18 +190,27 @@ def make_demo_images(folder: Path, arguments: DemoArguments) -> str:
     if _is_finished(folder, arguments):
         return f"{folder} is already there, made with the same arguments: nothing to do"
     sources = [(photograph, find_photograph(photograph)) for photograph in PHOTOGRAPHS]
-    per_photograph = arguments.train_per_class + arguments.val_per_class
+    counts = {"train": arguments.train_per_class, "val": arguments.val_per_class}
     classes = {}
     with (
         written_aside(folder, ("train", "val", INFO_NAME), "demo_images") as aside,
-        tqdm(total=len(sources) * per_photograph, unit="image", desc="demo images") as progress,
+        tqdm(
+            total=len(sources) * sum(counts.values()), unit="image", desc="demo images"
+        ) as progress,
     ):
         for label, (photograph, path) in enumerate(sources):
             with Image.open(path) as opened:
                 image = opened.convert("RGB")
             regions = split_regions(image.size, photograph, arguments.image_size)
-            for _ in _write_crops(aside, image, photograph.name, regions, label, arguments):
-                progress.update()
+            splits = (("train", regions.train), ("val", regions.val))
+            for split_id, (split, region) in enumerate(splits):
+                target = aside / split / photograph.name
+                target.mkdir(parents=True)
+                for index in range(counts[split]):
+                    key = [arguments.seed, label, split_id, index]  # the crop depends on it alone
+                    crop = draw_crop(image, region, arguments.image_size, key)
+                    crop.save(target / f"{index:05d}.jpg", quality=JPEG_QUALITY, subsampling=0)
+                    progress.update()
             source = f"{photograph.package}/{photograph.path}"
             classes[photograph.name] = {"source": source, "size": image.size, **asdict(regions)}
         document = {"arguments": asdict(arguments), "classes": classes}
@@ -215,29 +224,10 @@ def make_demo_images(folder: Path, arguments: DemoArguments) -> str:
     )
 
 
-def _write_crops(
-    folder: Path,
-    image: Image.Image,
-    name: str,
-    regions: Regions,
-    label: int,
-    arguments: DemoArguments,
-) -> Iterator[Path]:
-    """Write the crops of one photograph. Crop i depends on (seed, label, split, i) alone."""
-    size = arguments.image_size
-    splits = (
-        ("train", regions.train, arguments.train_per_class),
-        ("val", regions.val, arguments.val_per_class),
-    )
-    for split_id, (split, region, count) in enumerate(splits):
-        (folder / split / name).mkdir(parents=True)
-        for index in range(count):
-            rng = np.random.default_rng([arguments.seed, label, split_id, index])
-            crop = image.crop(draw_box(region, size, rng))
-            crop = crop.resize((size, size), Image.Resampling.BICUBIC)  # Pillow's is antialiased
-            path = folder / split / name / f"{index:05d}.jpg"
-            crop.save(path, quality=JPEG_QUALITY, subsampling=0)
-            yield path
+def draw_crop(image: Image.Image, region: Box, size: int, key: list[int]) -> Image.Image:
+    """Cut a random square out of a region of a photograph, scaled to `size` pixels a side."""
+    crop = image.crop(draw_box(region, size, np.random.default_rng(key)))
+    return crop.resize((size, size), Image.Resampling.BICUBIC)  # Pillow's is antialiased
 
 
 def _is_finished(folder: Path, arguments: DemoArguments) -> bool:

@@ -50,7 +50,7 @@ def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> SmallPipeline:
     """68 images of 32 x 32 in 17 classes, a random tokenizer, and the latents it makes."""
     from data_tools.demo_images import DemoArguments, make_demo_images
-    from data_tools.images_to_mds import convert_folder
+    from lgm_scale.data.preparation.convert import convert_folder
     from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
     from lgm_scale.families.tokenizer.config import TokenizerModelConfig
     from lgm_scale.families.tokenizer.network import build_tokenizer

@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from data_tools.images_to_mds import convert_folder
+from lgm_scale.data.preparation.convert import convert_folder
 from lgm_scale.evaluation.sweep.config import SweepConfig
 from lgm_scale.evaluation.sweep.rules import load_sweep
 from lgm_scale.families.lgm.bundle import save_generator_bundle

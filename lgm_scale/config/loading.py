@@ -24,6 +24,7 @@ from lgm_scale.errors import ConfigError
 __all__ = [
     "InvalidValues",
     "check_config",
+    "find_recipe",
     "load_config",
     "read_yaml",
     "to_dict",
@@ -32,14 +33,41 @@ __all__ = [
 
 RunConfig = TypeVar("RunConfig")
 
+RECIPES = Path(__file__).resolve().parents[1] / "yamls"
+"""Folder of the recipes that come with the package."""
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The file at `path`, or else the recipe of the package with this name.
+
+    `yamls/dit_xl.yaml` and `dit_xl.yaml` both name a recipe; a file of one's own goes first.
+
+    Raises: ConfigError that says where it looked and which recipes have a similar name.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    name = str(path).removeprefix("yamls/")
+    recipes = {str(found.relative_to(RECIPES)): found for found in sorted(RECIPES.rglob("*.yaml"))}
+    if name in recipes:
+        return recipes[name]
+    close = difflib.get_close_matches(name, recipes, n=3, cutoff=0.6)
+    hint = f" (did you mean yamls/{' or yamls/'.join(close)}?)" if close else ""
+    raise ConfigError(
+        f"config: {path} is not a file: neither {Path(path).absolute()} nor a recipe of {RECIPES} "
+        f"is there{hint}; give a YAML file"
+    )
+
 
 def read_yaml(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
     """Read a YAML file and apply `key=value` overrides.
 
+    Args:
+        path: The file, or the name of a recipe of the package (see `find_recipe`).
+        overrides: `key=value` strings; a key may hold dots.
+
     Raises: ConfigError for a missing or malformed file and for overrides that do not parse.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"config: {path} is not a file")
+    path = find_recipe(path)
     malformed = [item for item in overrides or [] if "=" not in item.lstrip("-")]
     if malformed:
         raise ConfigError([f"override {item!r}: write it as key=value" for item in malformed])

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-from lgm_scale.config.loading import check_config, read_yaml
+from lgm_scale.config.loading import (
+    check_config,
+    find_recipe,
+    read_yaml,
+)
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.data.config import broken_data_rules
 from lgm_scale.errors import ConfigError
@@ -149,11 +152,11 @@ def _times(config: TrainingRun, family: Family) -> Iterator[str]:
     evaluation = family.evaluation(config)
     if evaluation is not None:
         times["evaluation.interval"] = evaluation.interval
-        if not Path(evaluation.sweep).is_file():
-            yield (
-                f"evaluation.sweep: {evaluation.sweep} is not a file; give a YAML with the "
-                "keys of a sweep, or leave `evaluation` out"
-            )
+        try:
+            find_recipe(evaluation.sweep)
+        except ConfigError as error:
+            problem = error.problems[0].replace("config:", "evaluation.sweep:", 1)
+            yield f"{problem} with the keys of a sweep, or leave `evaluation` out"
     for key, value in times.items():
         if not _TIME.fullmatch(value):
             yield f"{key}: {value!r} is no duration; write epochs as 400ep or batches as 1500ba"

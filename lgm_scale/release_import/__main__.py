@@ -1,4 +1,4 @@
-"""Turn a checkpoint of the authors of LGM or of ELIT into a bundle.
+"""Turn a released checkpoint into a bundle.
 
     python -m lgm_scale.release_import tokenizer tokenizer.pt runs/release/tokenizer
     python -m lgm_scale.release_import generator xl.pth runs/release/dit_xl \
@@ -13,81 +13,34 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lgm_scale.errors import ConfigError, exit_on_user_error
+from lgm_scale.errors import exit_on_user_error
+from lgm_scale.families.base import imported, release_importers
+from lgm_scale.release_import import ReleaseImporter
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    """Command line."""
+    """Parse the command line; `importer` of the result is what reads this kind of checkpoint."""
     parser = argparse.ArgumentParser(
         prog="python -m lgm_scale.release_import",
-        description="Turn a checkpoint of the authors of LGM or of ELIT into a bundle.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    tokenizer = kinds.add_parser("tokenizer", help="a checkpoint {model, ema, args}")
-    generator = kinds.add_parser("generator", help="a checkpoint {model, model_ema}")
-    elit = kinds.add_parser("elit", help="a checkpoint {model, ema} of an ELIT, or of its SiT")
-    for kind in (tokenizer, generator, elit):
+    for name, target in release_importers().items():
+        importer: type[ReleaseImporter] = imported(target)
+        kind = kinds.add_parser(name, help=importer.help)
+        kind.set_defaults(importer=importer)
         kind.add_argument("source", metavar="SRC", help="the checkpoint")
         kind.add_argument("folder", metavar="DST", help="bundle to write")
         kind.add_argument("--weights", choices=["ema", "model"], default="ema")
-    generator.add_argument(
-        "--tokenizer",
-        required=True,
-        metavar="BUNDLE",
-        help="of the tokenizer that made the latents",
-    )
-    generator.add_argument(
-        "--latent-stats", metavar="FILE",
-        help="mean and std of the latents it was trained on: the release's latents_stats.pt, or "
-        "latent_stats.safetensors of a folder of latents encoded here",
-    )  # fmt: skip
-    generator.add_argument(
-        "--merge-tree", metavar="FILE",
-        help="the release's merge dictionary; default: the tokenizer's own tree",
-    )  # fmt: skip
-    for kind in (generator, elit):
-        kind.add_argument(
-            "--classes", metavar="FILE", help="names, one per line, or 'imagenet'; default: indices"
-        )
-    elit.add_argument("--vae", required=True, metavar="FOLDER", help="autoencoder that decodes")
-    elit.add_argument(
-        "--split", choices=["released", "declared", "paper"], default="released",
-        help="blocks before Read and after Write; the checkpoint does not say",
-    )  # fmt: skip
-    generator.add_argument(
-        "--noise-scale", choices=["corrected", "legacy"], default="corrected",
-        help="how it was trained to see noise; the checkpoint does not say",
-    )  # fmt: skip
+        importer.add_arguments(kind)
     return parser.parse_args(argv)
 
 
 def main() -> int:
     """Import, then report every key."""
     args = parse_args(sys.argv[1:])
-    if args.kind == "tokenizer":
-        from lgm_scale.families.tokenizer.release import import_tokenizer
-
-        report, remarks = import_tokenizer(args.source, args.folder, args.weights)
-    elif args.kind == "elit":
-        from lgm_scale.families.elit.release import import_elit
-
-        report, remarks = import_elit(
-            args.source, args.folder, args.vae, args.split, args.classes, args.weights
-        )
-    else:
-        if args.latent_stats is None:
-            raise ConfigError(
-                "--latent-stats: missing; images cannot be decoded without the mean and std that "
-                "the generator's latents were standardised with. Give the release's "
-                "latents_stats.pt, or encode images with this tokenizer (data_tools/"
-                "encode_latents.py) and give latent_stats.safetensors of that folder"
-            )
-        from lgm_scale.families.lgm.release import import_generator
-
-        report, remarks = import_generator(
-            args.source, args.folder, args.tokenizer, args.latent_stats, args.merge_tree,
-            args.classes, args.noise_scale, args.weights,
-        )  # fmt: skip
+    report, remarks = args.importer.run(args)
     for line in (*report.lines(), *remarks):
         print(line)
     print(f"{args.folder}: {args.kind} bundle written")

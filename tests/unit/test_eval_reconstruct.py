@@ -246,7 +246,7 @@ def test_stored_images_are_those_of_the_data_set(small_pipeline):
 
 def few_images(pipeline: SmallPipeline, folder: Path) -> Path:
     """Four images: Inception takes a sixth of a second for each."""
-    from data_tools.images_to_mds import convert_folder
+    from lgm_scale.data.preparation.convert import convert_folder
 
     images, _ = StoredImages(str(pipeline.images), 32).read(range(4))
     for index, image in enumerate(images.numpy()):
@@ -308,7 +308,7 @@ def test_every_problem_of_the_command_line_is_told_at_once(small_pipeline, tmp_p
 
 
 def test_images_of_another_size_are_refused(small_pipeline, tmp_path, monkeypatch):
-    from data_tools.images_to_mds import convert_folder
+    from lgm_scale.data.preparation.convert import convert_folder
 
     (tmp_path / "photos" / "thing").mkdir(parents=True)
     Image.new("RGB", (24, 24)).save(tmp_path / "photos" / "thing" / "0.png")

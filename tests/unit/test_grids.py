@@ -25,12 +25,12 @@ from test_images import write_images
 from test_latents import encode
 from torch import Tensor
 
-from data_tools.encode_latents import Encoder
-from data_tools.verify_mds import verify
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest, read_manifest, write_manifest
+from lgm_scale.data.preparation.encode import LatentWriter
+from lgm_scale.data.preparation.verify import verify
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
 from lgm_scale.families.elit.data import SpatialLatentDataset
 from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae
@@ -131,7 +131,7 @@ def test_the_decoder_does_not_matter(vae, images, grids, tmp_path, monkeypatch, 
 def test_an_interrupted_encoding_goes_on_where_it_was(vae, images, tmp_path, monkeypatch):
     small = options(vae, images) | {"shard-size": 1000, "batch-size": 4}
     assert encode(monkeypatch, **small, out=tmp_path / "whole") == 0
-    write, made = Encoder._write_part, []
+    write, made = LatentWriter._write_part, []
 
     def note(self, work, number, *rest) -> None:
         made.append(number)
@@ -139,7 +139,7 @@ def test_an_interrupted_encoding_goes_on_where_it_was(vae, images, tmp_path, mon
             raise KeyboardInterrupt
         write(self, work, number, *rest)
 
-    monkeypatch.setattr(Encoder, "_write_part", note)
+    monkeypatch.setattr(LatentWriter, "_write_part", note)
     with pytest.raises(KeyboardInterrupt):
         encode(monkeypatch, **small, out=tmp_path / "stopped")
     assert not (tmp_path / "stopped").exists()

@@ -15,10 +15,10 @@ from kill_points import KillPoints
 from PIL import Image
 from streaming import StreamingDataset
 
-from data_tools.image_folder import list_image_folder
-from data_tools.images_to_mds import convert_folder, encode_jpeg
 from lgm_scale.data.images import ImageDataset, center_crop, decode_image
 from lgm_scale.data.manifest import read_manifest
+from lgm_scale.data.preparation.convert import convert_folder, encode_jpeg
+from lgm_scale.data.preparation.image_folder import list_image_folder
 from lgm_scale.errors import ConfigError, DataError
 
 

@@ -10,17 +10,17 @@ import torch
 from small_pipeline import SmallPipeline, run_command
 from streaming import StreamingDataset
 
-from data_tools.encode_latents import (
-    Encoder,
+from lgm_scale.data.config import SourceConfig
+from lgm_scale.data.images import ImageDataset
+from lgm_scale.data.manifest import read_manifest, write_manifest
+from lgm_scale.data.preparation.encode import (
+    LatentWriter,
     batch_indices,
     check_coverage,
     main,
     plan_parts,
 )
-from data_tools.parts import PartRecord
-from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.images import ImageDataset
-from lgm_scale.data.manifest import read_manifest, write_manifest
+from lgm_scale.data.preparation.parts import PartRecord
 from lgm_scale.errors import DataError, LGMError
 from lgm_scale.families.lgm.data import LatentDataset, LatentStats, mixed_stats
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
@@ -214,7 +214,7 @@ def test_an_interrupted_encoding_goes_on_where_it_was(small_pipeline, tmp_path, 
         "workers": 0,
     }
     assert encode(monkeypatch, **options, out=tmp_path / "whole") == 0
-    write, made = Encoder._write_part, []
+    write, made = LatentWriter._write_part, []
 
     def note(self, work, number, *rest) -> None:
         if number == 2 and not made[2:]:
@@ -223,7 +223,7 @@ def test_an_interrupted_encoding_goes_on_where_it_was(small_pipeline, tmp_path, 
         made.append(number)
         write(self, work, number, *rest)
 
-    monkeypatch.setattr(Encoder, "_write_part", note)
+    monkeypatch.setattr(LatentWriter, "_write_part", note)
     with pytest.raises(KeyboardInterrupt):
         encode(monkeypatch, **options, out=tmp_path / "stopped")
     assert not (tmp_path / "stopped").exists()

@@ -19,8 +19,9 @@ import pytest
 from small_pipeline import ROOT
 from test_images_to_mds import digests_of, noise, stored, truncate
 
-from data_tools.images_to_mds import convert_folder, list_source, read_classes
 from lgm_scale.data.manifest import read_manifest
+from lgm_scale.data.preparation.convert import convert_folder
+from lgm_scale.data.preparation.sources import list_source, read_classes
 from lgm_scale.errors import ConfigError, DataError
 
 CLASSES = ("n01440764", "n01443537", "n02102040")

@@ -12,9 +12,9 @@ import pytest
 from small_pipeline import run_command
 from test_images_to_mds import write_folder
 
-from data_tools.images_to_mds import convert_folder
-from data_tools.verify_mds import verify
 from lgm_scale.data.manifest import read_manifest, write_manifest
+from lgm_scale.data.preparation.convert import convert_folder
+from lgm_scale.data.preparation.verify import verify
 from lgm_scale.errors import DataError
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ from lgm_scale.errors import CheckpointError
 from lgm_scale.families.elit.bundle import save_spatial_bundle
 from lgm_scale.families.elit.config import SIT_SIZES, ELITModelConfig, InterfaceConfig, SpaceConfig
 from lgm_scale.families.elit.network import build_elit, sincos_table
+from lgm_scale.release_import import CLASSES_HELP
 from lgm_scale.release_import.names import KeyReport, class_names, fit, provenance, translate
 from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
 
-__all__ = ["import_elit", "our_elit_name", "spatial_config_from_shapes"]
+__all__ = ["IMPORTER", "ElitImporter", "import_elit", "our_elit_name", "spatial_config_from_shapes"]
 
 _READ, _WRITE = "input_token_editor.adapters.0.", "output_token_editor.adapters.0."
 _PARTS = {
@@ -153,3 +155,30 @@ def _check_positions(
             f"{path}: key pos_embed differs from the fixed sin-cos table by {error:.3g}: these "
             "weights belong to another network"
         )
+
+
+class ElitImporter:
+    """The importer behind `python -m lgm_scale.release_import elit`."""
+
+    help: ClassVar[str] = "a checkpoint {model, ema} of an ELIT, or of its SiT"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Add what the checkpoint does not say: autoencoder, split, names of the classes."""
+        add = parser.add_argument
+        add("--classes", metavar="FILE", help=CLASSES_HELP)
+        add("--vae", required=True, metavar="FOLDER", help="autoencoder that decodes")
+        add(
+            "--split", choices=["released", "declared", "paper"], default="released",
+            help="blocks before Read and after Write; the checkpoint does not say",
+        )  # fmt: skip
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
+        """Write the bundle that the command line asks for."""
+        return import_elit(
+            args.source, args.folder, args.vae, args.split, args.classes, args.weights
+        )
+
+
+IMPORTER = ElitImporter

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_
 
 __all__ = [
     "IGNORED",
+    "IMPORTER",
+    "TokenizerImporter",
     "check_args",
     "config_from_shapes",
     "import_tokenizer",
@@ -170,3 +172,21 @@ def check_args(args: object, config: TokenizerModelConfig, path: str | Path) -> 
         lines = [f"{path}: args and weights contradict each other:"]
         raise CheckpointError("\n".join([*lines, *(f"  - {problem}" for problem in problems)]))
     return list(spoken)
+
+
+class TokenizerImporter:
+    """The importer behind `python -m lgm_scale.release_import tokenizer`."""
+
+    help: ClassVar[str] = "a checkpoint {model, ema, args}"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """It has no options of its own."""
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
+        """Write the bundle that the command line asks for."""
+        return import_tokenizer(args.source, args.folder, args.weights)
+
+
+IMPORTER = TokenizerImporter

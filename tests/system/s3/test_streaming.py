@@ -19,11 +19,11 @@ from PIL import Image
 from small_pipeline import ROOT, assert_user_error, metrics, run_command
 from test_images import write_images
 
-from data_tools.images_to_mds import convert_folder
-from data_tools.verify_mds import verify
 from lgm_scale.data.config import Patience, SourceConfig
 from lgm_scale.data.epochs import CheckedLoader, StreamOptions
 from lgm_scale.data.images import ImageDataset
+from lgm_scale.data.preparation.convert import convert_folder
+from lgm_scale.data.preparation.verify import verify
 from lgm_scale.errors import DataError
 
 pytestmark = pytest.mark.servers

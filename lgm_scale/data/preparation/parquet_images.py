@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.image_folder import ImageFile, ImageFolder
+from lgm_scale.data.preparation.image_folder import ImageFile, ImageListing
 from lgm_scale.errors import ConfigError, DataError
 
 __all__ = ["list_parquet", "read_rows"]
@@ -29,14 +29,14 @@ def _pyarrow() -> Any:
 
 def list_parquet(
     paths: Sequence[Path], classes: tuple[str, ...] | None, image_column: str, label_column: str
-) -> ImageFolder:
+) -> ImageListing:
     """List the rows of Parquet files, in the order of the files and of their rows.
 
     Args:
-        paths: the files, in order.
-        classes: names of the classes; None to take those of the metadata, or the labels' own.
-        image_column: its name.
-        label_column: its name.
+        paths: The files, in order.
+        classes: Names of the classes; None to take those of the metadata, or the labels' own.
+        image_column: Name of the column of images.
+        label_column: Name of the column of labels.
 
     Raises: DataError for missing columns and for labels outside the classes.
     """
@@ -67,7 +67,7 @@ def list_parquet(
             files.append(ImageFile(path, f"{path.name}:{row}", label, size, row))
     if not files:
         raise DataError(f"{paths[0]} holds no row")
-    return ImageFolder(known, tuple(files), 0)
+    return ImageListing(known, tuple(files), 0)
 
 
 def _names_in_metadata(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...] | None:
@@ -112,7 +112,10 @@ def _bytes_per_row(file: Any, column: str) -> int:
 
 
 def read_rows(path: Path, rows: Sequence[int], image_column: str) -> Iterator[bytes | None]:
-    """Images of ascending rows, one row group in memory at a time; None where there is none."""
+    """Read the images of ascending rows: their bytes, or None where a row holds none.
+
+    One row group is in memory at a time.
+    """
     file = _pyarrow().ParquetFile(path)
     wanted = iter(rows)
     row = next(wanted, None)

@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,9 @@ class PartRecord:
     """What a finished part holds.
 
     Args:
-        labels: label of each of its samples.
-        facts: whatever else the command notes (JSON values).
-        shard: the shard's entry of the index; None for a part without samples.
+        labels: Label of each of its samples.
+        facts: Whatever else the command notes (JSON values).
+        shard: Entry of its shard in the index; None for a part without samples.
     """
 
     labels: list[int]
@@ -78,12 +78,11 @@ class PartsFolder:
     """The unfinished result of one command. Workers and ranks may share it; it can be pickled.
 
     Args:
-        out: where the result goes, a folder or object storage.
-        staging: local folder for what is unfinished, if `out` is object storage.
-        kind: "images", "latents" or "spatial_latents".
-        made_from: what determines the result (JSON values): another command's work is refused.
-        num_parts: how many parts there are.
-        patience: with object storage.
+        out: Where the result goes, a folder or object storage.
+        staging: Local folder for what is unfinished, if `out` is object storage.
+        kind: Kind of the data set, a key of `lgm_scale.data.manifest.COLUMNS`.
+        made_from: What determines the result (JSON values): another command's work is refused.
+        num_parts: How many parts there are.
     """
 
     def __init__(
@@ -93,7 +92,6 @@ class PartsFolder:
         kind: str,
         made_from: dict[str, Any],
         num_parts: int,
-        patience: Patience | None = None,
     ) -> None:
         if is_remote(out) and staging is None:
             raise ConfigError(
@@ -103,11 +101,11 @@ class PartsFolder:
         if not is_remote(out) and staging is not None:
             raise ConfigError(f"--staging: has no effect, --out {out} is a local folder; drop it")
         self.out, self.remote = out, is_remote(out)
-        self.folder = Path(staging) if staging is not None else _aside(Path(out))
+        self.folder = Path(f"{Path(out)}.partial" if staging is None else staging)
         self.kind = kind
         self.made_from = json.loads(json.dumps(made_from))
         self.num_parts = num_parts
-        self.patience = patience or Patience()
+        self.patience = Patience()
 
     def already_finished(self) -> Manifest | None:
         """The manifest of this very result, if it is there.
@@ -132,8 +130,7 @@ class PartsFolder:
                 f"{shown(self.out)} exists and is not a finished result of this command: it is "
                 "never overwritten. Choose another --out, or delete it"
             )
-        there = manifest.extra.get("made_from", {})
-        other = sorted(k for k in self.made_from if there.get(k) != self.made_from[k])
+        other = self._differing(manifest.extra.get("made_from", {}))
         if other:
             raise DataError(
                 f"{shown(self.out)} holds another data set ({', '.join(other)} differ): it is "
@@ -142,6 +139,9 @@ class PartsFolder:
         self._clean_up()
         return manifest
 
+    def _differing(self, made_from: Mapping[str, Any]) -> list[str]:
+        return sorted(k for k, value in self.made_from.items() if made_from.get(k) != value)
+
     def open(self) -> None:
         """Make the folder of the unfinished result, or continue with the one that is there.
 
@@ -149,16 +149,16 @@ class PartsFolder:
         """
         plan = {"made_from": self.made_from, "num_parts": self.num_parts, "out": self.out}
         path = self.folder / PLAN_NAME
-        if self.folder.exists() and not path.is_file() and not _only_scraps(self.folder):
+        there = os.listdir(self.folder) if self.folder.exists() else []
+        if PLAN_NAME not in there and not all(map(_is_scrap, there)):
             raise DataError(
                 f"{self.folder} is where the unfinished result goes, but it holds something else: "
                 "move it away"
             )
-        if path.is_file():
-            there = json.loads(path.read_text())
-            if there != plan:
-                was, now = there.get("made_from", {}), self.made_from
-                keys = sorted(k for k in now if was.get(k) != now[k]) or ["out"]
+        if PLAN_NAME in there:
+            begun = json.loads(path.read_text())
+            if begun != plan:
+                keys = self._differing(begun.get("made_from", {})) or ["out"]
                 raise DataError(
                     f"{self.folder} holds an unfinished result of another command "
                     f"({', '.join(keys)} differ): finish that one, or delete the folder"
@@ -179,15 +179,15 @@ class PartsFolder:
         samples: Iterable[Mapping[str, Any]],
         record: Callable[[], PartRecord],
         compression: str | None = None,
-    ) -> PartRecord:
+    ) -> None:
         """Make a part: its shard, and then its record.
 
         Args:
-            part: its number.
-            columns: of the shard.
-            samples: in order.
-            record: called when all samples are written.
-            compression: of the shard.
+            part: Number of the part.
+            columns: Columns of the shard with their MDS encodings.
+            samples: Samples in order.
+            record: Called when all samples are written; its `shard` is filled in.
+            compression: Compression of the shard.
         """
         aside = self.folder / f"{ASIDE_PREFIX}{part:05}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -208,11 +208,9 @@ class PartsFolder:
         finally:  # not `finish`, which may sleep a second, and writes an index of its own
             writer.executor.shutdown()
         shard = self._take_in(part, aside, writer.shards[0]) if writer.shards else None
-        result = replace(record(), shard=shard)
+        text = json.dumps(asdict(replace(record(), shard=shard)))
         shutil.rmtree(aside)
-        text = {"labels": result.labels, "facts": result.facts, "shard": result.shard}
-        _write_whole(self.folder / f"part.{part:05}.json", json.dumps(text))
-        return result
+        _write_whole(self.folder / f"part.{part:05}.json", text)
 
     def _take_in(self, part: int, aside: Path, shard: dict[str, Any]) -> dict[str, Any]:
         """Give a shard its number, and bring it to where it belongs."""
@@ -252,13 +250,13 @@ class PartsFolder:
         manifest: Manifest,
         records: list[PartRecord],
         more: Mapping[str, Callable[[Path], Any]],
-    ) -> Manifest:
+    ) -> None:
         """Write index, labels, further files and the manifest, and put the result in place.
 
         Args:
-            manifest: complete but for `files`.
-            records: of all parts, in order.
-            more: further files by name, each with what writes it.
+            manifest: The manifest, complete but for `files`.
+            records: Records of all parts, in order.
+            more: Further files by name, each with the function that writes it.
         """
         shards = [record.shard for record in records if record.shard is not None]
         index = json.dumps({"version": 2, "shards": shards}, sort_keys=True)
@@ -280,7 +278,6 @@ class PartsFolder:
                 Path(self.out).rmdir()
             self.folder.replace(self.out)
         self._clean_up()
-        return manifest
 
     def _clean_up(self) -> None:
         """Remove what only an unfinished result needs."""
@@ -295,10 +292,6 @@ class PartsFolder:
                 path.unlink(missing_ok=True)
 
 
-def _aside(out: Path) -> Path:
-    return out.with_name(f"{out.name}.partial")
-
-
 def _is_record(name: str) -> bool:
     return name.startswith("part.") and name.endswith(".json")
 
@@ -306,10 +299,6 @@ def _is_record(name: str) -> bool:
 def _is_scrap(name: str) -> bool:
     """Whether a killed command left this: a file of `_write_whole`, or the folder of a shard."""
     return name.startswith(".") and (name.endswith(ASIDE_SUFFIX) or name.startswith(ASIDE_PREFIX))
-
-
-def _only_scraps(folder: Path) -> bool:
-    return all(_is_scrap(path.name) for path in folder.iterdir())
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
-"""The image folder, SRC/<class>/<image>: its images, in an order independent of the disk.
+"""The listing of a source of images, and how a folder SRC/<class>/<image> is listed.
 
-Only names and sizes are looked at here; `data_tools.images_to_mds` opens the images. A listing of
-another kind of source (`data_tools.tar_images`, `data_tools.parquet_images`) has the same form.
+Only names and sizes are looked at here. The order of a listing decides which shard an image lands
+in, so it must not depend on the disk: names are compared in one Unicode form and sorted.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lgm_scale.errors import DataError
 
-__all__ = ["ImageFile", "ImageFolder", "is_image_name", "list_image_folder"]
+__all__ = ["ImageFile", "ImageListing", "class_index", "is_image_name", "list_image_folder"]
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
@@ -24,11 +25,12 @@ class ImageFile:
     """One image of a source.
 
     Args:
-        path: its file, or the archive that holds it.
-        name: relative to the source.
-        label: index of its class.
-        num_bytes: its size; for a row of a Parquet file an estimate.
-        position: where it begins in a tar file, in bytes; its row in a Parquet file.
+        path: File of the image, or the archive that holds it.
+        name: Name of the image relative to the source.
+        label: Index of its class.
+        num_bytes: Size of the encoded image; for a row of a Parquet file an estimate.
+        position: Byte of a tar file where the image begins, or its row in a Parquet file; None for
+            a file of its own.
     """
 
     path: Path
@@ -39,15 +41,24 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class ImageFolder:
-    """What a scan of SRC found, in the order of the shards."""
+class ImageListing:
+    """The images of a source, in the order in which shards will hold them.
+
+    Args:
+        classes: Names of the classes; label i is `classes[i]`.
+        files: The images.
+        num_ignored: Files of the source that are not images.
+    """
 
     classes: tuple[str, ...]
     files: tuple[ImageFile, ...]
-    num_ignored: int  # files that are not images
+    num_ignored: int
 
     def fingerprint(self) -> str:
-        """Hash of the classes, and of the relative names, sizes and labels."""
+        """Hash the class names and every image's relative name, size and label.
+
+        It tells whether a source has changed without reading an image.
+        """
         digest = hashlib.sha256("\0".join(self.classes).encode(errors="surrogateescape"))
         for file in self.files:
             line = f"{file.name}\0{file.num_bytes}\0{file.label}\n"
@@ -55,7 +66,15 @@ class ImageFolder:
         return digest.hexdigest()
 
 
-def list_image_folder(source: Path) -> ImageFolder:
+def class_index(found: Sequence[str], classes: Sequence[str], source: str | Path) -> dict[str, int]:
+    """Label of each class name. Raises: DataError if the source has a class not in `classes`."""
+    unknown = sorted(set(found) - set(classes))
+    if unknown:
+        raise DataError(f"{source} has a class {unknown[0]!r} that --classes does not name")
+    return {name: label for label, name in enumerate(classes)}
+
+
+def list_image_folder(source: Path) -> ImageListing:
     """List SRC/<class>/<image> in sorted order.
 
     Hidden files are passed over; other files that are no images are counted.
@@ -84,7 +103,7 @@ def list_image_folder(source: Path) -> ImageFolder:
         found_files, ignored = _list_class(Path(folder.path), class_name, label)
         files.extend(found_files)
         num_ignored += ignored
-    return ImageFolder(tuple(name for name, _ in folders), tuple(files), num_ignored)
+    return ImageListing(tuple(name for name, _ in folders), tuple(files), num_ignored)
 
 
 def _visible(folder: Path) -> list[tuple[str, os.DirEntry[str]]]:
@@ -98,7 +117,7 @@ def _visible(folder: Path) -> list[tuple[str, os.DirEntry[str]]]:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is an image, by its name."""
+    """Whether a file name ends like that of an image."""
     return name.lower().endswith(SUFFIXES)
 
 

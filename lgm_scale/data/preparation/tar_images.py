@@ -13,7 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.image_folder import ImageFile, ImageFolder, is_image_name
+from lgm_scale.data.preparation.image_folder import (
+    ImageFile,
+    ImageListing,
+    class_index,
+    is_image_name,
+)
 from lgm_scale.errors import DataError
 
 __all__ = ["list_tar", "read_labels_file"]
@@ -21,15 +26,16 @@ __all__ = ["list_tar", "read_labels_file"]
 
 def list_tar(
     path: Path, labels: dict[str, str] | list[str] | None, classes: tuple[str, ...] | None
-) -> ImageFolder:
+) -> ImageListing:
     """List the images of a tar file: by class, and by name within a class or a flat file.
 
     Args:
-        path: an uncompressed tar file.
-        labels: class of each file by name, or of all of them in sorted order; for flat tars.
-        classes: their names in the order of the labels; None for those found, sorted.
+        path: An uncompressed tar file.
+        labels: For a flat tar, the class of each file by its name without suffix, or the classes
+            of all files in sorted order.
+        classes: Names of the classes in the order of the labels; None for those found, sorted.
 
-    Raises: DataError for anything that is no such file.
+    Raises: DataError for a file that is damaged or compressed, mixes both forms or holds no image.
     """
     try:
         found, num_ignored = _scan(path)
@@ -52,17 +58,14 @@ def list_tar(
         raise DataError(f"--labels: has no effect, {path} has classes of its own; drop it")
     names = tuple(sorted({str(entry[0]) for entry in found}))
     known = classes or names
-    unknown = sorted(set(names) - set(known))
-    if unknown:
-        raise DataError(f"{path} has a class {unknown[0]!r} that --classes does not name")
-    index = {name: label for label, name in enumerate(known)}
+    index = class_index(names, known, path)
     files = [
         ImageFile(path, name, index[str(group)], size, offset)
         for group, name, offset, size in found
     ]
     if not flat:
         files.sort(key=lambda file: (file.label, file.name))
-    return ImageFolder(known, tuple(files), num_ignored)
+    return ImageListing(known, tuple(files), num_ignored)
 
 
 Entry = tuple[str | None, str, int, int]  # class, name, offset, bytes

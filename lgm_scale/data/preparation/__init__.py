@@ -1,0 +1,1 @@
+"""From images to the MDS shards that training reads: convert, encode, verify."""

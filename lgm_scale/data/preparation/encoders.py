@@ -1,0 +1,77 @@
+"""What `encode` asks of anything that turns images into latents.
+
+A family that is trained on latents brings its encoder and names it in the table of encoders. The
+columns of the shards, the options of the command and the statistics beside the shards follow from
+the encoder, so that a new one needs no change here.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["LatentEncoder", "Notes"]
+
+
+class Notes:
+    """What an encoder notes of the latents of one shard; these notes are empty.
+
+    The notes of all shards are merged when the last one is there, whichever process made them.
+    """
+
+    def add(self, stored: Mapping[str, Tensor]) -> None:
+        """Take in a batch of latents as they are stored. Shapes: float16 [B, ...] per column."""
+
+    def facts(self) -> dict[str, Any]:
+        """Give everything so far as JSON values, for the record of the shard."""
+        return {}
+
+    def merge(self, facts: Mapping[str, Any]) -> None:
+        """Take in the facts of another shard."""
+
+    def files(self) -> dict[str, Callable[[Path], Any]]:
+        """Files that go beside the shards by name, each with the function that writes it."""
+        return {}
+
+
+class LatentEncoder(Protocol):
+    """Turns images into the arrays that a shard of latents stores."""
+
+    options: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """Command line options of this encoder alone: flag -> arguments of `add_argument`. Their
+    default is None, so that one given with another encoder is noticed."""
+    needed: ClassVar[Mapping[str, str]]
+    """Options that must be given: flag -> what it names, for the message."""
+    kind: ClassVar[str]
+    """Kind of the data set, a key of `lgm_scale.data.manifest.COLUMNS`."""
+    columns: ClassVar[tuple[str, ...]]
+    """Names of the arrays of one image."""
+
+    shape: tuple[int, ...]
+    """Shape of each of these arrays."""
+    image_size: int
+    """Side in pixels of the images that are encoded."""
+    identity: dict[str, Any]
+    """What determines the latents besides the images (JSON values); the manifest keeps it."""
+    device: torch.device
+
+    @classmethod
+    def from_options(cls, options: Namespace, device: torch.device | str) -> LatentEncoder:
+        """Load the encoder that the options name. Raises: CheckpointError, ConfigError."""
+        ...
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """Encode both flips of a batch.
+
+        Shapes: images [B, 3, S, S] float32 in [-1, 1] -> float32 [B, *shape] for every column.
+        """
+        ...
+
+    def notes(self) -> Notes:
+        """Notes of a shard of which nothing is encoded yet."""
+        ...

@@ -1,0 +1,90 @@
+"""The autoencoder of Stable Diffusion as an encoder of whole data sets: a grid for each image.
+
+Mean and standard deviation of every latent are stored, for training to draw from, and nothing
+beside the shards: the scale of these latents is a constant.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lgm_scale.data.preparation.encoders import Notes
+from lgm_scale.errors import ConfigError
+from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae
+
+__all__ = ["ENCODER", "AutoencoderEncoder"]
+
+DEFAULT_IMAGE_SIZE = 256
+
+
+class AutoencoderEncoder:
+    """Encodes images to mean and standard deviation of a grid of latents.
+
+    In float16 a deviation below 6e-5 has fewer digits: an error of 6e-8 in latents of about one.
+
+    Args:
+        folder: Autoencoder in the layout of diffusers.
+        image_size: Side S of the images in pixels.
+        device: Device to encode on.
+
+    Raises: CheckpointError for a bad folder; ConfigError for an image size that does not come out
+        even.
+    """
+
+    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "--vae": {
+            "metavar": "FOLDER",
+            "help": "autoencoder in the layout of diffusers: a local copy of "
+            "stabilityai/sd-vae-ft-mse or -ema",
+        },
+        "--image-size": {
+            "type": int,
+            "metavar": "PIXELS",
+            "help": f"side of the centre crop (default: {DEFAULT_IMAGE_SIZE})",
+        },
+    }
+    needed: ClassVar[Mapping[str, str]] = {"--vae": "the folder of its autoencoder"}
+    kind: ClassVar[str] = "spatial_latents"
+    columns: ClassVar[tuple[str, ...]] = ("mean", "std", "mean_flipped", "std_flipped")
+
+    def __init__(self, folder: str, image_size: int, device: torch.device | str) -> None:
+        self.vae = load_sd_vae(folder, device)
+        self.device = next(self.vae.parameters()).device
+        self.image_size = image_size
+        try:
+            side = self.vae.side(image_size)
+        except ConfigError as error:
+            raise ConfigError(error.problems[0].replace("image_size", "--image-size")) from error
+        self.shape = (self.vae.channels, side, side)
+        self.identity = {
+            "encoder": "sd-vae",
+            "encoder_id": encoder_id(folder),
+            "channels": self.vae.channels,
+            "side": side,
+            "scale": self.vae.scale,
+            "downsampling": self.vae.downsampling,
+            "image_size": image_size,
+        }
+
+    @classmethod
+    def from_options(cls, options: Namespace, device: torch.device | str) -> AutoencoderEncoder:
+        """Load the autoencoder that --vae names, for images of --image-size."""
+        size = DEFAULT_IMAGE_SIZE if options.image_size is None else options.image_size
+        return cls(options.vae, size, device)
+
+    def encode(self, images: Tensor) -> dict[str, Tensor]:
+        """Encode both flips. Shapes: [B, 3, S, S] in [-1, 1] -> [B, C, h, w] float32 each."""
+        moments = (*self.vae.moments(images), *self.vae.moments(images.flip(-1)))
+        return dict(zip(self.columns, moments, strict=True))
+
+    def notes(self) -> Notes:
+        """Nothing is noted."""
+        return Notes()
+
+
+ENCODER = AutoencoderEncoder
