@@ -42,9 +42,9 @@ from data_tools.parts import DEFAULT_SHARD_SIZE, PartRecord, PartsFolder, check_
 from lgm_scale.data.config import SourceConfig, broken_source
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest
-from lgm_scale.data.storage import shown
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
 from lgm_scale.pixels import to_unit_range
+from lgm_scale.storage.transfer import shown
 
 DEFAULT_IMAGE_SIZE = 256
 

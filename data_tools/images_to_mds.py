@@ -35,8 +35,8 @@ from data_tools.parts import DEFAULT_SHARD_SIZE, PartRecord, PartsFolder, check_
 from data_tools.tar_images import list_tar, read_labels_file
 from lgm_scale.data.images import center_crop, decode_image
 from lgm_scale.data.manifest import MANIFEST_NAME, Manifest, parse_manifest
-from lgm_scale.data.storage import shown
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
+from lgm_scale.storage.transfer import shown
 
 __all__ = ["convert_file", "convert_folder", "encode_jpeg", "list_source", "plan_parts"]
 

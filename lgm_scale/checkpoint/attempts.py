@@ -17,8 +17,8 @@ import uuid
 from dataclasses import asdict, dataclass
 
 from lgm_scale.checkpoint.manifest import StateName
-from lgm_scale.checkpoint.storage import Storage
 from lgm_scale.errors import CheckpointError, SupersededError
+from lgm_scale.storage.stores import Storage
 
 __all__ = ["Attempt", "Attempts"]
 

@@ -23,12 +23,12 @@ from lgm_scale.checkpoint.manifest import (
     StateFile,
     StateName,
 )
-from lgm_scale.checkpoint.storage import Storage
 from lgm_scale.checkpoint.tensors import files_needed, read_pieces, write_pieces
 from lgm_scale.errors import CheckpointError
-from lgm_scale.hashing import file_hash
 from lgm_scale.parallel.agreement import on_rank_zero, raise_everywhere
 from lgm_scale.parallel.pieces import Piece, owned, plain_name
+from lgm_scale.storage.files import file_hash
+from lgm_scale.storage.stores import Storage
 from lgm_scale.training.ema import EMA
 
 __all__ = ["Resume", "open_run"]
@@ -297,7 +297,7 @@ class Resume:
         for file in mine:
             try:
                 path = self.storage.get(f"{name}/{file.name}", shared)
-            except (FileNotFoundError, CheckpointError) as error:
+            except (OSError, CheckpointError) as error:
                 return f"{file.name} cannot be read: {error}"
             if path.stat().st_size != file.size or file_hash(path) != file.sha256:
                 return f"{file.name} does not have its checksum"

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from lgm_scale.checkpoint.resume import open_run
 from lgm_scale.checkpoint.run_folder import METRICS_NAME, RunFolder, differing_keys
-from lgm_scale.checkpoint.storage import Storage, open_storage
 from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import ConfigError
 from lgm_scale.parallel.agreement import on_rank_zero
+from lgm_scale.storage.files import write_whole
+from lgm_scale.storage.stores import Storage, open_storage
 
 __all__ = ["EnteredRun", "enter_run", "leave_result"]
 
@@ -36,7 +37,8 @@ def enter_run(folder: RunFolder) -> EnteredRun:
 
     Raises: ConfigError with the keys that differ; CheckpointError.
     """
-    storage = open_storage(folder.config.checkpoint.folder or str(folder.path / "state"))
+    location = folder.config.checkpoint.folder or str(folder.path / "state")
+    storage = open_storage(location, "checkpoint.folder", folder.config.data.patience)
     run = on_rank_zero(lambda: _enter(folder, storage))
     return EnteredRun(run["run_id"], run["finished"], storage)
 
@@ -64,15 +66,13 @@ def _fetch_result(storage: Storage, folder: RunFolder) -> bool:
     names = storage.names()
     metrics = folder.path / METRICS_NAME
     if METRICS_NAME in names and not metrics.exists():
-        metrics.write_bytes(storage.read(METRICS_NAME))
+        write_whole(metrics, storage.read(METRICS_NAME))
     if _RESULT not in names:
         return False
     bundle = [name for name in names if name.startswith(_BUNDLE)]
     # bundle.json last: a bundle without it is none.
     for name in sorted(bundle, key=lambda name: name.endswith("bundle.json")):
-        path = folder.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(storage.read(name))
+        write_whole(folder.path / name, storage.read(name))
     return True
 
 

@@ -29,12 +29,13 @@ from streaming.base.shared import prefix as shared_prefix
 from streaming.base.world import World
 from torch import distributed
 
-from lgm_scale.data.config import Patience, SourceConfig
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.manifest import Manifest, check_columns, check_shards, read_manifest
 from lgm_scale.data.mixture import View, draw_passes, samples_per_source, view_sources
 from lgm_scale.data.shards import ShardStream, fill_cache, local_folder
 from lgm_scale.errors import DataError
 from lgm_scale.randomness import Purpose
+from lgm_scale.storage.transfer import Patience
 
 __all__ = ["CheckedLoader", "EpochDataset", "StreamOptions"]
 

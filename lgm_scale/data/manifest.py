@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lgm_scale.errors import DataError
+from lgm_scale.storage.files import write_whole
 
 __all__ = [
     "COLUMNS",
@@ -105,11 +106,9 @@ class Manifest:
 
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
-    """Write `manifest.json` into `folder`, aside first, so that it is whole or absent."""
+    """Write `manifest.json` into `folder`; it is whole or absent. Returns its path."""
     path = Path(folder) / MANIFEST_NAME
-    aside = path.with_name(f"{MANIFEST_NAME}.partial")
-    aside.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
-    aside.replace(path)
+    write_whole(path, json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
     return path
 
 

@@ -7,7 +7,6 @@ fetched and checked at the start. Shards come while training goes, whole and wit
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,19 @@ from numpy.typing import NDArray
 from streaming import Stream
 from streaming.base.format.base.reader import FileInfo, Reader
 
-from lgm_scale.data.config import Patience, SourceConfig, is_remote
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.manifest import INDEX_NAME, MANIFEST_NAME, parse_manifest
-from lgm_scale.data.storage import Expected, fetch, join, read_remote, shown
 from lgm_scale.errors import DataError
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash, write_whole
+from lgm_scale.storage.transfer import (
+    Expected,
+    Patience,
+    fetch,
+    is_remote,
+    join,
+    read_remote,
+    shown,
+)
 
 __all__ = ["ShardStream", "digest_files", "fill_cache", "local_folder"]
 
@@ -69,10 +76,7 @@ def _claim(folder: Path, manifest: bytes, where: str) -> None:
             f"cache {folder} is neither empty nor a cache of ours: choose another, or delete it"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{MANIFEST_NAME}.{os.getpid()}.part"
-        aside.write_bytes(manifest)
-        aside.replace(path)
+        write_whole(path, manifest)
     except OSError as error:
         raise DataError(f"cache {folder} cannot be written: {error.strerror}") from error
 
@@ -115,7 +119,9 @@ class ShardStream(Stream):
         """Have a shard in the cache. Raises: DataError naming it."""
         try:
             return super().prepare_shard(shard)
-        except OSError as error:  # while decompressing; the fetch explains its own
+        except DataError:  # of the fetch, which names the file
+            raise
+        except OSError as error:  # while decompressing
             name = shard.file_pairs[0][0].basename
             raise DataError(f"{join(self.local, name)} cannot be written: {error}") from error
 

@@ -14,9 +14,9 @@ from small_pipeline import metrics, train_in_process
 
 from lgm_scale.checkpoint.attempts import Attempts, valid_states
 from lgm_scale.checkpoint.manifest import Manifest, StateName
-from lgm_scale.checkpoint.storage import Folder
 from lgm_scale.errors import CheckpointError, ConfigError, SupersededError
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash
+from lgm_scale.storage.stores import Folder
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ from streaming.base.world import World
 from test_images import dataset_of, write_images
 from torch.utils.data import DataLoader
 
-from lgm_scale.data.config import Patience, SourceConfig
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
 from lgm_scale.data.manifest import LABELS_NAME, Manifest, write_manifest
 from lgm_scale.errors import DataError
+from lgm_scale.storage.transfer import Patience
 
 NUM_SAMPLES = 101  # no multiple of anything
 GLOBAL_BATCH = 12

@@ -26,9 +26,9 @@ from lgm_scale.families.lgm.bundle import (
 )
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.pipeline import LGMPipeline, default_cfg_scale
-from lgm_scale.hashing import file_hash
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig, Solver
+from lgm_scale.storage.files import file_hash
 
 CLASSES = ("goldfish", "gold finch", "tabby cat")
 

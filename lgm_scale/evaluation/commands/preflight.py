@@ -17,7 +17,7 @@ from typing import Any
 
 from lgm_scale.config.loading import read_yaml
 from lgm_scale.errors import LGMError, MissingAssetError, exit_on_user_error
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash
 
 __all__ = ["EvalAsset", "assets", "report"]
 

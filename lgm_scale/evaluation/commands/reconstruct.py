@@ -41,7 +41,6 @@ from lgm_scale.evaluation.features.spaces import (
     check_reference,
     network_spaces,
 )
-from lgm_scale.evaluation.files import write_aside, write_json
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
 from lgm_scale.evaluation.references.files import load_reference
@@ -55,6 +54,7 @@ from lgm_scale.families.lgm.data import TREE_NAME
 from lgm_scale.families.tokenizer.assets import VGG16_URL
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import MergeTree
+from lgm_scale.storage.files import write_json, write_whole
 
 __all__ = ["main"]
 
@@ -225,7 +225,7 @@ def write_results(
     write_json(out / "reconstruction.json", results)
     flat = [{"num_tokens": row["num_tokens"], **row["metrics"]} for row in rows]
     title = f"Reconstructions of {rows[0]['num_images']} validation images"
-    write_aside(
+    write_whole(
         out / "reconstruction.png",
         to_png(metric_curves(flat, rows[0]["names"], title, LIGHT), LIGHT),
     )

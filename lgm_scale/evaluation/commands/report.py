@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.evaluation.engine.rows import RowStore
-from lgm_scale.evaluation.files import write_aside
 from lgm_scale.evaluation.report.diagrams import merge_tree_figure
 from lgm_scale.evaluation.report.page import Pictures, render_page
 from lgm_scale.evaluation.report.pictures import contact_sheet, image_grid
@@ -35,6 +34,7 @@ from lgm_scale.evaluation.sweep.results import (
 )
 from lgm_scale.families.lgm.data import TREE_NAME
 from lgm_scale.merging.tree import MergeTree
+from lgm_scale.storage.files import write_whole
 
 __all__ = ["write_comparison", "write_report"]
 
@@ -56,19 +56,19 @@ def write_report(out: Path) -> Path:
     for name, draw in figures.items():
         light, dark = (to_png(draw(theme), theme) for theme in (LIGHT, DARK))
         pictures[name] = (light, dark)
-        write_aside(out / f"{name}.png", light)
+        write_whole(out / f"{name}.png", light)
     sheets = {}
     for num_tokens, row in _best_rows(results).items():
         sheets[num_tokens] = contact_sheet(rows.pictures(row["key"])["images"])
-        write_aside(out / f"samples_k{num_tokens:04d}.png", sheets[num_tokens])
+        write_whole(out / f"samples_k{num_tokens:04d}.png", sheets[num_tokens])
     return _write(out, results, pictures, sheets)
 
 
 def _write(out: Path, results: Results, pictures: Pictures, sheets: dict[int, bytes]) -> Path:
-    write_aside(out / "results.md", to_markdown(results).encode())
-    write_aside(out / "results.csv", to_csv(results).encode())
+    write_whole(out / "results.md", to_markdown(results).encode())
+    write_whole(out / "results.csv", to_csv(results).encode())
     page = out / "index.html"
-    write_aside(page, render_page(results, pictures, sheets).encode())
+    write_whole(page, render_page(results, pictures, sheets).encode())
     return page
 
 
@@ -176,7 +176,7 @@ def write_comparison(outs: list[Path], to: Path) -> Path:
     pictures: Pictures = {}
     light, dark = (to_png(tradeoff_figure(rows, [], t), t) for t in (LIGHT, DARK))
     pictures["tradeoff"] = (light, dark)
-    write_aside(to / "tradeoff.png", light)
+    write_whole(to / "tradeoff.png", light)
     return _write(to, merged, pictures, {})
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lgm_scale.errors import DataError
-from lgm_scale.evaluation.files import digest, write_aside
+from lgm_scale.storage.files import digest, write_whole
 
 __all__ = ["Arrays", "Bounds", "ChunkStore", "Job", "Made", "chunk_bounds"]
 
@@ -93,7 +93,7 @@ class ChunkStore:
         """Keep a chunk."""
         arrays = {name: np.ascontiguousarray(value) for name, value in made.arrays.items()}
         header = {"job": job.id, "sha256": _checksum(arrays), "notes": json.dumps(made.notes)}
-        write_aside(self.path(job, bounds), save(arrays, metadata=header))
+        write_whole(self.path(job, bounds), save(arrays, metadata=header))
 
     def read(self, job: Job, bounds: Bounds, names: Iterable[str] | None = None) -> Made:
         """A chunk, verified; with `names`, these arrays alone.

@@ -19,7 +19,7 @@ from lgm_scale.evaluation.features.pixel_pca import MAX_FITTED, PixelPCA
 from lgm_scale.evaluation.reconstructions.images import StoredImages, spread
 from lgm_scale.evaluation.references.files import Reference, load_reference
 from lgm_scale.evaluation.sweep.config import SweepConfig
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash
 
 __all__ = ["Spaces", "ValidationImages", "check_reference", "load_reference_for", "network_spaces"]
 

@@ -25,9 +25,8 @@ from safetensors.numpy import save
 
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.features.inception import SPATIAL_DIM
-from lgm_scale.evaluation.files import write_aside
 from lgm_scale.evaluation.metrics.moments import Moments
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash, write_whole
 
 __all__ = ["Reference", "load_reference", "npy_header", "npz_images_shape", "save_reference"]
 
@@ -122,7 +121,7 @@ def save_reference(path: Path, reference: Reference) -> None:
         "weights": reference.weights,
         "description": reference.description,
     }
-    write_aside(path, save(arrays, metadata={"reference": json.dumps(info)}))
+    write_whole(path, save(arrays, metadata={"reference": json.dumps(info)}))
 
 
 def _read_own(path: Path) -> Reference:

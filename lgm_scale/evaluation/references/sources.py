@@ -19,7 +19,7 @@ from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.features.spaces import folder_hash
 from lgm_scale.evaluation.reconstructions.images import StoredImages
 from lgm_scale.evaluation.references.files import npy_header, npz_images_shape
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash
 
 __all__ = ["FolderImages", "ImageSource", "NpzImages", "open_source"]
 

@@ -46,6 +46,7 @@ from lgm_scale.families.lgm.bundle import (
 from lgm_scale.families.lgm.data import TREE_NAME, LatentDataset
 from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.pipeline import Pipeline
+from lgm_scale.storage.files import write_whole
 from lgm_scale.training.ema import EMA
 
 __all__ = ["EvaluationDuringTraining", "load_training_sweep"]
@@ -212,7 +213,7 @@ class EvaluationDuringTraining(Callback):
                            | {"step": step}) + "\n"
                 for row in rows
             ]  # fmt: skip
-            path.write_text("".join([*kept, *lines]))
+            write_whole(path, "".join([*kept, *lines]))
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
 from lgm_scale.evaluation.engine.stages import Engine, RowPlan
 from lgm_scale.evaluation.features.spaces import Spaces, check_reference, load_reference_for
-from lgm_scale.evaluation.files import write_json
 from lgm_scale.evaluation.metrics.catalogue import (
     METRICS,
     Selection,
@@ -43,6 +42,7 @@ from lgm_scale.evaluation.sweep.training_loss import loss_per_length
 from lgm_scale.families.lgm.bundle import TOKENIZER_NAME
 from lgm_scale.families.lgm.data import TREE_NAME
 from lgm_scale.pipeline import Pipeline, load_pipeline
+from lgm_scale.storage.files import write_json
 
 __all__ = ["Sweep", "measure"]
 

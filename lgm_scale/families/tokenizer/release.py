@@ -16,7 +16,6 @@ from lgm_scale.config.schema import TokenizerModelConfig
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.lgm.bundle import build_tokenizer, save_tokenizer_bundle
 from lgm_scale.families.tokenizer.network import TOKENIZER_SIZES
-from lgm_scale.hashing import file_hash
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.release_import.names import (
     IGNORED_BY_TOKENIZER,
@@ -26,6 +25,7 @@ from lgm_scale.release_import.names import (
     translate,
 )
 from lgm_scale.release_import.reading import read_dictionary, weights_of
+from lgm_scale.storage.files import file_hash
 
 __all__ = ["check_args", "config_from_shapes", "import_tokenizer", "provenance", "shape_of"]
 

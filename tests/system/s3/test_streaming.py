@@ -21,10 +21,11 @@ from test_images import write_images
 
 from data_tools.images_to_mds import convert_folder
 from data_tools.verify_mds import verify
-from lgm_scale.data.config import Patience, SourceConfig
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader, StreamOptions
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.errors import DataError
+from lgm_scale.storage.transfer import Patience
 
 pytestmark = pytest.mark.servers
 
