@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from lgm_scale.checkpoint.attempts import Attempt, Attempts, valid_states
 from lgm_scale.checkpoint.manifest import (
     MANIFEST_NAME,
-    Manifest,
     StateFile,
+    StateManifest,
     StateName,
 )
 from lgm_scale.checkpoint.tensors import files_needed, read_pieces, write_pieces
@@ -167,7 +167,7 @@ class Resume:
                 f"not see {lost[0]}; use a folder that every node sees, or object storage"
             )
         self.attempts.check()
-        manifest = Manifest(
+        manifest = StateManifest(
             run_id=self.run_id,
             step=name.step,
             attempt=name.attempt,
@@ -241,7 +241,7 @@ class Resume:
         content, problem = on_rank_zero(lambda: self._read_manifest(name))
         if problem is not None:
             return problem
-        manifest = Manifest.from_bytes(content)
+        manifest = StateManifest.from_bytes(content)
         if manifest.run_id != self.run_id:
             return "it was written by another run"
         self._check_model(manifest)
@@ -262,12 +262,12 @@ class Resume:
         """Bytes, or what is wrong with them."""
         try:
             content = self.storage.read(f"{name}/{MANIFEST_NAME}")
-            Manifest.from_bytes(content)
+            StateManifest.from_bytes(content)
         except (OSError, CheckpointError) as error:
             return b"", str(error)
         return content, None
 
-    def _check_model(self, manifest: Manifest) -> None:
+    def _check_model(self, manifest: StateManifest) -> None:
         here = [[piece.name, list(piece.shape)] for piece in self.pieces]
         if here != manifest.parameters:
             pairs = zip(manifest.parameters, here, strict=False)
@@ -282,7 +282,7 @@ class Resume:
                 "another `out`"
             )
 
-    def _fetch(self, name: StateName, manifest: Manifest, shared: Path) -> str | None:
+    def _fetch(self, name: StateName, manifest: StateManifest, shared: Path) -> str | None:
         """Check files, each by one rank; from object storage, bring them to this node first."""
         needed = {file.name for file in files_needed(manifest, self.pieces)}
         local_world = dist.get_local_world_size()
@@ -303,7 +303,7 @@ class Resume:
                 return f"{file.name} does not have its checksum"
         return None
 
-    def _load(self, name: StateName, manifest: Manifest, shared: Path, state: State) -> None:
+    def _load(self, name: StateName, manifest: StateManifest, shared: Path, state: State) -> None:
         assert self.model is not None
         paths = {}
         for file in files_needed(manifest, self.pieces):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lgm_scale.checkpoint.manifest import Manifest, StateFile
+from lgm_scale.checkpoint.manifest import StateFile, StateManifest
 from lgm_scale.errors import CheckpointError
 from lgm_scale.parallel.pieces import Piece, plain_name
 
@@ -61,7 +61,7 @@ def _on_host(tensor: Tensor) -> Tensor:
     return tensor.to("cpu") if tensor.is_cuda else tensor.clone()
 
 
-def files_needed(manifest: Manifest, pieces: Sequence[Piece]) -> list[StateFile]:
+def files_needed(manifest: StateManifest, pieces: Sequence[Piece]) -> list[StateFile]:
     """The files that hold elements of these pieces, or the buffers."""
     needed = []
     for number, file in enumerate(manifest.files):
@@ -76,7 +76,7 @@ def _overlap(piece: Piece, start: int, numel: int) -> bool:
 
 @torch.no_grad()
 def read_pieces(
-    manifest: Manifest,
+    manifest: StateManifest,
     paths: Mapping[str, Path],
     model: nn.Module,
     pieces: Sequence[Piece],

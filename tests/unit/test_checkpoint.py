@@ -13,7 +13,7 @@ from rank_processes import rewound, states
 from small_pipeline import metrics, train_in_process
 
 from lgm_scale.checkpoint.attempts import Attempts, valid_states
-from lgm_scale.checkpoint.manifest import Manifest, StateName
+from lgm_scale.checkpoint.manifest import StateManifest, StateName
 from lgm_scale.errors import CheckpointError, ConfigError, SupersededError
 from lgm_scale.storage.files import file_hash
 from lgm_scale.storage.stores import Folder
@@ -127,10 +127,10 @@ def test_a_hostile_file_with_its_checksum_is_no_safetensors_file(small_pipeline,
     path = state_file(copy, 10, "rank-00000.safetensors")
     path.write_bytes(pickle.dumps(Attack(mark)))
     sealed = state_file(copy, 10, "manifest.json")
-    manifest = Manifest.from_bytes(sealed.read_bytes())
+    manifest = StateManifest.from_bytes(sealed.read_bytes())
     (file,) = manifest.files
     changed = vars(file) | {"sha256": file_hash(path), "size": path.stat().st_size}
-    new = Manifest(**(vars(manifest) | {"files": [type(file)(**changed)]}))
+    new = StateManifest(**(vars(manifest) | {"files": [type(file)(**changed)]}))
     sealed.write_bytes(new.to_bytes())
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors"):
         go_on(small_pipeline, copy)
