@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -14,17 +15,16 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from launchers.cluster import Cluster, minutes
-from launchers.frozen_code import FrozenCode
 from launchers.jobs import Job
-from launchers.ranks import rank_environment
-from launchers.run_log import LAUNCH_NAME
-from launchers.task import RankTask
+from launchers.records import LAUNCH_NAME
+from launchers.task import RankTask, rank_environment
 from lgm_scale.errors import LGMError
+from lgm_scale.storage.files import folder_aside, replace_folder, write_json
 
-__all__ = ["Launch", "SubmissionError", "world_size"]
+__all__ = ["CHECKOUT", "FrozenCode", "Launch", "SubmissionError", "world_size"]
 
 _FOREVER = 1_000_000
-"""Times that Submitit may requeue; `attempts.judge` has the say."""
+"""Times that Submitit may requeue; `batch_end.judge` has the say."""
 
 
 class SubmissionError(LGMError):
@@ -34,6 +34,49 @@ class SubmissionError(LGMError):
 def world_size(cluster: Cluster, nodes: int) -> int:
     """Ranks of a job: one per GPU; on a cluster without GPUs, one per node."""
     return nodes * max(cluster.gpus_per_node, 1)
+
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("lgm_scale", "data_tools", "eval", "launchers")
+_LEFT_OUT = ("__pycache__", ".pyc")
+
+
+class FrozenCode:
+    """A copy of the code that a job runs, named by the hash of its contents.
+
+    Editing the checkout changes no job that is requeued.
+
+    Args:
+        folder: Where copies live; equal contents share one.
+        config: The job's YAML file, copied too.
+    """
+
+    def __init__(self, folder: Path, config: Path | None) -> None:
+        self._files = {
+            str(path.relative_to(CHECKOUT)): path
+            for package in _PACKAGES
+            for path in sorted((CHECKOUT / package).rglob("*"))
+            if path.is_file() and not any(part in str(path) for part in _LEFT_OUT)
+        }
+        if config is not None:
+            self._files[f"config/{config.name}"] = config
+        digest = hashlib.sha256()
+        for name, path in self._files.items():
+            contents = path.read_bytes()
+            digest.update(f"{name}\0{len(contents)}\0".encode() + contents)
+        self.path = folder.absolute() / f"code-{digest.hexdigest()[:12]}"
+        self.config = self.path / "config" / config.name if config is not None else None
+
+    def write(self) -> None:
+        """Make the copy, unless it is there. It is complete or absent."""
+        if self.path.is_dir():
+            return
+        aside = folder_aside(self.path)
+        for name, path in self._files.items():
+            target = aside / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        replace_folder(self.path, aside)
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -197,7 +240,7 @@ class Launch:
             "num_samples": self.job.run.data.num_samples if self.job.run else None,
             "state_folder": self._state_folder(),
         }
-        (folder / LAUNCH_NAME).write_text(json.dumps(values, indent=1) + "\n")
+        write_json(folder / LAUNCH_NAME, values)
 
     def _state_folder(self) -> str | None:
         run = self.job.run

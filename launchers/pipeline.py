@@ -12,6 +12,7 @@ submitted, 2 for anything to mend.
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,8 +57,8 @@ class _File:
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """Stages by name, and where they run."""
+class JobGraph:
+    """Stages by name, and the cluster where they run."""
 
     stages: dict[str, Stage]
     cluster: str
@@ -89,7 +90,7 @@ def main() -> int:
     return 0
 
 
-def load_pipeline(path: str) -> Pipeline:
+def load_pipeline(path: str) -> JobGraph:
     """Read a pipeline. Raises: ConfigError with the problems of every stage."""
     file = load_config(read_yaml(path), _File, path)
     stages, problems = {}, []
@@ -100,7 +101,7 @@ def load_pipeline(path: str) -> Pipeline:
             problems += [f"stages.{name}.{problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems, path)
-    return Pipeline(stages, file.cluster)
+    return JobGraph(stages, file.cluster)
 
 
 def ordered(stages: dict[str, Stage], source: str) -> list[str]:
@@ -144,7 +145,7 @@ def from_stage(stages: dict[str, Stage], order: Sequence[str], first: str | None
     return [name for name in order if name in chosen]
 
 
-def plan(pipeline: Pipeline, chosen: Sequence[str], cluster: str | None) -> dict[str, list[Launch]]:
+def plan(pipeline: JobGraph, chosen: Sequence[str], cluster: str | None) -> dict[str, list[Launch]]:
     """The launches of every chosen stage. Raises: ConfigError with every stage's problems."""
     problems: list[str] = []
     launches: dict[str, list[Launch]] = {}
@@ -208,4 +209,5 @@ def submit_all(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word, like any tool
     exit_on_user_error(main)

@@ -14,14 +14,20 @@ configuration is wrong (status 2), or when it fails three times in a row at the 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import Any
 
 from launchers.cluster import Cluster, load_cluster
 from launchers.jobs import KINDS, describe_job
 from launchers.launch import Launch, world_size
-from launchers.save_interval import check_save_interval
-from launchers.submission import describe, refuse_live, submit, with_join
+from launchers.submission import (
+    check_save_interval,
+    describe,
+    refuse_live,
+    submit,
+    with_join,
+)
 from lgm_scale.errors import exit_on_user_error
 
 
@@ -84,4 +90,5 @@ def plan(args: Any, cluster: Cluster) -> list[Launch]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word, like any tool
     exit_on_user_error(main)

@@ -1,37 +1,44 @@
-"""What happened to a job: one record per start, per rank's end and per verdict.
+"""What launches leave behind: their description, the ranks' logs, and a record of every start.
 
 Standard library only: it also runs at a job's end, outside of any container. Records are small
 JSON files in `<job>/attempts/`, each written by one process and renamed into place:
-`00002-start.json`, `00002-rank00005.json`, `00002-end.json`, for the job's third start.
+`00002-start.json`, `00002-rank00005.json`, `00002-end.json`, for the job's third start. (What the
+trainer itself notes of its starts, wherever it runs, is in `lgm_scale.checkpoint.attempts`.)
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "FAILURES_AT_ONE_STEP",
-    "FAILURES_WITHOUT_PROGRESS",
+    "LAUNCH_NAME",
+    "SPEED",
     "STOPPED_STATUS",
     "USER_ERROR_STATUS",
-    "Attempt",
-    "Attempts",
     "RankEnd",
+    "Start",
+    "Starts",
     "Verdict",
-    "judge",
+    "last_speed",
     "last_step",
+    "launch_folders",
+    "rank_log",
+    "tail",
 ]
 
+LAUNCH_NAME = "launch.json"
 USER_ERROR_STATUS = 2
 STOPPED_STATUS = 75
 """A trainer that was asked to stop, and has saved (EX_TEMPFAIL of sysexits.h)."""
+SPEED = re.compile(r"step (\d+) \| .*\| ([0-9.]+) steps/s")
+"""The line in which a trainer reports an interval."""
 
-FAILURES_AT_ONE_STEP = 3
-FAILURES_WITHOUT_PROGRESS = 10
+_ENOUGH = 1 << 18  # bytes from the end of a log
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class RankEnd:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of an attempt: done, stopped, failed or wrong; and what is next."""
+    """What came of an start: done, stopped, failed or wrong; and what is next."""
 
     outcome: str
     reason: str
@@ -60,7 +67,7 @@ class Verdict:
 
 
 @dataclass
-class Attempt:
+class Start:
     """One start of a job."""
 
     restart: int
@@ -77,11 +84,11 @@ class Attempt:
         return failed[0] if failed else None
 
 
-class Attempts:
+class Starts:
     """The records of one job."""
 
     def __init__(self, job_folder: Path) -> None:
-        self.folder = job_folder / "attempts"
+        self.folder = job_folder / "attempts"  # its name on disk
 
     def started(self, restart: int, nodes: list[str]) -> None:
         """Note a start; by rank 0."""
@@ -101,24 +108,26 @@ class Attempts:
         starts = [int(path.name.split("-")[0]) for path in self.folder.glob("[0-9]*-start.json")]
         return max(starts, default=0) > restart
 
-    def read(self) -> list[Attempt]:
-        """All attempts, in order."""
-        found: dict[int, Attempt] = {}
+    def read(self) -> list[Start]:
+        """All starts so far, in order."""
+        found: dict[int, Start] = {}
         for path in sorted(self.folder.glob("[0-9]*.json")):
             restart, kind = path.stem.split("-", 1)
-            attempt = found.setdefault(int(restart), Attempt(int(restart)))
+            start = found.setdefault(int(restart), Start(int(restart)))
             values = json.loads(path.read_text())
             if kind == "start":
-                attempt.nodes, attempt.time = values["nodes"], values["time"]
+                start.nodes, start.time = values["nodes"], values["time"]
             elif kind == "end":
-                attempt.verdict = Verdict(**values)
+                start.verdict = Verdict(**values)
             else:
-                attempt.ends.append(RankEnd(**values))
-        for attempt in found.values():
-            attempt.ends.sort(key=lambda end: end.time)
+                start.ends.append(RankEnd(**values))
+        for start in found.values():
+            start.ends.sort(key=lambda end: end.time)
         return [found[restart] for restart in sorted(found)]
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
+        # Not `storage.files.write_whole`: a host that runs the end of a job needs this folder and
+        # Python, no more. One process writes each name, so that none meets another's file.
         self.folder.mkdir(parents=True, exist_ok=True)
         aside = self.folder / f".{name}.partial"
         aside.write_text(json.dumps(values) + "\n")
@@ -143,57 +152,33 @@ def last_step(metrics: Path | None) -> int | None:
     return 0
 
 
-def judge(history: list[Attempt], step: int | None, status: int) -> Verdict:
-    """Decide what comes after an attempt that ended by itself, which is the last of `history`.
-
-    Args:
-        history: All attempts so far, this one without a verdict.
-        step: See `Verdict`.
-        status: Of the command that ran the ranks, for the case that no rank left a record.
-    """
-    current = history[-1]
-    failure = current.first_failure()
-    if failure is None and status == 0:
-        return Verdict("done", "finished", requeue=False, step=step)
-    stopped = [end for end in current.ends if end.asked or end.status == STOPPED_STATUS]
-    if failure is None and stopped:
-        saved = all(end.status in (0, STOPPED_STATUS) for end in current.ends)
-        asked = stopped[0].asked or "a signal"
-        reason = f"{asked}, {'state saved' if saved else 'ended before it had saved'}"
-        return Verdict("stopped", reason, requeue=True, step=step)
-    if failure is None:
-        what = f"the job's step ended with status {status}, and no rank left a record"
-    elif failure.status == USER_ERROR_STATUS:
-        reason = f"rank {failure.rank} on {failure.host}: status 2, the user must mend something"
-        return Verdict("wrong", reason, requeue=False, step=step)
-    else:
-        end = f"signal {-failure.status}" if failure.status < 0 else f"status {failure.status}"
-        what = f"rank {failure.rank} on {failure.host} ended first: {end}"
-    steps = [*_failed_steps(history[:-1]), step]
-    where = "" if step is None else f" after step {step}"
-    same = steps[-FAILURES_AT_ONE_STEP:]
-    if len(same) == FAILURES_AT_ONE_STEP and len(set(same)) == 1:
-        reason = f"{what}; {FAILURES_AT_ONE_STEP} failures in a row{where}, giving up"
-        return Verdict("failed", reason, requeue=False, step=step)
-    best = max(range(len(steps)), key=lambda index: steps[index] or 0)  # the first of the best
-    if len(steps) - best > FAILURES_WITHOUT_PROGRESS:
-        reason = f"{what}; {FAILURES_WITHOUT_PROGRESS} failures without getting further, giving up"
-        return Verdict("failed", reason, requeue=False, step=step)
-    return Verdict("failed", f"{what}{where}", requeue=True, step=step)
+def launch_folders(folder: Path) -> list[Path]:
+    """Folders of the launches of a run, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"*/{LAUNCH_NAME}"))
 
 
-def _failed_steps(history: list[Attempt]) -> list[int | None]:
-    """Steps of the failures since the last attempt that got further and was merely stopped.
+def rank_log(launch_folder: Path, job_id: str, rank: int = 0) -> Path:
+    """The log of a rank; in that of rank 0 the end of the job is told, too."""
+    return launch_folder / f"{job_id}_{rank}_log.out"
 
-    A start without a verdict (its node died with it) proves nothing and breaks no row.
-    """
-    steps: list[int | None] = []
-    for attempt in history:
-        verdict = attempt.verdict
-        if verdict is None:
-            continue
-        if verdict.outcome == "failed":
-            steps.append(verdict.step)
-        elif steps and (verdict.step or 0) > (steps[-1] or 0):
-            steps.clear()
-    return steps
+
+def tail(path: Path) -> list[str]:
+    """Last lines of a log; none if it is not there. Bars that overwrite themselves are cut."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _ENOUGH))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.rsplit("\r", 1)[-1] for line in text.split("\n")]
+
+
+def last_speed(folder: Path) -> float | None:
+    """Steps per second of the last interval that any job of a run reported."""
+    for launch in reversed(launch_folders(folder)):
+        for log in sorted(launch.glob("*_0_log.out"), reverse=True):
+            for line in reversed(tail(log)):
+                match = SPEED.search(line)
+                if match is not None and float(match[2]) > 0:
+                    return float(match[2])
+    return None
