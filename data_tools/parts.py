@@ -34,7 +34,8 @@ from lgm_scale.data.manifest import (
 )
 from lgm_scale.data.shards import digest_files
 from lgm_scale.errors import ConfigError, DataError
-from lgm_scale.storage.transfer import Patience, is_remote, join, read_remote, shown, store
+from lgm_scale.storage.clients import is_remote
+from lgm_scale.storage.transfer import Patience, join, read_remote, shown, store
 
 __all__ = ["DEFAULT_SHARD_SIZE", "PartRecord", "PartsFolder", "check_shard_options"]
 

@@ -39,13 +39,13 @@ from lgm_scale.data.manifest import (
     read_labels,
 )
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
+from lgm_scale.storage.clients import is_remote
 from lgm_scale.storage.files import file_hash
 from lgm_scale.storage.transfer import (
     Expected,
     MissingFileError,
     Patience,
     fetch,
-    is_remote,
     join,
     shown,
 )

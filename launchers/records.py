@@ -56,7 +56,7 @@ class RankEnd:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of an start: done, stopped, failed or wrong; and what is next."""
+    """What came of a start: done, stopped, failed or wrong; and what is next."""
 
     outcome: str
     reason: str

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from pydantic import ConfigDict
 
-from lgm_scale.storage.transfer import Patience, is_remote
+from lgm_scale.storage.clients import is_remote
+from lgm_scale.storage.transfer import Patience
 
 __all__ = [
     "DataConfig",

@@ -7,17 +7,18 @@ fetched and checked at the start. Shards come while training goes, whole and wit
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.manifest import INDEX_NAME, MANIFEST_NAME, parse_manifest
 from lgm_scale.errors import DataError
-from lgm_scale.storage.files import file_hash, write_whole
+from lgm_scale.storage.clients import is_remote
+from lgm_scale.storage.files import file_hash, is_partial, write_whole
 from lgm_scale.storage.transfer import (
     Expected,
     Patience,
     fetch,
-    is_remote,
     join,
     read_remote,
     shown,
@@ -56,7 +57,7 @@ def fill_cache(source: SourceConfig, patience: Patience) -> None:
 
 
 def _claim(folder: Path, manifest: bytes, where: str) -> None:
-    """Make a folder the cache of the data set with this manifest."""
+    """Make a folder the cache of the data set with this manifest, whose name is `where`."""
     path = folder / MANIFEST_NAME
     if path.is_file():
         if path.read_bytes() == manifest:
@@ -65,7 +66,8 @@ def _claim(folder: Path, manifest: bytes, where: str) -> None:
             f"cache {folder} holds another data set than {where} (or an older one of that name): "
             "it is never overwritten. Choose another cache, or delete it"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    # What a killed process left while it claimed the folder is nobody's data.
+    if folder.exists() and not (folder.is_dir() and all(map(is_partial, os.listdir(folder)))):
         raise DataError(
             f"cache {folder} is neither empty nor a cache of ours: choose another, or delete it"
         )

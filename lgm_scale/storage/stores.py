@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,67 +12,15 @@ from urllib.parse import urlsplit
 
 from typing_extensions import override
 
+from lgm_scale.storage.clients import bucket_and_key, is_remote, s3_client
 from lgm_scale.storage.files import is_partial, partial_path, place, write_whole
-from lgm_scale.storage.transfer import (
-    Patience,
-    StorageError,
-    bucket_and_key,
-    fetch,
-    is_remote,
-    join,
-    persist,
-    s3_client,
-    shown,
-    store,
-)
+from lgm_scale.storage.transfer import Patience, StorageError, fetch, join, persist, shown, store
 
-__all__ = ["Folder", "ObjectStorage", "Storage", "open_storage"]
+__all__ = ["ObjectStorage", "Storage", "open_storage"]
 
 
-class Storage(ABC):
-    """Named files below one root. A name appears with its whole content, or not at all."""
-
-    root: str
-    remote: bool
-
-    @abstractmethod
-    def names(self, prefix: str = "") -> list[str]:
-        """All names that begin with `prefix`, sorted; none of a file that is being written."""
-
-    @abstractmethod
-    def read(self, name: str) -> bytes:
-        """Content of a small file. Raises: FileNotFoundError."""
-
-    @abstractmethod
-    def write(self, name: str, content: bytes) -> None:
-        """Make or replace a small file."""
-
-    @abstractmethod
-    def create(self, name: str, content: bytes) -> bool:
-        """Make a small file; False if it is there already."""
-
-    @abstractmethod
-    def put(self, path: Path, name: str) -> None:
-        """Move a file of this machine to `name`."""
-
-    @abstractmethod
-    def get(self, name: str, folder: Path) -> Path:
-        """A path on this machine with the content, below `folder` if it had to be fetched.
-
-        Raises: FileNotFoundError.
-        """
-
-    @abstractmethod
-    def delete(self, prefix: str) -> None:
-        """Delete every file that begins with `prefix`."""
-
-    @abstractmethod
-    def workplace(self) -> Path:
-        """A new folder of this rank for files that are to be `put`; the caller deletes it."""
-
-
-class Folder(Storage):
-    """A local folder, or one on a file system that all nodes share."""
+class Storage:
+    """Named files below one folder. A name appears with its whole content, or not at all."""
 
     remote = False
 
@@ -81,8 +28,8 @@ class Folder(Storage):
         self.root = str(root)
         self.path = Path(root)
 
-    @override
     def names(self, prefix: str = "") -> list[str]:
+        """All names that begin with `prefix`, sorted; none of a file that is being written."""
         found = []
         # Another process may be deleting here: os.walk leaves out what is gone.
         for folder, below, files in os.walk(self.path):
@@ -91,16 +38,16 @@ class Folder(Storage):
             found += [(top / name).as_posix() for name in files if not is_partial(name)]
         return sorted(name for name in found if name.startswith(prefix))
 
-    @override
     def read(self, name: str) -> bytes:
+        """Content of a small file. Raises: FileNotFoundError."""
         return (self.path / name).read_bytes()
 
-    @override
     def write(self, name: str, content: bytes) -> None:
+        """Make or replace a small file."""
         write_whole(self.path / name, content)
 
-    @override
     def create(self, name: str, content: bytes) -> bool:
+        """Make a small file; False if it is there already."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = partial_path(path)
@@ -113,65 +60,66 @@ class Folder(Storage):
             aside.unlink(missing_ok=True)
         return True
 
-    @override
     def put(self, path: Path, name: str) -> None:
+        """Move a file of this machine, large or not, to `name`."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         place(path, target)
 
-    @override
     def get(self, name: str, folder: Path) -> Path:
+        """A path on this machine with the content, below `folder` if it had to be fetched.
+
+        Raises: FileNotFoundError.
+        """
         path = self.path / name
         if not path.is_file():
             raise FileNotFoundError(path)
         return path
 
-    @override
     def delete(self, prefix: str) -> None:
+        """Delete every file that begins with `prefix`."""
         for name in self.names(prefix):
             (self.path / name).unlink(missing_ok=True)
         top = self.path / prefix.rstrip("/")
         if prefix.endswith("/") and top.is_dir():
             shutil.rmtree(top, ignore_errors=True)
 
-    @override
     def workplace(self) -> Path:
+        """A new folder of this rank for files that are to be `put`; the caller deletes it."""
         # Below the root, so that a file gets its name without being copied.
         self.path.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(dir=self.path, prefix=".partial-"))
 
 
 class ObjectStorage(Storage):
-    """A prefix of a bucket. Credentials and endpoint come from the environment.
+    """Named files below a prefix of a bucket, with the credentials of the environment.
 
     Args:
         uri: `s3://bucket/prefix`, `gs://...` or `oci://...`.
-        setting: The configuration's key that names it, for messages.
+        setting: The configuration's key that names it; every message begins with it.
         patience: How long to try each request.
 
-    Raises: StorageError, like every method; its message begins with the setting.
+    Raises: StorageError, like every method.
     """
 
     remote = True
 
     def __init__(self, uri: str, setting: str, patience: Patience) -> None:
-        self.root = uri.rstrip("/")
-        self.setting = setting
-        self.patience = patience
-        self.is_s3 = urlsplit(uri).scheme == "s3"
-        if urlsplit(uri).scheme not in ("s3", "gs", "oci"):
+        self.root, self.setting, self.patience = uri.rstrip("/"), setting, patience
+        scheme = urlsplit(uri).scheme
+        if scheme not in ("s3", "gs", "oci"):
             raise StorageError(
-                f"{setting}: {shown(uri)} is of a kind that holds no resume states; use a folder, "
-                "s3://, gs:// or oci://"
+                f"{setting}: {shown(uri)} cannot be listed; use a folder, s3://, gs:// or oci://"
             )
+        self.is_s3 = scheme == "s3"
+        self.bucket, self.top = bucket_and_key(join(uri, ""))
 
     @override
     def names(self, prefix: str = "") -> list[str]:
         list_keys = self._s3_keys if self.is_s3 else self._other_keys
-        _, top = bucket_and_key(join(self.root, ""))
         with self._told():
-            keys = persist(lambda: list_keys(top, prefix), *self._request("listed"))
-        return sorted(key.removeprefix(top) for key in keys)
+            keys = persist(lambda: list_keys(prefix), shown(self.root), "listed", self.patience)
+        return sorted(key.removeprefix(self.top) for key in keys)
 
     @override
     def read(self, name: str) -> bytes:
@@ -214,36 +162,31 @@ class ObjectStorage(Storage):
             return
         client = s3_client(self.patience.timeout)
         for name in self.names(prefix):
-            bucket, key = bucket_and_key(join(self.root, name))
+            key = {"Bucket": self.bucket, "Key": self.top + name}
             with self._told(), suppress(FileNotFoundError):
                 persist(
-                    lambda bucket=bucket, key=key: client.delete_object(Bucket=bucket, Key=key),
-                    *self._request("deleted", name),
+                    lambda key=key: client.delete_object(**key),
+                    *(shown(join(self.root, name)), "deleted", self.patience),
                 )
 
     @override
     def workplace(self) -> Path:
         return Path(tempfile.mkdtemp(prefix="lgm_scale-state-"))
 
-    def _s3_keys(self, top: str, prefix: str) -> list[str]:
-        bucket, _ = bucket_and_key(self.root)
+    def _s3_keys(self, prefix: str) -> list[str]:
         pages = s3_client(self.patience.timeout).get_paginator("list_objects_v2")
-        answers = pages.paginate(Bucket=bucket, Prefix=top + prefix)
+        answers = pages.paginate(Bucket=self.bucket, Prefix=self.top + prefix)
         return [item["Key"] for answer in answers for item in answer.get("Contents", [])]
 
-    def _other_keys(self, top: str, prefix: str) -> list[str]:
+    def _other_keys(self, prefix: str) -> list[str]:
         from streaming.base.storage import CloudUploader
 
         with tempfile.TemporaryDirectory() as folder:
             uploader = CloudUploader.get((folder, self.root), keep_local=True, exist_ok=True)
             return uploader.list_objects(prefix) or []
 
-    def _request(self, done: str, name: str = "") -> tuple[str, str, Patience]:
-        return shown(join(self.root, name) if name else self.root), done, self.patience
-
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Let errors begin with the configuration's key."""
         try:
             yield
         except StorageError as error:
@@ -254,4 +197,4 @@ def open_storage(location: str, setting: str, patience: Patience) -> Storage:
     """The storage at a path or URI, which the configuration names under the key `setting`."""
     if is_remote(location):
         return ObjectStorage(location, setting, patience)
-    return Folder(location)
+    return Storage(location)

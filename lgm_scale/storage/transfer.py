@@ -1,10 +1,9 @@
 """One file from or to object storage: whole, checked, patiently, and never for ever.
 
-The streaming library knows many kinds of storage, and how to talk to each; what it leaves open is
-when to give up, and what to say then. Here a file is either in place, complete and with the right
-hash, or there is a StorageError that names the file and the cause. S3 is read without the library,
-one request per file, because its errors then name their reason. botocore's own tries are counted,
-not timed, and do not cover a body that breaks off, so they only serve large files.
+The clients of storage leave open when to give up, and what to say then. Here a file is either in
+place, complete and with the right hash, or there is a StorageError that names the file and the
+cause. (botocore's own tries are counted, not timed, and do not cover a body that breaks off; they
+serve the parts of large files.)
 
 Credentials come from the environment alone and are in no message.
 """
@@ -16,31 +15,28 @@ import hashlib
 import logging
 import os
 import random
-import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from lgm_scale.errors import DataError
-from lgm_scale.storage.files import file_hash, partial_path, write_whole
+from lgm_scale.storage.clients import download, is_remote, upload
+from lgm_scale.storage.files import file_hash, partial_path
 
 __all__ = [
     "Expected",
     "MissingFileError",
     "Patience",
     "StorageError",
-    "bucket_and_key",
     "fetch",
-    "is_remote",
     "join",
     "persist",
     "read_remote",
-    "s3_client",
     "shown",
     "store",
 ]
@@ -49,13 +45,11 @@ log = logging.getLogger("lgm_scale")
 
 Result = TypeVar("Result")
 
-_CHUNK = 1 << 20
 _LONGEST_PAUSE = 5.0  # seconds between two tries
-_TRIES_OF_A_PART = 5  # of a large file: one torn connection must not cost gigabytes
 _MISSING = {"NoSuchKey", "404", "NotFound"}
 _NO_BUCKET = {"NoSuchBucket"}
 _REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "Forbidden"}
-_EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"}
+_EXPIRED = {"400", "ExpiredToken", "InvalidToken", "TokenRefreshRequired", "RequestTimeTooSkewed"}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
 
@@ -105,11 +99,6 @@ class Expected:
         return None
 
 
-def is_remote(location: str) -> bool:
-    """Whether a location is object storage (`s3://...`) and not a folder."""
-    return "://" in location
-
-
 def join(folder: str | os.PathLike[str], name: str) -> str:
     """Name of a file in a folder, local or remote."""
     return f"{str(folder).rstrip('/')}/{name}"
@@ -122,12 +111,6 @@ def shown(location: str) -> str:
     parts = urlsplit(location)
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))
-
-
-def bucket_and_key(location: str) -> tuple[str, str]:
-    """Bucket, and key or prefix of keys, of an `s3://` location."""
-    parts = urlsplit(location)
-    return parts.netloc, parts.path.lstrip("/")
 
 
 def fetch(
@@ -152,44 +135,40 @@ def fetch(
 
     Raises: StorageError naming the file and the cause; MissingFileError if there is none.
     """
-    name, damages = shown(remote), 0
-    part = partial_path(local)
+    name, part = shown(remote), partial_path(local)
 
-    def damaged(problem: str) -> None:
-        nonlocal damages
-        damages += 1
-        if damages > 1:
-            raise StorageError(
-                f"{name} {problem}, as it had when it was fetched before: the stored file is "
-                "damaged. Store it again (data_tools/verify_mds.py lists all damaged shards)."
-            )
-        log.warning("%s %s; it is fetched once more", name, problem)
-
-    def attempt() -> None:
+    def attempt() -> str | None:
+        """Fetch it once; what is wrong with it."""
         try:
-            _download(remote, part, patience.timeout, large)
+            download(remote, part, patience.timeout, large)
         except Exception as error:
-            if type(error).__name__ == "FlexibleChecksumError":  # the S3 client's own check
-                damaged("has another checksum than the storage says")
-            raise
+            if type(error).__name__ != "FlexibleChecksumError":  # the S3 client's own check
+                raise
+            return "has another checksum than the storage says"
+        return expected.problem(part) if expected is not None else None
 
     deadline = time.monotonic() + patience.retry_seconds
     try:
         local.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            persist(attempt, name, "fetched", patience, deadline=deadline, near=part, large=large)
-            problem = expected.problem(part) if expected is not None else None
+        for last in (False, True):
+            problem = persist(
+                attempt, name, "fetched", patience, deadline=deadline, near=part, large=large
+            )
             if problem is None:
                 part.replace(local)  # not synced: what is fetched can be fetched again
                 return
-            damaged(problem)
-            part.unlink()
+            if not last:
+                log.warning("%s %s; it is fetched once more", name, problem)
     except StorageError:
         raise
     except OSError as error:  # of our own handling of the part
         raise (_explain(error, name, "fetched", part) or error) from error
     finally:
         part.unlink(missing_ok=True)
+    raise StorageError(
+        f"{name} {problem}, as it had when it was fetched before: the stored file is damaged. "
+        "Store it again (data_tools/verify_mds.py lists all damaged shards)."
+    )
 
 
 def store(local: Path, remote: str, patience: Patience, *, large: bool = False) -> None:
@@ -198,7 +177,7 @@ def store(local: Path, remote: str, patience: Patience, *, large: bool = False) 
     Raises: StorageError naming the file and the cause.
     """
     persist(
-        lambda: _upload(local, remote, patience.timeout, large),
+        lambda: upload(local, remote, patience.timeout, large),
         *(shown(remote), "stored", patience),
         near=local,
         large=large,
@@ -243,18 +222,18 @@ def persist(
     Raises: StorageError naming the file and the cause.
     """
     deadline = time.monotonic() + patience.retry_seconds if deadline is None else deadline
-    tries, warned = 0, False
+    tries = 0
     while True:
         tries += 1
-        error: BaseException
         try:
             seconds = None if large else max(deadline - time.monotonic(), 0.1)
             result = _bounded(attempt, seconds)
-            if warned:
-                log.warning("%s was %s after %d tries", name, done, tries)
-            return result
         except Exception as problem:
             error = problem
+        else:
+            if tries > 3:
+                log.warning("%s was %s after %d tries", name, done, tries)
+            return result
         final = _explain(error, name, done, near)
         if final is not None:
             raise final from error
@@ -267,7 +246,6 @@ def persist(
                 "data.retry_seconds."
             ) from error
         if tries == 3:
-            warned = True
             log.warning("%s: %s; still trying", name, _brief(error))
         time.sleep(pause)
 
@@ -300,34 +278,37 @@ def _explain(error: BaseException, name: str, done: str, near: Path) -> StorageE
     if isinstance(error, StorageError):
         return error
     code = _code(error)
-    failed = f"{name} could not be {done}"
+    number = error.errno if isinstance(error, OSError) else None
+    kind = StorageError
     if code in _NO_BUCKET:
-        return MissingFileError(f"{failed}: its bucket does not exist ({code})")
-    if code in _MISSING or isinstance(error, FileNotFoundError):
-        return MissingFileError(f"{failed}: there is no such file")
-    if code in _REFUSED:
-        return StorageError(
-            f"{failed}: the storage refuses the credentials of this environment ({code}). Check "
+        kind, reason = MissingFileError, f"its bucket does not exist ({code})"
+    elif code in _MISSING or isinstance(error, FileNotFoundError):
+        kind, reason = MissingFileError, "there is no such file"
+    elif code in _REFUSED:
+        reason = (
+            f"the storage refuses the credentials of this environment ({code}). Check "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what else your storage reads, and "
             "the rights of that account"
         )
-    if code in _EXPIRED or code == "400":
-        return StorageError(
-            f"{failed}: the credentials of this environment are not valid any more ({code}). Get "
-            "new ones (AWS_SESSION_TOKEN belongs to them) and run again"
+    elif code in _EXPIRED:
+        reason = (
+            f"the credentials of this environment are not valid any more ({code}). Get new ones "
+            "(AWS_SESSION_TOKEN belongs to them) and run again"
         )
-    if type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
-        return StorageError(f"{failed}: this environment has no credentials")
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return StorageError(
-            f"{failed}: no space is left in {near.parent} ({os.strerror(error.errno)}). Free some, "
-            "choose another data.cache, or set a data.cache_limit"
+    elif type(error).__name__ in ("NoCredentialsError", "DefaultCredentialsError"):
+        reason = "this environment has no credentials"
+    elif number in _FULL:
+        reason = (
+            f"no space is left in {near.parent} ({os.strerror(number)}). Free some, choose "
+            "another data.cache, or set a data.cache_limit"
         )
-    if isinstance(error, OSError) and error.errno in _NOT_ALLOWED:
-        return StorageError(f"{failed}: {near.parent}: {os.strerror(error.errno)}")
-    if isinstance(error, ImportError):
-        return StorageError(f"{failed}: {error}")
-    return None
+    elif number in _NOT_ALLOWED:
+        reason = f"{near.parent}: {os.strerror(number)}"
+    elif isinstance(error, ImportError):
+        reason = str(error)
+    else:
+        return None
+    return kind(f"{name} could not be {done}: {reason}")
 
 
 def _code(error: BaseException) -> str:
@@ -346,81 +327,3 @@ def _brief(error: BaseException) -> str:
     if isinstance(error, (TimeoutError, OSError)) and str(error):
         return f"{type(error).__name__}: {error}"
     return type(error).__name__
-
-
-def _download(remote: str, local: Path, timeout: float, large: bool) -> None:
-    """One try."""
-    if not is_remote(remote):
-        shutil.copyfile(remote, local)
-    elif urlsplit(remote).scheme != "s3":
-        from streaming.base.storage import CloudDownloader
-
-        local.unlink(missing_ok=True)  # the library takes what is there for complete
-        CloudDownloader.direct_download(remote, str(local), timeout)
-    elif large:
-        bucket, key = bucket_and_key(remote)
-        s3_client(timeout, _TRIES_OF_A_PART).download_file(bucket, key, str(local))
-    else:
-        bucket, key = bucket_and_key(remote)
-        body = s3_client(timeout).get_object(Bucket=bucket, Key=key)["Body"]
-        with open(local, "wb") as file:
-            for chunk in body.iter_chunks(_CHUNK):  # checks the length that was announced
-                file.write(chunk)
-
-
-def _upload(local: Path, remote: str, timeout: float, large: bool) -> None:
-    """One try."""
-    if not is_remote(remote):
-        write_whole(Path(remote), lambda aside: shutil.copyfile(local, aside))
-    elif urlsplit(remote).scheme == "s3":
-        from boto3.exceptions import S3UploadFailedError
-
-        bucket, key = bucket_and_key(remote)
-        try:
-            tries = _TRIES_OF_A_PART if large else 1
-            s3_client(timeout, tries).upload_file(str(local), bucket, key)
-        except S3UploadFailedError as error:
-            raise error.__context__ or error from None
-    else:
-        from streaming.base.storage import CloudUploader
-
-        folder, _, name = remote.rpartition("/")
-        if name != local.name:
-            raise ValueError(f"{remote} must keep the name {local.name}")
-        uploader = CloudUploader.get((str(local.parent), folder), keep_local=True, exist_ok=True)
-        uploader.upload_file(name)
-
-
-_clients: dict[tuple[int, str, float, int], Any] = {}
-_clients_lock = threading.Lock()
-# A data worker may be forked while another thread holds the lock.
-os.register_at_fork(after_in_child=lambda: globals().update(_clients_lock=threading.Lock()))
-
-
-def s3_client(timeout: float, tries: int = 1) -> Any:
-    """The S3 client of this process.
-
-    Args:
-        timeout: Seconds without a byte after which one request is given up.
-        tries: How often botocore itself tries a request; 1 leaves the patience to `persist`.
-    """
-    from boto3.session import Session
-    from botocore import UNSIGNED
-    from botocore.config import Config
-
-    endpoint = os.environ.get("S3_ENDPOINT_URL", "")
-    key = (os.getpid(), endpoint, timeout, tries)
-    with _clients_lock:
-        if key not in _clients:
-            session = Session()
-            options: dict[str, Any] = {
-                "connect_timeout": timeout,
-                "read_timeout": timeout,
-                "retries": {"mode": "standard", "total_max_attempts": tries},
-            }
-            if session.get_credentials() is None:  # a public bucket, perhaps
-                options["signature_version"] = UNSIGNED
-            _clients[key] = session.client(
-                "s3", endpoint_url=endpoint or None, config=Config(**options)
-            )
-        return _clients[key]

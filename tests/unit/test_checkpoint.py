@@ -16,7 +16,7 @@ from lgm_scale.checkpoint.attempts import Attempts, valid_states
 from lgm_scale.checkpoint.manifest import StateManifest, StateName
 from lgm_scale.errors import CheckpointError, ConfigError, SupersededError
 from lgm_scale.storage.files import file_hash
-from lgm_scale.storage.stores import Folder
+from lgm_scale.storage.stores import Storage
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_an_attempt_that_was_replaced_writes_no_more(small_pipeline, tmp_path):
 
     def on_step(step: int, batch: dict) -> None:
         if step == 5:  # it was cut off, and another one took over
-            Attempts(Folder(out / "state")).start(4, 1, "ddp")
+            Attempts(Storage(out / "state")).start(4, 1, "ddp")
 
     with pytest.raises(SupersededError, match="attempt 2 has taken over"):
         train_in_process(config(small_pipeline, out), on_step=on_step)
@@ -197,13 +197,13 @@ def test_an_attempt_that_was_replaced_writes_no_more(small_pipeline, tmp_path):
 
 def test_what_it_wrote_behind_the_back_of_the_other_is_never_read(small_pipeline, finished, copy):
     # Attempt 2 began at step 4, as if states 6 to 10 had been written by attempt 1 after that.
-    Attempts(Folder(copy / "state")).start(4, 1, "ddp")
+    Attempts(Storage(copy / "state")).start(4, 1, "ddp")
     assert go_on(small_pipeline, copy) == 4
     assert_same(copy, finished)
 
 
 def test_valid_states_are_those_of_one_history(tmp_path):
-    attempts = Attempts(Folder(tmp_path))
+    attempts = Attempts(Storage(tmp_path))
     for step in (0, 300, 200, 400):
         attempts.start(step, 8, "fsdp")
     written = [StateName(*pair) for pair in ((100, 1), (200, 1), (300, 1), (400, 1), (250, 2))]
@@ -213,7 +213,7 @@ def test_valid_states_are_those_of_one_history(tmp_path):
 
 
 def test_two_starts_at_one_moment(tmp_path):
-    first, second = Attempts(Folder(tmp_path)), Attempts(Folder(tmp_path))
+    first, second = Attempts(Storage(tmp_path)), Attempts(Storage(tmp_path))
     seen = first.all()
     second.all = lambda: seen  # type: ignore[method-assign]  # both have looked before one wrote
     first.start(0, 1, "ddp")
@@ -222,7 +222,7 @@ def test_two_starts_at_one_moment(tmp_path):
 
 
 def test_a_write_is_whole_or_not_there(tmp_path, monkeypatch):
-    storage = Folder(tmp_path / "state")
+    storage = Storage(tmp_path / "state")
     storage.write("run.json", b"old")
 
     def full(self, content):
@@ -239,9 +239,9 @@ def test_a_full_disk_ends_the_run_with_its_reason(small_pipeline, tmp_path, monk
     def full(self, path, name):
         raise OSError(28, "No space left on device")
 
-    put = Folder.put
+    put = Storage.put
     monkeypatch.setattr(
-        Folder, "put", lambda *args: (full if "safetensors" in args[2] else put)(*args)
+        Storage, "put", lambda *args: (full if "safetensors" in args[2] else put)(*args)
     )
     with pytest.raises(CheckpointError, match=r"rank 0 could not write ba00000002-a0001.*No space"):
         train_in_process(config(small_pipeline, tmp_path / "run"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -19,9 +20,10 @@ from fault_proxy import FaultProxy
 from kill_points import KillPoints
 from moto.server import ThreadedMotoServer
 
+from lgm_scale.data.shards import _claim
 from lgm_scale.errors import DataError
 from lgm_scale.storage.files import folder_aside, replace_folder, write_json, write_whole
-from lgm_scale.storage.stores import Folder, Storage, open_storage
+from lgm_scale.storage.stores import Storage, open_storage
 from lgm_scale.storage.transfer import (
     Expected,
     MissingFileError,
@@ -143,7 +145,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lgm_scale.storage.transfer.shutil.copyfile", full)
+    monkeypatch.setattr("lgm_scale.storage.clients.shutil.copyfile", full)
     with pytest.raises(DataError, match=r"no space is left in .*cache"):
         fetch(str(tmp_path / "source"), tmp_path / "cache" / "x", QUICK)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -164,7 +166,7 @@ def test_files_are_stored_and_read_back(proxy, tmp_path):
 @pytest.fixture(params=["folder", "bucket"])
 def storage(request, tmp_path) -> Storage:
     if request.param == "folder":
-        return Folder(tmp_path / "state")
+        return Storage(tmp_path / "state")
     request.getfixturevalue("proxy")
     root = f"s3://bucket/{tmp_path.name}"
     return open_storage(root, "checkpoint.folder", QUICK)
@@ -235,6 +237,28 @@ def test_a_kill_before_any_change_leaves_a_whole_file(tmp_path, monkeypatch, con
         assert path.read_bytes() in (b"old", new)
         step += 1
     assert step > 2
+
+
+def test_a_cache_is_claimed_after_a_kill_at_any_moment(tmp_path, monkeypatch):
+    kill, cache, step = KillPoints(monkeypatch), tmp_path / "cache", 1
+    write, unlink = Path.write_bytes, Path.unlink
+    while kill.run(lambda: _claim(cache, b"manifest", "s3://bucket/data"), step):
+        step += 1
+    shutil.rmtree(cache)
+
+    def half(path: Path, content: bytes) -> None:
+        write(path, content[:3])
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill cleans nothing up
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(KeyboardInterrupt):
+        _claim(cache, b"manifest", "s3://bucket/data")
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(Path, "write_bytes", write)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    _claim(cache, b"manifest", "s3://bucket/data")
+    assert (cache / "manifest.json").read_bytes() == b"manifest"
 
 
 def test_a_failure_leaves_nothing_aside(tmp_path):
