@@ -14,7 +14,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError
 
-from launchers.cluster import Cluster, minutes
+from launchers.cluster import SBATCH_OPTIONS, Cluster, minutes
 from launchers.jobs import Job
 from launchers.records import LAUNCH_NAME
 from launchers.task import RankTask, rank_environment
@@ -260,10 +260,8 @@ class Launch:
 
     def _parameters(self, code: FrozenCode, folder: Path) -> dict[str, Any]:
         cluster = self.cluster
-        named = ("partition", "account", "qos", "constraint", "exclude", "comment")
-        parameters: dict[str, Any] = {
-            key: getattr(cluster, key) for key in named if getattr(cluster, key) is not None
-        }
+        set_options = {key: getattr(cluster, key) for key in SBATCH_OPTIONS}
+        parameters: dict[str, Any] = {k: v for k, v in set_options.items() if v is not None}
         more: dict[str, Any] = {"requeue": True, "chdir": str(code.path)}
         conditions = [f"afterok:{job_id}" for job_id in self.after]
         conditions += [f"afterany:{job_id}" for job_id in self.after_any]

@@ -40,9 +40,9 @@ class StreamOptions:
     """How an epoch is read; the defaults suit a local folder.
 
     Args:
-        patience: with object storage.
-        predownload: samples that a worker fetches ahead; None for the library's choice.
-        cache_limit: bytes of all caches together, or a string such as "100gb"; None for none.
+        patience: How long to try to get a file from object storage.
+        predownload: Samples that a worker fetches ahead; None for the library's choice.
+        cache_limit: Bytes of all caches together, or a string such as "100gb"; None for no limit.
     """
 
     patience: Patience = field(default_factory=Patience)
@@ -110,7 +110,7 @@ class EpochDataset(GuardedDataset):
         self.length = math.ceil(self.epoch_size / num_ranks())
 
     def draw_flip(self, sample_id: int) -> bool:
-        """Whether this epoch's visit of a sample sees it mirrored: of (seed, epoch, sample id)."""
+        """Whether a sample is seen mirrored in this epoch: a function of (seed, epoch, id)."""
         key = [self.seed, int(Purpose.FLIP), self.epoch, int(sample_id)]
         return bool(np.random.default_rng(key).integers(2))
 
@@ -119,12 +119,13 @@ class EpochDataset(GuardedDataset):
         """Samples of an epoch."""
         return int(self.epoch_size)
 
-    # What an epoch holds
-
     def resample_streams(
         self, epoch: int, stream_id: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Choose the samples of an epoch: (lengths of runs within a shard, sample ids)."""
+        """Choose the samples of an epoch, which the library then shuffles and deals out.
+
+        Returns: [runs] int64, how many samples in a row lie in one shard; [samples] int64, the ids.
+        """
         chosen = range(self.num_streams) if stream_id is None else [stream_id]
         ids = []
         for source in chosen:
@@ -174,9 +175,9 @@ class CheckedLoader(StreamingDataLoader):
     less than one global batch, is dropped.
 
     Args:
-        dataset: what to load.
-        batch_size: per device, the data set's own.
-        **options: of `torch.utils.data.DataLoader`.
+        dataset: What to load.
+        batch_size: Samples per device and batch; the data set's own.
+        **options: Options of `torch.utils.data.DataLoader`.
     """
 
     def __init__(self, dataset: EpochDataset, *, batch_size: int, **options: Any) -> None:

@@ -6,17 +6,21 @@ import json
 import pickle
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 from rank_processes import rewound, states
-from small_pipeline import metrics, train_in_process
+from small_pipeline import Steps, metrics, train_in_process
 
 from lgm_scale.checkpoint.attempts import Attempts, valid_states
 from lgm_scale.checkpoint.manifest import StateManifest, StateName
-from lgm_scale.errors import CheckpointError, ConfigError, SupersededError
+from lgm_scale.errors import CheckpointError, ConfigError, LGMError, SupersededError
 from lgm_scale.storage.files import file_hash
-from lgm_scale.storage.stores import Storage
+from lgm_scale.storage.stores import Storage, open_storage
+from lgm_scale.storage.transfer import Patience
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +250,48 @@ def test_a_full_disk_ends_the_run_with_its_reason(small_pipeline, tmp_path, monk
     with pytest.raises(CheckpointError, match=r"rank 0 could not write ba00000002-a0001.*No space"):
         train_in_process(config(small_pipeline, tmp_path / "run"))
     assert states(tmp_path / "run") == []
+
+
+# In object storage
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "s", "REGION": "x"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
+    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="runs")
+    yield "s3://runs"
+    server.stop()
+
+
+def test_a_run_in_a_bucket_needs_no_disk_of_its_machine(
+    small_pipeline, finished, bucket, tmp_path, capsys
+):
+    def at(out: str) -> Path:
+        checkpoint = {"interval": "2ba", "keep": 2, "folder": f"{bucket}/one"}
+        return small_pipeline.generator_config(
+            tmp_path / out, run_name="checkpoints", checkpoint=checkpoint
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_process(at("first"), on_step=Steps(stop=5))
+    shutil.rmtree(tmp_path / "first")
+    assert_same(train_in_process(at("second")), finished)
+    storage = open_storage(f"{bucket}/one", "checkpoint.folder", Patience(1, 5))
+    tops = {name.split("/")[0] for name in storage.names()}
+    assert {"ba00000008-a0002", "ba00000010-a0002"} == {top for top in tops if top[:2] == "ba"}
+    assert json.loads(storage.read("attempts/0002.json"))["resumed_step"] == 4
+    shutil.rmtree(tmp_path / "second")
+    assert_same(train_in_process(at("third")), finished)  # its result is fetched
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_bucket_that_is_not_there_is_told_with_its_key(small_pipeline, bucket, tmp_path):
+    checkpoint = {"interval": "2ba", "folder": "s3://no-such-bucket/run"}
+    path = small_pipeline.generator_config(tmp_path / "run", checkpoint=checkpoint)
+    with pytest.raises(LGMError, match=r"^checkpoint.folder: s3://no-such-bucket/run .*NoSuchBuc"):
+        train_in_process(path)
