@@ -80,7 +80,7 @@ class FrozenCode:
 
 
 class _Executor(submitit.SlurmExecutor):
-    """Submitit's, which also writes scripts where no Slurm is installed."""
+    """Submitit's executor, which also writes scripts where no Slurm is installed."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -97,7 +97,7 @@ class Launch:
 
     Args:
         job: What runs.
-        cluster: Where.
+        cluster: Where it runs.
         nodes: Number of nodes; a job that does not spread over ranks takes one.
         after: Ids of jobs that must end well before.
         after_any: Ids of jobs that must have ended, well or not.

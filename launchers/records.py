@@ -74,7 +74,7 @@ class Start:
     nodes: list[str] = field(default_factory=list)
     time: float = 0.0
     ends: list[RankEnd] = field(default_factory=list)
-    """In the order in which ranks ended."""
+    """How its ranks ended, in the order in which they did."""
     verdict: Verdict | None = None
 
     def first_failure(self) -> RankEnd | None:
@@ -85,22 +85,26 @@ class Start:
 
 
 class Starts:
-    """The records of one job."""
+    """The records of one job, below its folder.
+
+    Args:
+        job_folder: The folder of the job within that of its launch.
+    """
 
     def __init__(self, job_folder: Path) -> None:
         self.folder = job_folder / "attempts"  # its name on disk
 
     def started(self, restart: int, nodes: list[str]) -> None:
-        """Note a start; by rank 0."""
+        """Note a start; rank 0 calls it."""
         self._write(f"{restart:05d}-start.json", {"nodes": nodes, "time": time.time()})
 
     def rank_ended(self, restart: int, rank: int, host: str, status: int, asked: str) -> None:
-        """Note a rank's end; by what started it."""
+        """Note a rank's end; the process that started the rank calls it."""
         end = RankEnd(rank, host, status, asked, time.time())
         self._write(f"{restart:05d}-rank{rank:05d}.json", asdict(end))
 
     def judged(self, restart: int, verdict: Verdict) -> None:
-        """Note what came of it."""
+        """Note what came of a start."""
         self._write(f"{restart:05d}-end.json", asdict(verdict) | {"time": time.time()})
 
     def superseded(self, restart: int) -> bool:

@@ -51,11 +51,6 @@ _MAKE = {
     "latents": "composer data_tools/encode_latents.py (see its --help)",
     "spatial_latents": "composer data_tools/encode_latents.py --encoder sd-vae (see its --help)",
 }
-_GIVE = {
-    "images": "Give the folder that data_tools.images_to_mds wrote.",
-    "latents": "Give the folder that data_tools.encode_latents wrote.",
-    "spatial_latents": "Give the folder that data_tools.encode_latents --encoder sd-vae wrote.",
-}
 # What to do about one kind (second) where another one (first) is needed.
 _INSTEAD = {
     ("latents", "images"): (
@@ -153,7 +148,7 @@ def check_columns(columns: Any, kind: str, where: str) -> None:
         return
     found = next((name for name, known in COLUMNS.items() if known == set(columns)), None)
     what = found or f"columns {sorted(columns)}"
-    hint = _INSTEAD.get((kind, found or ""), _GIVE[kind])
+    hint = _INSTEAD.get((kind, found or ""), f"Make it with: {_MAKE[kind].format(folder='OUT')}")
     raise DataError(
         f"{where} holds {what}, but {kind} (columns {sorted(COLUMNS[kind])}) are needed here. "
         f"{hint}"
