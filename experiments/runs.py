@@ -18,7 +18,7 @@ from lgm_scale.checkpoint.run_folder import RunFolder
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.families.base import family_of
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash
 
 __all__ = ["PlannedRun", "Record", "equal_steps", "plan_runs", "prepare", "train_and_measure"]
 

@@ -14,9 +14,29 @@ import sys
 from pathlib import Path
 
 from launchers import scheduler
-from launchers.attempts import Attempt, Attempts, RankEnd, Verdict, judge, last_step
+from launchers.records import (
+    STOPPED_STATUS,
+    USER_ERROR_STATUS,
+    RankEnd,
+    Start,
+    Starts,
+    Verdict,
+    last_step,
+    rank_log,
+)
 
-__all__ = ["last_words", "main"]
+__all__ = [
+    "FAILURES_AT_ONE_STEP",
+    "FAILURES_WITHOUT_PROGRESS",
+    "judge",
+    "last_words",
+    "main",
+]
+
+FAILURES_AT_ONE_STEP = 3
+FAILURES_WITHOUT_PROGRESS = 10
+"""After so many in a row a job is given up."""
+
 
 _START_MARK = "=== start "
 _TRACEBACK = "Traceback (most recent call last):"
@@ -25,20 +45,20 @@ _MOST_LINES = 60
 
 
 def main(argv: list[str]) -> int:
-    """Judge the attempt that has just ended."""
+    """Judge the start that has just ended."""
     folder, status = Path(argv[0]), int(argv[1])
     metrics = Path(argv[2]) if len(argv) > 2 else None
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     raw = os.environ["SLURM_JOB_ID"]
     job_id = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else raw
-    attempts = Attempts(folder / job_id)
+    starts = Starts(folder / job_id)
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    if attempts.superseded(restart):
+    if starts.superseded(restart):
         print("=== cut off, and replaced since ===", flush=True)
         return status
-    history = attempts.read()
+    history = starts.read()
     if not history or history[-1].restart != restart:
-        history.append(Attempt(restart))
+        history.append(Start(restart))
     if history[-1].verdict is not None:  # it was stopped, and is on its way
         return status
     try:
@@ -50,13 +70,69 @@ def main(argv: list[str]) -> int:
     verdict = judge(history, last_step(metrics), status)
     failure = history[-1].first_failure()
     _say(verdict, failure, folder, job_id)
-    attempts.judged(restart, verdict)
+    starts.judged(restart, verdict)
     if verdict.requeue:
         try:
             scheduler.requeue(job_id)
         except scheduler.SlurmError as error:
             print(f"=== cannot be requeued: {error} ===", flush=True)
     return failure.status if failure is not None and failure.status > 0 else status
+
+
+def judge(history: list[Start], step: int | None, status: int) -> Verdict:
+    """Decide what comes after a start that ended by itself, which is the last of `history`.
+
+    Args:
+        history: All starts so far, this one without a verdict.
+        step: Steps known to be done; None for a job without steps.
+        status: Exit status of the command that ran the ranks; it counts if no rank left a record.
+    """
+    current = history[-1]
+    failure = current.first_failure()
+    if failure is None and status == 0:
+        return Verdict("done", "finished", requeue=False, step=step)
+    stopped = [end for end in current.ends if end.asked or end.status == STOPPED_STATUS]
+    if failure is None and stopped:
+        saved = all(end.status in (0, STOPPED_STATUS) for end in current.ends)
+        asked = stopped[0].asked or "a signal"
+        reason = f"{asked}, {'state saved' if saved else 'ended before it had saved'}"
+        return Verdict("stopped", reason, requeue=True, step=step)
+    if failure is None:
+        what = f"the job's step ended with status {status}, and no rank left a record"
+    elif failure.status == USER_ERROR_STATUS:
+        reason = f"rank {failure.rank} on {failure.host}: status 2, the user must mend something"
+        return Verdict("wrong", reason, requeue=False, step=step)
+    else:
+        end = f"signal {-failure.status}" if failure.status < 0 else f"status {failure.status}"
+        what = f"rank {failure.rank} on {failure.host} ended first: {end}"
+    steps = [*_failed_steps(history[:-1]), step]
+    where = "" if step is None else f" after step {step}"
+    same = steps[-FAILURES_AT_ONE_STEP:]
+    if len(same) == FAILURES_AT_ONE_STEP and len(set(same)) == 1:
+        reason = f"{what}; {FAILURES_AT_ONE_STEP} failures in a row{where}, giving up"
+        return Verdict("failed", reason, requeue=False, step=step)
+    best = max(range(len(steps)), key=lambda index: steps[index] or 0)  # the first of the best
+    if len(steps) - best > FAILURES_WITHOUT_PROGRESS:
+        reason = f"{what}; {FAILURES_WITHOUT_PROGRESS} failures without getting further, giving up"
+        return Verdict("failed", reason, requeue=False, step=step)
+    return Verdict("failed", f"{what}{where}", requeue=True, step=step)
+
+
+def _failed_steps(history: list[Start]) -> list[int | None]:
+    """Steps of the failures since the last start that got further and was merely stopped.
+
+    A start without a verdict (its node died with it) proves nothing and breaks no row.
+    """
+    steps: list[int | None] = []
+    for start in history:
+        verdict = start.verdict
+        if verdict is None:
+            continue
+        if verdict.outcome == "failed":
+            steps.append(verdict.step)
+        elif steps and (verdict.step or 0) > (steps[-1] or 0):
+            steps.clear()
+    return steps
 
 
 def _say(verdict: Verdict, failure: RankEnd | None, folder: Path, job_id: str) -> None:
@@ -66,8 +142,8 @@ def _say(verdict: Verdict, failure: RankEnd | None, folder: Path, job_id: str) -
         return
     # Rank 0's words are in this log anyway, and a rank that was killed had none.
     if failure is not None and failure.rank != 0 and failure.status > 0:
-        log = folder / f"{job_id}_{failure.rank}_log.out"
-        words, own = last_words(log), last_words(folder / f"{job_id}_0_log.out", whole=True)
+        log = rank_log(folder, job_id, failure.rank)
+        words, own = last_words(log), last_words(rank_log(folder, job_id), whole=True)
         head = words.split("\n")[0]
         if not (head.startswith(_USER_ERROR) and head in own):  # rank 0 has said so, too
             print(f"=== rank {failure.rank} on {failure.host} failed first; from {log}: ===")
@@ -76,9 +152,9 @@ def _say(verdict: Verdict, failure: RankEnd | None, folder: Path, job_id: str) -
 
 
 def last_words(log: Path, whole: bool = False) -> str:
-    """Why the last attempt in a rank's log ended: its error for the user, or its last traceback.
+    """Why the last start in a rank's log ended: its error for the user, or its last traceback.
 
-    Without either, its last lines; with `whole`, all lines of the attempt.
+    Without either, its last lines; with `whole`, all lines of the start.
     """
     try:
         lines = log.read_text(errors="replace").splitlines()

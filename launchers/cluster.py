@@ -16,7 +16,10 @@ from pydantic import ConfigDict
 from lgm_scale.config.loading import load_config, read_yaml
 from lgm_scale.errors import ConfigError
 
-__all__ = ["CLUSTERS", "Cluster", "load_cluster", "minutes"]
+__all__ = ["CLUSTERS", "SBATCH_OPTIONS", "Cluster", "load_cluster", "minutes"]
+
+SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "comment")
+"""Handed to `sbatch` as they are, where they are set."""
 
 CLUSTERS = Path(__file__).resolve().parents[1] / "yamls" / "cluster"
 

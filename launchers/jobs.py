@@ -55,8 +55,6 @@ TOOLS = {
 
 DEFAULT_CONFIG = {"train": "yamls/dit_xl.yaml", "tokenizer": "yamls/tokenizer_b.yaml"}
 KINDS = ("train", "tokenizer", "encode", "eval", "convert")
-TASKS = {"generator": "train", "spatial_generator": "train", "tokenizer": "tokenizer"}
-"""Kind of the job that runs each task."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +130,10 @@ def describe_job(
     if kind == "eval":
         return _sweep(config, words, parts, inputs_exist)
     run = load_training_run(config, words, world_size, has_gpu=None)
-    if TASKS[run.task] != kind:
-        trained = next(task for task, job in TASKS.items() if job == kind)
+    right = run.task if run.task in KINDS else "train"  # most tasks have no kind of their own
+    if kind != right:
         raise ConfigError(
-            f"--job: {kind} trains a {trained}, and {config} is a {run.task}; give "
-            f"--job {TASKS[run.task]}"
+            f"--job: {kind} does not run {config}, which is a {run.task}; give --job {right}"
         )
     return Job(
         kind, run.run_name, run.out, "lgm_scale/train.py", Path(config), tuple(words), run=run

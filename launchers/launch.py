@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -13,18 +14,17 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError
 
-from launchers.cluster import Cluster, minutes
-from launchers.frozen_code import FrozenCode
+from launchers.cluster import SBATCH_OPTIONS, Cluster, minutes
 from launchers.jobs import Job
-from launchers.ranks import rank_environment
-from launchers.run_log import LAUNCH_NAME
-from launchers.task import RankTask
+from launchers.records import LAUNCH_NAME
+from launchers.task import RankTask, rank_environment
 from lgm_scale.errors import LGMError
+from lgm_scale.storage.files import folder_aside, replace_folder, write_json
 
-__all__ = ["Launch", "SubmissionError", "world_size"]
+__all__ = ["CHECKOUT", "FrozenCode", "Launch", "SubmissionError", "world_size"]
 
 _FOREVER = 1_000_000
-"""Times that Submitit may requeue; `attempts.judge` has the say."""
+"""Times that Submitit may requeue; `batch_end.judge` has the say."""
 
 
 class SubmissionError(LGMError):
@@ -36,8 +36,51 @@ def world_size(cluster: Cluster, nodes: int) -> int:
     return nodes * max(cluster.gpus_per_node, 1)
 
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("lgm_scale", "data_tools", "eval", "launchers")
+_LEFT_OUT = ("__pycache__", ".pyc")
+
+
+class FrozenCode:
+    """A copy of the code that a job runs, named by the hash of its contents.
+
+    Editing the checkout changes no job that is requeued.
+
+    Args:
+        folder: Where copies live; equal contents share one.
+        config: The job's YAML file, copied too.
+    """
+
+    def __init__(self, folder: Path, config: Path | None) -> None:
+        self._files = {
+            str(path.relative_to(CHECKOUT)): path
+            for package in _PACKAGES
+            for path in sorted((CHECKOUT / package).rglob("*"))
+            if path.is_file() and not any(part in str(path) for part in _LEFT_OUT)
+        }
+        if config is not None:
+            self._files[f"config/{config.name}"] = config
+        digest = hashlib.sha256()
+        for name, path in self._files.items():
+            contents = path.read_bytes()
+            digest.update(f"{name}\0{len(contents)}\0".encode() + contents)
+        self.path = folder.absolute() / f"code-{digest.hexdigest()[:12]}"
+        self.config = self.path / "config" / config.name if config is not None else None
+
+    def write(self) -> None:
+        """Make the copy, unless it is there. It is complete or absent."""
+        if self.path.is_dir():
+            return
+        aside = folder_aside(self.path)
+        for name, path in self._files.items():
+            target = aside / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        replace_folder(self.path, aside)
+
+
 class _Executor(submitit.SlurmExecutor):
-    """Submitit's, which also writes scripts where no Slurm is installed."""
+    """Submitit's executor, which also writes scripts where no Slurm is installed."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -54,7 +97,7 @@ class Launch:
 
     Args:
         job: What runs.
-        cluster: Where.
+        cluster: Where it runs.
         nodes: Number of nodes; a job that does not spread over ranks takes one.
         after: Ids of jobs that must end well before.
         after_any: Ids of jobs that must have ended, well or not.
@@ -197,7 +240,7 @@ class Launch:
             "num_samples": self.job.run.data.num_samples if self.job.run else None,
             "state_folder": self._state_folder(),
         }
-        (folder / LAUNCH_NAME).write_text(json.dumps(values, indent=1) + "\n")
+        write_json(folder / LAUNCH_NAME, values)
 
     def _state_folder(self) -> str | None:
         run = self.job.run
@@ -217,10 +260,8 @@ class Launch:
 
     def _parameters(self, code: FrozenCode, folder: Path) -> dict[str, Any]:
         cluster = self.cluster
-        named = ("partition", "account", "qos", "constraint", "exclude", "comment")
-        parameters: dict[str, Any] = {
-            key: getattr(cluster, key) for key in named if getattr(cluster, key) is not None
-        }
+        set_options = {key: getattr(cluster, key) for key in SBATCH_OPTIONS}
+        parameters: dict[str, Any] = {k: v for k, v in set_options.items() if v is not None}
         more: dict[str, Any] = {"requeue": True, "chdir": str(code.path)}
         conditions = [f"afterok:{job_id}" for job_id in self.after]
         conditions += [f"afterany:{job_id}" for job_id in self.after_any]

@@ -12,6 +12,7 @@ submitted, 2 for anything to mend.
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,15 +53,7 @@ class _File:
     __pydantic_config__ = _STRICT
     stages: dict[str, dict[str, Any]]
     cluster: str = "default"
-    """Of `yamls/cluster/`, or a YAML file."""
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """Stages by name, and where they run."""
-
-    stages: dict[str, Stage]
-    cluster: str
+    """Name of a file of `yamls/cluster/`, or the path of a YAML file."""
 
 
 def main() -> int:
@@ -76,21 +69,23 @@ def main() -> int:
     parser.add_argument("--take-over", action="store_true", help="end live jobs of these runs")
     parser.add_argument("--dry-run", action="store_true", help="check, print graph and scripts")
     args = parser.parse_args()
-    pipeline = load_pipeline(args.pipeline)
-    order = ordered(pipeline.stages, args.pipeline)
-    chosen = from_stage(pipeline.stages, order, args.first)
-    launches = plan(pipeline, chosen, args.cluster)
-    print("\n".join(graph(pipeline.stages, launches)), flush=True)
+    stages, cluster = load_pipeline(args.pipeline)
+    chosen = from_stage(stages, ordered(stages, args.pipeline), args.first)
+    launches = plan(stages, chosen, args.cluster or cluster)
+    print("\n".join(graph(stages, launches)), flush=True)
     if args.dry_run:
         for stage in launches.values():
             print("\n".join(text for launch in stage for text in describe(launch)))
         return 0
-    submit_all(pipeline.stages, launches, args.take_over)
+    submit_all(stages, launches, args.take_over)
     return 0
 
 
-def load_pipeline(path: str) -> Pipeline:
-    """Read a pipeline. Raises: ConfigError with the problems of every stage."""
+def load_pipeline(path: str) -> tuple[dict[str, Stage], str]:
+    """Read stages by name, and the cluster where they run.
+
+    Raises: ConfigError with the problems of every stage.
+    """
     file = load_config(read_yaml(path), _File, path)
     stages, problems = {}, []
     for name, values in file.stages.items():
@@ -100,7 +95,7 @@ def load_pipeline(path: str) -> Pipeline:
             problems += [f"stages.{name}.{problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems, path)
-    return Pipeline(stages, file.cluster)
+    return stages, file.cluster
 
 
 def ordered(stages: dict[str, Stage], source: str) -> list[str]:
@@ -144,21 +139,15 @@ def from_stage(stages: dict[str, Stage], order: Sequence[str], first: str | None
     return [name for name in order if name in chosen]
 
 
-def plan(pipeline: Pipeline, chosen: Sequence[str], cluster: str | None) -> dict[str, list[Launch]]:
+def plan(stages: dict[str, Stage], chosen: Sequence[str], cluster: str) -> dict[str, list[Launch]]:
     """The launches of every chosen stage. Raises: ConfigError with every stage's problems."""
     problems: list[str] = []
     launches: dict[str, list[Launch]] = {}
     for name in chosen:
-        stage = pipeline.stages[name]
+        stage = stages[name]
         try:
-            place = load_cluster(
-                cluster or pipeline.cluster,
-                {
-                    "gpus_per_node": stage.gpus_per_node,
-                    "time": stage.time,
-                    "partition": stage.partition,
-                },
-            )
+            changes = {key: getattr(stage, key) for key in ("gpus_per_node", "time", "partition")}
+            place = load_cluster(cluster, changes)
             job = describe_job(
                 *(stage.job, stage.config, list(stage.overrides)),
                 world_size(place, stage.nodes),
@@ -208,4 +197,5 @@ def submit_all(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word, like any tool
     exit_on_user_error(main)

@@ -14,14 +14,20 @@ configuration is wrong (status 2), or when it fails three times in a row at the 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import Any
 
-from launchers.cluster import Cluster, load_cluster
+from launchers.cluster import SBATCH_OPTIONS, Cluster, load_cluster
 from launchers.jobs import KINDS, describe_job
 from launchers.launch import Launch, world_size
-from launchers.save_interval import check_save_interval
-from launchers.submission import describe, refuse_live, submit, with_join
+from launchers.submission import (
+    check_save_interval,
+    describe,
+    refuse_live,
+    submit,
+    with_join,
+)
 from lgm_scale.errors import exit_on_user_error
 
 
@@ -42,7 +48,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--cluster", default="default", metavar="NAME", help="of yamls/cluster/, or a YAML file")
     add("--array", type=int, metavar="N", help="split a sweep into N jobs, and one that joins")
     add("--after", action="append", default=[], metavar="JOBID", help="start when it is done")
-    for name in ("partition", "account", "qos", "constraint", "exclude", "comment"):
+    for name in SBATCH_OPTIONS:
         add(f"--{name}", help=f"sbatch's --{name}")
     add("--time", help="limit of one stretch, such as 12:00:00; the job goes on after it")
     add("--container", metavar="IMAGE", help="run ranks in it (Slurm's pyxis plugin)")
@@ -58,10 +64,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     """Check, then print or submit."""
     args = parse_args(sys.argv[1:])
-    changes = vars(args)
-    names = {"gpus_per_node", "partition", "account", "qos", "constraint", "exclude", "comment"}
-    names |= {"time", "container"}
-    cluster = load_cluster(args.cluster, {name: changes[name] for name in names})
+    changeable = ("gpus_per_node", "time", "container", *SBATCH_OPTIONS)
+    cluster = load_cluster(args.cluster, {name: getattr(args, name) for name in changeable})
     launches = plan(args, cluster)
     for launch in launches:
         check_save_interval(launch, args.seconds_per_step)
@@ -84,4 +88,5 @@ def plan(args: Any, cluster: Cluster) -> list[Launch]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word, like any tool
     exit_on_user_error(main)

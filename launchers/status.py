@@ -13,13 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 from launchers import scheduler
-from launchers.attempts import Attempt, Attempts
-from launchers.run_log import LAUNCH_NAME, last_speed, launch_folders, tail, top_log
+from launchers.records import (
+    LAUNCH_NAME,
+    Start,
+    Starts,
+    last_speed,
+    launch_folders,
+    rank_log,
+    tail,
+)
 from lgm_scale.errors import ConfigError, exit_on_user_error
 
 _STATE = re.compile(r"ba(\d+)-a(\d+)")
@@ -64,36 +72,36 @@ def _launch(folder: Path, count: int) -> list[str]:
     times = f", launch {count}" if count > 1 else ""
     told = [f"job        {launch['kind']} {launch['name']}: {launch['ranks']} ranks{times}"]
     for job_id in launch["job_ids"]:
-        attempts = Attempts(folder / job_id).read()
+        starts = Starts(folder / job_id).read()
         try:
             stretches = scheduler.accounting(job_id)
             live = scheduler.live_jobs(job_id)
             last = live[-1:] or stretches[-1:]
             known = f"{last[0].state}, {last[0].nodes}" if last else "unknown to Slurm"
         except scheduler.SlurmError as error:
-            stretches, verdict = [], attempts[-1].verdict if attempts else None
+            stretches, verdict = [], starts[-1].verdict if starts else None
             known = f"{verdict.outcome if verdict else 'started'} (from records: {error})"
         told.append(f"state      {known}, job {job_id}")
-        restarts = [attempt for attempt in attempts if attempt.restart > 0]
+        restarts = [start for start in starts if start.restart > 0]
         told.append(f"restarts   {len(restarts)}")
-        told += [_attempt(attempt, stretches) for attempt in attempts]
+        told += [_start(start, stretches) for start in starts]
     return told
 
 
-def _attempt(attempt: Attempt, stretches: list[scheduler.Accounted]) -> str:
+def _start(start: Start, stretches: list[scheduler.Accounted]) -> str:
     """One start: when, where, and what came of it."""
-    verdict = attempt.verdict
+    verdict = start.verdict
     if verdict is not None:
         at = f" at step {verdict.step}" if verdict.step is not None else ""
         what = f"{verdict.outcome}{at}: {verdict.reason}"
-    elif attempt.restart < len(stretches) - 1:  # it left no record, Slurm started it again
-        what = f"ended by Slurm: {stretches[attempt.restart].state}"
+    elif start.restart < len(stretches) - 1:  # it left no record, Slurm started it again
+        what = f"ended by Slurm: {stretches[start.restart].state}"
     elif stretches:
         what = stretches[-1].state.lower()
     else:
         what = "no end recorded"
-    when = time.strftime("%m-%d %H:%M:%S", time.localtime(attempt.time)) if attempt.time else "?"
-    return f"  {attempt.restart:3d}  {when}  {','.join(attempt.nodes)}  {what}"
+    when = time.strftime("%m-%d %H:%M:%S", time.localtime(start.time)) if start.time else "?"
+    return f"  {start.restart:3d}  {when}  {','.join(start.nodes)}  {what}"
 
 
 def _training(run: Path, root: Path) -> list[str]:
@@ -184,7 +192,7 @@ def _resume_state(folder: Path) -> list[str]:
 
 def _log(folder: Path, lines: int) -> list[str]:
     launch = json.loads((folder / LAUNCH_NAME).read_text())
-    log = top_log(folder, launch["job_ids"][0])
+    log = rank_log(folder, launch["job_ids"][0])
     last = [line for line in tail(log) if line.strip()][-lines:] if lines > 0 else []
     return [f"log        {log}", *(f"  | {line[:200]}" for line in last)]
 
@@ -196,4 +204,5 @@ def _duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word, like any tool
     exit_on_user_error(main)

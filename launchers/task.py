@@ -23,17 +23,12 @@ import submitit
 from submitit.helpers import DelayedSubmission
 
 from launchers import scheduler
-from launchers.attempts import STOPPED_STATUS, Attempts, Verdict, last_step
-from launchers.ranks import (
-    STOP_SIGNALS,
-    listens,
-    master_port,
-    own_group,
-    own_group_and_deaf,
-    rank_environment,
-)
+from launchers.records import STOPPED_STATUS, Starts, Verdict, last_step
 
-__all__ = ["RankTask"]
+__all__ = ["RankTask", "master_port", "rank_environment"]
+
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+"""Sent by schedulers before they take the machine away."""
 
 
 @dataclass
@@ -68,13 +63,13 @@ class RankTask:
         for number in STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        attempts = Attempts(Path(slurm.paths.folder) / slurm.job_id)
+        starts = Starts(Path(slurm.paths.folder) / slurm.job_id)
         rank = slurm.global_rank
         print(f"=== start {restart}: rank {rank} of {slurm.num_tasks} on {slurm.hostname} ===")
         if rank == 0:
-            attempts.started(restart, list(slurm.hostnames))
+            starts.started(restart, list(slurm.hostnames))
         status = self._run(slurm, restart)
-        attempts.rank_ended(restart, rank, slurm.hostname, status, self._signal)
+        starts.rank_ended(restart, rank, slurm.hostname, status, self._signal)
         if status == 0 or (status == STOPPED_STATUS and rank != 0):
             return  # rank 0 speaks to Slurm; a failure here would make Slurm kill it
         if status != STOPPED_STATUS or not self._signal or not callable(requeue_by_submitit):
@@ -82,13 +77,13 @@ class RankTask:
             raise SystemExit(status if status > 0 else 128 - status)
         step = last_step(Path(self.metrics) if self.metrics is not None else None)
         reason = f"{self._signal}, state saved"
-        if attempts.superseded(restart):
+        if starts.superseded(restart):
             raise SystemExit(STOPPED_STATUS)
         if scheduler.state(slurm.job_id) != "RUNNING":
             # Cancelled, or requeued by hand: Slurm knows what is next.
-            attempts.judged(restart, Verdict("stopped", reason, requeue=False, step=step))
+            starts.judged(restart, Verdict("stopped", reason, requeue=False, step=step))
             raise SystemExit(STOPPED_STATUS)
-        attempts.judged(restart, Verdict("stopped", reason, requeue=True, step=step))
+        starts.judged(restart, Verdict("stopped", reason, requeue=True, step=step))
         requeue_by_submitit(signal.SIGUSR2, None)
 
     def checkpoint(self) -> DelayedSubmission:
@@ -125,7 +120,7 @@ class RankTask:
             self.command,
             cwd=self.directory,
             env=environment | self.env,
-            preexec_fn=own_group_and_deaf if self.saves_on_request else own_group,
+            preexec_fn=_own_group_and_deaf if self.saves_on_request else _own_group,
         )
         try:
             return self._wait(child)
@@ -146,6 +141,50 @@ class RankTask:
                 continue
             if time.monotonic() - self._asked_at > self.grace_seconds:
                 child.kill()
-            elif not told and listens(child.pid):  # Slurm's own signal may have come too early
+            elif not told and _listens(child.pid):  # Slurm's own signal may have come too early
                 child.send_signal(signal.SIGUSR2)
                 told = True
+
+
+def master_port(job_id: int, restart: int) -> int:
+    """Port of the rendezvous, below the range of ephemeral ports; another one at every start."""
+    return 10_000 + (job_id * 17 + restart) % 20_000
+
+
+def rank_environment(
+    *, rank: int, world_size: int, local_rank: int, local_world_size: int, address: str, port: int
+) -> dict[str, str]:
+    """What every launcher of PyTorch sets for a rank."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_WORLD_SIZE": str(local_world_size),
+        "NODE_RANK": str(rank // local_world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a rank that waits for a dead one must end
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _listens(pid: int) -> bool:
+    """Whether a process has a handler of its own for SIGUSR2."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGUSR2 - 1) & 1)
+
+
+def _own_group() -> None:
+    """In a child, before it becomes another program: what it starts can be ended with it."""
+    os.setpgid(0, 0)
+
+
+def _own_group_and_deaf() -> None:
+    """The same for a trainer; and no signal may end it before it listens."""
+    _own_group()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

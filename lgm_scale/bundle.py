@@ -6,15 +6,14 @@ Free of torch: what a bundle says about itself can be read before the slow impor
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lgm_scale.config.loading import load_config
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.base import families, generator_families
-from lgm_scale.hashing import file_hash
 from lgm_scale.sampling.config import SamplerConfig
+from lgm_scale.storage.files import file_hash, folder_aside, replace_folder, write_whole
 
 __all__ = [
     "INFO_NAME",
@@ -37,11 +36,7 @@ def start_bundle(folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and not (folder / INFO_NAME).is_file() and any(folder.iterdir()):
         raise CheckpointError(f"{folder} exists and is no bundle: choose another folder")
-    aside = folder.with_name(folder.name + ".partial")
-    for scrap in (aside, _replaced(folder)):
-        shutil.rmtree(scrap, ignore_errors=True)
-    aside.mkdir(parents=True)
-    return aside
+    return folder_aside(folder)
 
 
 def finish_bundle(
@@ -64,24 +59,13 @@ def finish_bundle(
         "files": {path.relative_to(aside).as_posix(): file_hash(path) for path in found},
         "training": training,
     } | ({"adapters": adapters} if adapters else {})
-    (aside / INFO_NAME).write_text(json.dumps(info, indent=1) + "\n")
-    old = _replaced(Path(folder))
-    if Path(folder).exists():
-        Path(folder).rename(old)  # a kill while it is deleted must not leave half of it here
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _replaced(folder: Path) -> Path:
-    """Where the bundle goes that a new one replaces, until it is deleted."""
-    return folder.with_name(folder.name + ".replaced")
+    write_info(aside, info)
+    replace_folder(Path(folder), aside)
 
 
 def write_info(folder: str | Path, info: dict[str, Any]) -> None:
-    """Replace bundle.json, aside first."""
-    aside = Path(folder) / f"{INFO_NAME}.partial"
-    aside.write_text(json.dumps(info, indent=1) + "\n")
-    aside.replace(Path(folder) / INFO_NAME)
+    """Make or replace bundle.json, with the contents `info`."""
+    write_whole(Path(folder) / INFO_NAME, json.dumps(info, indent=1) + "\n")
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""The starts of a run, in order, and the fence between them. Free of torch.
+"""The starts of a run, in order, and how they keep out of each other's way. Free of torch.
 
-Each start of a run is an attempt with a number of its own. A state carries the number of the
-attempt that wrote it, so no attempt can overwrite another's state. An attempt notes at which step
-it began: what an older attempt writes beyond that step was written behind its back, by a process
-that was believed dead, and is never read. And before it writes, an attempt looks for newer ones:
-a rank that was cut off and comes back stops there.
+A scheduler may start a run again while processes of the last start still live, on a node that was
+cut off. So each start is an attempt with a number of its own. A state carries the number of the
+attempt that wrote it: no attempt can overwrite another's state. An attempt notes at which step it
+began: what an older one writes beyond that step was written by a process that was believed dead,
+and is never read. And before it writes, an attempt looks for newer ones: a process that was cut
+off and comes back stops there. (What a job of Slurm did is in `launchers.starts`, another record.)
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import uuid
 from dataclasses import asdict, dataclass
 
 from lgm_scale.checkpoint.manifest import StateName
-from lgm_scale.checkpoint.storage import Storage
 from lgm_scale.errors import CheckpointError, SupersededError
+from lgm_scale.storage.stores import Storage
 
 __all__ = ["Attempt", "Attempts"]
 
@@ -29,26 +30,34 @@ _SCHEDULER_KEYS = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a run."""
+    """One start of a run.
+
+    Args:
+        number: 1 for the first start, and one more for each that follows.
+        resumed_step: Steps that were done when it began.
+        world_size: How many ranks it has.
+        strategy: The parallel strategy that it runs.
+        host: Name of rank 0's machine.
+        started: When it began, in seconds since 1970.
+        scheduler: What the scheduler's environment says of the job.
+        token: Drawn at random: two starts at the same moment tell themselves apart by it.
+    """
 
     number: int
     resumed_step: int
-    """Steps done when it began."""
     world_size: int
     strategy: str
     host: str
     started: float
-    """Seconds since 1970."""
     scheduler: dict[str, str]
     token: str
-    """Drawn at random: two starts at the same moment tell themselves apart by it."""
 
 
 class Attempts:
     """The attempts of one run; only rank 0 writes.
 
     Args:
-        storage: Of the run's state.
+        storage: Where the run's states lie.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -56,7 +65,7 @@ class Attempts:
         self.own: Attempt | None = None
 
     def all(self) -> list[Attempt]:
-        """In order."""
+        """Every attempt so far, in order. Raises: CheckpointError if a record is damaged."""
         attempts = []
         for name in self.storage.names(_FOLDER):
             try:
@@ -69,7 +78,15 @@ class Attempts:
         return attempts
 
     def start(self, resumed_step: int, world_size: int, strategy: str) -> Attempt:
-        """Number this attempt and make it known. Raises: CheckpointError on a race."""
+        """Number this attempt and make it known to all later ones.
+
+        Args:
+            resumed_step: Steps that are done.
+            world_size: How many ranks there are.
+            strategy: The parallel strategy, for the record.
+
+        Raises: CheckpointError if another process does the same at the same moment.
+        """
         number = max((attempt.number for attempt in self.all()), default=0) + 1
         attempt = Attempt(
             number,
@@ -91,7 +108,10 @@ class Attempts:
         return attempt
 
     def check(self) -> None:
-        """Before anything is written. Raises: SupersededError if a newer attempt has begun."""
+        """See that no newer attempt has begun; called before anything is written.
+
+        Raises: SupersededError if one has.
+        """
         assert self.own is not None
         newest = max(self._number(name) for name in self.storage.names(_FOLDER))
         if newest > self.own.number:
@@ -107,9 +127,11 @@ class Attempts:
 
 
 def valid_states(states: list[StateName], attempts: list[Attempt]) -> list[StateName]:
-    """States that belong to the run's history, the newest first.
+    """The states that belong to the run's history, the newest first.
 
-    A state of attempt a at step s belongs to it if every later attempt began at step s or after.
+    A newer attempt may begin between an older one's check and the end of its write, so states of
+    a process that was believed dead must be told apart here. A state of attempt a at step s
+    belongs to the history if every later attempt began at step s or after.
     """
     begun: dict[int, int] = {attempt.number: attempt.resumed_step for attempt in attempts}
     valid = [

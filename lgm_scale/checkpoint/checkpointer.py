@@ -28,14 +28,19 @@ from composer.utils import dist
 from torch import nn
 
 from lgm_scale.checkpoint.attempts import Attempt, Attempts, valid_states
-from lgm_scale.checkpoint.manifest import MANIFEST_NAME, Manifest, StateFile, StateName
+from lgm_scale.checkpoint.manifest import MANIFEST_NAME, StateFile, StateManifest, StateName
 from lgm_scale.checkpoint.scalars import load_scalars, read_scalars
-from lgm_scale.checkpoint.storage import Storage
-from lgm_scale.checkpoint.tensors import check_same_model, files_needed, read_shards, write_shards
+from lgm_scale.checkpoint.tensors import (
+    check_same_model,
+    files_needed,
+    read_shards,
+    write_shards,
+)
 from lgm_scale.errors import CheckpointError
-from lgm_scale.hashing import file_hash
 from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
 from lgm_scale.parallel.shards import ParameterShard, owned
+from lgm_scale.storage.files import file_hash
+from lgm_scale.storage.stores import Storage
 from lgm_scale.training.ema import EMA
 
 __all__ = ["Checkpointer"]
@@ -153,7 +158,7 @@ class Checkpointer:
                 f"not see {lost[0]}; use a folder that every node sees, or object storage"
             )
         self.attempts.check()  # again: writing the files has taken time
-        manifest = Manifest(
+        manifest = StateManifest(
             run_id=self.run_id,
             step=name.step,
             attempt=name.attempt,
@@ -247,14 +252,14 @@ class Checkpointer:
             shutil.rmtree(folder, ignore_errors=True)
         return None
 
-    def _read_manifest(self, name: StateName) -> Manifest | str:
+    def _read_manifest(self, name: StateName) -> StateManifest | str:
         """The manifest, or what is wrong with it."""
         try:
-            return Manifest.from_bytes(self.storage.read(f"{name}/{MANIFEST_NAME}"))
+            return StateManifest.from_bytes(self.storage.read(f"{name}/{MANIFEST_NAME}"))
         except (OSError, CheckpointError) as error:
             return str(error)
 
-    def _fetch(self, name: StateName, manifest: Manifest, shared: Path) -> str | None:
+    def _fetch(self, name: StateName, manifest: StateManifest, shared: Path) -> str | None:
         """Bring files to this node, if need be, and check them. Returns: what is wrong.
 
         Each file is hashed by one rank only, of all ranks where they share a folder, and of a node
@@ -273,13 +278,13 @@ class Checkpointer:
         for file in mine:
             try:
                 path = self.storage.get(f"{name}/{file.name}", shared)
-            except (FileNotFoundError, CheckpointError) as error:
+            except (OSError, CheckpointError) as error:
                 return f"{file.name} cannot be read: {error}"
             if path.stat().st_size != file.size or file_hash(path) != file.sha256:
                 return f"{file.name} does not have its checksum"
         return None
 
-    def _load(self, name: StateName, manifest: Manifest, shared: Path, state: State) -> None:
+    def _load(self, name: StateName, manifest: StateManifest, shared: Path, state: State) -> None:
         paths = {}
         for file in files_needed(manifest, self.shards):
             stored = f"{name}/{file.name}"

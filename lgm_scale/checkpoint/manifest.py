@@ -1,4 +1,8 @@
-"""What a state says of itself: whose it is, its step, and its files with their checksums."""
+"""What a state says of itself: whose it is, its step, and its files with their checksums.
+
+A state is complete once its manifest is there, and whole if every file has the checksum that the
+manifest gives. Free of torch; data sets have a manifest of their own (`lgm_scale.data.manifest`).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Any
 
 from lgm_scale.errors import CheckpointError
 
-__all__ = ["MANIFEST_NAME", "Manifest", "StateFile", "StateName"]
+__all__ = ["MANIFEST_NAME", "StateFile", "StateManifest", "StateName"]
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -36,13 +40,13 @@ class StateName:
 
 @dataclass(frozen=True)
 class StateFile:
-    """A file of a state, and which pieces of parameters it holds.
+    """A file of a state, and which ranges of parameters it holds.
 
     Args:
-        name: Below the state's folder.
-        size: Bytes.
-        sha256: Of its content.
-        pieces: (index of the parameter, first element, how many).
+        name: Where it lies below the state's folder.
+        size: Its length in bytes.
+        sha256: Hexadecimal digest of its content.
+        pieces: [index of the parameter, first element, number of elements], one for each range.
     """
 
     name: str
@@ -52,18 +56,19 @@ class StateFile:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """The content of manifest.json.
+class StateManifest:
+    """The content of a state's manifest.json.
 
     Args:
-        run_id: Drawn when the run began; a state is read by its own run only.
-        step: Steps done.
-        attempt: Which start of the run wrote it.
-        world_size: Ranks that wrote it.
-        strategy: They ran this one; it may be read under another.
-        parameters: Name and shape of each, in the model's order.
+        run_id: The run's id, drawn when it began; a state is read by its own run only.
+        step: Steps that were done when it was saved.
+        attempt: Number of the start of the run that wrote it.
+        world_size: How many ranks wrote it; any other number may read it.
+        strategy: The parallel strategy that they ran; any other may read it.
+        parameters: Name and shape of each parameter, in the model's order.
         scalars: Everything that is no tensor: times, learning rates, place in the data.
-        files: Of the tensors.
+        files: The files that hold the tensors, with their checksums.
+        format: Version of this layout.
     """
 
     run_id: str
@@ -77,17 +82,20 @@ class Manifest:
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:
-        """JSON with a checksum of its own."""
+        """JSON that carries its own SHA-256: nothing else vouches for a manifest."""
         body = json.dumps(dataclasses.asdict(self), separators=(",", ":"))
         digest = hashlib.sha256(body.encode()).hexdigest()
         return f'{{"sha256": "{digest}",\n"body": {body}}}\n'.encode()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Manifest:
-        """Read and check. Raises: CheckpointError if it is damaged or of another format."""
+    def from_bytes(cls, content: bytes) -> StateManifest:
+        """Parse what `to_bytes` made.
+
+        Raises: CheckpointError if it is damaged or of another format.
+        """
         try:
             whole = json.loads(content)
-            body = json.dumps(whole["body"], separators=(",", ":"))
+            body = json.dumps(whole["body"], separators=(",", ":"))  # the same text again
             if hashlib.sha256(body.encode()).hexdigest() != whole["sha256"]:
                 raise CheckpointError(f"{MANIFEST_NAME} does not have its checksum")
             values = whole["body"]

@@ -13,10 +13,11 @@ from typing import Any
 
 from lgm_scale.checkpoint.manifest import StateName
 from lgm_scale.checkpoint.run_folder import METRICS_NAME, RunFolder, differing_keys
-from lgm_scale.checkpoint.storage import Storage, open_storage
 from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.parallel.collectives import on_rank_zero
+from lgm_scale.storage.files import write_whole
+from lgm_scale.storage.stores import Storage, open_storage
 
 __all__ = ["EnteredRun", "enter_run", "leave_result"]
 
@@ -39,7 +40,8 @@ def enter_run(folder: RunFolder) -> EnteredRun:
 
     Raises: ConfigError with the keys that differ; CheckpointError.
     """
-    storage = open_storage(folder.config.checkpoint.folder or str(folder.path / "state"))
+    location = folder.config.checkpoint.folder or str(folder.path / "state")
+    storage = open_storage(location, "checkpoint.folder", folder.config.data.patience)
     run_id, finished = on_rank_zero(lambda: _enter(folder, storage))
     return EnteredRun(run_id, finished, storage)
 
@@ -90,15 +92,13 @@ def _fetch_result(storage: Storage, folder: RunFolder) -> bool:
     names = storage.names()
     metrics = folder.path / METRICS_NAME
     if METRICS_NAME in names and not metrics.exists():
-        metrics.write_bytes(storage.read(METRICS_NAME))
+        write_whole(metrics, storage.read(METRICS_NAME))
     if _RESULT not in names:
         return False
     bundle = [name for name in names if name.startswith(_BUNDLE)]
     # bundle.json last: a bundle without it is none.
     for name in sorted(bundle, key=lambda name: name.endswith("bundle.json")):
-        path = folder.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(storage.read(name))
+        write_whole(folder.path / name, storage.read(name))
     return True
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from lgm_scale.config.loading import load_config, to_dict, without_removed_keys
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
+from lgm_scale.storage.files import write_whole
 
 __all__ = ["RunFolder"]
 
@@ -57,9 +58,7 @@ class RunFolder:
     def claim(self) -> None:
         """Make the folder this run's. Raises: ConfigError if another run lives here."""
         self._check()
-        self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(to_dict(self.config), indent=1) + "\n"
-        (self.path / CONFIG_NAME).write_text(text)
+        write_whole(self.path / CONFIG_NAME, json.dumps(to_dict(self.config), indent=1) + "\n")
 
     def _check(self) -> None:
         path = self.path / CONFIG_NAME

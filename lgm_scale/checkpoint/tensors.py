@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lgm_scale.checkpoint.manifest import Manifest, StateFile
+from lgm_scale.checkpoint.manifest import StateFile, StateManifest
 from lgm_scale.errors import CheckpointError
 from lgm_scale.parallel.shards import ParameterShard
 
@@ -64,7 +64,7 @@ def _on_host(tensor: Tensor) -> Tensor:
     return tensor.to("cpu") if tensor.is_cuda else tensor.clone()
 
 
-def check_same_model(manifest: Manifest, shards: Sequence[ParameterShard], root: str) -> None:
+def check_same_model(manifest: StateManifest, shards: Sequence[ParameterShard], root: str) -> None:
     """Raise CheckpointError, with an example, if a state's parameters are not the model's."""
     here = [[shard.name, list(shard.shape)] for shard in shards]
     if here == manifest.parameters:
@@ -81,7 +81,7 @@ def check_same_model(manifest: Manifest, shards: Sequence[ParameterShard], root:
     )
 
 
-def files_needed(manifest: Manifest, shards: Sequence[ParameterShard]) -> list[StateFile]:
+def files_needed(manifest: StateManifest, shards: Sequence[ParameterShard]) -> list[StateFile]:
     """The files that hold elements of these shards, and the first one, which holds the buffers."""
     return [
         file
@@ -96,7 +96,7 @@ def _overlap(shard: ParameterShard, start: int, numel: int) -> bool:
 
 @torch.no_grad()
 def read_shards(
-    manifest: Manifest,
+    manifest: StateManifest,
     paths: Mapping[str, Path],
     model: nn.Module,
     shards: Sequence[ParameterShard],

@@ -8,22 +8,18 @@ from dataclasses import dataclass, field
 
 from pydantic import ConfigDict
 
+from lgm_scale.storage.clients import is_remote
+from lgm_scale.storage.transfer import Patience
+
 __all__ = [
     "DataConfig",
-    "Patience",
     "SourceConfig",
     "as_sources",
     "broken_data_rules",
     "broken_source",
-    "is_remote",
 ]
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path names object storage (`s3://...`) and not a folder."""
-    return "://" in path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +76,6 @@ class DataConfig:
     def patience(self) -> Patience:
         """How long to try."""
         return Patience(self.timeout, self.retry_seconds)
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to wait for object storage.
-
-    Args:
-        timeout: seconds without a byte after which one request is given up.
-        retry_seconds: seconds from the first try of a file to the last; nothing takes longer.
-    """
-
-    timeout: float = 30.0
-    retry_seconds: float = 300.0
 
 
 def as_sources(

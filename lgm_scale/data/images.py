@@ -42,8 +42,8 @@ def decode_image(data: bytes | str | os.PathLike[str], name: str | None = None) 
     is not applied, as usual for ImageNet.
 
     Args:
-        data: the bytes of an image file, or its path.
-        name: what to call it in messages; the path by default.
+        data: The bytes of an image file, or its path.
+        name: What to call it in messages; by default the path.
 
     Units/range: uint8 RGB.
     Raises: DataError naming the file if it is unreadable, truncated or of an unknown pixel format.
@@ -139,15 +139,15 @@ class ImageDataset(EpochDataset):
     S x S already is that image.
 
     Args:
-        data: MDS folder, or sources with their classes and shares.
-        image_size: S.
-        train: shuffle.
+        data: An MDS folder, or sources with their classes and shares.
+        image_size: Side S of the images given, in pixels.
+        train: Read in another order every epoch.
         augment: "crop" for a random crop and flip (the default with `train`), "flip" for the
             centre crop and a random flip, "none" for the centre crop alone (the default without).
-        seed: of the order and the augmentation, which depends on (seed, epoch, sample id) alone.
-        batch_size: per device, as `StreamingDataset` needs it for the partition into batches.
-        max_scale: largest scale before the random crop; 1 for no scaling.
-        options: cache and patience.
+        seed: Decides the order and the augmentation, with the epoch and the sample id alone.
+        batch_size: Samples per device and batch; the library deals out samples by it.
+        max_scale: Largest scale before the random crop; 1 for no scaling.
+        options: How shards are fetched.
 
     Raises: DataError if a source is no complete MDS folder of images; ConfigError for an
         augmentation that there is not.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from lgm_scale.errors import DataError
+from lgm_scale.storage.files import folder_aside, write_whole
 
 __all__ = [
     "COLUMNS",
@@ -51,11 +51,6 @@ _MAKE = {
     "latents": "composer data_tools/encode_latents.py (see its --help)",
     "spatial_latents": "composer data_tools/encode_latents.py --encoder sd-vae (see its --help)",
 }
-_GIVE = {
-    "images": "Give the folder that data_tools.images_to_mds wrote.",
-    "latents": "Give the folder that data_tools.encode_latents wrote.",
-    "spatial_latents": "Give the folder that data_tools.encode_latents --encoder sd-vae wrote.",
-}
 # What to do about one kind (second) where another one (first) is needed.
 _INSTEAD = {
     ("latents", "images"): (
@@ -82,11 +77,11 @@ class Manifest:
 
     Args:
         kind: "images", "latents" (a sequence each) or "spatial_latents" (a grid each).
-        num_samples: samples in all shards.
-        classes: names of the classes; label i is `classes[i]`.
-        class_counts: samples of each class, in the same order.
-        image_size: side of every (square) image, None where sizes differ.
-        extra: whatever the command that wrote the folder wants to remember (JSON values).
+        num_samples: How many samples all shards hold together.
+        classes: Names of the classes; label i is `classes[i]`.
+        class_counts: How many samples each class has, in the same order.
+        image_size: Side of every (square) image in pixels; None where sizes differ.
+        extra: Whatever the command that wrote the folder wants to remember (JSON values).
         files: SHA-256 of every file of the folder that is no shard; empty in an old folder.
     """
 
@@ -105,11 +100,9 @@ class Manifest:
 
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
-    """Write `manifest.json` into `folder`, aside first, so that it is whole or absent."""
+    """Write `manifest.json` into `folder`; it is whole or absent. Returns its path."""
     path = Path(folder) / MANIFEST_NAME
-    aside = path.with_name(f"{MANIFEST_NAME}.partial")
-    aside.write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
-    aside.replace(path)
+    write_whole(path, json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
     return path
 
 
@@ -117,8 +110,8 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> Manifest:
     """Read and check the manifest of an MDS folder.
 
     Args:
-        folder: folder with `index.json`, shards and `manifest.json`.
-        kind: what the caller needs, a key of COLUMNS.
+        folder: It holds `index.json`, shards and `manifest.json`.
+        kind: What the caller needs, a key of COLUMNS.
 
     Raises: DataError if the folder is missing, empty, damaged, of another kind, or if its
         manifest and its shards disagree.
@@ -155,7 +148,7 @@ def check_columns(columns: Any, kind: str, where: str) -> None:
         return
     found = next((name for name, known in COLUMNS.items() if known == set(columns)), None)
     what = found or f"columns {sorted(columns)}"
-    hint = _INSTEAD.get((kind, found or ""), _GIVE[kind])
+    hint = _INSTEAD.get((kind, found or ""), f"Make it with: {_MAKE[kind].format(folder='OUT')}")
     raise DataError(
         f"{where} holds {what}, but {kind} (columns {sorted(COLUMNS[kind])}) are needed here. "
         f"{hint}"
@@ -191,13 +184,13 @@ def check_shards(folder: str | os.PathLike[str]) -> None:
 def written_aside(
     folder: str | os.PathLike[str], own_names: tuple[str, ...], command: str
 ) -> Iterator[Path]:
-    """Yield `folder` + ".partial" to write into; rename it to `folder` if nothing goes wrong.
+    """Yield an empty folder to write into; it becomes `folder` if nothing goes wrong.
 
     Args:
-        folder: the final folder; must be absent or empty.
-        own_names: patterns of the names that the command itself writes. What an interrupted run
+        folder: The final folder; it must be absent or empty.
+        own_names: Patterns of the names that the command itself writes. What an interrupted run
             left aside is deleted only if it holds nothing else.
-        command: name of the command, for messages.
+        command: Name of the command, for messages.
 
     Raises: DataError if either folder holds something else.
     """
@@ -216,14 +209,20 @@ def written_aside(
                 f"{aside} is where {command} writes first, but it holds {foreign[0]!r}, which is "
                 "not from there. Move it away."
             )
-        shutil.rmtree(aside)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    yield aside
+    yield folder_aside(folder)
     aside.replace(folder)
 
 
 def read_index(folder: Path, kind: str = "images", fix: str = "") -> list[dict[str, Any]]:
-    """List the shards of an MDS folder. Raises: DataError."""
+    """List the shards of an MDS folder, as its index describes them.
+
+    Args:
+        folder: Where `index.json` lies.
+        kind: What the folder should hold, for messages.
+        fix: What to do about a bad folder, for messages.
+
+    Raises: DataError if there is no index, or a damaged one.
+    """
     if not folder.exists():
         raise DataError(f"{folder} does not exist: an MDS folder of {kind} is needed. {fix}")
     path = folder / INDEX_NAME

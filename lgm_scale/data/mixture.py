@@ -26,9 +26,9 @@ class View:
     """One source as a run sees it.
 
     Args:
-        labels: [its own classes] -> label of the run, -1 for a class that is left out.
-        kept: ids of its samples that are used, ascending; None for all.
-        num_kept: how many these are.
+        labels: [classes of the source] int64; the run's label of each, -1 if it is left out.
+        kept: [num_kept] int64; ids of the samples that are used, ascending. None for all.
+        num_kept: How many samples are used.
     """
 
     labels: NDArray[np.int64]
@@ -42,10 +42,10 @@ def check_one_maker(
     """Raise DataError if the latents of a mixture were made in several ways.
 
     Args:
-        sources: as configured.
-        manifests: theirs.
-        key: the entry of the manifests that must be one.
-        what: its name, for the message.
+        sources: The sources as configured.
+        manifests: The manifest of each source.
+        key: The entry of the manifests' `extra` that must be the same in all.
+        what: What that entry names, for the message.
     """
     makers = [str(manifest.extra.get(key)) for manifest in manifests]
     for source, maker in zip(sources, makers, strict=True):
@@ -63,11 +63,11 @@ def view_sources(
     """Combine sources by the names of their classes.
 
     Args:
-        sources: as configured.
-        folders: where each one's files lie on this machine.
-        manifests: each one's own.
+        sources: The sources as configured.
+        folders: Where the files of each source lie on this machine.
+        manifests: The manifest of each source.
 
-    Returns: a view of each source, and the manifest of all of them together.
+    Returns: A view of each source, and the manifest of all of them together.
     Raises: DataError for class names that a source does not have.
     """
     classes: dict[str, int] = {}
@@ -129,8 +129,10 @@ def _some(classes: Sequence[str]) -> str:
 def samples_per_source(sources: Sequence[SourceConfig], views: Sequence[View]) -> list[int]:
     """How many samples an epoch takes from each source.
 
-    Without proportions every sample once. With them the epoch keeps that length, and its shares
-    are rounded by largest remainder.
+    Without proportions an epoch takes every sample once. With them it keeps that length, and the
+    shares are rounded by largest remainder.
+
+    Raises: DataError for a proportion that is less than one sample.
     """
     sizes = [view.num_kept for view in views]
     if any(source.proportion is None for source in sources):
@@ -151,10 +153,10 @@ def samples_per_source(sources: Sequence[SourceConfig], views: Sequence[View]) -
 
 
 def draw_passes(kept: NDArray[np.int64], count: int, key: Sequence[int]) -> list[NDArray[np.int64]]:
-    """Passes over the samples of a source that make `count` together.
+    """Passes over the samples of a source that have `count` samples together.
 
-    Every sample appears floor or ceil of count / len(kept) times; who gets the one more is drawn
-    anew for every key. Each pass is ascending.
+    Every sample appears floor or ceil of count / len(kept) times; which ones appear once more is
+    drawn anew for every key. Each pass is ascending.
     """
     whole, rest = divmod(count, len(kept))
     passes = [kept] * whole

@@ -23,7 +23,7 @@ from lgm_scale.data.images import ImageDataset, center_crop, decode_image
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.engine.parts import from_rank_zero
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash
 
 __all__ = [
     "FolderImages",

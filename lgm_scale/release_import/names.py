@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash
 
 __all__ = ["KeyReport", "class_names", "fit", "provenance", "translate"]
 

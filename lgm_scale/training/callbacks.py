@@ -22,6 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lgm_scale.parallel.collectives import on_rank_zero
+from lgm_scale.storage.files import write_whole
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.record import LossRecord
 
@@ -113,7 +114,7 @@ class MetricsLog(Callback):
         if self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             first = state.timestamp.batch.value
-            self.path.write_text("".join(line for line in lines if _step_of(line) < first))
+            write_whole(self.path, "".join(line for line in lines if _step_of(line) < first))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Note the step; flush at the end of an interval."""

@@ -6,17 +6,21 @@ import json
 import pickle
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 from rank_processes import rewound, states
-from small_pipeline import metrics, train_in_process
+from small_pipeline import Steps, metrics, train_in_process
 
 from lgm_scale.checkpoint.attempts import Attempts, valid_states
-from lgm_scale.checkpoint.manifest import Manifest, StateName
-from lgm_scale.checkpoint.storage import Folder
-from lgm_scale.errors import CheckpointError, ConfigError, SupersededError
-from lgm_scale.hashing import file_hash
+from lgm_scale.checkpoint.manifest import StateManifest, StateName
+from lgm_scale.errors import CheckpointError, ConfigError, LGMError, SupersededError
+from lgm_scale.storage.files import file_hash
+from lgm_scale.storage.stores import Storage, open_storage
+from lgm_scale.storage.transfer import Patience
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +131,10 @@ def test_a_hostile_file_with_its_checksum_is_no_safetensors_file(small_pipeline,
     path = state_file(copy, 10, "rank-00000.safetensors")
     path.write_bytes(pickle.dumps(Attack(mark)))
     sealed = state_file(copy, 10, "manifest.json")
-    manifest = Manifest.from_bytes(sealed.read_bytes())
+    manifest = StateManifest.from_bytes(sealed.read_bytes())
     (file,) = manifest.files
     changed = vars(file) | {"sha256": file_hash(path), "size": path.stat().st_size}
-    new = Manifest(**(vars(manifest) | {"files": [type(file)(**changed)]}))
+    new = StateManifest(**(vars(manifest) | {"files": [type(file)(**changed)]}))
     sealed.write_bytes(new.to_bytes())
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors"):
         go_on(small_pipeline, copy)
@@ -185,7 +189,7 @@ def test_an_attempt_that_was_replaced_writes_no_more(small_pipeline, tmp_path):
 
     def on_step(step: int, batch: dict) -> None:
         if step == 5:  # it was cut off, and another one took over
-            Attempts(Folder(out / "state")).start(4, 1, "ddp")
+            Attempts(Storage(out / "state")).start(4, 1, "ddp")
 
     with pytest.raises(SupersededError, match="attempt 2 has taken over"):
         train_in_process(config(small_pipeline, out), on_step=on_step)
@@ -197,13 +201,13 @@ def test_an_attempt_that_was_replaced_writes_no_more(small_pipeline, tmp_path):
 
 def test_what_it_wrote_behind_the_back_of_the_other_is_never_read(small_pipeline, finished, copy):
     # Attempt 2 began at step 4, as if states 6 to 10 had been written by attempt 1 after that.
-    Attempts(Folder(copy / "state")).start(4, 1, "ddp")
+    Attempts(Storage(copy / "state")).start(4, 1, "ddp")
     assert go_on(small_pipeline, copy) == 4
     assert_same(copy, finished)
 
 
 def test_valid_states_are_those_of_one_history(tmp_path):
-    attempts = Attempts(Folder(tmp_path))
+    attempts = Attempts(Storage(tmp_path))
     for step in (0, 300, 200, 400):
         attempts.start(step, 8, "fsdp")
     written = [StateName(*pair) for pair in ((100, 1), (200, 1), (300, 1), (400, 1), (250, 2))]
@@ -213,7 +217,7 @@ def test_valid_states_are_those_of_one_history(tmp_path):
 
 
 def test_two_starts_at_one_moment(tmp_path):
-    first, second = Attempts(Folder(tmp_path)), Attempts(Folder(tmp_path))
+    first, second = Attempts(Storage(tmp_path)), Attempts(Storage(tmp_path))
     seen = first.all()
     second.all = lambda: seen  # type: ignore[method-assign]  # both have looked before one wrote
     first.start(0, 1, "ddp")
@@ -222,7 +226,7 @@ def test_two_starts_at_one_moment(tmp_path):
 
 
 def test_a_write_is_whole_or_not_there(tmp_path, monkeypatch):
-    storage = Folder(tmp_path / "state")
+    storage = Storage(tmp_path / "state")
     storage.write("run.json", b"old")
 
     def full(self, content):
@@ -239,10 +243,55 @@ def test_a_full_disk_ends_the_run_with_its_reason(small_pipeline, tmp_path, monk
     def full(self, path, name):
         raise OSError(28, "No space left on device")
 
-    put = Folder.put
+    put = Storage.put
     monkeypatch.setattr(
-        Folder, "put", lambda *args: (full if "safetensors" in args[2] else put)(*args)
+        Storage, "put", lambda *args: (full if "safetensors" in args[2] else put)(*args)
     )
     with pytest.raises(CheckpointError, match=r"rank 0 could not write ba00000002-a0001.*No space"):
         train_in_process(config(small_pipeline, tmp_path / "run"))
     assert states(tmp_path / "run") == []
+
+
+# In object storage
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "s", "REGION": "x"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("S3_ENDPOINT_URL", endpoint)
+    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="runs")
+    yield "s3://runs"
+    server.stop()
+
+
+def test_a_run_in_a_bucket_needs_no_disk_of_its_machine(
+    small_pipeline, finished, bucket, tmp_path, capsys
+):
+    def at(out: str) -> Path:
+        checkpoint = {"interval": "2ba", "keep": 2, "folder": f"{bucket}/one"}
+        return small_pipeline.generator_config(
+            tmp_path / out, run_name="checkpoints", checkpoint=checkpoint
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        train_in_process(at("first"), on_step=Steps(stop=5))
+    shutil.rmtree(tmp_path / "first")
+    assert_same(train_in_process(at("second")), finished)
+    storage = open_storage(f"{bucket}/one", "checkpoint.folder", Patience(1, 5))
+    tops = {name.split("/")[0] for name in storage.names()}
+    assert {"ba00000008-a0002", "ba00000010-a0002"} == {top for top in tops if top[:2] == "ba"}
+    assert json.loads(storage.read("attempts/0002.json"))["resumed_step"] == 4
+    shutil.rmtree(tmp_path / "second")
+    assert_same(train_in_process(at("third")), finished)  # its result is fetched
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_bucket_that_is_not_there_is_told_with_its_key(small_pipeline, bucket, tmp_path):
+    checkpoint = {"interval": "2ba", "folder": "s3://no-such-bucket/run"}
+    path = small_pipeline.generator_config(tmp_path / "run", checkpoint=checkpoint)
+    with pytest.raises(LGMError, match=r"^checkpoint.folder: s3://no-such-bucket/run .*NoSuchBuc"):
+        train_in_process(path)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from small_pipeline import ROOT
 
-from launchers.attempts import STOPPED_STATUS, USER_ERROR_STATUS
+from launchers.records import STOPPED_STATUS, USER_ERROR_STATUS
 
 CLOUD = ROOT / "launchers" / "cloud"
 SKYPILOT = json.loads((ROOT / "tests" / "schemas" / "skypilot.json").read_text())

@@ -17,10 +17,11 @@ from streaming.base.world import World
 from test_images import dataset_of, write_images
 from torch.utils.data import DataLoader
 
-from lgm_scale.data.config import Patience, SourceConfig
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
 from lgm_scale.data.manifest import LABELS_NAME, Manifest, write_manifest
 from lgm_scale.errors import DataError
+from lgm_scale.storage.transfer import Patience
 
 NUM_SAMPLES = 101  # no multiple of anything
 GLOBAL_BATCH = 12
@@ -147,7 +148,7 @@ def test_a_rank_that_gets_too_few_batches_is_told(tmp_path, monkeypatch):
 
 
 def test_a_fetch_that_never_ends_is_an_error(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("lgm_scale.data.epochs._GRACE", 0.5)
+    monkeypatch.setattr("lgm_scale.data.streaming_internals._GRACE", 0.5)
     source = SourceConfig(path=str(folder), cache=str(tmp_path / "cache"))
     dataset = epochs_of(source, options=StreamOptions(Patience(1, 0.5)))
     monkeypatch.setattr(EpochDataset, "prepare_shard", lambda *_: None)  # and never there

@@ -44,7 +44,7 @@ ORDER = [
     "merging",
     "linkage",
     "randomness",
-    "hashing",
+    "storage",
     "errors",
 ]
 FROM_ANYWHERE = {"config", "config_loading", "errors"}
@@ -75,11 +75,10 @@ TORCH_FREE = (
     "lgm_scale/data/config.py",
     "lgm_scale/data/manifest.py",
     "lgm_scale/data/mixture.py",
-    "lgm_scale/data/storage.py",
     "lgm_scale/parallel/rules.py",
     "lgm_scale/checkpoint/attempts.py",
     "lgm_scale/checkpoint/manifest.py",
-    "lgm_scale/checkpoint/storage.py",
+    "lgm_scale/storage/",
 )
 TORCH_LATER = ("lgm_scale/train.py",)
 

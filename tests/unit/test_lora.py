@@ -21,9 +21,9 @@ from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_generator, save_a
 from lgm_scale.families.lgm.lora import TARGETS, Adapter, add_adapter, plain_names, with_adapter
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.pipeline import LGMPipeline
-from lgm_scale.hashing import file_hash
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig
+from lgm_scale.storage.files import file_hash
 
 
 def network() -> MergeDiT:

@@ -25,9 +25,9 @@ from lgm_scale.families.lgm.pipeline import LGMPipeline, default_cfg_scale
 from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import build_tokenizer
-from lgm_scale.hashing import file_hash
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig, Solver
+from lgm_scale.storage.files import file_hash
 
 CLASSES = ("goldfish", "gold finch", "tabby cat")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.attempts import Attempts, Verdict
+from launchers.records import Starts, Verdict
 from launchers.status import status
 from lgm_scale.errors import ConfigError
 
@@ -33,10 +33,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (launch / "7_0_log.out").write_text(
         "=== start 0 ===\n12:00:00 rank 0 step 60 | loss at K=8: 0.5 | 0.50 steps/s\nlast line\n"
     )
-    attempts = Attempts(launch / "7")
-    attempts.started(0, ["n1", "n2"])
-    attempts.judged(0, Verdict("failed", "rank 3 on n2 ended first: signal 9", True, step=40))
-    attempts.started(1, ["n1", "n5"])
+    starts = Starts(launch / "7")
+    starts.started(0, ["n1", "n2"])
+    starts.judged(0, Verdict("failed", "rank 3 on n2 ended first: signal 9", True, step=40))
+    starts.started(1, ["n1", "n5"])
     for step in (40, 50):
         (run / "state" / f"ba{step:08d}-a0001").mkdir(parents=True)
     (run / "state" / "ba00000040-a0001" / "manifest.json").write_text("{}")  # 50 is unfinished

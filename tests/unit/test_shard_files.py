@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lgm_scale.checkpoint.manifest import Manifest, StateFile
+from lgm_scale.checkpoint.manifest import StateFile
 from lgm_scale.checkpoint.tensors import read_shards, write_shards
+from lgm_scale.data.manifest import Manifest
 from lgm_scale.errors import CheckpointError
 from lgm_scale.parallel.shards import ParameterShard
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,12 @@ import pytest
 import yaml
 from small_pipeline import ROOT
 
-from launchers.attempts import STOPPED_STATUS
 from launchers.cluster import CLUSTERS, load_cluster, minutes
-from launchers.frozen_code import FrozenCode
 from launchers.jobs import TOOLS, describe_job
-from launchers.ranks import master_port
-from launchers.run_log import SPEED
-from launchers.save_interval import interval_steps
+from launchers.launch import FrozenCode
+from launchers.records import SPEED, STOPPED_STATUS
+from launchers.submission import interval_steps
+from launchers.task import master_port
 from lgm_scale.errors import ConfigError
 from lgm_scale.train import STOPPED_STATUS as TRAINER_STOPPED_STATUS
 from lgm_scale.training.callbacks import _line
@@ -89,7 +89,10 @@ def test_submitting_without_slurm_is_one_clear_error(tmp_path: Path):
         (["--cluster", "moon"], "--cluster: there is no .*moon.yaml; known: cpu, default"),
         (["--time", "soon"], "--time: 'soon' is no time limit"),
         (["--time", "2"], "--time: 2 is not longer than the 120 s of grace"),
-        (["--job", "tokenizer", "--config", DIT], "trains a tokenizer, .* is a generator; give"),
+        (
+            ["--job", "tokenizer", "--config", DIT],
+            "tokenizer does not run .*, which is a generator; give",
+        ),
         (["--job", "eval"], "--config: missing"),
         (["--array", "4"], "--array: 4 jobs of kind train; only a sweep"),
         (["--job", "encode", "images=a", "tokeniser=b"], "did you mean 'tokenizer'"),
@@ -295,3 +298,25 @@ def test_a_wrong_pipeline_is_refused(tmp_path: Path, stages: dict, text: str):
     result = launch("pipeline.py", path, "--dry-run", check=False)
     assert result.returncode == 2
     assert text in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["slurm.py", "--nodes", "64", "--dry-run"],
+        ["pipeline.py", "yamls/pipeline/imagenet256.yaml", "--dry-run"],
+    ],
+)
+def test_a_reader_that_has_seen_enough_is_no_error(command: list[str]):
+    """`| head -1`: what is written after the first line finds nobody, and says nothing."""
+    script, *args = command
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launchers" / script), *args],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == -signal.SIGPIPE

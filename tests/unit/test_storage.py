@@ -1,4 +1,4 @@
-"""Files of object storage come whole, or there is an error that names the file and the cause.
+"""Files are there whole or not at all; else an error names the file and the cause.
 
 Against moto, the light S3 server; `tests/system/s3` does the same with a real one.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -15,19 +17,24 @@ from pathlib import Path
 import boto3
 import pytest
 from fault_proxy import FaultProxy
+from kill_points import KillPoints
 from moto.server import ThreadedMotoServer
 
-from lgm_scale.data.config import Patience
-from lgm_scale.data.storage import (
+from lgm_scale.data.shards import _claim
+from lgm_scale.errors import DataError
+from lgm_scale.storage.files import folder_aside, replace_folder, write_json, write_whole
+from lgm_scale.storage.stores import Storage, open_storage
+from lgm_scale.storage.transfer import (
     Expected,
     MissingFileError,
+    Patience,
+    StorageError,
     fetch,
     join,
     read_remote,
     shown,
     store,
 )
-from lgm_scale.errors import DataError
 
 DATA = bytes(range(256)) * 4000
 QUICK = Patience(timeout=1, retry_seconds=4)
@@ -138,7 +145,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lgm_scale.data.storage.shutil.copyfile", full)
+    monkeypatch.setattr("lgm_scale.storage.clients.shutil.copyfile", full)
     with pytest.raises(DataError, match=r"no space is left in .*cache"):
         fetch(str(tmp_path / "source"), tmp_path / "cache" / "x", QUICK)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -151,3 +158,138 @@ def test_files_are_stored_and_read_back(proxy, tmp_path):
         assert read_remote(join(folder, "y"), QUICK) == DATA
     with pytest.raises(DataError, match="bucket does not exist"):
         store(tmp_path / "y", "s3://no-bucket/y", QUICK)
+
+
+# Many files under one root
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def storage(request, tmp_path) -> Storage:
+    if request.param == "folder":
+        return Storage(tmp_path / "state")
+    request.getfixturevalue("proxy")
+    root = f"s3://bucket/{tmp_path.name}"
+    return open_storage(root, "checkpoint.folder", QUICK)
+
+
+def test_files_under_a_root_are_listed_moved_and_deleted(storage, tmp_path):
+    storage.write("run.json", b"first")
+    storage.write("run.json", b"second")
+    assert storage.create("attempts/0001.json", b"mine")
+    assert not storage.create("attempts/0001.json", b"theirs")
+    workplace = storage.workplace()
+    (workplace / "rank").write_bytes(DATA)
+    assert storage.names() == ["attempts/0001.json", "run.json"]  # not what is being written
+    storage.put(workplace / "rank", "ba1/rank")
+    assert not (workplace / "rank").exists()
+    assert storage.names("ba1/") == ["ba1/rank"]
+    assert (storage.read("run.json"), storage.read("attempts/0001.json")) == (b"second", b"mine")
+    assert storage.get("ba1/rank", tmp_path).read_bytes() == DATA
+    storage.delete("ba1/")
+    assert storage.names("ba1/") == []
+    for missing in (lambda: storage.read("ba1/rank"), lambda: storage.get("ba1/rank", tmp_path)):
+        with pytest.raises(FileNotFoundError):
+            missing()
+
+
+def test_states_outlast_what_passes(proxy, tmp_path):
+    storage = open_storage("s3://bucket/outlast", "checkpoint.folder", Patience(1, 10))
+    (tmp_path / "rank").write_bytes(DATA)
+    with proxy.failing("503", first=2):
+        storage.put(tmp_path / "rank", "rank")
+    with proxy.failing("reset", first=2):
+        assert storage.names() == ["rank"]
+    with proxy.failing("truncate", first=1):
+        assert storage.get("rank", tmp_path).read_bytes() == DATA
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("s3://no-bucket/run", r"^checkpoint.folder: s3://no-bucket/run .*NoSuchBucket"),
+        ("ftp://user:pass@host/x", r"^checkpoint.folder: ftp://host/x .* use a folder, s3://"),
+    ],
+)
+def test_a_root_that_cannot_be_is_told_with_its_key(proxy, uri, text):
+    with pytest.raises(StorageError, match=text):
+        open_storage(uri, "checkpoint.folder", QUICK).names()
+
+
+def test_an_error_of_storage_reaches_other_ranks_whole():
+    for error in (StorageError("s3://x: why"), MissingFileError("s3://x: gone")):
+        copied = pickle.loads(pickle.dumps(error))
+        assert (type(copied), str(copied)) == (type(error), str(error))
+
+
+# Whole or not at all
+
+
+@pytest.mark.parametrize("content", ["text", b"bytes", lambda aside: aside.write_text("written")])
+def test_a_kill_before_any_change_leaves_a_whole_file(tmp_path, monkeypatch, content):
+    kill, path, step = KillPoints(monkeypatch), tmp_path / "folder" / "x", 1
+    while kill.run(lambda: write_whole(path, content), step):
+        assert not path.exists()
+        step += 1
+    new = path.read_bytes()
+    path.write_bytes(b"old")
+    step = 1
+    while kill.run(lambda: write_whole(path, content), step):
+        assert path.read_bytes() in (b"old", new)
+        step += 1
+    assert step > 2
+
+
+def test_a_cache_is_claimed_after_a_kill_at_any_moment(tmp_path, monkeypatch):
+    kill, cache, step = KillPoints(monkeypatch), tmp_path / "cache", 1
+    write, unlink = Path.write_bytes, Path.unlink
+    while kill.run(lambda: _claim(cache, b"manifest", "s3://bucket/data"), step):
+        step += 1
+    shutil.rmtree(cache)
+
+    def half(path: Path, content: bytes) -> None:
+        write(path, content[:3])
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill cleans nothing up
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(KeyboardInterrupt):
+        _claim(cache, b"manifest", "s3://bucket/data")
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(Path, "write_bytes", write)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    _claim(cache, b"manifest", "s3://bucket/data")
+    assert (cache / "manifest.json").read_bytes() == b"manifest"
+
+
+def test_a_failure_leaves_nothing_aside(tmp_path):
+    def fails(aside: Path) -> None:
+        aside.write_bytes(b"half")
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_whole(tmp_path / "x", fails)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x", {"loss": float("nan")})
+
+
+def test_a_folder_is_never_half(tmp_path, monkeypatch):
+    folder = tmp_path / "bundle"
+
+    def replace(content: str) -> None:
+        aside = folder_aside(folder)
+        for name in ("a", "b"):
+            (aside / name).write_text(content)
+        replace_folder(folder, aside)
+
+    replace("old")
+    kill, step = KillPoints(monkeypatch), 1
+    while kill.run(lambda: replace("new"), step):
+        step += 1
+        if folder.exists():
+            assert {path.read_text() for path in folder.iterdir()} in ({"old"}, {"new"})
+            assert len(list(folder.iterdir())) == 2
+        else:
+            replace("old")
+    assert step > 4
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -38,8 +38,8 @@ from lgm_scale.data.preparation.parts import (
     check_shard_options,
 )
 from lgm_scale.data.preparation.sources import list_source, read_classes
-from lgm_scale.data.storage import shown
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
+from lgm_scale.storage.transfer import shown
 
 __all__ = ["convert_folder", "convert_image", "encode_jpeg"]
 

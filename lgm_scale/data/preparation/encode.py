@@ -37,10 +37,10 @@ from lgm_scale.data.preparation.parts import (
     PartsFolder,
     check_shard_options,
 )
-from lgm_scale.data.storage import shown
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
 from lgm_scale.families.base import imported, latent_encoders
 from lgm_scale.pixels import to_unit_range
+from lgm_scale.storage.transfer import shown
 
 __all__ = ["LatentWriter", "batch_indices", "check_coverage", "main", "plan_parts"]
 

@@ -22,7 +22,6 @@ import numpy as np
 from streaming import MDSWriter
 from streaming.base.compression import is_compression
 
-from lgm_scale.data.config import Patience, is_remote
 from lgm_scale.data.manifest import (
     INDEX_NAME,
     LABELS_NAME,
@@ -34,8 +33,9 @@ from lgm_scale.data.manifest import (
     write_manifest,
 )
 from lgm_scale.data.shards import digest_files
-from lgm_scale.data.storage import join, read_remote, shown, store
 from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.storage.clients import is_remote
+from lgm_scale.storage.transfer import Patience, join, read_remote, shown, store
 
 __all__ = ["DEFAULT_SHARD_SIZE", "PartRecord", "PartsFolder", "check_shard_options"]
 

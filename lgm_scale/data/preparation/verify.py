@@ -28,7 +28,6 @@ from streaming.base.compression import decompress
 from streaming.base.format import reader_from_json
 from tqdm import tqdm
 
-from lgm_scale.data.config import Patience, is_remote
 from lgm_scale.data.images import decode_image
 from lgm_scale.data.manifest import (
     COLUMNS,
@@ -39,9 +38,10 @@ from lgm_scale.data.manifest import (
     read_index,
     read_labels,
 )
-from lgm_scale.data.storage import Expected, MissingFileError, fetch, join, shown
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.clients import is_remote
+from lgm_scale.storage.files import file_hash
+from lgm_scale.storage.transfer import Expected, MissingFileError, Patience, fetch, join, shown
 
 __all__ = ["Report", "verify"]
 

@@ -17,13 +17,13 @@ from lgm_scale.evaluation.commands.arguments import (
     command_parser,
     open_tokenizer,
 )
-from lgm_scale.evaluation.files import write_json
 from lgm_scale.evaluation.reconstructions.adaptive import (
     adaptive_saving,
     default_lengths,
     psnr_table,
     saving_line,
 )
+from lgm_scale.storage.files import write_json
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

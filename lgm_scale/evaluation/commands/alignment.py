@@ -23,10 +23,10 @@ from lgm_scale.evaluation.commands.arguments import (
     command_parser,
     open_tokenizer,
 )
-from lgm_scale.evaluation.files import write_aside
 from lgm_scale.evaluation.reconstructions.adaptive import default_lengths
 from lgm_scale.evaluation.reconstructions.alignment import measure_alignment
 from lgm_scale.families.tokenizer.bundle import tokenizer_id
+from lgm_scale.storage.files import write_whole
 
 __all__ = ["draw_heat_map"]
 
@@ -73,7 +73,7 @@ def main() -> int:
     result = measure_alignment(tokenizer, args.images, lengths, args.num_images, args.neighbors)
     out = Path(args.out)
     text = json.dumps({"tokenizer_id": tokenizer_id(args.bundle)} | result, indent=1)
-    write_aside(out / "alignment.json", f"{text}\n".encode())
+    write_whole(out / "alignment.json", f"{text}\n".encode())
     draw_heat_map(result, out / "alignment.png")
     print(f"CKNNA, mean over pairs of lengths: {_text(result['cknna_mean'])}")
     print(f"cosine, all pairs: {_text(result['cosine_all'])}", end="; merged pairs: ")

@@ -29,7 +29,7 @@ from lgm_scale.evaluation.images import NpzImages
 from lgm_scale.evaluation.metrics.catalogue import compute, select
 from lgm_scale.evaluation.references.files import Reference
 from lgm_scale.evaluation.references.making import make_reference
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash
 
 __all__ = ["PUBLISHED", "score"]
 

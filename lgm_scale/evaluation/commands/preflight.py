@@ -23,7 +23,7 @@ from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
 from lgm_scale.evaluation.features.inception import WEIGHTS_URL as INCEPTION_URL
 from lgm_scale.evaluation.references.files import load_reference
 from lgm_scale.frozen import VGG16_URL
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash
 
 __all__ = ["EvalAsset", "assets", "report"]
 

@@ -38,7 +38,6 @@ from lgm_scale.evaluation.engine.parts import Part, join_ranks
 from lgm_scale.evaluation.engine.stages import Engine
 from lgm_scale.evaluation.features.inception import WEIGHTS_URL
 from lgm_scale.evaluation.features.spaces import Spaces
-from lgm_scale.evaluation.files import write_aside, write_json
 from lgm_scale.evaluation.images import ValidationImages
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
 from lgm_scale.evaluation.reconstructions.adaptive import (
@@ -58,6 +57,7 @@ from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.frozen import VGG16_URL
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
+from lgm_scale.storage.files import write_json, write_whole
 
 __all__ = ["measure"]
 
@@ -213,7 +213,7 @@ def write_results(
     write_json(out / "reconstruction.json", results)
     flat = [{"num_tokens": row["num_tokens"], **row["metrics"]} for row in rows]
     title = f"Reconstructions of {rows[0]['num_images']} validation images"
-    write_aside(
+    write_whole(
         out / "reconstruction.png",
         to_png(metric_curves(flat, rows[0]["names"], title, LIGHT), LIGHT),
     )

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lgm_scale.errors import DataError
-from lgm_scale.evaluation.files import digest, write_aside
+from lgm_scale.storage.files import digest, write_whole
 
 __all__ = ["Arrays", "Bounds", "ChunkResult", "ChunkStore", "Job", "chunk_bounds"]
 
@@ -94,7 +94,7 @@ class ChunkStore:
         """Write a chunk with its checksum, whole or not at all."""
         arrays = {name: np.ascontiguousarray(value) for name, value in result.arrays.items()}
         header = {"job": job.id, "sha256": _checksum(arrays), "notes": json.dumps(result.notes)}
-        write_aside(self.path(job, bounds), save(arrays, metadata=header))
+        write_whole(self.path(job, bounds), save(arrays, metadata=header))
 
     def read(self, job: Job, bounds: Bounds, names: Iterable[str] | None = None) -> ChunkResult:
         """Read a chunk and verify its checksum; with `names`, return these arrays alone.

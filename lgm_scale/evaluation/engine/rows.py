@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from lgm_scale.errors import DataError
-from lgm_scale.evaluation.files import digest, write_aside, write_json
+from lgm_scale.storage.files import digest, write_json, write_whole
 
 __all__ = ["RowStore"]
 
@@ -47,7 +47,7 @@ class RowStore:
         """Keep a row and its pictures; the JSON comes last. Returns the complete row."""
         key = self.key(name, protocol)
         arrays = {name: np.ascontiguousarray(values) for name, values in pictures.items()}
-        write_aside(self._pictures(key), save(arrays))
+        write_whole(self._pictures(key), save(arrays))
         complete = {"key": key, **row, "protocol": protocol}
         write_json(self.folder / f"{key}.json", complete)
         return json.loads(json.dumps(complete))

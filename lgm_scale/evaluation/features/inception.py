@@ -20,7 +20,7 @@ from lgm_scale.errors import CheckpointError, MissingAssetError
 from lgm_scale.evaluation.engine.chunks import Arrays
 from lgm_scale.evaluation.features.extraction import fixed_batches, network_flags
 from lgm_scale.frozen import read_weights
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash
 
 __all__ = ["NETWORK", "PUBLISHED_HASH", "SPATIAL_DIM", "WEIGHTS_URL", "InceptionFeatures"]
 

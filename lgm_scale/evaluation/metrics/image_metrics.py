@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lgm_scale.evaluation.features.extraction import fixed_batches, network_flags
 from lgm_scale.frozen import load_perceptual
-from lgm_scale.hashing import file_hash
 from lgm_scale.pixels import to_unit_range
+from lgm_scale.storage.files import file_hash
 
 __all__ = ["SSIM_WINDOW", "PerceptualDistance", "ssim"]
 

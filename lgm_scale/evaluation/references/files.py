@@ -27,9 +27,8 @@ from lgm_scale.errors import DataError
 from lgm_scale.evaluation.engine.statistics import FeatureStatistics
 from lgm_scale.evaluation.features.inception import SPATIAL_DIM
 from lgm_scale.evaluation.features.spaces import Spaces
-from lgm_scale.evaluation.files import write_aside
 from lgm_scale.evaluation.images import npz_images_shape
-from lgm_scale.hashing import file_hash
+from lgm_scale.storage.files import file_hash, write_whole
 
 __all__ = ["Reference", "check_reference", "load_reference", "save_reference"]
 
@@ -161,7 +160,7 @@ def save_reference(path: Path, reference: Reference) -> None:
         "weights": reference.weights,
         "description": reference.description,
     }
-    write_aside(path, save(arrays, metadata={"reference": json.dumps(info)}))
+    write_whole(path, save(arrays, metadata={"reference": json.dumps(info)}))
 
 
 def _read_own(path: Path) -> Reference:

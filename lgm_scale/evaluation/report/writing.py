@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.engine.rows import RowStore
-from lgm_scale.evaluation.files import write_aside
 from lgm_scale.evaluation.report.curves import main_metric, tradeoff_figure
 from lgm_scale.evaluation.report.drawing import DARK, LIGHT, Theme, to_png
 from lgm_scale.evaluation.report.merge_tree import merge_tree_figure
@@ -28,6 +27,7 @@ from lgm_scale.evaluation.sweep.results import (
     tables_of,
 )
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
+from lgm_scale.storage.files import write_whole
 
 __all__ = ["write_comparison", "write_report"]
 
@@ -54,7 +54,7 @@ def write_report(out: Path) -> Path:
         figures["merge_tree"] = lambda theme: merge_tree_figure(tree, list(best), theme)
     sheets = {k: contact_sheet(images) for k, images in samples.items()}
     for k, sheet in sheets.items():
-        write_aside(out / f"samples_k{k:04d}.png", sheet)
+        write_whole(out / f"samples_k{k:04d}.png", sheet)
     return _write(out, results, figures, sheets)
 
 
@@ -67,11 +67,11 @@ def _write(
     pictures = {}
     for name, draw in figures.items():
         pictures[name] = Picture(*(to_png(draw(theme), theme) for theme in (LIGHT, DARK)))
-        write_aside(out / f"{name}.png", pictures[name].light)
-    write_aside(out / "results.md", render_markdown(results).encode())
-    write_aside(out / "results.csv", to_csv(results).encode())
+        write_whole(out / f"{name}.png", pictures[name].light)
+    write_whole(out / "results.md", render_markdown(results).encode())
+    write_whole(out / "results.csv", to_csv(results).encode())
     page = out / "index.html"
-    write_aside(page, render_page(results, pictures, sheets).encode())
+    write_whole(page, render_page(results, pictures, sheets).encode())
     return page
 
 

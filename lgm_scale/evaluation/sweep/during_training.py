@@ -32,6 +32,7 @@ from lgm_scale.evaluation.sweep.measure import Sweep, load_spaces
 from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import broken_rules, check_sweep
 from lgm_scale.families.base import family_of, generator_families
+from lgm_scale.storage.files import write_whole
 from lgm_scale.training.ema import EMA
 
 __all__ = ["EvaluationDuringTraining", "load_training_sweep"]
@@ -149,7 +150,7 @@ class EvaluationDuringTraining(Callback):
                            | {"step": step}) + "\n"
                 for row in rows
             ]  # fmt: skip
-            path.write_text("".join([*kept, *lines]))
+            write_whole(path, "".join([*kept, *lines]))
 
 
 @contextmanager

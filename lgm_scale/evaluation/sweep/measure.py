@@ -21,7 +21,6 @@ from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
 from lgm_scale.evaluation.engine.stages import Engine, RowPlan
 from lgm_scale.evaluation.features.spaces import Spaces
-from lgm_scale.evaluation.files import write_json
 from lgm_scale.evaluation.images import ValidationImages
 from lgm_scale.evaluation.metrics.catalogue import (
     METRICS,
@@ -34,11 +33,7 @@ from lgm_scale.evaluation.metrics.catalogue import (
 )
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
-from lgm_scale.evaluation.references.files import (
-    Reference,
-    check_reference,
-    load_reference,
-)
+from lgm_scale.evaluation.references.files import Reference, check_reference, load_reference
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig, SweepConfig, expand
 from lgm_scale.evaluation.sweep.results import gather_results, headline, loss_per_length
 from lgm_scale.evaluation.sweep.samples import (
@@ -49,6 +44,7 @@ from lgm_scale.evaluation.sweep.samples import (
 from lgm_scale.evaluation.sweep.search import next_cells, winners
 from lgm_scale.merging.tree import TREE_NAME
 from lgm_scale.pipeline import Pipeline, load_pipeline
+from lgm_scale.storage.files import write_json
 
 __all__ = ["Sweep", "load_spaces", "measure"]
 

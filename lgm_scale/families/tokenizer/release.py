@@ -17,7 +17,12 @@ from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TOKENIZER_SIZES, TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import build_tokenizer
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.release_import.names import KeyReport, fit, provenance, translate
+from lgm_scale.release_import.names import (
+    KeyReport,
+    fit,
+    provenance,
+    translate,
+)
 from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
 
 __all__ = [

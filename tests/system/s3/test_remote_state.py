@@ -14,7 +14,7 @@ from rank_processes import run_ranks, start_ranks, wait_for
 from safetensors.torch import load_file
 from small_pipeline import ROOT, metrics
 
-from lgm_scale.checkpoint.manifest import Manifest
+from lgm_scale.checkpoint.manifest import StateManifest
 
 pytestmark = pytest.mark.servers
 
@@ -68,7 +68,7 @@ def test_a_run_survives_its_machine(small_pipeline, bucket, tmp_path):
     assert len(manifests(bucket)) == 2  # pruned there, too
     folders = {key.split("/")[2] for key in objects if key.split("/")[2].startswith("ba")}
     assert len(folders) == 2
-    assert Manifest.from_bytes(objects[manifests(bucket)[-1]]).step == STEPS
+    assert StateManifest.from_bytes(objects[manifests(bucket)[-1]]).step == STEPS
     assert objects["runs/remote/metrics.jsonl"] == (second / "metrics.jsonl").read_bytes()
     assert json.loads(objects["runs/remote/attempts/0002.json"])["resumed_step"] > 0
 

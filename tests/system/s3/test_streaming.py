@@ -19,12 +19,13 @@ from PIL import Image
 from small_pipeline import ROOT, assert_user_error, metrics, run_command
 from test_images import write_images
 
-from lgm_scale.data.config import Patience, SourceConfig
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader, StreamOptions
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.preparation.convert import convert_folder
 from lgm_scale.data.preparation.verify import verify
 from lgm_scale.errors import DataError
+from lgm_scale.storage.transfer import Patience
 
 pytestmark = pytest.mark.servers
 

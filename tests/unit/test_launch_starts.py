@@ -7,31 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from launchers.attempts import (
-    FAILURES_WITHOUT_PROGRESS,
-    Attempt,
-    Attempts,
-    RankEnd,
-    Verdict,
-    judge,
-    last_step,
-)
-from launchers.batch_end import last_words
+from launchers.batch_end import FAILURES_WITHOUT_PROGRESS, judge, last_words
+from launchers.records import RankEnd, Start, Starts, Verdict, last_step
 
 
-def ended(*ends: tuple[int, str], restart: int = 0) -> Attempt:
-    """An attempt whose ranks ended in this order, each with (status, signal that asked it)."""
+def ended(*ends: tuple[int, str], restart: int = 0) -> Start:
+    """A start whose ranks ended in this order, each with (status, signal that asked it)."""
     ranks = [
         RankEnd(rank, f"n{rank}", status, asked, time=rank)
         for rank, (status, asked) in enumerate(ends)
     ]
-    return Attempt(restart, ["n0", "n1"], 0.0, ranks)
+    return Start(restart, ["n0", "n1"], 0.0, ranks)
 
 
-def failed(*steps: int | None) -> list[Attempt]:
-    """Attempts that failed after these steps."""
+def failed(*steps: int | None) -> list[Start]:
+    """Starts that failed after these steps."""
     return [
-        Attempt(index, verdict=Verdict("failed", "", requeue=True, step=step))
+        Start(index, verdict=Verdict("failed", "", requeue=True, step=step))
         for index, step in enumerate(steps)
     ]
 
@@ -61,7 +53,7 @@ def test_a_stop_before_saving_says_so():
 
 
 def test_a_failure_without_any_record_counts():
-    verdict = judge([Attempt(0)], 10, 137)
+    verdict = judge([Start(0)], 10, 137)
     assert verdict.outcome == "failed"
     assert "status 137" in verdict.reason
 
@@ -78,11 +70,11 @@ def test_three_failures_at_one_step_end_it():
 
 def test_only_progress_breaks_a_row_of_failures():
     now = ended((1, ""))
-    stopped = [Attempt(9, verdict=Verdict("stopped", "", requeue=True, step=20))]
+    stopped = [Start(9, verdict=Verdict("stopped", "", requeue=True, step=20))]
     assert not judge([*failed(20, 20), *stopped, now], 20, 1).requeue
-    further = [Attempt(9, verdict=Verdict("stopped", "", requeue=True, step=21))]
+    further = [Start(9, verdict=Verdict("stopped", "", requeue=True, step=21))]
     assert judge([*failed(20, 20), *further, now], 20, 1).requeue
-    lost = [Attempt(9)]  # its node died with it: no verdict
+    lost = [Start(9)]  # its node died with it: no verdict
     assert not judge([*failed(20, 20), *lost, now], 20, 1).requeue
 
 
@@ -94,16 +86,16 @@ def test_failures_that_never_get_further_end_it():
 
 
 def test_records_survive_and_keep_their_order(tmp_path: Path):
-    attempts = Attempts(tmp_path)
-    assert attempts.read() == []
-    attempts.started(0, ["n1", "n2"])
-    attempts.rank_ended(0, 1, "n2", -9, "")
-    attempts.rank_ended(0, 0, "n1", 1, "")
-    attempts.judged(0, Verdict("failed", "why", requeue=True, step=7))
-    assert not attempts.superseded(0)
-    attempts.started(1, ["n1", "n3"])
-    assert attempts.superseded(0)
-    first, second = Attempts(tmp_path).read()
+    starts = Starts(tmp_path)
+    assert starts.read() == []
+    starts.started(0, ["n1", "n2"])
+    starts.rank_ended(0, 1, "n2", -9, "")
+    starts.rank_ended(0, 0, "n1", 1, "")
+    starts.judged(0, Verdict("failed", "why", requeue=True, step=7))
+    assert not starts.superseded(0)
+    starts.started(1, ["n1", "n3"])
+    assert starts.superseded(0)
+    first, second = Starts(tmp_path).read()
     assert first.nodes == ["n1", "n2"]
     failure = first.first_failure()
     assert failure is not None
@@ -121,7 +113,7 @@ def test_the_last_step_is_found_behind_a_torn_line(tmp_path: Path):
     assert last_step(log) == 42
 
 
-def test_last_words_are_the_last_attempts_traceback(tmp_path: Path):
+def test_last_words_are_the_last_starts_traceback(tmp_path: Path):
     log = tmp_path / "log"
     trace = "Traceback (most recent call last):\n  File x\n"
     log.write_text(f"=== start 0\n{trace}Old: no\n=== start 1\nstep 1\n{trace}New: yes\nbye\n")
