@@ -39,7 +39,7 @@ from lgm_scale.data.images import (
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.preparation.convert import convert_folder, convert_image, encode_jpeg
 from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
-from lgm_scale.families.lgm.data import STATS_NAME, LatentDataset, LatentStats
+from lgm_scale.families.lgm.data import STATS_NAME, LatentStats, LGMLatentDataset
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
 SIDE = 256
@@ -124,7 +124,7 @@ def write_latents(out: str, staging: str | None, count: int) -> None:
 
 def read_epoch(source: SourceConfig, workers: int) -> float:
     """Samples per second of a whole epoch through the loader, its start included."""
-    data = LatentDataset(
+    data = LGMLatentDataset(
         (source,),
         shuffle=True,
         seed=0,

@@ -1,7 +1,7 @@
 """lgm_scale: variable-length image generation with learnable global merging (LGM).
 
 Import the part you need from its own module; see the folder map in README.md. The exceptions are
-the pipelines: `from lgm_scale import load_pipeline`, or `LGMPipeline`, `SpatialPipeline`.
+the pipelines: `from lgm_scale import load_pipeline`, or `LGMPipeline`, `ELITPipeline`.
 """
 
 from importlib import import_module

@@ -23,8 +23,8 @@ __all__ = [
     "merged_noise",
     "sample_timesteps",
     "shift_timesteps",
-    "spatial_flow_loss",
     "training_keys",
+    "unweighted_flow_loss",
     "velocity_target",
 ]
 
@@ -95,7 +95,7 @@ def flow_loss(
     return per_token.mean(-1)
 
 
-def spatial_flow_loss(v_pred: Tensor, v_target: Tensor) -> Tensor:
+def unweighted_flow_loss(v_pred: Tensor, v_target: Tensor) -> Tensor:
     """Mean squared error per sample, float32. Shapes: two of [B, C, S, S] -> [B]."""
     return (v_pred.float() - v_target.float()).square().flatten(1).mean(-1)
 

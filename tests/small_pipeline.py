@@ -98,7 +98,7 @@ class SmallPipeline:
         }
         return _write(out, values, changes)
 
-    def spatial_config(self, out: Path, **changes: object) -> Path:
+    def elit_config(self, out: Path, **changes: object) -> Path:
         """A YAML file of an ELIT run of 10 steps on pixels, budgets drawn at random."""
         values = {
             "task": "spatial_generator",
@@ -155,7 +155,7 @@ def assert_same_run(out: Path, expected: Path, steps: int, tolerance: float) -> 
 
 def random_generator(pipeline: SmallPipeline) -> Path:
     """A generator bundle on the small tokenizer, random weights, legacy noise."""
-    from lgm_scale.families.lgm.bundle import save_generator_bundle
+    from lgm_scale.families.lgm.bundle import save_lgm_bundle
     from lgm_scale.families.lgm.config import LGMModelConfig
     from lgm_scale.families.lgm.data import STATS_NAME, LatentStats
     from lgm_scale.families.lgm.network import build_merge_dit
@@ -170,7 +170,7 @@ def random_generator(pipeline: SmallPipeline) -> Path:
     stats = LatentStats.load(pipeline.latents / STATS_NAME)
     classes = tuple(f"class {index}" for index in range(17))
     training = {"steps": 0, "config": {"objective": {"noise_scale": "legacy"}}}
-    save_generator_bundle(folder, config, weights, stats, classes, pipeline.tokenizer, training)
+    save_lgm_bundle(folder, config, weights, stats, classes, pipeline.tokenizer, training)
     return folder
 
 

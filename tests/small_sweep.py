@@ -14,7 +14,7 @@ from PIL import Image
 from lgm_scale.data.preparation.convert import convert_folder
 from lgm_scale.evaluation.sweep.config import SweepConfig
 from lgm_scale.evaluation.sweep.rules import load_sweep
-from lgm_scale.families.lgm.bundle import save_generator_bundle
+from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
@@ -55,7 +55,7 @@ def make_bundles(folder: Path, training: dict[str, Any]) -> None:
     for parameter in net.parameters():  # its outputs start at zero
         parameter.data += 0.02 * torch.randn_like(parameter)
     stats = LatentStats(torch.zeros(4), torch.ones(4))
-    save_generator_bundle(
+    save_lgm_bundle(
         folder / "dit", config, net.state_dict(), stats, CLASSES, folder / "tokenizer", training
     )
 

@@ -12,7 +12,7 @@ from lgm_scale.families.tokenizer.assets import FrozenNets, Teacher
 from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig, TokenizerSize
 from lgm_scale.families.tokenizer.critic import CriticBackbone, CriticHeads, ReduceMean, one_rank
 from lgm_scale.families.tokenizer.network import Decoder, Tokenizer
-from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
 from lgm_scale.frozen import Frozen
 
 IMAGE_SIZE, PATCH_SIZE, NUM_TOKENS, LATENT_DIM, FEATURES = 32, 8, 16, 8, 24
@@ -50,7 +50,7 @@ def small_model(
     objective: TokenizerObjectiveConfig = OBJECTIVE,
     reduce_mean: ReduceMean = one_rank,
     seed: int = 0,
-) -> TokenizerModel:
+) -> TokenizerTrainingModel:
     """The same weights for the same seed. The critic sees 24 pixels of the 32."""
     torch.manual_seed(seed)
     net = Tokenizer("tiny", IMAGE_SIZE, PATCH_SIZE, NUM_TOKENS, LATENT_DIM, codebook_size=32)
@@ -67,7 +67,7 @@ def small_model(
         TokenizerSize(24, 1, 2, None), IMAGE_SIZE, PATCH_SIZE, NUM_TOKENS, LATENT_DIM, FEATURES
     )
     critic = CriticHeads(channels=16, num_depths=3, reduce_mean=reduce_mean)
-    return TokenizerModel(net, objective, seed, frozen, auxiliary, critic, reduce_mean)
+    return TokenizerTrainingModel(net, objective, seed, frozen, auxiliary, critic, reduce_mean)
 
 
 def small_batch(step: int, rank: int = 0, world_size: int = 1, size: int = 4) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lgm_scale.build import build_optimizer, build_scheduler
 from lgm_scale.config.schema import DeepSpeedConfig, OptimizerConfig
 from lgm_scale.errors import DivergenceError
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.families.lgm.training import GeneratorModel
+from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.flow import NoiseScale
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel import deepspeed as zero
@@ -92,7 +92,7 @@ class Latents(Dataset):
         return {"latents": latents.half(), "labels": index % 5, "sample_ids": index}
 
 
-def small_generator() -> GeneratorModel:
+def small_generator() -> LGMTrainingModel:
     """Two blocks; the label table is frozen."""
     torch.manual_seed(0)
     net = MergeDiT(32, 2, 2, latent_dim=4, num_base_tokens=16, num_classes=5)
@@ -102,13 +102,13 @@ def small_generator() -> GeneratorModel:
     torch.manual_seed(0)
     tree = MergeTree.from_embeddings(torch.randn(16, 8))
     mean, std = torch.full((4,), 0.5), torch.full((4,), 2.0)
-    return GeneratorModel(net, tree, mean, std, NoiseScale.CORRECTED, 0.1, 0.0, 1.0, seed=3)
+    return LGMTrainingModel(net, tree, mean, std, NoiseScale.CORRECTED, 0.1, 0.0, 1.0, seed=3)
 
 
 class Watch(Callback):
     """Keys batches, averages weights by shards, and writes down the run."""
 
-    def __init__(self, model: GeneratorModel) -> None:
+    def __init__(self, model: LGMTrainingModel) -> None:
         self.model = model
         self.shards: list[ParameterShard] = []
         self.weights: list[torch.Tensor] = []
@@ -146,7 +146,7 @@ def checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *inputs: checkpoint(function, *inputs, use_reentrant=False)
 
 
-def options_of(case: Case, model: GeneratorModel, world_size: int) -> dict[str, Any]:
+def options_of(case: Case, model: LGMTrainingModel, world_size: int) -> dict[str, Any]:
     """Of Composer's trainer."""
     config = OptimizerConfig(lr=1e-3, weight_decay=1e-2, warmup=5 if case.clip else 0)
     data = Latents()

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_elit import make_elit_bundle
 from small_pipeline import ROOT
-from small_spatial import make_spatial_bundle
 from small_sweep import make_sweep_inputs, numbers_of, sweep_config, sweep_file
 
 from lgm_scale.evaluation.engine.chunks import ChunkResult, ChunkStore, Job
@@ -85,7 +85,7 @@ def test_two_ranks_give_the_same_bits_on_a_grid(made, tmp_path):
     """Two budgets of an ELIT, one of them with autoguidance."""
     auto = {"num_tokens": 16, "uncond_num_tokens": 4, "guidance": "autoguidance"}
     changes: dict[str, Any] = {
-        "bundle": str(make_spatial_bundle(tmp_path / "elit")),
+        "bundle": str(make_elit_bundle(tmp_path / "elit")),
         "cells": [{"num_tokens": 4}, auto],
     }
     measure(sweep_config(made, tmp_path / "one", batch_size=3, **changes))

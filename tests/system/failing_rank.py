@@ -6,9 +6,9 @@ import os
 
 import lgm_scale.train
 from lgm_scale.errors import exit_on_user_error
-from lgm_scale.families.lgm.training import GeneratorModel
+from lgm_scale.families.lgm.training import LGMTrainingModel
 
-loss = GeneratorModel.loss
+loss = LGMTrainingModel.loss
 
 
 def failing_loss(self, outputs, batch):
@@ -18,5 +18,5 @@ def failing_loss(self, outputs, batch):
 
 
 if __name__ == "__main__":
-    GeneratorModel.loss = failing_loss  # type: ignore[method-assign]
+    LGMTrainingModel.loss = failing_loss  # type: ignore[method-assign]
     exit_on_user_error(lgm_scale.train.main)

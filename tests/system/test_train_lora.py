@@ -14,7 +14,7 @@ from lgm_scale.bundle import read_bundle
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.base import family_of
-from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_generator
+from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_lgm_bundle
 from lgm_scale.parallel.shards import local_shards
 from lgm_scale.plan import describe
 from lgm_scale.training.ema import EMA
@@ -55,7 +55,7 @@ def test_only_the_adapter_is_trained_and_kept(base, trained):
     weights = adapter_of(trained)
     assert {len(weights[name]) for name in weights if "lora_A" in name} == {3}
     assert all(weights[name].abs().max() > 0 for name in weights)  # B starts at zero
-    assert load_generator(trained / "bundle").network(8) is not None
+    assert load_lgm_bundle(trained / "bundle").network(8) is not None
 
 
 def test_an_interrupted_run_goes_on_where_it_was(small_pipeline, base, trained):
@@ -73,7 +73,7 @@ def test_an_interrupted_run_goes_on_where_it_was(small_pipeline, base, trained):
 def test_a_second_length_joins_the_first(small_pipeline, trained):
     config = lora_config(small_pipeline, trained / "bundle", "lora-4", 4)
     out = train_in_process(config)
-    bundle = load_generator(out / "bundle")
+    bundle = load_lgm_bundle(out / "bundle")
     assert sorted(bundle.adapters) == [4, 8]
     first = adapter_of(trained)
     assert all(torch.equal(bundle.adapters[8].weights[name], first[name]) for name in first)

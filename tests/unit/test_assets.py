@@ -23,11 +23,11 @@ from lgm_scale.families.tokenizer.config import (
     TokenizerObjectiveConfig,
     TokenizerRun,
 )
-from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
 from lgm_scale.frozen import Frozen, load_pretrained, read_weights
 
 
-def training_model(config: TokenizerRun) -> TokenizerModel:
+def training_model(config: TokenizerRun) -> TokenizerTrainingModel:
     return family_of(config).training_model(config, None)  # type: ignore[return-value]
 
 

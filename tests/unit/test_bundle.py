@@ -13,7 +13,7 @@ from kill_points import KillPoints
 
 from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.lgm.bundle import load_generator, save_generator_bundle
+from lgm_scale.families.lgm.bundle import load_lgm_bundle, save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
@@ -37,7 +37,7 @@ def bundles(tmp_path: Path) -> tuple[Path, Path]:
     save_tokenizer_bundle(first, TOKENIZER, tokenizer.state_dict(), tree, {"steps": 3})
     stats = LatentStats(torch.arange(8.0), torch.ones(8))
     weights = generator.state_dict()
-    save_generator_bundle(second, GENERATOR, weights, stats, ("cat", "dog"), first, {"steps": 5})
+    save_lgm_bundle(second, GENERATOR, weights, stats, ("cat", "dog"), first, {"steps": 5})
     return first, second
 
 
@@ -45,7 +45,7 @@ def test_a_generator_bundle_holds_all_it_needs(bundles):
     first, second = bundles
     expected = load_tokenizer(first)
     shutil.rmtree(first)
-    loaded = load_generator(second)
+    loaded = load_lgm_bundle(second)
     assert loaded.classes == ("cat", "dog")
     assert loaded.stats.mean.tolist() == list(range(8))
     assert loaded.info["training"] == {"steps": 5}
@@ -136,7 +136,7 @@ def test_damage_is_named(bundles, damage, text):
 
 def test_kinds_are_not_mixed(bundles):
     with pytest.raises(CheckpointError, match="is a tokenizer bundle; a generator bundle"):
-        load_generator(bundles[0])
+        load_lgm_bundle(bundles[0])
     assert load_tokenizer(bundles[1]).num_base_tokens == 16
 
 

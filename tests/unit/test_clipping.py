@@ -15,7 +15,7 @@ from lgm_scale.build import build_optimizer
 from lgm_scale.families.tokenizer.critic import critic_view
 from lgm_scale.families.tokenizer.length_control import exploration_noise
 from lgm_scale.families.tokenizer.losses import alignment_loss, diff_augment, entropy_loss
-from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.randomness import Purpose, keyed_uniforms, stream_keys
 from lgm_scale.training.clipping import GroupClipping
@@ -27,7 +27,7 @@ CLIP_NORM = 0.05  # below both groups' norms: clipping them together would show
 class OneOptimizer:
     """Ours."""
 
-    def __init__(self, model: TokenizerModel) -> None:
+    def __init__(self, model: TokenizerTrainingModel) -> None:
         self.model = model
         self.optimizer = build_optimizer(OPTIMIZER, model.parameter_groups())
         self.clipping = GroupClipping(model.parameter_groups(), CLIP_NORM, model.record)
@@ -43,7 +43,7 @@ class OneOptimizer:
 class Alternation:
     """The authors': two optimizers, plain backward passes, the generator before the critic."""
 
-    def __init__(self, model: TokenizerModel) -> None:
+    def __init__(self, model: TokenizerTrainingModel) -> None:
         self.model = model
         groups = model.parameter_groups()
         self.generator = build_optimizer(OPTIMIZER, {"generator": groups["generator"]})
@@ -124,7 +124,7 @@ class Alternation:
         }
 
 
-def weights_of(model: TokenizerModel) -> torch.Tensor:
+def weights_of(model: TokenizerTrainingModel) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 

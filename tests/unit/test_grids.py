@@ -32,9 +32,9 @@ from lgm_scale.data.manifest import Manifest, read_manifest, write_manifest
 from lgm_scale.data.preparation.encode import LatentWriter
 from lgm_scale.data.preparation.verify import verify
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
-from lgm_scale.families.elit.data import SpatialLatentDataset
+from lgm_scale.families.elit.data import ELITLatentDataset
 from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae
-from lgm_scale.families.lgm.data import LatentDataset
+from lgm_scale.families.lgm.data import LGMLatentDataset
 from lgm_scale.pixels import to_unit_range
 
 COUNT = 40
@@ -72,11 +72,11 @@ def copied(grids, tmp_path) -> Path:
     return Path(shutil.copytree(grids, tmp_path / "copy"))
 
 
-def dataset_of(data: object, **changes) -> SpatialLatentDataset:
+def dataset_of(data: object, **changes) -> ELITLatentDataset:
     values = {"shuffle": False, "flip": False, "seed": 3, "batch_size": 4, "channels": 4}
     values |= {"side": SIZE // 8, "encoder_id": None}
     data = data if isinstance(data, list) else str(data)
-    return SpatialLatentDataset(data, **(values | changes))
+    return ELITLatentDataset(data, **(values | changes))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -356,7 +356,7 @@ def test_the_kinds_of_latents_are_told_apart(grids, images, tmp_path):
     with pytest.raises(
         DataError, match=r"holds spatial_latents, but latents .*a grid; LGM needs a sequence: .*lgm"
     ):
-        LatentDataset(
+        LGMLatentDataset(
             str(grids),
             shuffle=True,
             seed=0,

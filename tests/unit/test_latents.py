@@ -22,12 +22,12 @@ from lgm_scale.data.preparation.encode import (
 )
 from lgm_scale.data.preparation.parts import PartRecord
 from lgm_scale.errors import DataError, LGMError
-from lgm_scale.families.lgm.data import LatentDataset, LatentStats, mixed_stats
+from lgm_scale.families.lgm.data import LatentStats, LGMLatentDataset, mixed_stats
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.pixels import to_unit_range
 
 
-def latent_dataset(pipeline: SmallPipeline, **changes) -> LatentDataset:
+def latent_dataset(pipeline: SmallPipeline, **changes) -> LGMLatentDataset:
     arguments = {
         "shuffle": False,
         "seed": 0,
@@ -36,7 +36,7 @@ def latent_dataset(pipeline: SmallPipeline, **changes) -> LatentDataset:
         "latent_dim": 8,
         "tokenizer_id": None,
     }
-    return LatentDataset(str(pipeline.latents), **(arguments | changes))
+    return LGMLatentDataset(str(pipeline.latents), **(arguments | changes))
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +171,13 @@ def test_latents_of_two_tokenizers_do_not_mix(small_pipeline, tmp_path):
     sources = [SourceConfig(path=str(path)) for path in (small_pipeline.latents, other)]
     arguments = {"shuffle": True, "seed": 0, "batch_size": 4, "num_base_tokens": 16}
     arguments |= {"latent_dim": 8, "tokenizer_id": None}
-    both = LatentDataset(sources, **arguments)
+    both = LGMLatentDataset(sources, **arguments)
     assert both.epoch_samples == 136
     assert both.manifest.class_counts == tuple(2 * n for n in both.manifests[0].class_counts)
     manifest = read_manifest(other, "latents")
     write_manifest(other, replace(manifest, extra={**manifest.extra, "tokenizer_id": "f" * 64}))
     with pytest.raises(DataError, match=r"of tokenizer .* of ffffffffffff; .* do not mix"):
-        LatentDataset(sources, **arguments)
+        LGMLatentDataset(sources, **arguments)
 
 
 def test_the_manifest_proves_that_every_image_was_encoded_once(small_pipeline):

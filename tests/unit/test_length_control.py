@@ -12,7 +12,7 @@ import torch
 from lgm_scale.config.loading import read_yaml
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.families.lgm.bundle import save_generator_bundle
+from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.tokenizer.bipartite_merging import bipartite_labels, spread_means
@@ -25,7 +25,7 @@ from lgm_scale.families.tokenizer.length_control import (
     exploration_noise,
 )
 from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
-from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.training.length_schedule import LengthSchedule
 
@@ -333,7 +333,7 @@ def test_means_keep_the_dtype_and_ignore_autocast():
 def training_step(name: str, num_tokens: int | torch.Tensor, dropped: str = "zero") -> Tokenizer:
     torch.manual_seed(0)
     net = build_tokenizer(model_config(name, dropped))
-    model = TokenizerModel(net, TokenizerObjectiveConfig(), seed=0)
+    model = TokenizerTrainingModel(net, TokenizerObjectiveConfig(), seed=0)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     batch = {
         "images": images,
@@ -388,7 +388,7 @@ def test_no_generator_bundle_from_a_tokenizer_without_a_tree(tmp_path):
     net = build_tokenizer(config)
     save_tokenizer_bundle(tmp_path / "tokenizer", config, net.state_dict(), None, {})
     with pytest.raises(CheckpointError, match="no merge tree, and a generator needs one"):
-        save_generator_bundle(
+        save_lgm_bundle(
             tmp_path / "generator",
             LGMModelConfig(),
             {},

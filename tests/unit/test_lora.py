@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError
 from lgm_scale.evaluation.sweep.samples import sample_images
-from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_generator, save_adapted_bundle
+from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_lgm_bundle, save_adapted_bundle
 from lgm_scale.families.lgm.lora import TARGETS, Adapter, add_adapter, plain_names, with_adapter
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.pipeline import LGMPipeline
@@ -107,7 +107,7 @@ def test_a_foreign_adapter_is_named():
 @pytest.fixture
 def adapted(bundles, tmp_path) -> Path:  # noqa: F811  the fixture above
     """A random generator with adapters for 4 and 8 tokens, added one after the other."""
-    net = load_generator(bundles[1]).net
+    net = load_lgm_bundle(bundles[1]).net
     weights = load_file(bundles[1] / GENERATOR_NAME)
     torch.manual_seed(2)
     weights = {name: 0.1 * torch.randn_like(value) for name, value in weights.items()}
@@ -134,7 +134,7 @@ def test_a_bundle_keeps_the_base_and_several_adapters(bundles, adapted):  # noqa
     assert {"adapter_4.safetensors", "adapter_8.safetensors"} < info["files"].keys()
     assert info["adapters"]["8"]["training"] == {"steps": 2}
     assert info["training"] == {"steps": 5}  # of the base
-    bundle, base = load_generator(adapted), load_generator(bundles[1])
+    bundle, base = load_lgm_bundle(adapted), load_lgm_bundle(bundles[1])
     for name, value in base.net.state_dict().items():
         assert torch.equal(bundle.net.state_dict()[name], value)
     for num_tokens in (4, 8):
@@ -145,21 +145,21 @@ def test_a_bundle_keeps_the_base_and_several_adapters(bundles, adapted):  # noqa
     assert bundle.network(8) is bundle.network(8)
     (adapted / "adapter_4.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"adapter_4\.safetensors is missing or differs"):
-        load_generator(adapted)
+        load_lgm_bundle(adapted)
 
 
 def test_damaged_adapters_are_told(adapted):
     entries = read_bundle(adapted, "generator")["adapters"]
     edit(adapted, adapters={"8": {"file": "generator.safetensors", "alpha": 1.0}})
     with pytest.raises(CheckpointError, match="its adapters are damaged: an adapter for another"):
-        load_generator(adapted)
+        load_lgm_bundle(adapted)
     edit(adapted, adapters={"8": entries["8"] | {"file": "../x"}})
     with pytest.raises(CheckpointError, match="not among its files"):
-        load_generator(adapted)
+        load_lgm_bundle(adapted)
 
 
 def test_sampling_takes_the_adapter_of_its_length(bundles, adapted):  # noqa: F811
-    base, bundle = load_generator(bundles[1]), load_generator(adapted)
+    base, bundle = load_lgm_bundle(bundles[1]), load_lgm_bundle(adapted)
     settings = {"cfg_rescale": CFGRescale.NONE, "cfg_scale": 1.5, "num_steps": 4}
 
     def images(generator, k):

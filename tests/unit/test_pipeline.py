@@ -17,7 +17,7 @@ import lgm_scale
 from lgm_scale import sample as sample_command
 from lgm_scale.bundle import set_sampling_defaults
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.families.lgm.bundle import save_generator_bundle
+from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
@@ -59,7 +59,7 @@ def bundle(tmp_path_factory) -> Path:
     )
     stats = LatentStats(torch.full((4,), 0.1), torch.full((4,), 5.0))
     stats = stats.with_contrasts(torch.zeros(12, 4), torch.ones(12, 4))
-    save_generator_bundle(
+    save_lgm_bundle(
         folder / "dit", net_config, randomise(build_merge_dit(net_config), 0.1), stats, CLASSES,
         folder / "tokenizer", {"config": {"objective": {"noise_scale": "corrected"}}},
     )  # fmt: skip

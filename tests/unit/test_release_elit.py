@@ -13,8 +13,8 @@ from small_vae import save_small_vae
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.elit.config import ELITModelConfig, InterfaceConfig, SpaceConfig
 from lgm_scale.families.elit.network import ELIT, SiT, build_elit
-from lgm_scale.families.elit.pipeline import SpatialPipeline
-from lgm_scale.families.elit.release import import_elit, our_elit_name, spatial_config_from_shapes
+from lgm_scale.families.elit.pipeline import ELITPipeline
+from lgm_scale.families.elit.release import elit_config_from_shapes, import_elit, our_elit_name
 from lgm_scale.pipeline import load_pipeline
 from lgm_scale.release_import.names import fit, translate
 
@@ -109,7 +109,7 @@ def small(interface: InterfaceConfig | None) -> tuple[ELITModelConfig, SiT]:
 def test_every_key_arrives(interface):
     model, net = small(interface)
     state = released(net)
-    assert spatial_config_from_shapes(state, "released", "vae", "x.pt") == (model, SPACE)
+    assert elit_config_from_shapes(state, "released", "vae", "x.pt") == (model, SPACE)
     report = translate(state, our_elit_name, {"pos_embed": "computed", "projectors.": "not needed"})
     assert set(report.ignored) == {"pos_embed", "projectors.0.weight"}
     again = build_elit(model, SPACE)
@@ -123,7 +123,7 @@ def test_weights_of_another_size():
     _, net = small(None)
     state = {n: v for n, v in released(net).items() if not n.startswith("blocks.11")}
     with pytest.raises(CheckpointError, match="width 384 and 11 blocks; known sizes"):
-        spatial_config_from_shapes(state, "released", None, "x.pt")
+        elit_config_from_shapes(state, "released", None, "x.pt")
 
 
 def test_a_window_that_is_no_square():
@@ -131,7 +131,7 @@ def test_a_window_that_is_no_square():
     state = released(net)
     state[f"{READ}.learned_query_embed"] = torch.zeros(6, 384)
     with pytest.raises(CheckpointError, match="6 rows; a square number is needed"):
-        spatial_config_from_shapes(state, "released", None, "x.pt")
+        elit_config_from_shapes(state, "released", None, "x.pt")
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_a_checkpoint_becomes_a_bundle_that_samples(tmp_path, vae):
     assert report.counts()["ignored"] == 2
     assert any("split: released (--split); the checkpoint does not say" in r for r in remarks)
     pipe = load_pipeline(tmp_path / "bundle", "cpu")
-    assert isinstance(pipe, SpatialPipeline)
+    assert isinstance(pipe, ELITPipeline)
     found = pipe.bundle.net
     assert isinstance(found, ELIT)
     assert (found.head_blocks, found.tail_blocks, found.token_lengths) == (8, 2, (4, 8, 12, 16))

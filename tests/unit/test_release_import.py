@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError, ConfigError, DataError, exit_on_user_error
-from lgm_scale.families.lgm.bundle import load_generator
+from lgm_scale.families.lgm.bundle import load_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
@@ -225,7 +225,7 @@ def test_an_imported_generator_has_the_same_velocity(files, generator, tokenizer
     )
     assert report.counts()["ignored"] == 0
     assert any("noise scale: corrected" in remark for remark in remarks)
-    bundle = load_generator(files / "out")
+    bundle = load_lgm_bundle(files / "out")
     assert torch.equal(bundle.tree.merges, tokenizer.merge_tree().merges)
     assert bundle.stats.mean.tolist() == list(range(8))
     assert bundle.classes == ("0", "1", "2")
@@ -248,7 +248,7 @@ def test_noise_scale_and_classes_reach_the_bundle(files, monkeypatch, capsys):
     )  # fmt: skip
     assert status == 0
     assert "noise scale: legacy" in capsys.readouterr().out
-    bundle = load_generator(files / "out")
+    bundle = load_lgm_bundle(files / "out")
     assert bundle.info["training"]["imported"]["epoch"] == 399
     pipe = LGMPipeline(bundle)
     assert pipe.protocol() == {"noise_scale": "legacy"}
@@ -475,9 +475,9 @@ def test_a_foreign_merge_tree_goes_into_the_bundle_without_contrasts(files, gene
     torch.save({cut.num_tokens: (cut.pool, cut.sizes) for cut in cuts}, files / "merge.pt")
     where = (files / "generator.pth", files / "out", files / "bundle", stats)
     import_generator(*where)
-    assert load_generator(files / "out").stats.contrasts is not None
+    assert load_lgm_bundle(files / "out").stats.contrasts is not None
     import_generator(*where, files / "merge.pt")
-    bundle = load_generator(files / "out")
+    bundle = load_lgm_bundle(files / "out")
     assert bundle.stats.contrasts is None
     for cut in cuts:
         assert torch.equal(bundle.tree.assignment(cut.num_tokens).labels, cut.labels)

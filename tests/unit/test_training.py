@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.families.lgm.training import GeneratorModel
+from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
 from lgm_scale.families.tokenizer.network import Tokenizer
-from lgm_scale.families.tokenizer.training import TokenizerModel
+from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
 from lgm_scale.flow import NoiseScale
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.shards import local_shards
@@ -29,7 +29,7 @@ def generator_model(label_dropout: float = 0.1, scale: NoiseScale = NoiseScale.C
         nn.init.normal_(parameter, std=0.2)
     tree = MergeTree.from_embeddings(torch.randn(16, 8))
     mean, std = torch.full((4,), 0.5), torch.full((4,), 2.0)
-    return GeneratorModel(net, tree, mean, std, scale, label_dropout, 0.0, 1.0, seed=3)
+    return LGMTrainingModel(net, tree, mean, std, scale, label_dropout, 0.0, 1.0, seed=3)
 
 
 def latent_batch(num_tokens: int = 8, step: int = 7, size: int = 6) -> dict:
@@ -127,7 +127,7 @@ def test_tokenizer_model_weighs_its_losses():
     torch.manual_seed(0)
     net = Tokenizer("tiny", 32, 8, 16, 8, codebook_size=32)
     weights = {"pixel": 2.0, "entropy": 0.5, "alignment": 3.0}
-    model = TokenizerModel(net, TokenizerObjectiveConfig(**weights), seed=0)
+    model = TokenizerTrainingModel(net, TokenizerObjectiveConfig(**weights), seed=0)
     batch = {
         "images": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8),
         "sample_ids": torch.arange(4),

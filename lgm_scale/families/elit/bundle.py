@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from lgm_scale.families.elit.sd_vae import SDVAE
 
 __all__ = [
-    "SPATIAL_KIND",
-    "SpatialBundle",
-    "load_spatial_bundle",
-    "save_spatial_bundle",
+    "ELIT_KIND",
+    "ELITBundle",
+    "load_elit_bundle",
+    "save_elit_bundle",
 ]
 
-SPATIAL_KIND = "spatial_generator"
+ELIT_KIND = "spatial_generator"
 VAE_FOLDER = "vae"
 GENERATOR_NAME = "generator.safetensors"
 
 
 @dataclass(frozen=True)
-class SpatialBundle:
+class ELITBundle:
     """A generator on a grid with all it needs to make images."""
 
     net: SiT
@@ -53,7 +53,7 @@ class SpatialBundle:
     """Contents of bundle.json."""
 
 
-def save_spatial_bundle(
+def save_elit_bundle(
     folder: str | Path,
     model: ELITModelConfig,
     space: SpaceConfig,
@@ -88,15 +88,15 @@ def save_spatial_bundle(
         save_sd_vae(vae, aside / VAE_FOLDER)
     # The bundle's own copy decodes, wherever the original was.
     models = {"generator": to_dict(model), "space": to_dict(replace(space, vae=None))}
-    finish_bundle(aside, folder, SPATIAL_KIND, models, classes, training)
+    finish_bundle(aside, folder, ELIT_KIND, models, classes, training)
 
 
-def load_spatial_bundle(folder: str | Path, device: torch.device | str = "cpu") -> SpatialBundle:
+def load_elit_bundle(folder: str | Path, device: torch.device | str = "cpu") -> ELITBundle:
     """A generator and what decodes its states, frozen and in eval mode.
 
     Raises: CheckpointError; ConfigError if what reads the autoencoder is not installed.
     """
-    info = read_bundle(folder, SPATIAL_KIND)
+    info = read_bundle(folder, ELIT_KIND)
     model = model_config(info, "generator", ELITModelConfig, folder)
     space = model_config(info, "space", SpaceConfig, folder)
     classes = tuple(info["classes"])
@@ -117,7 +117,7 @@ def load_spatial_bundle(folder: str | Path, device: torch.device | str = "cpu") 
                 f"{folder}: its autoencoder has {found[0]} channels at 1/{found[1]} of the side, "
                 f"the generator's states {wanted[0]} at 1/{wanted[1]}; they do not belong together"
             )
-    return SpatialBundle(net.to(device), vae, model, space, classes, info)
+    return ELITBundle(net.to(device), vae, model, space, classes, info)
 
 
 def _check_classes(folder: str | Path, model: ELITModelConfig, classes: tuple[str, ...]) -> None:

@@ -24,7 +24,7 @@ from lgm_scale.errors import DataError
 from lgm_scale.families.elit.config import ELITRun
 from lgm_scale.families.elit.sd_vae import encoder_id, latent_scale
 
-__all__ = ["SpatialLatentDataset", "check_grids", "training_set"]
+__all__ = ["ELITLatentDataset", "check_grids", "training_set"]
 
 
 def check_grids(
@@ -59,7 +59,7 @@ def check_grids(
         )
 
 
-class SpatialLatentDataset(EpochDataset):
+class ELITLatentDataset(EpochDataset):
     """Moments of latents on a grid, of one of the two stored flips per visit.
 
     An item is {"mean", "std": float16 [C, h, w], "labels": int64 [], "sample_ids": int64 []}.
@@ -131,7 +131,7 @@ class SpatialLatentDataset(EpochDataset):
 
 def training_set(
     run: ELITRun, batch_size: int, options: StreamOptions
-) -> SpatialLatentDataset | ImageDataset:
+) -> ELITLatentDataset | ImageDataset:
     """What a run trains on: latents of an autoencoder, or the images themselves.
 
     Raises: DataError if the data and the run's autoencoder do not belong together.
@@ -148,7 +148,7 @@ def training_set(
             options=options,
         )
     assert space.vae is not None  # a rule of the configuration
-    dataset = SpatialLatentDataset(
+    dataset = ELITLatentDataset(
         data.sources,
         shuffle=True,
         flip=space.flip,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lgm_scale.data.epochs import EpochDataset, StreamOptions
     from lgm_scale.families.elit.network import SiT
-    from lgm_scale.families.elit.training import SpatialModel
+    from lgm_scale.families.elit.training import ELITTrainingModel
     from lgm_scale.sampling.config import SamplerConfig
 
 __all__ = ["ELITFamily"]
@@ -40,7 +40,7 @@ class ELITFamily(GeneratorFamily):
     schema = ELITRun
     encoders: ClassVar[dict[str, str]] = {"sd-vae": "lgm_scale.families.elit.encoder:ENCODER"}
     importers: ClassVar[dict[str, str]] = {"elit": "lgm_scale.families.elit.release:IMPORTER"}
-    pipeline_class: ClassVar[str] = "lgm_scale.families.elit.pipeline:SpatialPipeline"
+    pipeline_class: ClassVar[str] = "lgm_scale.families.elit.pipeline:ELITPipeline"
     # Published: 50 Euler steps on an even grid, without guidance.
     sampler_defaults: ClassVar[dict[str, Any]] = {
         "cfg_interval": [0.0, 1.0],
@@ -67,10 +67,10 @@ class ELITFamily(GeneratorFamily):
         return build_elit(run.model, run.space)
 
     @override
-    def training_model(self, run: ELITRun, dataset: Any) -> SpatialModel:
-        from lgm_scale.families.elit.training import SpatialModel
+    def training_model(self, run: ELITRun, dataset: Any) -> ELITTrainingModel:
+        from lgm_scale.families.elit.training import ELITTrainingModel
 
-        return SpatialModel(
+        return ELITTrainingModel(
             self.network(run),
             dataset.scale if run.space.kind == "sd_vae" else None,
             run.objective.label_dropout,
@@ -89,10 +89,10 @@ class ELITFamily(GeneratorFamily):
         average: dict[str, Tensor],
         training: dict[str, Any],
     ) -> None:
-        from lgm_scale.families.elit.bundle import save_spatial_bundle
+        from lgm_scale.families.elit.bundle import save_elit_bundle
 
         classes, vae = dataset.manifest.classes, run.space.vae
-        save_spatial_bundle(folder, run.model, run.space, average, classes, training, vae)
+        save_elit_bundle(folder, run.model, run.space, average, classes, training, vae)
 
     @override
     def facts(self, info: dict[str, Any], folder: str) -> GeneratorFacts:
@@ -114,12 +114,12 @@ class ELITFamily(GeneratorFamily):
     def evaluated(
         self, run: ELITRun, dataset: EpochDataset, info: dict[str, Any], device: torch.device
     ) -> Evaluated:
-        from lgm_scale.families.elit.bundle import SpatialBundle
+        from lgm_scale.families.elit.bundle import ELITBundle
         from lgm_scale.families.elit.sd_vae import load_sd_vae
 
         vae = None if run.space.vae is None else load_sd_vae(run.space.vae, device)
         net = self.network(run).eval().requires_grad_(False)
-        bundle = SpatialBundle(net, vae, run.model, run.space, dataset.manifest.classes, info)
+        bundle = ELITBundle(net, vae, run.model, run.space, dataset.manifest.classes, info)
         frozen = {} if vae is None else {"vae_sha256": vae.state_dict()}
         return Evaluated(bundle, frozen)
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.elit.bundle import SPATIAL_KIND, SpatialBundle, load_spatial_bundle
+from lgm_scale.families.elit.bundle import ELIT_KIND, ELITBundle, load_elit_bundle
 from lgm_scale.families.elit.sampling import check_budgets, initial_state_noise, sample_state
 from lgm_scale.pipeline import Pipeline, count_parameters
 from lgm_scale.pixels import PIXEL_STD
 from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["SpatialPipeline"]
+__all__ = ["ELITPipeline"]
 
 
-class SpatialPipeline(Pipeline[SpatialBundle]):
+class ELITPipeline(Pipeline[ELITBundle]):
     """Class labels to images, at any budget the network has; see `Pipeline`.
 
     K is k times the number of the network's windows; a call that names none runs at N, all of the
@@ -32,10 +32,10 @@ class SpatialPipeline(Pipeline[SpatialBundle]):
         source: Where it came from, for messages.
     """
 
-    kind = SPATIAL_KIND
+    kind = ELIT_KIND
 
     def __init__(
-        self, bundle: SpatialBundle, dtype: torch.dtype = torch.float32, source: str = "this bundle"
+        self, bundle: ELITBundle, dtype: torch.dtype = torch.float32, source: str = "this bundle"
     ) -> None:
         super().__init__(bundle, dtype, source)
         if (bundle.space.kind == "sd_vae") != (bundle.vae is not None):
@@ -44,9 +44,9 @@ class SpatialPipeline(Pipeline[SpatialBundle]):
             )
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device) -> SpatialBundle:
+    def load(cls, folder: str | Path, device: torch.device) -> ELITBundle:
         """Read a bundle. Raises: CheckpointError."""
-        return load_spatial_bundle(folder, device)
+        return load_elit_bundle(folder, device)
 
     @property
     def image_size(self) -> int:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.elit.bundle import save_spatial_bundle
+from lgm_scale.families.elit.bundle import save_elit_bundle
 from lgm_scale.families.elit.config import SIT_SIZES, ELITModelConfig, InterfaceConfig, SpaceConfig
 from lgm_scale.families.elit.network import build_elit, sincos_table
 from lgm_scale.release_import import CLASSES_HELP
 from lgm_scale.release_import.names import KeyReport, class_names, fit, provenance, translate
 from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
 
-__all__ = ["IMPORTER", "ElitImporter", "import_elit", "our_elit_name", "spatial_config_from_shapes"]
+__all__ = ["IMPORTER", "ElitImporter", "elit_config_from_shapes", "import_elit", "our_elit_name"]
 
 _READ, _WRITE = "input_token_editor.adapters.0.", "output_token_editor.adapters.0."
 _PARTS = {
@@ -81,7 +81,7 @@ def import_elit(
     Raises: CheckpointError, ConfigError.
     """
     state = weights_of(read_dictionary(source), weights, source)
-    model, space = spatial_config_from_shapes(state, split, vae, source)
+    model, space = elit_config_from_shapes(state, split, vae, source)
     _check_positions(state, model, space, source)
     report = translate(state, our_elit_name, _IGNORED)
     with torch.device("meta"):
@@ -89,14 +89,14 @@ def import_elit(
     tensors = fit(state, report, expected, source)
     names = class_names(classes, model.num_classes)
     training: dict[str, Any] = {"weights": weights, "imported": provenance(source, report, "ELIT")}
-    save_spatial_bundle(folder, model, space, tensors, names, training, vae)
+    save_elit_bundle(folder, model, space, tensors, names, training, vae)
     remarks = [f"model: {model}"]
     if model.interface is not None:
         remarks.append(f"split: {split} (--split); the checkpoint does not say")
     return report, remarks
 
 
-def spatial_config_from_shapes(
+def elit_config_from_shapes(
     state: Mapping[str, Tensor], split: str, vae: str | None, path: str | Path
 ) -> tuple[ELITModelConfig, SpaceConfig]:
     """Model and space that these weights belong to.

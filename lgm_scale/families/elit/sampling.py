@@ -23,10 +23,10 @@ from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
 from lgm_scale.sampling.config import Guidance, SamplerConfig
 from lgm_scale.sampling.integration import integrate
 
-__all__ = ["SpatialNetwork", "check_budgets", "initial_state_noise", "sample_state"]
+__all__ = ["GridNetwork", "check_budgets", "initial_state_noise", "sample_state"]
 
 
-class SpatialNetwork(Protocol):
+class GridNetwork(Protocol):
     """A velocity on a grid, with a budget K per call: `SiT`, `ELIT`, or a test's formula."""
 
     @property
@@ -52,7 +52,7 @@ def initial_state_noise(seed: int, image_indices: Tensor, channels: int, side: i
     return keyed_normal(keys, (channels, side, side))
 
 
-def check_budgets(net: SpatialNetwork, config: SamplerConfig, num_tokens: int) -> None:
+def check_budgets(net: GridNetwork, config: SamplerConfig, num_tokens: int) -> None:
     """Refuse what a network cannot do, before anything is computed. Raises: ConfigError."""
     lengths = {num_tokens, *config.rows(num_tokens)}
     if config.uncond_num_tokens is not None:
@@ -66,7 +66,7 @@ def check_budgets(net: SpatialNetwork, config: SamplerConfig, num_tokens: int) -
 class _Guided:
     """The velocity that a batch follows. Shapes: labels [B]."""
 
-    net: SpatialNetwork
+    net: GridNetwork
     labels: Tensor
     config: SamplerConfig
 
@@ -93,7 +93,7 @@ class _Guided:
 
 @torch.inference_mode()
 def sample_state(
-    net: SpatialNetwork,
+    net: GridNetwork,
     noise: Tensor,
     labels: Tensor,
     config: SamplerConfig,

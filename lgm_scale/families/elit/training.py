@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lgm_scale.families.elit.network import SiT
-from lgm_scale.flow import interpolate, spatial_flow_loss, velocity_target
+from lgm_scale.flow import interpolate, unweighted_flow_loss, velocity_target
 from lgm_scale.pixels import PIXEL_STD, to_unit_range
 from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
 from lgm_scale.training.flow_model import FlowModel
 
-__all__ = ["SpatialModel", "SpatialOutput"]
+__all__ = ["ELITOutput", "ELITTrainingModel"]
 
 
-class SpatialOutput(NamedTuple):
+class ELITOutput(NamedTuple):
     """Shapes: v_pred, v_target [B, channels, side, side], t [B] in [0, 1]."""
 
     v_pred: Tensor
@@ -23,7 +23,7 @@ class SpatialOutput(NamedTuple):
     t: Tensor
 
 
-class SpatialModel(FlowModel):
+class ELITTrainingModel(FlowModel):
     """Reads batches {labels [B], sample_ids [B], step int, num_tokens int} and a state.
 
     That is images uint8 [B, 3, S, S] for pixels, or mean and std [B, 4, side, side] of SD-VAE's
@@ -52,13 +52,13 @@ class SpatialModel(FlowModel):
         super().__init__(net, label_dropout, timestep_mean, timestep_std, seed)
         self.latent_scale = latent_scale
 
-    def forward(self, batch: dict[str, Any]) -> SpatialOutput:
+    def forward(self, batch: dict[str, Any]) -> ELITOutput:
         """Draw noise and t for this step, and predict the velocity at the step's budget."""
         keys, t, labels = self.draw(batch)
         z = self.state(batch)
         noise = keyed_normal(keys[Purpose.NOISE], tuple(z.shape[1:]))
         v_pred = self.net(interpolate(z, noise, t), t, labels, batch["num_tokens"])
-        return SpatialOutput(v_pred, velocity_target(z, noise), t)
+        return ELITOutput(v_pred, velocity_target(z, noise), t)
 
     def state(self, batch: dict[str, Any]) -> Tensor:
         """What the flow ends at. Shapes: -> [B, channels, side, side] float32."""
@@ -69,6 +69,6 @@ class SpatialModel(FlowModel):
         keys = stream_keys(self.seed, Purpose.LATENT_SAMPLE, batch["step"], ids)
         return (mean + std * keyed_normal(keys, tuple(mean.shape[1:]))) * self.latent_scale
 
-    def loss(self, outputs: SpatialOutput, batch: dict[str, Any]) -> Tensor:
+    def loss(self, outputs: ELITOutput, batch: dict[str, Any]) -> Tensor:
         """Mean over the batch of the squared error."""
-        return self.noted(spatial_flow_loss(outputs.v_pred, outputs.v_target), outputs.t)
+        return self.noted(unweighted_flow_loss(outputs.v_pred, outputs.v_target), outputs.t)

@@ -37,17 +37,17 @@ from lgm_scale.weights import load_weights, save_weights
 
 __all__ = [
     "GENERATOR_NAME",
-    "GeneratorBundle",
-    "load_generator",
+    "LGMBundle",
+    "load_lgm_bundle",
     "save_adapted_bundle",
-    "save_generator_bundle",
+    "save_lgm_bundle",
 ]
 
 GENERATOR_NAME = "generator.safetensors"
 
 
 @dataclass(frozen=True)
-class GeneratorBundle:
+class LGMBundle:
     """A generator with all it needs to make images."""
 
     net: MergeDiT
@@ -76,7 +76,7 @@ class GeneratorBundle:
         return self.network(assignment.num_tokens)(z_t, t, labels, assignment)
 
 
-def save_generator_bundle(
+def save_lgm_bundle(
     folder: str | Path,
     config: LGMModelConfig,
     weights: dict[str, Tensor],
@@ -145,7 +145,7 @@ def save_adapted_bundle(
     finish_bundle(aside, folder, "generator", info["models"], classes, info["training"], adapters)
 
 
-def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> GeneratorBundle:
+def load_lgm_bundle(folder: str | Path, device: torch.device | str = "cpu") -> LGMBundle:
     """A generator and all it needs, frozen and in eval mode.
 
     Raises: CheckpointError.
@@ -160,7 +160,7 @@ def load_generator(folder: str | Path, device: torch.device | str = "cpu") -> Ge
             f"{net.num_base_tokens}; they do not belong together"
         )
     adapters = _load_adapters(info, folder, net)
-    return GeneratorBundle(
+    return LGMBundle(
         net=net.to(device),
         tokenizer=load_tokenizer(folder, device),
         tree=tree,

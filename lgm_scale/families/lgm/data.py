@@ -26,7 +26,7 @@ from lgm_scale.errors import DataError
 from lgm_scale.merging.nesting import ContrastStats
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
-__all__ = ["LatentDataset", "LatentStats", "check_latents", "mixed_stats"]
+__all__ = ["LGMLatentDataset", "LatentStats", "check_latents", "mixed_stats"]
 
 STATS_NAME = "latent_stats.safetensors"
 
@@ -131,7 +131,7 @@ def _mixed(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> 
     return mean.float(), square.sqrt().float()
 
 
-class LatentDataset(EpochDataset):
+class LGMLatentDataset(EpochDataset):
     """Latents at full length, one of the two stored flips per visit.
 
     An item is {"latents": float16 [N, D], "labels": int64 [], "sample_ids": int64 []}.

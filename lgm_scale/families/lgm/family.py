@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lgm_scale.data.epochs import StreamOptions
-    from lgm_scale.families.lgm.data import LatentDataset
+    from lgm_scale.families.lgm.data import LGMLatentDataset
     from lgm_scale.families.lgm.network import MergeDiT
-    from lgm_scale.families.lgm.training import GeneratorModel
+    from lgm_scale.families.lgm.training import LGMTrainingModel
     from lgm_scale.families.tokenizer.network import Tokenizer
     from lgm_scale.sampling.config import SamplerConfig
 
@@ -47,11 +47,11 @@ class LGMFamily(GeneratorFamily):
         return 3 if run.lora is None else 2  # a frozen network's weights need no gradient
 
     @override
-    def dataset(self, run: LGMRun, batch_size: int, options: StreamOptions) -> LatentDataset:
-        from lgm_scale.families.lgm.data import LatentDataset
+    def dataset(self, run: LGMRun, batch_size: int, options: StreamOptions) -> LGMLatentDataset:
+        from lgm_scale.families.lgm.data import LGMLatentDataset
         from lgm_scale.families.tokenizer.bundle import tokenizer_id
 
-        return LatentDataset(
+        return LGMLatentDataset(
             run.data.sources,
             shuffle=True,
             seed=run.seed,
@@ -73,10 +73,10 @@ class LGMFamily(GeneratorFamily):
         return net
 
     @override
-    def training_model(self, run: LGMRun, dataset: LatentDataset) -> GeneratorModel:
+    def training_model(self, run: LGMRun, dataset: LGMLatentDataset) -> LGMTrainingModel:
         from lgm_scale.families.lgm.lora import add_adapter
         from lgm_scale.families.lgm.lora_run import load_base
-        from lgm_scale.families.lgm.training import GeneratorModel
+        from lgm_scale.families.lgm.training import LGMTrainingModel
         from lgm_scale.flow import NoiseScale
 
         if run.lora is None:
@@ -85,7 +85,7 @@ class LGMFamily(GeneratorFamily):
             base = load_base(run, dataset.tree)
             net, stats = base.net, base.stats
             add_adapter(net, run.lora.rank, run.lora.alpha)
-        return GeneratorModel(
+        return LGMTrainingModel(
             net,
             dataset.tree,
             stats.mean,
@@ -103,20 +103,18 @@ class LGMFamily(GeneratorFamily):
         run: LGMRun,
         folder: Path,
         model: Any,
-        dataset: LatentDataset,
+        dataset: LGMLatentDataset,
         average: dict[str, Tensor],
         training: dict[str, Any],
     ) -> None:
-        from lgm_scale.families.lgm.bundle import save_generator_bundle
+        from lgm_scale.families.lgm.bundle import save_lgm_bundle
         from lgm_scale.families.lgm.lora_run import export_adapter
 
         if run.lora is not None:
             export_adapter(folder, run, average, training)
             return
         classes = dataset.manifest.classes
-        save_generator_bundle(
-            folder, run.model, average, dataset.stats, classes, run.tokenizer, training
-        )
+        save_lgm_bundle(folder, run.model, average, dataset.stats, classes, run.tokenizer, training)
 
     @override
     def reconstructor(self, folder: str | Path, device: torch.device | str) -> Tokenizer:
@@ -158,15 +156,15 @@ class LGMFamily(GeneratorFamily):
 
     @override
     def evaluated(
-        self, run: LGMRun, dataset: LatentDataset, info: dict[str, Any], device: torch.device
+        self, run: LGMRun, dataset: LGMLatentDataset, info: dict[str, Any], device: torch.device
     ) -> Evaluated:
         from lgm_scale.bundle import read_bundle
-        from lgm_scale.families.lgm.bundle import GeneratorBundle
+        from lgm_scale.families.lgm.bundle import LGMBundle
         from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer
         from lgm_scale.merging.tree import TREE_NAME
 
         files = read_bundle(run.tokenizer, "tokenizer")["files"]
-        bundle = GeneratorBundle(
+        bundle = LGMBundle(
             net=self.network(run).eval().requires_grad_(False),
             tokenizer=load_tokenizer(run.tokenizer, device),
             tree=dataset.tree,

@@ -12,8 +12,8 @@ from torch import Tensor
 from lgm_scale.config.loading import load_config
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.lgm.bundle import (
-    GeneratorBundle,
-    load_generator,
+    LGMBundle,
+    load_lgm_bundle,
     save_adapted_bundle,
 )
 from lgm_scale.families.lgm.config import LGMModelConfig, LGMRun
@@ -24,20 +24,20 @@ from lgm_scale.merging.tree import MergeTree
 __all__ = ["export_adapter", "load_base"]
 
 
-def load_base(config: LGMRun, tree: MergeTree) -> GeneratorBundle:
+def load_base(config: LGMRun, tree: MergeTree) -> LGMBundle:
     """The generator that an adapter is trained on.
 
     Raises: CheckpointError if it is none; ConfigError with everything in which the run differs.
     """
     assert config.lora is not None
-    base = load_generator(config.lora.base)
+    base = load_lgm_bundle(config.lora.base)
     problems = list(_differences(config, base, tree))
     if problems:
         raise ConfigError(problems, f"lora.base: {config.lora.base} does not fit this run")
     return base
 
 
-def _differences(config: LGMRun, base: GeneratorBundle, tree: MergeTree) -> Iterator[str]:
+def _differences(config: LGMRun, base: LGMBundle, tree: MergeTree) -> Iterator[str]:
     there = load_config(base.info["models"]["generator"], LGMModelConfig)
     for name, value in vars(config.model).items():
         if getattr(there, name) != value:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.lgm.bundle import GeneratorBundle, load_generator
+from lgm_scale.families.lgm.bundle import LGMBundle, load_lgm_bundle
 from lgm_scale.families.lgm.sampling import check_nested, sample_latents
 from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME
 from lgm_scale.families.tokenizer.network import Tokenizer
@@ -39,7 +39,7 @@ def default_cfg_scale(num_base_tokens: int, num_tokens: int) -> float:
     return float(np.interp(math.log(num_tokens), [math.log(length) for length in lengths], scales))
 
 
-class LGMPipeline(Pipeline[GeneratorBundle]):
+class LGMPipeline(Pipeline[LGMBundle]):
     """Class labels to images, at any token length the merge tree allows; see `Pipeline`.
 
     K is from the tree's number of blocks to N; guidance is by length, see `default_cfg_scale`.
@@ -53,9 +53,9 @@ class LGMPipeline(Pipeline[GeneratorBundle]):
     kind = "generator"
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device) -> GeneratorBundle:
+    def load(cls, folder: str | Path, device: torch.device) -> LGMBundle:
         """Read a bundle. Raises: CheckpointError."""
-        return load_generator(folder, device)
+        return load_lgm_bundle(folder, device)
 
     @property
     def image_size(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
-from lgm_scale.families.lgm.bundle import save_generator_bundle
+from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import DIT_SIZES, LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
@@ -113,7 +113,7 @@ def import_generator(
     if isinstance(content.get("epoch"), int):
         training["imported"]["epoch"] = content["epoch"]
     names = class_names(classes, config.num_classes)
-    save_generator_bundle(folder, config, tensors, stats, names, tokenizer, training, tree)
+    save_lgm_bundle(folder, config, tensors, stats, names, tokenizer, training, tree)
     about_noise = f"noise scale: {noise_scale} (--noise-scale); the checkpoint does not say"
     return report, [f"model: {config}", about_tree, about_noise]
 

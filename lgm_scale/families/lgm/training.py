@@ -18,10 +18,10 @@ from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose
 from lgm_scale.training.flow_model import FlowModel
 
-__all__ = ["GeneratorModel", "GeneratorOutput"]
+__all__ = ["LGMOutput", "LGMTrainingModel"]
 
 
-class GeneratorOutput(NamedTuple):
+class LGMOutput(NamedTuple):
     """Shapes: v_pred, v_target [B, K, D], t [B] in [0, 1]."""
 
     v_pred: Tensor
@@ -30,7 +30,7 @@ class GeneratorOutput(NamedTuple):
     t: Tensor
 
 
-class GeneratorModel(FlowModel):
+class LGMTrainingModel(FlowModel):
     """Reads batches {latents [B, N, D], labels [B], sample_ids [B], step int, num_tokens int}.
 
     Args:
@@ -70,7 +70,7 @@ class GeneratorModel(FlowModel):
         self.register_buffer("latent_std", std.float())
         self.register_buffer("merge_tree", tree.merges.clone())
 
-    def forward(self, batch: dict[str, Any]) -> GeneratorOutput:
+    def forward(self, batch: dict[str, Any]) -> LGMOutput:
         """Draw noise and t for this step, and predict the velocity."""
         z = (batch["latents"].float() - self.latent_mean) / self.latent_std  # [B, N, D]
         assignment = self.tree.assignment(batch["num_tokens"], z.device)
@@ -78,9 +78,9 @@ class GeneratorModel(FlowModel):
         noise = merged_noise(keys[Purpose.NOISE], assignment, z.shape[-1], self.noise_scale)
         z_merged = assignment.merge(z)  # [B, K, D]
         v_pred = self.net(interpolate(z_merged, noise, t), t, labels, assignment)
-        return GeneratorOutput(v_pred, velocity_target(z_merged, noise), assignment, t)
+        return LGMOutput(v_pred, velocity_target(z_merged, noise), assignment, t)
 
-    def loss(self, outputs: GeneratorOutput, batch: dict[str, Any]) -> Tensor:
+    def loss(self, outputs: LGMOutput, batch: dict[str, Any]) -> Tensor:
         """Mean over the batch of the size-weighted squared error."""
         loss = flow_loss(outputs.v_pred, outputs.v_target, outputs.assignment, self.noise_scale)
         return self.noted(loss, outputs.t)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lgm_scale.data.images import ImageDataset
     from lgm_scale.families.tokenizer.critic import CriticHeads
     from lgm_scale.families.tokenizer.network import Decoder, Tokenizer
-    from lgm_scale.families.tokenizer.training import TokenizerModel
+    from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
 
 __all__ = ["TokenizerFamily"]
 
@@ -78,9 +78,9 @@ class TokenizerFamily(Family):
         )
 
     @override
-    def training_model(self, run: TokenizerRun, dataset: Any) -> TokenizerModel:
+    def training_model(self, run: TokenizerRun, dataset: Any) -> TokenizerTrainingModel:
         from lgm_scale.families.tokenizer.assets import FROM_HUB, build_frozen, load_from_hub
-        from lgm_scale.families.tokenizer.training import TokenizerModel
+        from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
         from lgm_scale.frozen import load_pretrained
         from lgm_scale.parallel.collectives import mean_over_ranks
 
@@ -96,7 +96,7 @@ class TokenizerFamily(Family):
             load_from_hub(net.encoder.vit, run.model.size)
         elif pretrained is not None and "model.pretrained_encoder" not in frozen.random_assets:
             load_pretrained(net.encoder.vit, pretrained)
-        return TokenizerModel(
+        return TokenizerTrainingModel(
             net, run.objective, run.seed, frozen, _auxiliary(run), _critic(run), mean_over_ranks
         )
 
@@ -105,7 +105,7 @@ class TokenizerFamily(Family):
         self,
         run: TokenizerRun,
         folder: Path,
-        model: TokenizerModel,
+        model: TokenizerTrainingModel,
         dataset: Any,
         average: dict[str, Tensor],
         training: dict[str, Any],

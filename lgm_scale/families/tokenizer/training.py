@@ -38,14 +38,14 @@ from lgm_scale.pixels import to_unit_range
 from lgm_scale.randomness import Purpose, keyed_uniforms, stream_keys
 from lgm_scale.training.model import TrainingModel
 
-__all__ = ["TokenizerModel"]
+__all__ = ["TokenizerTrainingModel"]
 
 LECAM_DECAY = 0.999
 
 Terms = dict[str, Tensor]
 
 
-class TokenizerModel(TrainingModel):
+class TokenizerTrainingModel(TrainingModel):
     """Reads batches {images uint8 [B, 3, S, S], sample_ids [B], step int, num_tokens}.
 
     num_tokens is an int, or with lengths.per_sample int64 [B].

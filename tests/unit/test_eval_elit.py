@@ -15,11 +15,11 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.numpy import load_file
-from small_spatial import (
+from small_elit import (
     BUDGETS,
     ELIT,
     PIXELS,
-    make_spatial_bundle,
+    make_elit_bundle,
     small_network,
     use_stand_in,
 )
@@ -45,7 +45,7 @@ from lgm_scale.evaluation.sweep.config import expand
 from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
 from lgm_scale.evaluation.sweep.measure import measure
 from lgm_scale.families.base import generator_families
-from lgm_scale.families.elit.bundle import save_spatial_bundle
+from lgm_scale.families.elit.bundle import save_elit_bundle
 from lgm_scale.families.elit.config import ELITRun, SpaceConfig
 from lgm_scale.pipeline import load_pipeline
 from lgm_scale.sampling.config import SamplerConfig
@@ -57,7 +57,7 @@ CELLS = [{"num_tokens": [4, 16]}]
 def made(tmp_path_factory) -> Path:
     """A folder with an LGM bundle, an ELIT bundle and validation images."""
     folder = make_sweep_inputs(tmp_path_factory.mktemp("inputs"))
-    make_spatial_bundle(folder / "elit")
+    make_elit_bundle(folder / "elit")
     return folder
 
 
@@ -156,7 +156,7 @@ def test_latents_of_an_autoencoder_are_measured_alike(made, tmp_path, monkeypatc
     space = SpaceConfig(kind="sd_vae", image_size=16)
     model = replace(ELIT, patch_size=1, interface=None)
     weights = small_network(model, space).state_dict()
-    save_spatial_bundle(tmp_path / "sit", model, space, weights, CLASSES, {}, vae=tmp_path / "vae")
+    save_elit_bundle(tmp_path / "sit", model, space, weights, CLASSES, {}, vae=tmp_path / "vae")
     config = config_of(
         made, tmp_path / "out", bundle=str(tmp_path / "sit"), cells=[{"num_tokens": 4}]
     )
@@ -204,7 +204,7 @@ def test_a_length_that_is_no_budget_is_refused(made, tmp_path, cell):
 
 
 def test_a_host_without_latents_has_one_length(made, tmp_path):
-    make_spatial_bundle(tmp_path / "sit", replace(ELIT, interface=None))
+    make_elit_bundle(tmp_path / "sit", replace(ELIT, interface=None))
     (problem,) = problems_of(made, tmp_path, bundle=str(tmp_path / "sit"))
     assert "cells: [4]; without an interface the network runs at 16 tokens alone" in problem
 

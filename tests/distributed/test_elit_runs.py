@@ -23,7 +23,7 @@ STRATEGIES = {
 
 def config(pipeline: SmallPipeline, out: Path) -> Path:
     optimizer = {"lr": 1e-3, "clip_norm": 0.5, "warmup": 3}
-    return pipeline.spatial_config(
+    return pipeline.elit_config(
         out, run_name="spatial", optimizer=optimizer, checkpoint={"interval": "4ba", "keep": 5}
     )
 

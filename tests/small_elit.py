@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lgm_scale.families.elit.bundle import save_spatial_bundle
+from lgm_scale.families.elit.bundle import save_elit_bundle
 from lgm_scale.families.elit.config import ELITModelConfig, InterfaceConfig, SpaceConfig
 from lgm_scale.families.elit.network import SiT, build_elit
 
@@ -38,12 +38,12 @@ def small_network(model: ELITModelConfig = ELIT, space: SpaceConfig = PIXELS) ->
     return net.eval().requires_grad_(False)
 
 
-def make_spatial_bundle(
+def make_elit_bundle(
     folder: Path, model: ELITModelConfig = ELIT, classes: tuple[str, ...] = CLASSES
 ) -> Path:
     """A bundle on pixels."""
     weights = small_network(model).state_dict()
-    save_spatial_bundle(folder, model, PIXELS, weights, classes, {"steps": 70})
+    save_elit_bundle(folder, model, PIXELS, weights, classes, {"steps": 70})
     return folder
 
 

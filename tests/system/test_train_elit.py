@@ -47,7 +47,7 @@ def grids(small_pipeline, vae) -> Path:
 
 
 def config(pipeline: SmallPipeline, name: str, data: Path, vae: Path, **changes: object) -> Path:
-    return pipeline.spatial_config(
+    return pipeline.elit_config(
         pipeline.root / name,
         model=MODEL,
         space={"kind": "sd_vae", "image_size": 32, "vae": str(vae)},
@@ -113,6 +113,6 @@ def test_latents_of_another_encoder_or_size(small_pipeline, grids, vae):
 def test_images_are_no_latents_and_other_classes_are_told(small_pipeline, vae):
     with pytest.raises(DataError, match="holds images"):
         train_in_process(config(small_pipeline, "images", small_pipeline.images, vae))
-    path = small_pipeline.spatial_config(small_pipeline.root / "classes")
+    path = small_pipeline.elit_config(small_pipeline.root / "classes")
     with pytest.raises(DataError, match=r"has 17 classes, model\.num_classes says 16"):
         train_in_process(path, "model.num_classes=16")

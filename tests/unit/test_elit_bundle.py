@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_spatial import (
+from small_elit import (
     BUDGETS,
     CLASSES,
     ELIT,
     PIXELS,
     StandInVAE,
-    make_spatial_bundle,
+    make_elit_bundle,
     small_network,
     use_stand_in,
 )
@@ -29,11 +29,11 @@ from lgm_scale import sample as sample_command
 from lgm_scale.bundle import read_bundle, set_sampling_defaults
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.elit import network as elit
-from lgm_scale.families.elit.bundle import SpatialBundle, load_spatial_bundle, save_spatial_bundle
+from lgm_scale.families.elit.bundle import ELITBundle, load_elit_bundle, save_elit_bundle
 from lgm_scale.families.elit.config import SpaceConfig
-from lgm_scale.families.elit.pipeline import SpatialPipeline
+from lgm_scale.families.elit.pipeline import ELITPipeline
 from lgm_scale.families.elit.sampling import initial_state_noise
-from lgm_scale.families.lgm.bundle import load_generator
+from lgm_scale.families.lgm.bundle import load_lgm_bundle
 from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.pipeline import load_pipeline
 from lgm_scale.pixels import PIXEL_STD, to_uint8
@@ -45,7 +45,7 @@ ON_LATENTS = replace(ELIT, patch_size=1)
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
-    return make_spatial_bundle(tmp_path_factory.mktemp("bundle") / "elit")
+    return make_elit_bundle(tmp_path_factory.mktemp("bundle") / "elit")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def merged(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipe(bundle) -> SpatialPipeline:
-    return SpatialPipeline.from_bundle(bundle, device="cpu")
+def pipe(bundle) -> ELITPipeline:
+    return ELITPipeline.from_bundle(bundle, device="cpu")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def on_latents(tmp_path, monkeypatch) -> Path:
     (tmp_path / "vae" / "weights.txt").write_text("0.25")
     weights = small_network(ON_LATENTS, SD_VAE).state_dict()
     folder = tmp_path / "latents"
-    save_spatial_bundle(folder, ON_LATENTS, SD_VAE, weights, CLASSES, {}, vae=tmp_path / "vae")
+    save_elit_bundle(folder, ON_LATENTS, SD_VAE, weights, CLASSES, {}, vae=tmp_path / "vae")
     shutil.rmtree(tmp_path / "vae")
     return folder
 
@@ -82,7 +82,7 @@ def quiet(pipe, *args, **settings):
 
 
 def test_a_bundle_holds_all_it_needs(bundle):
-    loaded = load_spatial_bundle(bundle)
+    loaded = load_elit_bundle(bundle)
     assert isinstance(loaded.net, elit.ELIT)
     assert (loaded.model, loaded.space, loaded.vae) == (ELIT, PIXELS, None)
     assert loaded.classes == CLASSES
@@ -96,7 +96,7 @@ def test_a_bundle_holds_all_it_needs(bundle):
 
 
 def test_saving_again_gives_the_same_bytes(bundle, tmp_path):
-    again = make_spatial_bundle(tmp_path / "again")
+    again = make_elit_bundle(tmp_path / "again")
     names = sorted(path.name for path in bundle.iterdir())
     assert names == ["bundle.json", "generator.safetensors"]
     for name in names:
@@ -107,20 +107,20 @@ def test_the_autoencoder_travels_with_its_bundle(on_latents):
     info = read_bundle(on_latents, "spatial_generator")
     assert set(info["files"]) == {"generator.safetensors", "vae/weights.txt"}
     assert info["models"]["space"]["vae"] is None, "a path of the machine it was made on"
-    loaded = load_spatial_bundle(on_latents)
+    loaded = load_elit_bundle(on_latents)
     assert isinstance(loaded.vae, StandInVAE)
     assert loaded.vae.gain.item() == 0.25
     assert (loaded.net.channels, loaded.net.side) == (4, 4)
     (on_latents / "vae" / "weights.txt").write_text("0.5")
     with pytest.raises(CheckpointError, match=r"vae/weights\.txt is missing or differs"):
-        load_spatial_bundle(on_latents)
+        load_elit_bundle(on_latents)
 
 
 def test_kinds_are_not_mixed(bundle, merged):
     with pytest.raises(CheckpointError, match="is a generator bundle; a spatial_generator bundle"):
-        load_spatial_bundle(merged)
+        load_elit_bundle(merged)
     with pytest.raises(CheckpointError, match="is a spatial_generator bundle; a generator bundle"):
-        load_generator(bundle)
+        load_lgm_bundle(bundle)
     with pytest.raises(CheckpointError, match=r"generator: LGM.*; spatial_generator: ELIT"):
         LGMPipeline.from_bundle(bundle, "cpu")
     with pytest.raises(CheckpointError, match=r"a tokenizer bundle is needed here$"):
@@ -161,31 +161,31 @@ def edited(bundle: Path, to: Path, **changes: object) -> Path:
 )  # fmt: skip
 def test_damage_is_named(bundle, tmp_path, changes, text):
     with pytest.raises(CheckpointError, match=text):
-        load_spatial_bundle(edited(bundle, tmp_path / "damaged", **changes))
+        load_elit_bundle(edited(bundle, tmp_path / "damaged", **changes))
 
 
 def test_a_space_and_its_autoencoder_go_together(tmp_path):
     weights = small_network().state_dict()
     with pytest.raises(ConfigError, match="vae: here; a bundle in the space 'pixels' has no auto"):
-        save_spatial_bundle(tmp_path / "a", ELIT, PIXELS, weights, CLASSES, {}, vae="here")
+        save_elit_bundle(tmp_path / "a", ELIT, PIXELS, weights, CLASSES, {}, vae="here")
     with pytest.raises(ConfigError, match="'sd_vae' needs the folder of its autoencoder"):
-        save_spatial_bundle(tmp_path / "a", ON_LATENTS, SD_VAE, weights, CLASSES, {})
+        save_elit_bundle(tmp_path / "a", ON_LATENTS, SD_VAE, weights, CLASSES, {})
     with pytest.raises(CheckpointError, match="2 names for the 3 classes"):
-        save_spatial_bundle(tmp_path / "a", ELIT, PIXELS, weights, CLASSES[:2], {})
+        save_elit_bundle(tmp_path / "a", ELIT, PIXELS, weights, CLASSES[:2], {})
     assert not (tmp_path / "a").exists()
-    latents = SpatialBundle(small_network(), None, ELIT, SD_VAE, CLASSES, {})
+    latents = ELITBundle(small_network(), None, ELIT, SD_VAE, CLASSES, {})
     with pytest.raises(CheckpointError, match="'sd_vae' and its decoder do not belong together"):
-        SpatialPipeline(latents)
+        ELITPipeline(latents)
 
 
 # --- the pipeline -----------------------------------------------------------------------------
 
 
 def test_one_door_for_both_families(bundle, merged):
-    assert isinstance(load_pipeline(bundle, "cpu"), SpatialPipeline)
+    assert isinstance(load_pipeline(bundle, "cpu"), ELITPipeline)
     assert isinstance(load_pipeline(merged, "cpu"), LGMPipeline)
     assert lgm_scale.load_pipeline is load_pipeline
-    assert lgm_scale.SpatialPipeline is SpatialPipeline
+    assert lgm_scale.ELITPipeline is ELITPipeline
 
 
 def test_two_lines_give_images(bundle):
@@ -250,7 +250,7 @@ def test_pixels_are_the_state_times_their_deviation(pipe):
 
 
 def test_latents_are_decoded_out_of_the_autoencoders_scale(on_latents):
-    pipe = SpatialPipeline.from_bundle(on_latents, "cpu")
+    pipe = ELITPipeline.from_bundle(on_latents, "cpu")
     state = torch.randn(2, 4, 4, 4)
     pixels = pipe.decode(state)
     assert pixels.shape == (2, 3, 32, 32)

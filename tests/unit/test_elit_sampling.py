@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_spatial import ELIT, small_network
+from small_elit import ELIT, small_network
 
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.elit import network as elit

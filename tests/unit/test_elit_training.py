@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lgm_scale.families.elit.network import ELIT
-from lgm_scale.families.elit.training import SpatialModel
+from lgm_scale.families.elit.training import ELITTrainingModel
 from lgm_scale.pixels import PIXEL_STD
 
 SCALE = 0.18215
@@ -38,8 +38,8 @@ def elit(channels: int = 4) -> ELIT:
     return net
 
 
-def model(net: Any = None, scale: float | None = SCALE, dropout: float = 0.1) -> SpatialModel:
-    return SpatialModel(net or elit(), scale, dropout, 0.0, 1.0, seed=7)
+def model(net: Any = None, scale: float | None = SCALE, dropout: float = 0.1) -> ELITTrainingModel:
+    return ELITTrainingModel(net or elit(), scale, dropout, 0.0, 1.0, seed=7)
 
 
 class Oracle(nn.Module):
