@@ -24,15 +24,23 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import Self
 
 from lgm_scale.bundle import check_kind, read_info
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
-from lgm_scale.families.base import generator_families
+from lgm_scale.families.base import families, generator_families
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["Bundle", "Pipeline", "count_parameters", "load_pipeline"]
+__all__ = [
+    "Bundle",
+    "ImageTokenizer",
+    "Pipeline",
+    "count_parameters",
+    "load_image_tokenizer",
+    "load_pipeline",
+]
 
 # Rows of 256 tokens that one batch may hold, by device: a guided step runs twice as many.
 _BATCH_ROWS = {"cuda": 128, "cpu": 32}
@@ -61,6 +69,44 @@ class GeneratorNetwork(Protocol):
 
     def block_lengths(self, num_tokens: int) -> set[int]:
         """Token counts at which its blocks run when K tokens are asked for."""
+        ...
+
+
+class ImageTokenizer(Protocol):
+    """What reconstructs images at K tokens, in the families that have such a thing.
+
+    Shapes: images [B, 3, S, S] in [-1, 1]; latents [B, N, D].
+    """
+
+    @property
+    def image_size(self) -> int:
+        """S, pixels along a side."""
+        ...
+
+    @property
+    def num_base_tokens(self) -> int:
+        """N, the largest number of tokens."""
+        ...
+
+    @property
+    def merging(self) -> Any:
+        """How latents get to K tokens and back: `full_length(z, K)`, `min_tokens`, `check(K)`."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """Move it to a device."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents at full length."""
+        ...
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixels of latents at full length."""
         ...
 
 
@@ -164,7 +210,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
     # --- what a family may say ----------------------------------------------------------------
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> ImageTokenizer | None:
         """What reconstructs images at K tokens; None in a family without such a thing."""
         return None
 
@@ -172,11 +218,6 @@ class Pipeline(ABC, Generic[AnyBundle]):
     def tree(self) -> MergeTree | None:
         """The merge tree; None in a family that merges nothing."""
         return None
-
-    @property
-    def reconstruction_files(self) -> tuple[str, ...]:
-        """Files of the bundle that reconstructions depend on."""
-        return ()
 
     def parameters(self) -> dict[str, int]:
         """How many parameters each of its networks has, the generator's first."""
@@ -389,3 +430,19 @@ def load_pipeline(
     info = read_info(folder)
     check_kind(info, folder, *generator_families())
     return generator_families()[info["kind"]].pipeline().from_bundle(folder, device, dtype)
+
+
+def load_image_tokenizer(
+    folder: str | Path, device: torch.device | str = "cpu"
+) -> tuple[ImageTokenizer, dict[str, str]]:
+    """What reconstructs images in a bundle, and the hashes of the files that it depends on.
+
+    Raises: CheckpointError; ConfigError if the bundle's family has none.
+    """
+    info = read_info(folder)
+    family = families().get(info["kind"])
+    if family is None:
+        raise CheckpointError(f"{folder} is a {info['kind']} bundle, which no family here reads")
+    own = [name for name in family.reconstruction_files if name in info["files"]]
+    files = {name: info["files"][name] for name in own}
+    return family.reconstructor(folder, device), files

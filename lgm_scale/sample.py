@@ -29,7 +29,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         prog="python -m lgm_scale.sample",
         description="Draw a labelled grid of images from a generator bundle.",
     )
-    parser.add_argument("bundle", help="generator bundle: LGM, or ELIT and SiT")
+    parser.add_argument("bundle", help="generator bundle of any family")
     parser.add_argument("--classes", nargs="+", required=True, help="indices or names")
     parser.add_argument("--num-tokens", nargs="+", type=int, help="rows; default: all tokens")
     parser.add_argument("--out", required=True, help="image file to write")

@@ -57,15 +57,15 @@ _INSTEAD = {
         "Encode training images first: composer data_tools/encode_latents.py (see --help)."
     ),
     ("latents", "spatial_latents"): (
-        "These are latents of the Stable Diffusion autoencoder, a grid; LGM needs a sequence: "
-        "encode with --encoder lgm and a tokenizer."
+        "These are latents on a grid, of an autoencoder; a sequence of latents is needed: encode "
+        "with --encoder lgm and a tokenizer."
     ),
     ("spatial_latents", "images"): (
         "Encode training images first: composer data_tools/encode_latents.py --encoder sd-vae "
         "(see --help)."
     ),
     ("spatial_latents", "latents"): (
-        "These are latents of an LGM tokenizer, a sequence; ELIT and SiT need a grid: encode with "
+        "These are sequences of latents, of a tokenizer; latents on a grid are needed: encode with "
         "--encoder sd-vae."
     ),
 }

@@ -80,6 +80,8 @@ class Family(ABC):
     """Frozen dataclass of its runs."""
     contains: ClassVar[tuple[str, ...]] = ()
     """Kinds of bundles that are part of its own."""
+    reconstruction_files: ClassVar[tuple[str, ...]] = ()
+    """Files of its bundles that reconstructions depend on, the weights first."""
     encoders: ClassVar[dict[str, str]] = {}
     """Name -> "module:attribute" of encoders that make its training data out of images."""
     importers: ClassVar[dict[str, str]] = {}

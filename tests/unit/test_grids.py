@@ -349,12 +349,13 @@ def test_the_kinds_of_latents_are_told_apart(grids, images, tmp_path):
     write_manifest(sequence, Manifest("latents", 1, ("a",), (1,)))
     with pytest.raises(
         DataError,
-        match=r"holds latents, but spatial_latents .*LGM tokenizer, a sequence; ELIT and SiT need "
-        r"a grid: encode with --encoder sd-vae",
+        match=r"holds latents, but spatial_latents .*of a tokenizer; latents on "
+        r"a grid are needed: encode with --encoder sd-vae",
     ):
         dataset_of(sequence)
     with pytest.raises(
-        DataError, match=r"holds spatial_latents, but latents .*a grid; LGM needs a sequence: .*lgm"
+        DataError,
+        match=r"holds spatial_latents, but latents .*a grid, .*a sequence of latents .*lgm",
     ):
         LGMLatentDataset(
             str(grids),

@@ -38,7 +38,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     """Measure once, compare at each target."""
     args = parse_args(sys.argv[1:])
-    tokenizer = open_tokenizer(args)
+    tokenizer, _ = open_tokenizer(args)
     size = tokenizer.num_base_tokens
     lengths = sorted({*(args.lengths or default_lengths(tokenizer)), size})
     table = psnr_table(tokenizer, args.images, lengths)

@@ -25,7 +25,6 @@ from lgm_scale.evaluation.commands.arguments import (
 )
 from lgm_scale.evaluation.reconstructions.adaptive import default_lengths
 from lgm_scale.evaluation.reconstructions.alignment import measure_alignment
-from lgm_scale.families.tokenizer.bundle import tokenizer_id
 from lgm_scale.storage.files import write_whole
 
 __all__ = ["draw_heat_map"]
@@ -68,11 +67,12 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     if args.neighbors < 1:
         raise ConfigError(f"--neighbors: {args.neighbors} must be 1 or more")
-    tokenizer = open_tokenizer(args)
+    tokenizer, files = open_tokenizer(args)
+    weights = next(iter(files.values()))
     lengths = sorted(set(args.lengths or default_lengths(tokenizer)))
     result = measure_alignment(tokenizer, args.images, lengths, args.num_images, args.neighbors)
     out = Path(args.out)
-    text = json.dumps({"tokenizer_id": tokenizer_id(args.bundle)} | result, indent=1)
+    text = json.dumps({"tokenizer_id": weights} | result, indent=1)
     write_whole(out / "alignment.json", f"{text}\n".encode())
     draw_heat_map(result, out / "alignment.png")
     print(f"CKNNA, mean over pairs of lengths: {_text(result['cknna_mean'])}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lgm_scale.families.tokenizer.network import Tokenizer
+    from lgm_scale.pipeline import ImageTokenizer
 
 __all__ = [
     "add_chunk_options",
@@ -34,16 +34,21 @@ def add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_tokenizer(args: argparse.Namespace) -> Tokenizer:
-    """Load the tokenizer of --bundle, on a GPU if there is one, and refuse a wrong --lengths."""
+def open_tokenizer(args: argparse.Namespace) -> tuple[ImageTokenizer, dict[str, str]]:
+    """Load the tokenizer of --bundle, on a GPU if there is one, and refuse a wrong --lengths.
+
+    Returns: the tokenizer, and the hashes of its files, that of the weights first.
+    """
     import torch  # late: the commands that read a configuration report its errors before
 
-    from lgm_scale.families.tokenizer.bundle import load_tokenizer
+    from lgm_scale.pipeline import load_image_tokenizer
 
-    tokenizer = load_tokenizer(args.bundle, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, files = load_image_tokenizer(
+        args.bundle, "cuda" if torch.cuda.is_available() else "cpu"
+    )
     for k in args.lengths or ():
         tokenizer.merging.check(k)
-    return tokenizer
+    return tokenizer, files
 
 
 def add_chunk_options(parser: argparse.ArgumentParser) -> None:

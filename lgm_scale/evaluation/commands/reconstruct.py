@@ -25,7 +25,6 @@ import torch
 from composer.utils import dist
 
 from lgm_scale import __version__
-from lgm_scale.bundle import read_bundle
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import (
@@ -53,10 +52,9 @@ from lgm_scale.evaluation.report.drawing import LIGHT, to_png
 from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
 from lgm_scale.families.base import outside_lengths
-from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer
-from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.frozen import VGG16_URL
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
+from lgm_scale.pipeline import ImageTokenizer, load_image_tokenizer
 from lgm_scale.storage.files import write_json, write_whole
 
 __all__ = ["measure"]
@@ -100,7 +98,7 @@ def refuse_missing(args: argparse.Namespace) -> None:
         raise MissingAssetError("\n".join(wrong))
 
 
-def problems_of(args: argparse.Namespace, tokenizer: Tokenizer, least: int) -> Iterator[str]:
+def problems_of(args: argparse.Namespace, tokenizer: ImageTokenizer, least: int) -> Iterator[str]:
     """Everything that is wrong with the command line; `least` is the smallest K there is."""
     lengths, side = args.lengths or (), tokenizer.image_size
     manifest = read_manifest(args.images, "images")
@@ -132,8 +130,7 @@ def main() -> int:
     """Check, load, reconstruct at each K, write."""
     args = parse_args(sys.argv[1:])
     refuse_missing(args)
-    tokenizer = load_tokenizer(args.bundle)
-    files = read_bundle(args.bundle, "tokenizer")["files"]
+    tokenizer, files = load_image_tokenizer(args.bundle)
     has_tree = TREE_NAME in files  # truncation and per-image merging have none
     tree = MergeTree.load(Path(args.bundle) / TREE_NAME) if has_tree else None
     least = tree.num_blocks if tree else tokenizer.merging.min_tokens
@@ -151,7 +148,7 @@ def main() -> int:
     plans = ReconstructionPlans(
         tokenizer=tokenizer.to(device),
         tree=tree,
-        files={name: files[name] for name in (TOKENIZER_NAME, TREE_NAME) if name in files},
+        files=files,
         images=images,
         device=device,
         spaces=spaces,

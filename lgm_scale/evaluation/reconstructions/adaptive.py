@@ -1,8 +1,8 @@
 """What choosing K per image saves: the mean K at a target PSNR, against a fixed K.
 
-Each image gets the smallest K that reaches the target (`Tokenizer.choose_length`). Two fixed K
-are put beside their mean: the one with the same mean PSNR, and the one at which the same share of
-images reaches the target. Between measured K both are interpolated.
+Each image gets the smallest K that reaches the target. Two fixed K are put beside their mean: the
+one with the same mean PSNR, and the one at which the same share of images reaches the target.
+Between measured K both are interpolated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lgm_scale.evaluation.images import StoredImages
-from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.pipeline import ImageTokenizer
 from lgm_scale.pixels import psnr, to_uint8, to_unit_range
 
 __all__ = ["AdaptiveSaving", "adaptive_saving", "default_lengths", "psnr_table", "saving_line"]
@@ -37,7 +37,7 @@ class AdaptiveSaving:
     fixed_tokens_equal_share: float | None
 
 
-def default_lengths(tokenizer: Tokenizer) -> list[int]:
+def default_lengths(tokenizer: ImageTokenizer) -> list[int]:
     """Token counts that are measured unless others are named: N, N / 2, ..., ascending."""
     lengths = [tokenizer.num_base_tokens]
     while lengths[-1] // 2 >= max(tokenizer.merging.min_tokens, 1):
@@ -46,7 +46,7 @@ def default_lengths(tokenizer: Tokenizer) -> list[int]:
 
 
 @torch.inference_mode()
-def psnr_table(tokenizer: Tokenizer, folder: str | Path, lengths: Sequence[int]) -> np.ndarray:
+def psnr_table(tokenizer: ImageTokenizer, folder: str | Path, lengths: Sequence[int]) -> np.ndarray:
     """PSNR of every image at every K: float64 [M, len(lengths)]. One encoder pass per image."""
     device = next(tokenizer.parameters()).device
     rows = []

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.images import StoredImages
-from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import cosine_similarity, in_block_pairs
+from lgm_scale.pipeline import ImageTokenizer
 from lgm_scale.pixels import to_unit_range
 
 __all__ = ["PairCosine", "cknna", "cknna_matrix", "measure_alignment"]
@@ -91,7 +91,7 @@ class PairCosine:
 
 @torch.inference_mode()
 def measure_alignment(
-    tokenizer: Tokenizer,
+    tokenizer: ImageTokenizer,
     folder: str | Path,
     lengths: Sequence[int],
     num_images: int | None = None,

@@ -26,8 +26,8 @@ from lgm_scale.evaluation.features.extraction import (
 )
 from lgm_scale.evaluation.images import StoredImages
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance, ssim
-from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import MergeTree
+from lgm_scale.pipeline import ImageTokenizer
 from lgm_scale.pixels import finite_images, psnr, to_uint8, to_unit_range
 
 __all__ = ["ReconstructionScores", "decode_at", "encode"]
@@ -37,7 +37,7 @@ LATENTS_KEPT = 2**30
 
 
 @torch.inference_mode()
-def encode(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+def encode(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
     """Latents at full length. Shapes: uint8 [B, 3, S, S] -> [max(B, 4), N, D].
 
     A batch of less than four images is filled up, so that an image has the same bits in a batch
@@ -49,7 +49,7 @@ def encode(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def decode_at(
-    tokenizer: Tokenizer, tree: MergeTree | None, z: Tensor, num_tokens: int, count: int
+    tokenizer: ImageTokenizer, tree: MergeTree | None, z: Tensor, num_tokens: int, count: int
 ) -> Tensor:
     """Decode what is left of `count` images at K tokens, from `encode`'s latents.
 
@@ -84,7 +84,7 @@ class ReconstructionScores:
         shown: Images whose pixels are kept, with those of their originals.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: ImageTokenizer
     tree: MergeTree | None
     images: StoredImages
     spaces: Sequence[FeatureSpace]

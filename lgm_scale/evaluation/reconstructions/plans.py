@@ -30,8 +30,8 @@ from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
 from lgm_scale.evaluation.metrics.scores import frechet_distance
 from lgm_scale.evaluation.reconstructions.images import ReconstructionScores
 from lgm_scale.evaluation.references.files import Reference
-from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import MergeTree
+from lgm_scale.pipeline import ImageTokenizer
 
 __all__ = ["ReconstructionPlans"]
 
@@ -81,7 +81,7 @@ class ReconstructionPlans:
         metrics: Keys of METRICS that are wanted.
     """
 
-    tokenizer: Tokenizer | None
+    tokenizer: ImageTokenizer | None
     tree: MergeTree | None
     files: dict[str, Any]
     images: ValidationImages | None

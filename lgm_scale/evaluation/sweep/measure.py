@@ -42,6 +42,7 @@ from lgm_scale.evaluation.sweep.samples import (
     write_samples,
 )
 from lgm_scale.evaluation.sweep.search import next_cells, winners
+from lgm_scale.families.base import families
 from lgm_scale.merging.tree import TREE_NAME
 from lgm_scale.pipeline import Pipeline, load_pipeline
 from lgm_scale.storage.files import write_json
@@ -64,7 +65,7 @@ def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
     pipe = load_pipeline(config.bundle, device, dtype)
     files = pipe.info["files"]
-    tokenizer = {name: files[name] for name in pipe.reconstruction_files}
+    tokenizer = {name: files[name] for name in families()[pipe.kind].reconstruction_files}
     sweep = Sweep(config, pipe, files, tokenizer)
     if config.part is not None:
         sweep.make_part(Part.parse(config.part))

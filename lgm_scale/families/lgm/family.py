@@ -11,6 +11,7 @@ from typing_extensions import override
 from lgm_scale.config.loading import to_dict
 from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily, outside_lengths
 from lgm_scale.families.lgm.config import LGMRun, lgm_rules
+from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,7 @@ class LGMFamily(GeneratorFamily):
     schema = LGMRun
     contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
     encoders: ClassVar[dict[str, str]] = {"lgm": "lgm_scale.families.lgm.encoder:ENCODER"}
+    reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
     importers: ClassVar[dict[str, str]] = {"generator": "lgm_scale.families.lgm.release:IMPORTER"}
     pipeline_class: ClassVar[str] = "lgm_scale.families.lgm.pipeline:LGMPipeline"
 
@@ -160,8 +162,7 @@ class LGMFamily(GeneratorFamily):
     ) -> Evaluated:
         from lgm_scale.bundle import read_bundle
         from lgm_scale.families.lgm.bundle import LGMBundle
-        from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer
-        from lgm_scale.merging.tree import TREE_NAME
+        from lgm_scale.families.tokenizer.bundle import load_tokenizer
 
         files = read_bundle(run.tokenizer, "tokenizer")["files"]
         bundle = LGMBundle(
@@ -172,5 +173,5 @@ class LGMFamily(GeneratorFamily):
             classes=dataset.manifest.classes,
             info=info,
         )
-        own = {name: files[name] for name in (TOKENIZER_NAME, TREE_NAME)}
+        own = {name: files[name] for name in RECONSTRUCTION_FILES}
         return Evaluated(bundle, reconstruction=own)

@@ -13,10 +13,9 @@ from torch import Tensor
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.lgm.bundle import LGMBundle, load_lgm_bundle
 from lgm_scale.families.lgm.sampling import check_nested, sample_latents
-from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.flow import NoiseScale
-from lgm_scale.merging.tree import TREE_NAME, MergeTree
+from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pipeline import Pipeline, count_parameters
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig
 
@@ -71,11 +70,6 @@ class LGMPipeline(Pipeline[LGMBundle]):
     def tree(self) -> MergeTree:
         """The merge tree."""
         return self.bundle.tree
-
-    @property
-    def reconstruction_files(self) -> tuple[str, ...]:
-        """Weights of the tokenizer, and the merge tree."""
-        return (TOKENIZER_NAME, TREE_NAME)
 
     def parameters(self) -> dict[str, int]:
         """How many parameters each of its networks has."""

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from lgm_scale.bundle import finish_bundle, model_config, read_bundle, start_bundle
 from lgm_scale.config.loading import to_dict
-from lgm_scale.families.tokenizer.config import TokenizerModelConfig
+from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES, TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
-from lgm_scale.merging.tree import TREE_NAME, MergeTree
+from lgm_scale.merging.tree import MergeTree
 from lgm_scale.weights import load_weights, save_weights
 
 __all__ = ["TOKENIZER_NAME", "load_tokenizer", "save_tokenizer_bundle", "tokenizer_id"]
 
-TOKENIZER_NAME = "tokenizer.safetensors"
+TOKENIZER_NAME, TREE_NAME = RECONSTRUCTION_FILES
 
 
 def save_tokenizer_bundle(

@@ -11,6 +11,7 @@ from lgm_scale.families.base import NOT_COMPILED
 
 __all__ = [
     "AUXILIARY_SIZE",
+    "RECONSTRUCTION_FILES",
     "TOKENIZER_SIZES",
     "AssetsConfig",
     "TokenizerModelConfig",
@@ -20,6 +21,10 @@ __all__ = [
     "outside_choices",
     "tokenizer_rules",
 ]
+
+
+RECONSTRUCTION_FILES = ("tokenizer.safetensors", "merge_tree.safetensors")
+"""Weights and merge tree, in the bundles of tokenizers and of what contains them."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from lgm_scale.families.base import Companions, Family
-from lgm_scale.families.tokenizer.config import TokenizerRun, tokenizer_rules
+from lgm_scale.families.tokenizer.config import (
+    RECONSTRUCTION_FILES,
+    TokenizerRun,
+    tokenizer_rules,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +38,7 @@ class TokenizerFamily(Family):
     task: ClassVar[str] = "tokenizer"
     title: ClassVar[str] = "LGM's tokenizer"
     schema = TokenizerRun
+    reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
     importers: ClassVar[dict[str, str]] = {
         "tokenizer": "lgm_scale.families.tokenizer.release:IMPORTER"
     }
