@@ -1,7 +1,4 @@
-"""What choosing K per image saves: the mean K at a target PSNR, against a fixed K.
-
-In an installed package: `python -m lgm_scale.evaluation.commands.adaptive`.
-"""
+"""The command `adaptive` of lgm_scale.evaluation, as the repository calls it."""
 
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.commands.adaptive import main

@@ -1,7 +1,4 @@
-"""How much the latents of one image agree across token lengths, and how alike merged tokens are.
-
-In an installed package: `python -m lgm_scale.evaluation.commands.alignment`.
-"""
+"""The command `alignment` of lgm_scale.evaluation, as the repository calls it."""
 
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.commands.alignment import main

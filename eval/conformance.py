@@ -1,7 +1,4 @@
-"""Check this evaluator against published numbers: ADM's sample batch scored with ADM's reference.
-
-In an installed package: `python -m lgm_scale.evaluation.commands.conformance`.
-"""
+"""The command `conformance` of lgm_scale.evaluation, as the repository calls it."""
 
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.commands.conformance import main

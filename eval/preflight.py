@@ -1,7 +1,4 @@
-"""Which files the evaluation needs, where it looks for them, and what each unlocks.
-
-In an installed package: `python -m lgm_scale.evaluation.commands.preflight`.
-"""
+"""The command `preflight` of lgm_scale.evaluation, as the repository calls it."""
 
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.commands.preflight import main

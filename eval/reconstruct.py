@@ -1,7 +1,4 @@
-"""Validation images through the tokenizer at each K: PSNR, SSIM, LPIPS and rFID.
-
-In an installed package: `python -m lgm_scale.evaluation.commands.reconstruct`.
-"""
+"""The command `reconstruct` of lgm_scale.evaluation, as the repository calls it."""
 
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.commands.reconstruct import main

@@ -1,7 +1,4 @@
-"""Make a reference: statistics and features that samples are compared with.
-
-In an installed package: `python -m lgm_scale.evaluation.commands.reference`.
-"""
+"""The command `reference` of lgm_scale.evaluation, as the repository calls it."""
 
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.commands.reference import main

@@ -1,7 +1,4 @@
-"""Pictures, tables and page of a finished sweep, from what it stored; or of several, compared.
-
-In an installed package: `python -m lgm_scale.evaluation.commands.report`.
-"""
+"""The command `report` of lgm_scale.evaluation, as the repository calls it."""
 
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.commands.report import main

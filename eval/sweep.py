@@ -1,7 +1,4 @@
-"""Measure one generator at many token counts and sampler settings, and write a report.
-
-In an installed package: `python -m lgm_scale.evaluation.commands.sweep`.
-"""
+"""The command `sweep` of lgm_scale.evaluation, as the repository calls it."""
 
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.commands.sweep import main

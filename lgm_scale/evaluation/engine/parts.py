@@ -101,7 +101,7 @@ def make_missing(
     Args:
         jobs: The list that `Task.job` counts in.
         store: Where chunks are kept.
-        tasks: From `missing_tasks`.
+        tasks: What `missing_tasks` listed.
         done: Told each task of this rank that is there now.
     """
     busy: list[Task] = []

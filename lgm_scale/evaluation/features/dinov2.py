@@ -15,16 +15,19 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor
+from typing_extensions import override
 
 from lgm_scale.errors import CheckpointError
 from lgm_scale.evaluation.engine.chunks import Arrays
-from lgm_scale.evaluation.features.extraction import fixed_batches, network_flags
+from lgm_scale.evaluation.features.extraction import (
+    FeatureSpace,
+    run_network,
+)
 from lgm_scale.frozen import read_weights
 from lgm_scale.storage.files import file_hash
 
@@ -55,7 +58,7 @@ def resample_positions(table: Tensor, side: int) -> Tensor:
     return torch.cat((table[:, :1].float(), flat), 1).to(table.dtype)
 
 
-class DINOv2Features:
+class DINOv2Features(FeatureSpace):
     """The class token, as a `FeatureSpace`; the network's size comes from the file.
 
     Args:
@@ -92,25 +95,22 @@ class DINOv2Features:
         )
 
     @property
+    @override
     def outputs(self) -> dict[str, int]:
-        """One feature."""
         return {"dinov2": self.net.embed_dim}
 
-    @torch.inference_mode()
+    @override
     def __call__(self, images: Tensor) -> Arrays:
-        """Features. Shapes: uint8 [B, 3, S, S] -> {"dinov2": float32 [B, C]}."""
-        parts = [np.empty((0, self.net.embed_dim), "f4")]
-        with network_flags(), torch.autocast(self.device.type, enabled=False):
-            for batch, count in fixed_batches(images.to(self.device)):
-                pixels = F.interpolate(
-                    batch.float(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False
-                )
-                tokens = self.net.forward_features((pixels / 255 - self.mean) / self.std)
-                parts.append(tokens[:count, 0].float().cpu().numpy())
-        return {"dinov2": np.concatenate(parts)}
+        return run_network(self._class_token, images.to(self.device), self.outputs)
 
+    def _class_token(self, batch: Tensor) -> tuple[Tensor]:
+        pixels = F.interpolate(
+            batch.float(), (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False
+        )
+        return (self.net.forward_features((pixels / 255 - self.mean) / self.std)[:, 0],)
+
+    @override
     def describe(self) -> dict[str, Any]:
-        """For the protocol of a result."""
         return {
             "space": "dinov2",
             "network": f"DINOv2 ViT ({self.size}), class token; bicubic with antialiasing to "

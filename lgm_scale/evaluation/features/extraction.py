@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ __all__ = [
     "joined",
     "network_flags",
     "refuse_broken",
+    "run_network",
 ]
 
 MIN_ROWS = 4
@@ -93,6 +94,25 @@ def fixed_batches(images: Tensor) -> list[tuple[Tensor, int]]:
 def network_flags() -> Any:
     """Turn off shortened products, and convolution algorithms that are chosen at run time."""
     return torch.backends.cudnn.flags(benchmark=False, allow_tf32=False)
+
+
+@torch.inference_mode()
+def run_network(
+    network: Callable[[Tensor], Sequence[Tensor]], images: Tensor, outputs: Mapping[str, int]
+) -> Arrays:
+    """Features of a network in float32, to the same bits at every batch size.
+
+    Args:
+        network: uint8 [B, 3, S, S] -> one [B, F] for each of `outputs`, in their order.
+        images: uint8 [B, 3, S, S] on the network's device.
+        outputs: Names of the features, and their dimensions F.
+    """
+    parts = [{name: np.empty((0, dim), "f4") for name, dim in outputs.items()}]
+    with network_flags(), torch.autocast(images.device.type, enabled=False):
+        for batch, count in fixed_batches(images):
+            found = zip(outputs, network(batch), strict=True)
+            parts.append({name: values[:count].float().cpu().numpy() for name, values in found})
+    return joined(parts)
 
 
 def joined(parts: Sequence[Arrays]) -> Arrays:

@@ -12,13 +12,16 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lgm_scale.errors import CheckpointError, MissingAssetError
 from lgm_scale.evaluation.engine.chunks import Arrays
-from lgm_scale.evaluation.features.extraction import fixed_batches, network_flags
+from lgm_scale.evaluation.features.extraction import (
+    FeatureSpace,
+    run_network,
+)
 from lgm_scale.frozen import read_weights
 from lgm_scale.storage.files import file_hash
 
@@ -88,7 +91,7 @@ def register_network() -> None:
     register_feature_extractor(NETWORK, InceptionWithSpatial)
 
 
-class InceptionFeatures:
+class InceptionFeatures(FeatureSpace):
     """Pool features, logits and spatial features, as a `FeatureSpace`.
 
     Args:
@@ -97,8 +100,6 @@ class InceptionFeatures:
 
     Raises: CheckpointError if the file is none of these weights.
     """
-
-    outputs = {"inception_pool": 2048, "inception_logits": 1008, "inception_spatial": SPATIAL_DIM}  # noqa: RUF012
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         # torch-fidelity unpickles whatever the file holds: refuse what is more than tensors first.
@@ -121,20 +122,17 @@ class InceptionFeatures:
             raise CheckpointError(f"{path} does not fit inception-v3-compat: {reason}") from error
         self.net = net.to(self.device)
 
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Arrays:
-        """Features. Shapes: uint8 [B, 3, S, S] -> float32 [B, 2048], [B, 1008], [B, 2023]."""
-        parts: list[list[np.ndarray]] = [
-            [np.empty((0, dim), "f4")] for dim in self.outputs.values()
-        ]
-        with network_flags(), torch.autocast(self.device.type, enabled=False):
-            for batch, count in fixed_batches(images.to(self.device)):
-                for part, values in zip(parts, self.net(batch), strict=True):
-                    part.append(values[:count].float().cpu().numpy())
-        return {name: np.concatenate(part) for name, part in zip(self.outputs, parts, strict=True)}
+    @property
+    @override
+    def outputs(self) -> dict[str, int]:
+        return {"inception_pool": 2048, "inception_logits": 1008, "inception_spatial": SPATIAL_DIM}
 
+    @override
+    def __call__(self, images: Tensor) -> Arrays:
+        return run_network(self.net, images.to(self.device), self.outputs)
+
+    @override
     def describe(self) -> dict[str, Any]:
-        """For the protocol of a result."""
         return {
             "space": "inception",
             "network": "torch-fidelity inception-v3-compat; pool 2048, logits without bias, "

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import override
 
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.engine.chunks import Arrays
+from lgm_scale.evaluation.features.extraction import FeatureSpace
 
 __all__ = ["MAX_FITTED", "PixelPCA", "images_hash"]
 
@@ -21,7 +23,7 @@ BLOCK = 256
 
 
 @dataclass(frozen=True)
-class PixelPCA:
+class PixelPCA(FeatureSpace):
     """Principal components of pixels.
 
     Needs no network and no download, and sees colour, layout and coarse shape. Distances in it
@@ -42,8 +44,8 @@ class PixelPCA:
     """Hash of the images."""
 
     @property
+    @override
     def outputs(self) -> dict[str, int]:
-        """One feature."""
         return {"pixel_pca": len(self.components)}
 
     @classmethod
@@ -93,8 +95,8 @@ class PixelPCA:
         rows = [self.components @ (row - self.mean) for row in pixels]
         return {"pixel_pca": np.stack(rows) if rows else np.empty((0, len(self.components)))}
 
+    @override
     def describe(self) -> dict[str, Any]:
-        """For the protocol of a result."""
         return {
             "space": "pixel_pca",
             "num_components": len(self.components),

@@ -66,7 +66,7 @@ def metric_name(key: str, count: int, space: Mapping[str, Any], prefix: str = ""
     """What a metric may be called: never without its count, never FID on other weights.
 
     Args:
-        key: Of METRICS.
+        key: A key of METRICS.
         count: Images on the generated side.
         space: Description of its feature space.
         prefix: "g" or "r" before FID.
@@ -176,7 +176,7 @@ def compute(
     """Compute the selected metrics, and the deviations of those that have one.
 
     Args:
-        selection: From `select`.
+        selection: What `select` chose.
         statistics: Those of the generated side, for `selection.statistics_features`.
         features: Gives whole features of the generated side, in the order of the images.
         reference: What they are compared with.

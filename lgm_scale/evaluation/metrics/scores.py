@@ -116,7 +116,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics, name: str = "di
 
 
 def symmetric_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """The same from a symmetric eigenvalue problem, A B x = w x reduced by a Cholesky factor.
+    """Squared Frechet distance by a symmetric eigenvalue problem: A B x = w x, by Cholesky.
 
     Where B has not full rank: the eigenvalues of R' B R with R the square root of A.
     """

@@ -79,7 +79,7 @@ class ReconstructionScores:
         tree: Its merge tree; None for a length control without one.
         images: The originals.
         spaces: Feature spaces.
-        perceptual: For LPIPS; None: off.
+        perceptual: Measures LPIPS; None: LPIPS is off.
         batch_size: Images at once.
         shown: Images whose pixels are kept, with those of their originals.
     """

@@ -74,8 +74,8 @@ class ReconstructionPlans:
         images: Validation images.
         device: Where features are computed.
         spaces: Feature spaces.
-        perceptual: For LPIPS; None: off.
-        reference: A second one, such as ADM's; None: none.
+        perceptual: Measures LPIPS; None: LPIPS is off.
+        reference: A second reference, such as ADM's; None: the validation images alone.
         chunk_size: Images per chunk.
         batch_size: Images at once.
         metrics: Keys of METRICS that are wanted.

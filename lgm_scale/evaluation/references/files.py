@@ -52,7 +52,7 @@ class Reference:
     image_size: int | None = None
     weights: dict[str, str] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
-    """For the protocol of a result: where it comes from, hash, count, crop."""
+    """Where it comes from, hash, count, crop: what a result keeps in its protocol."""
 
     def held(self) -> list[str]:
         """What it holds, for people."""

@@ -47,7 +47,7 @@ def make_reference(
         dinov2: File of DINOv2's weights.
         image_size: Pixels along a side, for a folder of images.
         keep_features: Images whose features are kept, evenly spaced.
-        name: Of the reference in results; None: that of the source.
+        name: What results call the reference; None: the name of the source.
         batch_size: Images at once.
         chunk_size: Images per file of unfinished work.
 

@@ -94,7 +94,7 @@ def tradeoff_figure(
     """Two panels: the first distance of the rows against operations, and against images/s.
 
     Args:
-        rows: Of samples, measured alike.
+        rows: Rows of samples that were measured alike.
         reconstructions: Rows of the same tokenizer, for the floor; may be empty.
         theme: Colours.
     """

@@ -34,7 +34,7 @@ class Theme:
     accent: str
     second: str
     lightness: float
-    """Of the colours that tell clusters apart."""
+    """Lightness (of hue, lightness, saturation) of the colours that tell clusters apart."""
 
 
 LIGHT = Theme(

@@ -71,8 +71,8 @@ def render_page(
     """Render the page.
 
     Args:
-        results: As `sweep.results.gather_results` makes them; `compared` (name -> folder) beside
-            it where they are of several sweeps.
+        results: Contents of results.json; where they are of several sweeps also `compared`,
+            from the name of each to its folder.
         pictures: tradeoff, and where they were drawn samples, reconstructions and merge_tree.
         sheets: More samples, by K, as PNG.
     """

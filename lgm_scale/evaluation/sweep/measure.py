@@ -132,7 +132,7 @@ class Sweep:
         )
 
     def _perceptual(self) -> PerceptualDistance | None:
-        """For LPIPS of reconstructions, where there are any."""
+        """What measures LPIPS, where there are reconstructions and its weights are given."""
         if self.config.vgg16 is None or self.pipe.tokenizer is None:
             return None
         return PerceptualDistance(self.config.vgg16, self.pipe.device)
