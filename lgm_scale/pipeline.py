@@ -14,28 +14,26 @@ from __future__ import annotations
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
-from typing_extensions import Self
 
 from lgm_scale.bundle import check_kind, read_info
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
 from lgm_scale.families.base import families, generator_families
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pixels import finite_images, to_uint8
+from lgm_scale.protocols import Bundle, GeneratorNetwork, ImageTokenizer
 from lgm_scale.sampling.config import SamplerConfig
 
 __all__ = [
-    "Bundle",
-    "ImageTokenizer",
     "Pipeline",
     "count_parameters",
     "load_image_tokenizer",
@@ -44,89 +42,6 @@ __all__ = [
 
 # Rows of 256 tokens that one batch may hold, by device: a guided step runs twice as many.
 _BATCH_ROWS = {"cuda": 128, "cpu": 32}
-
-
-class GeneratorNetwork(Protocol):
-    """What the networks of all families can say."""
-
-    @property
-    def num_base_tokens(self) -> int:
-        """N, the largest number of tokens."""
-        ...
-
-    @property
-    def num_classes(self) -> int:
-        """Classes without the null label."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters."""
-        ...
-
-    def flops(self, num_tokens: int) -> int:
-        """Operations of one forward pass of one sample at K tokens."""
-        ...
-
-    def block_lengths(self, num_tokens: int) -> set[int]:
-        """Token counts at which its blocks run when K tokens are asked for."""
-        ...
-
-
-class ImageTokenizer(Protocol):
-    """What reconstructs images at K tokens, in the families that have such a thing.
-
-    Shapes: images [B, 3, S, S] in [-1, 1]; latents [B, N, D].
-    """
-
-    @property
-    def image_size(self) -> int:
-        """S, pixels along a side."""
-        ...
-
-    @property
-    def num_base_tokens(self) -> int:
-        """N, the largest number of tokens."""
-        ...
-
-    @property
-    def merging(self) -> Any:
-        """How latents get to K tokens and back: `full_length(z, K)`, `min_tokens`, `check(K)`."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All parameters."""
-        ...
-
-    def to(self, device: torch.device) -> Self:
-        """Move it to a device."""
-        ...
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents at full length."""
-        ...
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Pixels of latents at full length."""
-        ...
-
-
-class Bundle(Protocol):
-    """What the bundles of all families have."""
-
-    @property
-    def net(self) -> GeneratorNetwork:
-        """The network."""
-        ...
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        ...
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """Contents of bundle.json."""
-        ...
 
 
 AnyBundle = TypeVar("AnyBundle", bound=Bundle)

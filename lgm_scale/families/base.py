@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lgm_scale.data.epochs import EpochDataset, StreamOptions
-    from lgm_scale.pipeline import Pipeline
     from lgm_scale.sampling.config import SamplerConfig
     from lgm_scale.training.model import TrainingModel
 
@@ -238,8 +237,8 @@ class GeneratorFamily(Family):
     ) -> Evaluated:
         """The generator of a run that is still training; `info` will be its bundle.json."""
 
-    def pipeline(self) -> type[Pipeline[Any]]:
-        """The class that makes images from its bundles."""
+    def pipeline(self) -> Any:
+        """The class that makes images from its bundles: a `pipeline.Pipeline`."""
         return imported(self.pipeline_class)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lgm_scale.pipeline import ImageTokenizer
+    from lgm_scale.protocols import ImageTokenizer
 
 __all__ = [
     "add_chunk_options",

@@ -54,7 +54,8 @@ from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
 from lgm_scale.families.base import outside_lengths
 from lgm_scale.frozen import VGG16_URL
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
-from lgm_scale.pipeline import ImageTokenizer, load_image_tokenizer
+from lgm_scale.pipeline import load_image_tokenizer
+from lgm_scale.protocols import ImageTokenizer
 from lgm_scale.storage.files import write_json, write_whole
 
 __all__ = ["measure"]

@@ -21,8 +21,8 @@ from torch import Tensor
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.images import StoredImages
 from lgm_scale.merging.tree import cosine_similarity, in_block_pairs
-from lgm_scale.pipeline import ImageTokenizer
 from lgm_scale.pixels import to_unit_range
+from lgm_scale.protocols import ImageTokenizer
 
 __all__ = ["PairCosine", "cknna", "cknna_matrix", "measure_alignment"]
 

@@ -27,8 +27,8 @@ from lgm_scale.evaluation.features.extraction import (
 from lgm_scale.evaluation.images import StoredImages
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance, ssim
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.pipeline import ImageTokenizer
 from lgm_scale.pixels import finite_images, psnr, to_uint8, to_unit_range
+from lgm_scale.protocols import ImageTokenizer
 
 __all__ = ["ReconstructionScores", "decode_at", "encode"]
 

@@ -31,7 +31,7 @@ from lgm_scale.evaluation.metrics.scores import frechet_distance
 from lgm_scale.evaluation.reconstructions.images import ReconstructionScores
 from lgm_scale.evaluation.references.files import Reference
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.pipeline import ImageTokenizer
+from lgm_scale.protocols import ImageTokenizer
 
 __all__ = ["ReconstructionPlans"]
 
