@@ -200,6 +200,10 @@ class GeneratorFamily(Family):
     """Fields of `SamplerConfig` whose defaults are others in this family."""
     pipeline_class: ClassVar[str]
     """ "module:class" of its pipeline."""
+    about_tokens: ClassVar[str] = "One generator works at {lengths} tokens, with the same weights."
+    """For the head of a report: what K is. {size} is N, {lengths} are those of the sweep."""
+    about_noise: ClassVar[str] = "A column starts from one noise."
+    """For pictures in a report whose rows are token counts: what one column is."""
 
     def rules(self, run: Any) -> Iterator[str]:
         """Rules of the objective, which all generators share."""

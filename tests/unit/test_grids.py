@@ -370,7 +370,9 @@ def test_the_kinds_of_latents_are_told_apart(grids, images, tmp_path):
         DataError, match=r"holds images, but spatial_latents .*Encode .*--encoder sd-vae"
     ):
         dataset_of(images)
-    with pytest.raises(DataError, match=r"holds spatial_latents, but images .*images_to_mds wrote"):
+    with pytest.raises(
+        DataError, match=r"holds spatial_latents, but images .*images_to_mds.py SRC --out"
+    ):
         ImageDataset(str(grids), image_size=SIZE, train=True, seed=0, batch_size=4)
     with pytest.raises(DataError, match=r"nowhere does not exist.*--encoder sd-vae"):
         dataset_of(tmp_path / "nowhere")

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lgm_scale.checkpoint.manifest import StateFile
+from lgm_scale.checkpoint.manifest import StateFile, StateManifest
 from lgm_scale.checkpoint.tensors import read_shards, write_shards
-from lgm_scale.data.manifest import Manifest
 from lgm_scale.errors import CheckpointError
 from lgm_scale.parallel.shards import ParameterShard
 
@@ -65,7 +64,7 @@ def split(parts: list[Part]) -> tuple[list[ParameterShard], dict[str, Tensor]]:
     return [p.shard for p in parts], {p.shard.name: p.values["ema"] for p in parts}
 
 
-def written(folder: Path, cuts: list[list[tuple[int, int]]]) -> Manifest:
+def written(folder: Path, cuts: list[list[tuple[int, int]]]) -> StateManifest:
     files = []
     for rank, cut in enumerate(cuts):
         path = folder / f"rank-{rank}.safetensors"
@@ -75,7 +74,7 @@ def written(folder: Path, cuts: list[list[tuple[int, int]]]) -> Manifest:
         runs = write_shards(path, shards, owned, average, buffers)
         files.append(StateFile(path.name, path.stat().st_size, "", runs))
     parameters = [[name, list(shape)] for name, shape in SHAPES.items()]
-    return Manifest("run", 7, 1, len(cuts), "any", parameters, {}, files)
+    return StateManifest("run", 7, 1, len(cuts), "any", parameters, {}, files)
 
 
 CUTS = {"whole": WHOLE, "rows": ROWS, "runs": RUNS}

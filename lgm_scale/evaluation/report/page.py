@@ -21,6 +21,7 @@ from lgm_scale.evaluation.report.tables import (
     sample_table,
 )
 from lgm_scale.evaluation.sweep.results import tables_of
+from lgm_scale.families.base import GeneratorFamily, generator_families
 
 __all__ = ["Picture", "render_markdown", "render_page"]
 
@@ -77,6 +78,9 @@ def render_page(
         sheets: More samples, by K, as PNG.
     """
     rows = results["rows"]
+    lengths = sorted({row["cell"]["num_tokens"] for row in rows})
+    # Sweeps of the first versions do not say their family: there was but one.
+    family = generator_families().get(results.get("kind", "generator"), GeneratorFamily)
     return _environment().get_template("page.html.j2").render(
         results=results,
         pictures=pictures,
@@ -86,8 +90,10 @@ def render_page(
             reconstruction_table(results["reconstructions"]) if "reconstructions" in pictures
             else None
         ),
-        has_tree=results.get("merge_tree", True),
-        lengths=sorted({row["cell"]["num_tokens"] for row in rows}),
+        about_tokens=family.about_tokens.format(
+            size=results["num_base_tokens"], lengths=", ".join(map(str, lengths))
+        ),
+        about_noise=family.about_noise,
         devices=sorted({name for row in rows for name in row["run"]["devices"]}),
         metrics=METRICS,
         distance=main_metric(rows),

@@ -41,6 +41,15 @@ class ELITFamily(GeneratorFamily):
     encoders: ClassVar[dict[str, str]] = {"sd-vae": "lgm_scale.families.elit.encoder:ENCODER"}
     importers: ClassVar[dict[str, str]] = {"elit": "lgm_scale.families.elit.release:IMPORTER"}
     pipeline_class: ClassVar[str] = "lgm_scale.families.elit.pipeline:ELITPipeline"
+    about_tokens: ClassVar[str] = (
+        "An image is a grid of {size} tokens, and K says how many of them the core of one "
+        "diffusion transformer works on; its first and last blocks see them all. Here K = "
+        "{lengths}, with the same weights."
+    )
+    about_noise: ClassVar[str] = (
+        "A column starts from one noise, the same at every K: its images are attempts at one "
+        "picture with less or more work."
+    )
     # Published: 50 Euler steps on an even grid, without guidance.
     sampler_defaults: ClassVar[dict[str, Any]] = {
         "cfg_interval": [0.0, 1.0],

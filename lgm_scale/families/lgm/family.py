@@ -38,6 +38,15 @@ class LGMFamily(GeneratorFamily):
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
     importers: ClassVar[dict[str, str]] = {"generator": "lgm_scale.families.lgm.release:IMPORTER"}
     pipeline_class: ClassVar[str] = "lgm_scale.families.lgm.pipeline:LGMPipeline"
+    about_tokens: ClassVar[str] = (
+        "An image is {size} tokens, and a learned tree says which of them to merge. One "
+        "diffusion transformer generates at every token count K; here at K = {lengths}, with the "
+        "same weights."
+    )
+    about_noise: ClassVar[str] = (
+        "A column starts from one noise, merged like the tokens: its images are attempts at one "
+        "picture with fewer or more of them."
+    )
 
     @override
     def rules(self, run: LGMRun) -> Iterator[str]:
