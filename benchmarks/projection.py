@@ -47,7 +47,7 @@ class Cluster:
 
 
 def communication_seconds(strategy: str, parameters: int, gpus: int, cluster: Cluster) -> float:
-    """Of one step."""
+    """Seconds that one step spends on communication that nothing hides."""
     if strategy == "ddp":
         return 2 * cluster.ring_seconds(FLOAT * parameters, gpus)
     if strategy == "zero-2":

@@ -132,7 +132,7 @@ class Experiment:
     rows: str = ""
     """Path of the list in a run's record of which each entry is a line; empty: the run is one."""
     panels: tuple[Panel, ...] = ()
-    """Of a picture beside the page, under the page's name; empty: there is none."""
+    """Panels of a picture beside the page, under the page's name; empty: there is none."""
     title: str = ""
     """Above the panels."""
 

@@ -71,7 +71,7 @@ def plan_runs(
     """Every run at every seed, and the operations of training of each if they are equal.
 
     Args:
-        name: Of the experiment; run names of training begin with it.
+        name: Name of the experiment; run names of training begin with it.
         experiment: The comparison.
         seeds: Each gives a run of every entry.
         overrides: `key=value` for every run.

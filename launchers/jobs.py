@@ -63,12 +63,12 @@ class Job:
 
     Args:
         kind: One of KINDS.
-        name: Of the job in Slurm; a second live job of this name is refused.
+        name: Name of the job in Slurm; a second live job of this name is refused.
         out: What the job makes.
         script: The command, as a path inside the code.
         config: YAML file that goes first, or None.
         arguments: What follows it.
-        parts: Of an array, what each element adds; empty for one job.
+        parts: What each element of an array adds; empty for one job.
         run: Configuration of a training run.
         ranks: Whether the command spreads over ranks; otherwise it has one.
     """

@@ -218,7 +218,7 @@ def export_bundle(
 
     Args:
         config: The run.
-        model: As trained, under whatever strategy; only what is no weight is read.
+        model: The trained model, under whatever strategy; only what is no weight is read.
         dataset: The training set.
         average: Whole averaged weights, by their names in the network.
         steps: How many made them.

@@ -111,7 +111,7 @@ def read_bundle(folder: str | Path, *kinds: str) -> dict[str, Any]:
     """Read bundle.json, and check format, kind and every file's hash.
 
     Args:
-        folder: Of the bundle.
+        folder: Folder of the bundle.
         kinds: Those that will do.
 
     Raises: CheckpointError naming the folder, what was found and what is needed.

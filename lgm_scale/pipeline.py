@@ -56,12 +56,12 @@ class Pipeline(ABC, Generic[AnyBundle]):
 
     Args:
         bundle: The generator with all it needs, on one device.
-        dtype: Of the networks' matrix products; the trajectory itself is float32.
+        dtype: Type of the networks' matrix products; the trajectory itself is float32.
         source: Where it came from, for messages.
     """
 
     kind: ClassVar[str]
-    """Of its bundles."""
+    """Kind of its bundles, and `task` of its family."""
 
     def __init__(
         self,
@@ -234,7 +234,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
             class_labels: Indices or names.
             num_tokens: K. Default: N, all tokens.
             cfg_scale: Guidance; 1 turns it off. Default: see `default_config`.
-            seed: Of the noise.
+            seed: Seed of the noise.
             batch_size: Images at once. Default: what fits the device comfortably.
             first_index: Index of the first image; its noise depends on it.
             output: A uint8 array [B, S, S, 3], or a list of PIL images.

@@ -102,7 +102,7 @@ def check_config(
     rules: Callable[[RunConfig], Iterable[str]],
     source: str,
 ) -> RunConfig:
-    """As `load_config`, and every rule that the configuration breaks is told in the same error.
+    """Do what `load_config` does, and tell every rule that is broken in the same error.
 
     Args:
         values: Plain values, as read from YAML.

@@ -123,7 +123,7 @@ class LoggingConfig:
     tensorboard: bool = False
     wandb_project: str | None = None
     peak_tflops: float | None = None
-    """Of one device at the run's precision; then loggers get model FLOPs utilisation, too."""
+    """Peak of one device at the run's precision; then loggers get model FLOPs utilisation, too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class DataConfig:
     """How many samples an epoch must have; data of another size are refused."""
     num_workers: int = 2
     cache_limit: str | None = None
-    """Of all caches of a node together, such as `200gb`; null for no limit."""
+    """Limit of all caches of a node together, such as `200gb`; null for no limit."""
     predownload: int | None = None
     """Samples that each worker fetches ahead; null: 8 batches."""
     timeout: float = 30.0

@@ -136,7 +136,7 @@ class GuardedDataset(StreamingDataset):
     Args:
         streams: Where shards come from.
         patience: How long to try to get one.
-        **options: Of `StreamingDataset`.
+        **options: Arguments of `StreamingDataset`.
     """
 
     epoch: int = 0

@@ -143,8 +143,8 @@ class Family(ABC):
 
         Args:
             run: Its configuration.
-            folder: Of the bundle.
-            model: As trained, under whatever strategy: only what is no weight may be read.
+            folder: Folder of the bundle.
+            model: The trained model, under whatever strategy: only what is no weight may be read.
             dataset: The training set.
             average: Whole averaged weights, by their names in the network.
             training: How it came about; kept in bundle.json.

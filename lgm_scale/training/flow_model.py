@@ -39,9 +39,9 @@ class FlowModel(TrainingModel):
     Args:
         net: The network; a direct child, which is what Composer's sharding wraps.
         label_dropout: Share of samples that train the unconditional branch.
-        timestep_mean: Of the logit-normal law of t.
+        timestep_mean: Mean of the normal law whose logistic function t is.
         timestep_std: Standard deviation of the normal law whose logistic function t is.
-        seed: Of noise, timesteps and label dropout.
+        seed: Seed of noise, timesteps and label dropout.
     """
 
     def __init__(

@@ -113,7 +113,7 @@ class SweepConfig:
     quantise: Literal["round", "truncate"] = "round"
     """How pixels become 8 bits; `truncate` is how the release and ADM stored their samples."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the generator's and decoder's matrix products; features are always float32."""
+    """Type of the generator's and decoder's matrix products; features are always float32."""
     chunk_size: int = 250
     """Images per file of finished work: what an interruption can lose per rank."""
     batch_size: int = 50

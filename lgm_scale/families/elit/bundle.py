@@ -66,7 +66,7 @@ def save_elit_bundle(
 
     Args:
         folder: Where to; replaced if it is a bundle already.
-        model: Of the network.
+        model: Configuration of the network.
         space: What it generates.
         weights: State of the network.
         classes: Names of the classes.

@@ -102,7 +102,7 @@ class SpaceConfig:
 
     @property
     def channels(self) -> int:
-        """Of the state."""
+        """Channels of the state."""
         return 4 if self.kind == "sd_vae" else 3
 
     @property
@@ -112,7 +112,7 @@ class SpaceConfig:
 
     @property
     def side(self) -> int:
-        """Of the state."""
+        """Side of the state, in its own pixels."""
         return self.image_size // self.downsampling
 
 

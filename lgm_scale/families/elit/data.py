@@ -35,7 +35,7 @@ def check_grids(
     Args:
         where: Its name, for messages.
         manifest: Its manifest.
-        channels: Of the model's input.
+        channels: Channels of the model's input.
         side: Latents along a side of the model's input.
         encoder_id: Hash of the encoder's weights; None leaves the check out.
 
@@ -69,11 +69,11 @@ class ELITLatentDataset(EpochDataset):
         data: MDS folder of grids, or sources with their classes and shares.
         shuffle: In another order every epoch.
         flip: Draw one of the flips; otherwise the image as it is.
-        seed: Of order and flips; a flip depends on (seed, epoch, sample id) alone.
+        seed: Seed of order and flips; a flip depends on (seed, epoch, sample id) alone.
         batch_size: Per device.
         channels: C, for the check.
         side: h and w, for the check.
-        encoder_id: See `check_grids`.
+        encoder_id: Hash of the encoder's weights; None leaves the check out.
         options: Cache and patience.
 
     Raises: DataError if a source is no complete MDS folder of such latents, or the encoders or

@@ -28,7 +28,7 @@ class ELITPipeline(Pipeline[ELITBundle]):
 
     Args:
         bundle: Generator and what decodes its states, on one device.
-        dtype: Of the networks' matrix products; the trajectory itself is float32.
+        dtype: Type of the networks' matrix products; the trajectory itself is float32.
         source: Where it came from, for messages.
     """
 

@@ -33,9 +33,9 @@ class ELITTrainingModel(FlowModel):
         net: An `ELIT` or a `SiT`.
         latent_scale: What latents are multiplied by; None for pixels.
         label_dropout: Share of samples that train the unconditional branch.
-        timestep_mean: Of the logit-normal law of t.
-        timestep_std: Of the same.
-        seed: Of noise, latents, timesteps and label dropout.
+        timestep_mean: Mean of the normal law whose logistic function t is.
+        timestep_std: Standard deviation of that law.
+        seed: Seed of noise, latents, timesteps and label dropout.
     """
 
     net: SiT

@@ -90,9 +90,9 @@ def save_lgm_bundle(
 
     Args:
         folder: Where to; replaced if it is a bundle already.
-        config: Of the model.
+        config: Configuration of the model.
         weights: State of the generator.
-        stats: Of the latents it was trained on.
+        stats: Statistics of the latents that it was trained on.
         classes: Names of the classes.
         tokenizer_bundle: Bundle of the tokenizer that made the latents.
         training: Anything about how it came about.

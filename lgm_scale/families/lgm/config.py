@@ -44,7 +44,7 @@ DIT_SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class LGMModelConfig:
-    """Arguments of `models.dit.MergeDiT`."""
+    """Arguments of `network.MergeDiT`."""
 
     __pydantic_config__ = STRICT
     size: Literal["tiny", "s", "b", "l", "xl", "h"] = "b"
@@ -56,7 +56,7 @@ class LGMModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LGMObjectiveConfig(FlowObjectiveConfig):
-    """The objective of generators on merged tokens; see `objectives.flow`."""
+    """The objective of generators on merged tokens: rectified flow, size-weighted (`flow.py`)."""
 
     __pydantic_config__ = STRICT
     noise_scale: Literal["corrected", "legacy"] = "corrected"

@@ -139,11 +139,11 @@ class LGMLatentDataset(EpochDataset):
     Args:
         data: MDS folder of latents, or sources with their classes and shares.
         shuffle: Shuffle, and draw the flip; otherwise the unflipped latents in order.
-        seed: Of order and flips; a flip depends on (seed, epoch, sample id) alone.
+        seed: Seed of order and flips; a flip depends on (seed, epoch, sample id) alone.
         batch_size: Per device.
         num_base_tokens: N, for the check.
         latent_dim: D, for the check.
-        tokenizer_id: See `check_latents`.
+        tokenizer_id: Hash of the tokenizer's weights; None leaves the check out.
         options: Cache and patience.
 
     Raises: DataError if a source is no complete MDS folder of such latents, or the tokenizers of

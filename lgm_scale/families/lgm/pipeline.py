@@ -45,7 +45,7 @@ class LGMPipeline(Pipeline[LGMBundle]):
 
     Args:
         bundle: Generator, tokenizer, merge tree and statistics, on one device.
-        dtype: Of the networks' matrix products; the trajectory itself is float32.
+        dtype: Type of the networks' matrix products; the trajectory itself is float32.
         source: Where it came from, for messages.
     """
 

@@ -38,11 +38,11 @@ class LGMTrainingModel(FlowModel):
         tree: Merge tree of the tokenizer that made the latents.
         mean: Per-channel mean of the latents, [D].
         std: Per-channel standard deviation of the latents, [D].
-        noise_scale: See `NoiseScale`.
+        noise_scale: Whether noise is merged like the data, or drawn per token; `flow.NoiseScale`.
         label_dropout: Share of samples that train the unconditional branch.
-        timestep_mean: Of the logit-normal law of t.
-        timestep_std: Of the same.
-        seed: Of noise, timesteps and label dropout.
+        timestep_mean: Mean of the normal law whose logistic function t is.
+        timestep_std: Standard deviation of that law.
+        seed: Seed of noise, timesteps and label dropout.
     """
 
     net: MergeDiT

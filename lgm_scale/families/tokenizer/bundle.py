@@ -40,7 +40,7 @@ def save_tokenizer_bundle(
 
     Args:
         folder: Where to; replaced if it is a bundle already.
-        config: Of the model.
+        config: Configuration of the model.
         weights: State of the tokenizer.
         tree: Its merge tree; None if its length control has none.
         training: Anything about how it came about (steps, the run's configuration).

@@ -46,12 +46,12 @@ TOKENIZER_SIZES = {
 }
 
 AUXILIARY_SIZE = TokenizerSize(192, 3, 3, 1e-5)
-"""Of the decoder that predicts the teacher's features."""
+"""Size of the decoder that predicts the teacher's features."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerModelConfig:
-    """Arguments of `models.tokenizer.Tokenizer`."""
+    """Arguments of `network.Tokenizer`."""
 
     __pydantic_config__ = STRICT
     size: Literal["tiny", "s", "b", "l"] = "b"
@@ -89,7 +89,8 @@ class TokenizerObjectiveConfig:
     adversarial_start: int = 20_000
     """First step of both players."""
     lecam: float = 0.001
-    """Of the critic, and so is `consistency`; without an adversarial loss they have no effect."""
+    """A weight of the critic's loss, and so is `consistency`; both have no effect without an
+    adversarial loss."""
     consistency: float = 4.0
     exploration_noise: float = 0.1
 

@@ -55,7 +55,7 @@ class TokenizerTrainingModel(TrainingModel):
     Args:
         net: The tokenizer; a direct child, which is what Composer's sharding wraps.
         objective: Weights and start steps of the losses.
-        seed: Of exploration noise and of what the critic sees.
+        seed: Seed of exploration noise and of what the critic sees.
         frozen: Networks that the losses look through.
         auxiliary: Predicts the teacher's features from the latents; None without that loss.
         critic: Trained heads on the frozen critic's features; None without that loss.
