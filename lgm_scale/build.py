@@ -92,11 +92,11 @@ def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedu
 
 
 def build_optimizer(
-    config: OptimizerConfig, players: dict[str, list[nn.Module]]
+    config: OptimizerConfig, parameter_groups: dict[str, list[nn.Module]]
 ) -> torch.optim.AdamW:
-    """One AdamW for all players; weight decay on matrices and tables, not on biases and gains."""
+    """One AdamW for all groups; weight decay on matrices and tables, not on biases and gains."""
     groups = []
-    for modules in players.values():
+    for modules in parameter_groups.values():
         parameters = [p for p in parameters_of(modules) if p.requires_grad]
         matrices = [p for p in parameters if p.ndim >= 2]
         groups.append({"params": matrices, "weight_decay": config.weight_decay})

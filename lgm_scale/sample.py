@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.base import add_import_option
+from lgm_scale.sampling.config import SamplerConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,19 +37,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--num-tokens", nargs="+", type=int, help="rows; default: all tokens")
     parser.add_argument("--out", required=True, help="image file to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cfg-scale", type=float, help="guidance; default: by the bundle")
-    parser.add_argument("--cfg-interval", nargs=2, type=float, metavar=("LO", "HI"))
-    parser.add_argument("--cfg-rescale", choices=["none", "per_position"])
-    parser.add_argument("--num-steps", type=int, metavar="POINTS", help="grid points")
-    parser.add_argument("--solver", choices=["euler", "heun"])
-    parser.add_argument("--timestep-shift", type=float)
-    parser.add_argument(
-        "--uncond-num-tokens", type=int, metavar="K", help="guidance: the weak branch runs at K"
-    )
-    parser.add_argument(
-        "--guidance", choices=["cfg", "autoguidance"],
-        help="the weak branch is without class (cfg), or keeps it at fewer tokens",
-    )  # fmt: skip
+    add_sampler_options(parser)
     parser.add_argument(
         "--grow", nargs="+", metavar="T:K",
         help="growing length: from shifted time T on K tokens; the row's own length ends it",
@@ -56,15 +47,26 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of `SamplerConfig`; growing length is --grow, which fits every row."""
+    hints = get_type_hints(SamplerConfig)
+    for entry in fields(SamplerConfig):
+        if entry.name == "length_schedule":
+            continue
+        kind, options = hints[entry.name], {"help": entry.metadata["help"]}
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            options["choices"] = [member.value for member in kind]
+        elif get_origin(kind) is tuple:
+            options |= {"nargs": 2, "type": float, "metavar": ("LO", "HI")}
+        else:
+            options["type"] = float if kind is float else int
+        parser.add_argument(f"--{entry.name.replace('_', '-')}", **options)
+
+
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says about the sampler."""
-    names = (
-        "cfg_scale", "num_steps", "timestep_shift", "uncond_num_tokens", "cfg_rescale", "solver",
-        "guidance",
-    )  # fmt: skip
-    settings = {name: getattr(args, name) for name in names}
-    settings["cfg_interval"] = tuple(args.cfg_interval) if args.cfg_interval else None
-    return {name: value for name, value in settings.items() if value is not None}
+    """What the command line says about the sampler; what it does not, the bundle does."""
+    given = {entry.name: getattr(args, entry.name, None) for entry in fields(SamplerConfig)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def growth_of(entries: list[str] | None) -> list[tuple[float, int]]:

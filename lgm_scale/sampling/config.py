@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from fractions import Fraction
 from typing import Any
@@ -53,6 +53,11 @@ class Solver(str, Enum):
     HEUN = "heun"
 
 
+def _setting(help: str, default: Any) -> Any:
+    """A field with what its flag's help says."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """How images are sampled: the one schema of YAML files, sweeps, pipelines and flags.
@@ -62,25 +67,29 @@ class SamplerConfig:
     """
 
     __pydantic_config__ = STRICT
-    cfg_scale: float = 1.0
-    """Guidance w; 1 turns it off."""
-    cfg_interval: tuple[float, float] = (0.15, 1.0)
-    """Times, ends included, between which guidance is on."""
-    cfg_rescale: CFGRescale = CFGRescale.PER_POSITION
-    """Whether guidance is divided by the size of each cluster."""
-    num_steps: int = 25
-    """Points of the time grid: 25 points are 24 Euler steps."""
-    timestep_shift: float = 0.2
-    """a of t' = a t / (1 + (a - 1) t): below 1, more steps are near the noise."""
-    solver: Solver = Solver.EULER
-    """One evaluation of the network per step, or two."""
-    uncond_num_tokens: int | None = None
-    """Tokens of guidance's weak branch, or of the step where that has fewer; null: the step's."""
-    length_schedule: tuple[tuple[float, int], ...] = ()
-    """Growing length: [t, K] pairs; from shifted time t on, steps run at K. The first t is 0, the
-    last K is the length asked for. Empty: one length."""
-    guidance: Guidance = Guidance.CFG
-    """What the weak branch lacks: the class, or with `autoguidance` tokens alone."""
+    cfg_scale: float = _setting("guidance w; 1 turns it off", 1.0)
+    cfg_interval: tuple[float, float] = _setting(
+        "times, ends included, between which guidance is on", (0.15, 1.0)
+    )
+    cfg_rescale: CFGRescale = _setting(
+        "whether guidance is divided by the size of each cluster", CFGRescale.PER_POSITION
+    )
+    num_steps: int = _setting("points of the time grid: 25 points are 24 Euler steps", 25)
+    timestep_shift: float = _setting(
+        "a of t' = a t / (1 + (a - 1) t): below 1, more steps are near the noise", 0.2
+    )
+    solver: Solver = _setting("one evaluation of the network per step, or two", Solver.EULER)
+    uncond_num_tokens: int | None = _setting(
+        "tokens of guidance's weak branch, or of the step where that has fewer", None
+    )
+    length_schedule: tuple[tuple[float, int], ...] = _setting(
+        "growing length: (t, K) pairs; from shifted time t on, steps run at K. The first t is 0, "
+        "the last K is the length asked for; empty: one length",
+        (),
+    )
+    guidance: Guidance = _setting(
+        "what the weak branch lacks: the class, or with autoguidance tokens alone", Guidance.CFG
+    )
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning, all at once."""
