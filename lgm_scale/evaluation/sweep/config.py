@@ -98,7 +98,7 @@ class SweepConfig:
     """Those without their file or statistics are off, each with one line."""
     reference: str | None = None
     """Statistics to compare with: ADM's npz, another npz with mu and sigma, EDM2's pkl, or a file
-    of `python -m eval.reference`. Null: the images of `images`."""
+    of the command `reference`. Null: the images of `images`."""
     images: str | None = None
     """MDS folder of validation images, for reconstructions (rFID, PSNR, SSIM, LPIPS)."""
     inception: str | None = None

@@ -21,6 +21,9 @@ from lgm_scale.sampling.config import SamplerConfig
 __all__ = ["broken_rules", "check_sweep", "load_sweep", "repeated_lengths", "wrong_image_size"]
 
 
+_COMMANDS = "lgm_scale.evaluation.commands"
+
+
 def load_sweep(path: str, overrides: list[str]) -> SweepConfig:
     """Read and validate a sweep. Raises: ConfigError with every problem."""
     values = read_yaml(path, overrides)
@@ -166,11 +169,11 @@ def _files(config: SweepConfig) -> Iterator[str]:
         yield f"out: {config.out} is a file; choose a folder"
     hints = {
         "metrics_log": "give the metrics.jsonl of the generator's training, or leave the key out",
-        "reference": "make one with `python -m eval.reference`, or leave the key out",
+        "reference": f"make one with `python -m {_COMMANDS}.reference`, or leave the key out",
         **dict.fromkeys(
             ("inception", "dinov2", "vgg16"),
-            "`python -m eval.preflight` says where it is to be had; or leave the key out, and its "
-            "metrics are off",
+            f"`python -m {_COMMANDS}.preflight` says where it is to be had; or leave the key out, "
+            "and its metrics are off",
         ),
     }
     for key, hint in hints.items():
