@@ -6,10 +6,10 @@ Both sides get the same similarities and end with labels. scikit-learn's Agglome
 (average linkage, precomputed distances) is what the authors' release runs at every step. What
 counts is the thread's own processor time, so other programs do not.
 
-The share of a training step is computed, not measured: the step's operations (`lgm_scale.flops`,
-forward and backward three times the forward) at a rate given on the command line. On a GPU the
-tree is made on the host while the encoder runs (`linkage.start_host_copy`), so as long as it takes
-less time than the encoder's forward pass, its share is what hides behind it.
+The share of a training step is computed, not measured: the step's operations (the tokenizer's
+`flops`; forward and backward are three times the forward) at a rate given on the command line. On a
+GPU the tree is made on the host while the encoder runs (`linkage.start_host_copy`), so as long as
+it takes less time than the encoder's forward pass, its share is what hides behind it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ cut off. So each start is an attempt with a number of its own. A state carries t
 attempt that wrote it: no attempt can overwrite another's state. An attempt notes at which step it
 began: what an older one writes beyond that step was written by a process that was believed dead,
 and is never read. And before it writes, an attempt looks for newer ones: a process that was cut
-off and comes back stops there. (What a job of Slurm did is in `launchers.starts`, another record.)
+off and comes back stops there. (What a job of Slurm did is in `launchers.records`, another record.)
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _resize_smaller_side(image: Image.Image, smaller: int) -> Image.Image:
 
 
 class ImageDataset(EpochDataset):
-    """Images and labels from MDS shards written by `data_tools.images_to_mds`.
+    """Images and labels from MDS shards written by `lgm_scale.data.preparation.convert`.
 
     An item is {"images": uint8 [3, S, S], "labels": int64 [], "sample_ids": int64 []}; the sample
     id is the index in the data set. `dataset[i]` works too; a centre crop of a stored image that is

@@ -1,8 +1,8 @@
 """Latents on a grid: the data set of MDS shards with the moments of an image autoencoder.
 
-A folder is made by `data_tools.encode_latents --encoder sd-vae`. It holds what the encoder gives, a
-mean and a standard deviation per latent, of both flips; which latent a visit sees is drawn in
-training, where the noise belongs. The manifest names the encoder by the hash of its weights, and
+A folder is made by `lgm_scale.data.preparation.encode --encoder sd-vae`. It holds what the encoder
+gives, a mean and a standard deviation per latent, of both flips; which latent a visit sees is drawn
+in training, where the noise belongs. The manifest names the encoder by the hash of its weights, and
 has the factor that a generator scales the latents with.
 """
 

@@ -1,8 +1,8 @@
 """Latents: the data set of MDS latent shards, and what belongs to all of them.
 
-A latent folder is made by `data_tools.encode_latents` with one tokenizer. Beside the shards stand
-that tokenizer's merge tree and the per-channel statistics of all latents; the manifest names the
-tokenizer by the hash of its weights.
+A latent folder is made by `lgm_scale.data.preparation.encode` with one tokenizer. Beside the shards
+stand that tokenizer's merge tree and the per-channel statistics of all latents; the manifest names
+the tokenizer by the hash of its weights.
 """
 
 from __future__ import annotations
