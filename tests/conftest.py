@@ -7,6 +7,8 @@ import gc
 import os
 import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator
 
 # One thread per test process: on few cores, OpenMP threads that wait for each other cost more
@@ -20,8 +22,41 @@ from pathlib import Path
 import pytest
 import torch
 from random_weights import save_random_inception, save_random_vgg16
-from small_pipeline import SmallPipeline, run_command
+from rank_processes import call_command, run_calls
+from small_pipeline import SmallPipeline
 from streaming.base.shared.memory import SharedMemory
+
+SHARED_MEMORY = Path("/dev/shm")
+ENCODE = "lgm_scale.data.preparation.encode"
+STARTED = pytest.StashKey[float]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let everything that a test starts litter where pytest clears up."""
+    folder = tmp_path_factory.mktemp("tmp", numbered=False)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[STARTED] = time.time()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Remove the shared memory that killed ranks have left, once no process has it open."""
+    if hasattr(session.config, "workerinput") or not SHARED_MEMORY.is_dir():
+        return
+    left = [path for path in SHARED_MEMORY.glob("[0-9]*_*") if path.name.split("_")[0].isdigit()]
+    left = [path for path in left if path.stat().st_mtime >= session.config.stash[STARTED]]
+    open_now = set()
+    for maps in Path("/proc").glob("[0-9]*/maps") if left else ():
+        try:
+            open_now |= {word for word in maps.read_text().split() if word.startswith("/dev/shm/")}
+        except OSError:  # it has just ended, or is somebody else's
+            continue
+    for path in left:
+        if str(path) not in open_now:
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)
@@ -71,13 +106,9 @@ def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> SmallPipeline:
     torch.manual_seed(0)
     net = build_tokenizer(config)
     save_tokenizer_bundle(pipeline.tokenizer, config, net.state_dict(), net.merge_tree(), {})
-    result = run_command(
-        "data_tools/encode_latents.py",
-        *("--tokenizer", pipeline.tokenizer),
-        *("--images", pipeline.images),
-        *("--out", pipeline.latents),
-    )
-    assert result.returncode == 0, result.stderr
+    options = ("--images", pipeline.images, "--tokenizer", pipeline.tokenizer)
+    command = (ENCODE, [*options, "--out", pipeline.latents])
+    run_calls(1, call_command, *command, log=root / "encode-log")
     return pipeline
 
 

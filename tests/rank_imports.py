@@ -11,6 +11,12 @@ import importlib.util
 
 import lgm_scale.build
 import lgm_scale.checkpoint.run
+import lgm_scale.data.preparation.encode
+import lgm_scale.evaluation.commands.sweep
+import lgm_scale.evaluation.report.writing
+import lgm_scale.evaluation.sweep.measure
+import lgm_scale.pipeline
+import lgm_scale.sample
 import lgm_scale.train
 
 if importlib.util.find_spec("deepspeed"):

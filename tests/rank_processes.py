@@ -7,6 +7,7 @@ they can be killed, and get signals.
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import multiprocessing as mp
 import os
 import shutil
@@ -36,6 +37,30 @@ def _ensure_server() -> None:
         forkserver.ensure_running()
 
 
+def start_calls(
+    world_size: int, function: Callable[..., object], *args: object, log: Path | None = None
+) -> list[BaseProcess]:
+    """Start `world_size` ranks that each call `function(*args)`, and exit with what it returns.
+
+    Ranks find each other and the size of their world in the environment, as under a launcher.
+    None is status 0, and so is everything that is no number. What a rank says goes to
+    `<log>-<rank>.txt`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        _FORKS.Process(
+            target=_enter, args=(rank, world_size, port, log, function, args), daemon=True
+        )
+        for rank in range(world_size)
+    ]
+    _ensure_server()
+    for process in ranks:
+        process.start()
+    return ranks
+
+
 def start_ranks(
     world_size: int,
     jobs: Sequence[Job],
@@ -44,22 +69,10 @@ def start_ranks(
 ) -> list[BaseProcess]:
     """Start `world_size` ranks that train every job in turn.
 
-    A rank exits with the status of its last job. What it says goes to `<log>-<rank>.txt`. It calls
-    `prepare`, a function of a module, before its first job.
+    A rank exits with the status of its last job. It calls `prepare`, a function of a module,
+    before its first job.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        _FORKS.Process(
-            target=_rank, args=(rank, world_size, port, list(jobs), log, prepare), daemon=True
-        )
-        for rank in range(world_size)
-    ]
-    _ensure_server()
-    for process in ranks:
-        process.start()
-    return ranks
+    return start_calls(world_size, _train, list(jobs), prepare, log=log)
 
 
 def wait_for(ranks: Sequence[BaseProcess], timeout: float = 300) -> list[int | None]:
@@ -89,10 +102,29 @@ def run_ranks(
     prepare: Callable[[], object] | None = None,
 ) -> None:
     """Train every job on `world_size` ranks; all must succeed."""
-    statuses = wait_for(start_ranks(world_size, jobs, log, prepare), timeout)
+    run_calls(world_size, _train, list(jobs), prepare, log=log, timeout=timeout)
+
+
+def run_calls(
+    world_size: int,
+    function: Callable[..., object],
+    *args: object,
+    log: Path,
+    timeout: float = 300,
+) -> None:
+    """Call `function(*args)` on `world_size` ranks; all must succeed."""
+    statuses = wait_for(start_calls(world_size, function, *args, log=log), timeout)
     if any(statuses):
         said = "\n".join(path.read_text()[-3000:] for path in log.parent.glob(log.name + "-*.txt"))
         raise AssertionError(f"ranks ended with {statuses}:\n{said}")
+
+
+def call_command(module: str, arguments: Sequence[str | Path]) -> None:
+    """Be `python -m <module> <arguments>`, in a rank: its errors, its exit status."""
+    from lgm_scale.errors import exit_on_user_error
+
+    sys.argv = [module, *map(str, arguments)]
+    exit_on_user_error(importlib.import_module(module).main)
 
 
 def run_strategies(
@@ -108,20 +140,15 @@ def run_strategies(
     return {name: folder / name for name in ("one", *strategies)}
 
 
-def _rank(
+def _enter(
     rank: int,
     world_size: int,
     port: int,
-    jobs: list[Job],
     log: Path | None,
-    prepare: Callable[[], object] | None,
+    function: Callable[..., object],
+    args: tuple[object, ...],
 ) -> None:
     import torch
-
-    from lgm_scale.checkpoint.run_folder import RunFolder
-    from lgm_scale.config.rules import load_training_run
-    from lgm_scale.errors import exit_on_user_error
-    from lgm_scale.train import train
 
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
@@ -131,10 +158,27 @@ def _rank(
         sink = os.open(f"{log}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
-
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    try:
+        status = function(*args)
+    except SystemExit as end:
+        _leave(int(end.code or 0))
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
+    # Neither a normal exit nor the end of a process group: both have been seen to wait for ever.
+    _leave(status if isinstance(status, int) else 0)
+
+
+def _train(jobs: list[Job], prepare: Callable[[], object] | None) -> int:
+    from lgm_scale.checkpoint.run_folder import RunFolder
+    from lgm_scale.config.rules import load_training_run
+    from lgm_scale.errors import exit_on_user_error
+    from lgm_scale.train import train
+
     if prepare is not None:
         prepare()
+    world_size = int(os.environ["WORLD_SIZE"])
 
     def main() -> int:
         status = 0
@@ -143,13 +187,8 @@ def _rank(
             status = train(config, RunFolder(Path(config.out), config))
         return status
 
-    try:
-        exit_on_user_error(main)
-    except SystemExit as end:
-        _leave(int(end.code or 0))
-    except BaseException:
-        traceback.print_exc()
-        _leave(1)
+    exit_on_user_error(main)
+    raise AssertionError("exit_on_user_error came back")
 
 
 def _leave(status: int) -> None:

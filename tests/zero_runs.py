@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import socket
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -12,11 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from composer import Callback, DataSpec, Trainer
 from composer.algorithms import GradientClipping
 from composer.utils import dist as composer_dist
 from composer.utils import get_device
+from rank_processes import run_calls
 from small_tokenizer import small_batch, small_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -303,13 +301,10 @@ def divergence(stage: int) -> str:
     return ""
 
 
-def worker(rank: int, world_size: int, port: int, folder: Path) -> None:
+def worker(folder: Path) -> None:
     """All runs of one group of processes; rank 0 writes what they give."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     composer_dist.initialize_dist(get_device("cpu"))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     gc.freeze()  # DeepSpeed collects garbage at each start, and there is much to look through
     jobs: dict[str, Callable[[], Any]] = {
         case.name: lambda case=case: run(case, world_size) for case in CASES[world_size]
@@ -324,14 +319,10 @@ def worker(rank: int, world_size: int, port: int, folder: Path) -> None:
         if rank == 0:
             torch.save(found, folder / f"{WORLDS[world_size]}_{name}.pt")
         dist.barrier()
-    dist.destroy_process_group()
 
 
 def run_all(folder: Path) -> dict[str, Any]:
     """Name -> what was found, of every run; names begin with the number of ranks."""
     for world_size in (2, 1):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(worker, (world_size, port, folder), nprocs=world_size)  # type: ignore[arg-type]
+        run_calls(world_size, worker, folder, log=folder / WORLDS[world_size], timeout=600)
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}

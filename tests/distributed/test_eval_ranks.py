@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rank_processes import call_command, run_calls, start_calls, wait_for
 from safetensors.numpy import load_file
 from small_elit import make_elit_bundle
-from small_pipeline import ROOT
+from small_pipeline import run_command
 from small_sweep import make_sweep_inputs, numbers_of, sweep_config, sweep_file
 
 from lgm_scale.evaluation.engine.chunks import ChunkResult, ChunkStore, Job
@@ -27,6 +23,9 @@ from lgm_scale.evaluation.sweep.measure import measure
 from lgm_scale.evaluation.sweep.rules import load_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
+
+
+SWEEP = "lgm_scale.evaluation.commands.sweep"
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +46,6 @@ def alone(made, tmp_path_factory) -> Path:
     return out
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-
-def command(path: Path, ranks: int, *more: str) -> list[str]:
-    if ranks == 1:
-        return [sys.executable, "eval/sweep.py", str(path), *more]
-    composer = Path(sys.executable).with_name("composer")
-    return [str(composer), "-n", str(ranks), "eval/sweep.py", str(path), *more]
-
-
 def same_results(out: Path, other: Path) -> None:
     assert numbers_of(out) == numbers_of(other)
     for path in sorted((other / "chunks").glob("*/*.safetensors")):
@@ -68,15 +56,15 @@ def same_results(out: Path, other: Path) -> None:
 
 
 def run(path: Path, ranks: int) -> None:
-    done = subprocess.run(
-        command(path, ranks), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_calls(ranks, call_command, SWEEP, [path], log=path.with_suffix(""))
 
 
 def test_three_ranks_give_the_same_bits(made, alone, tmp_path):
+    """Under the launcher, as a user starts it; the tests below fork their ranks."""
     out = tmp_path / "report"
-    run(sweep_file(made, out, **PIXELS | {"batch_size": 7}), 3)
+    path = sweep_file(made, out, **PIXELS | {"batch_size": 7})
+    done = run_command("eval/sweep.py", path, ranks=3)
+    assert done.returncode == 0, done.stderr[-3000:]
     same_results(out, alone)
     assert (out / "index.html").is_file()
 
@@ -127,17 +115,15 @@ def test_a_killed_sweep_goes_on_with_another_number_of_ranks(
     out = tmp_path / "report"
     rng = random.Random(seed)
     path = sweep_file(made, out, **PIXELS)
-    process = subprocess.Popen(
-        command(path, 2), cwd=ROOT, env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    ranks = start_calls(2, call_command, SWEEP, [path], log=tmp_path / "log")
     total, wanted = 2 * 31, rng.randrange(1, 50)
     deadline = time.monotonic() + 240
     while len(chunk_files(out)) < wanted and time.monotonic() < deadline:
-        assert process.poll() is None, "it ended before it was killed"
+        assert all(rank.is_alive() for rank in ranks), "it ended before it was killed"
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for rank in ranks:
+        rank.kill()
+    wait_for(ranks)
     kept = chunk_files(out)
     assert wanted <= len(kept) < total
     made_now: Counter[tuple[int, int]] = Counter()
@@ -164,28 +150,25 @@ def test_a_killed_sweep_goes_on_with_another_number_of_ranks(
     same_results(out, alone)
 
 
-def _sweep_in_a_process(path: Path) -> None:
+def _be_a_program_of_its_own() -> None:
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+
+
+def _sweep(path: Path) -> None:
+    _be_a_program_of_its_own()
     measure(load_sweep(str(path), []))
 
 
 def test_two_programs_on_one_sweep_count_nothing_twice(made, alone, tmp_path):
     out = tmp_path / "report"
     path = sweep_file(made, out, **PIXELS)
-    in_two_processes(_sweep_in_a_process, path)
+    run_calls(2, _sweep, path, log=tmp_path / "log")
     same_results(out, alone)
 
 
-def in_two_processes(target: Callable[..., None], *args: Any) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=args) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    assert [process.exitcode for process in processes] == [0, 0]
+def _work(folder: Path, log: Path) -> None:
+    _be_a_program_of_its_own()
 
-
-def _work_in_a_process(folder: Path, log: Path, started: Any) -> None:
     def work(start: int, stop: int) -> ChunkResult:
         with log.open("a") as file:
             file.write(f"{start}\n")
@@ -194,13 +177,16 @@ def _work_in_a_process(folder: Path, log: Path, started: Any) -> None:
 
     job = Job("numbers", {"kind": "test"}, 60, 2, work)
     store = ChunkStore(folder)
-    started.wait()  # both see an empty folder and deal themselves all chunks
-    make_missing([job], store, missing_tasks([job], store, Part()), lambda task: None)
+    missing = missing_tasks([job], store, Part())
+    log.with_name(f"ready-{os.getpid()}").touch()
+    while len(list(log.parent.glob("ready-*"))) < 2:  # both deal themselves all chunks
+        time.sleep(0.001)
+    make_missing([job], store, missing, lambda task: None)
 
 
 def test_two_programs_share_the_work_and_make_each_chunk_once(tmp_path):
-    log, barrier = tmp_path / "log", multiprocessing.get_context("spawn").Barrier(2)
-    in_two_processes(_work_in_a_process, tmp_path / "store", log, barrier)
+    log = tmp_path / "made"
+    run_calls(2, _work, tmp_path / "store", log, log=tmp_path / "log")
     assert sorted(map(int, log.read_text().split())) == list(range(0, 60, 2))
     job = Job("numbers", {"kind": "test"}, 60, 2, lambda *_: ChunkResult({}))
     assert ChunkStore(tmp_path / "store").gather(job, ["index"])["index"].tolist() == list(

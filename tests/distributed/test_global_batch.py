@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from composer.core import Event
+from rank_processes import run_calls
 from small_tokenizer import OPTIMIZER, small_batch, small_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -54,29 +52,23 @@ def train(rank: int, world_size: int, sharding: str, reduce_mean) -> dict[str, t
     return results
 
 
-def worker(rank: int, world_size: int, port: int, cases: list[str], folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+def worker(cases: list[str], folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     for case in cases:
         sharding = case.split("-")[0]
         reduce_mean = one_rank if case.endswith("local") else mean_over_ranks
         results = train(rank, world_size, sharding, reduce_mean)
         if rank == 0:
-            torch.save(results, Path(folder) / f"{case}.pt")
-    dist.destroy_process_group()
+            torch.save(results, folder / f"{case}.pt")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Of one process, and of two for every case; `ddp-local` reduces nothing over ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     cases = ["ddp", "fsdp", "ddp-local"]
-    mp.spawn(worker, (2, port, cases, str(folder)), nprocs=2)  # type: ignore[arg-type]
+    run_calls(2, worker, cases, folder, log=folder / "log")
     found = {case: torch.load(folder / f"{case}.pt", weights_only=True) for case in cases}
     return found | {"one": train(0, 1, "none", mean_over_ranks)}
 

@@ -5,16 +5,14 @@ A step under it needs GPUs; what each rank keeps does not.
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from composer.utils import dist as composer_dist
 from composer.utils import get_device
+from rank_processes import run_calls
 from torch import nn
 
 from lgm_scale.config.schema import FSDPConfig
@@ -33,11 +31,7 @@ def network() -> nn.Module:
     return nn.ModuleDict({"net": net})
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
+def worker(folder: Path) -> None:
     composer_dist.initialize_dist(get_device("cpu"))
     model = network()
     shard_model(model, FSDPConfig(shard="hybrid", group_size=2), torch.float32)
@@ -54,17 +48,13 @@ def worker(rank: int, port: int, folder: str) -> None:
         "whole": whole,
         "refused": refused,
     }
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(found, folder / f"{dist.get_rank()}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hybrid")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(folder)), nprocs=RANKS)  # type: ignore[arg-type]
+    run_calls(RANKS, worker, folder, log=folder / "log")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 

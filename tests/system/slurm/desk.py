@@ -18,6 +18,8 @@ import yaml
 from small_pipeline import ROOT, SmallPipeline, metrics
 from virtual_cluster import VirtualCluster
 
+from launchers.records import Start, Starts
+
 STEPS = 300
 CONFIG = "yamls/quickstart/dit.yaml"
 
@@ -96,10 +98,13 @@ class Job:
         shown = self.desk.cluster.run("scontrol", "--oneliner", "show", "job", job_id or self.id)
         return re.findall(r" JobState=(\w+)", shown)[0]
 
+    def starts(self) -> list[Start]:
+        """What its launches have noted of every start; nothing of it passes."""
+        return Starts(self.folder / self.id).read()
+
     def nodes(self) -> list[str]:
-        """Where it runs, rank 0's node first."""
-        listed = self.desk.cluster.run("squeue", "-h", "-j", self.id, "-o", "%N")
-        return self.desk.cluster.run("scontrol", "show", "hostnames", listed).split()
+        """Where it was started last, rank 0's node first."""
+        return self.starts()[-1].nodes
 
     def wait(self, *states: str, seconds: float = 300) -> str:
         """Wait for one of the states that a job stays in; by default, for any of them."""
@@ -128,13 +133,8 @@ class Job:
         self.until(reached, f"reach step {step}")
 
     def restarted(self, count: int) -> None:
-        """Wait until it runs for the time number `count` after the first."""
-
-        def running() -> bool:
-            shown = self.desk.cluster.run("scontrol", "--oneliner", "show", "job", self.id)
-            return f" Restarts={count} " in shown and self.state() == "RUNNING"
-
-        self.until(running, f"run again ({count})")
+        """Wait until it has been started for the time number `count` after the first."""
+        self.until(lambda: len(self.starts()) > count, f"start again ({count})")
 
     @property
     def launches(self) -> Path:

