@@ -1,5 +1,7 @@
 # Commands for people. Each sets up $(VENV) by itself; `make VENV=path ...` uses another one.
-VENV ?= .venv
+# TORCH=2.11 installs and tests what GPU machines have, instead of the pin.
+TORCH ?= 2.7
+VENV ?= $(if $(filter 2.7,$(TORCH)),.venv,.venv-torch$(TORCH))
 # The newest supported interpreter that really starts (a version manager may leave dead shims).
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3; do \
 	$$p -c "" 2>/dev/null && echo $$p && break; done)
@@ -7,16 +9,29 @@ STAMP := $(VENV)/.lgm_scale-installed
 DEEPSPEED := $(VENV)/.deepspeed-installed
 BIN := $(VENV)/bin
 
+# Composer's metadata caps torch, and pip obeys; uv can be told to pass over that.
+INSTALL := $(BIN)/python -m pip install --quiet --progress-bar on
+ifneq ($(TORCH),2.7)
+INSTALL := $(BIN)/uv pip install --quiet --native-tls --python $(BIN)/python --override constraints/torch-$(TORCH).txt
+endif
+
 # OpenMP threads that spin while they wait bring a shared CPU to a crawl.
 export OMP_WAIT_POLICY = passive
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install quickstart test test-system lint clean
+# Python processes at once. A rank waits for others more than it computes.
+JOBS ?= 3
+PYTEST := pytest -n $(JOBS)
+
+.PHONY: help install quickstart check test test-all test-torch coverage lint clean
 
 help:
 	@echo "make quickstart   install, then the whole pipeline on demo photographs (minutes, no GPU)"
-	@echo "make test         all tests that this machine can run"
-	@echo "make test-system  tests against real servers, installed through apt (as root)"
+	@echo "make check        lint, and the tests that fail most: before a commit"
+	@echo "make test         all tests but those of the next line: before a merge"
+	@echo "make test-all     everything: real servers, installed through apt (as root), and random kills"
+	@echo "make test-torch TORCH=2.11   a selection on another torch, in an environment of its own"
+	@echo "make coverage     lines and branches that 'make test' reaches"
 	@echo "make lint         ruff and pyright"
 	@echo "make clean        delete runs/quickstart"
 	@echo "Add VENV=path to use an environment elsewhere, PYTHON=... to choose the interpreter."
@@ -26,27 +41,38 @@ install: $(STAMP) $(DEEPSPEED)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
 # DeepSpeed comes as source whose setup imports torch: after torch, and without the isolation that
 # would hide it. Its kernels are not compiled; training needs none of them.
+$(DEEPSPEED): export DS_BUILD_OPS = 0
 $(DEEPSPEED): $(STAMP)
-	$(BIN)/python -m pip install --quiet 'setuptools>=68' wheel
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --progress-bar on --no-build-isolation -e '.[deepspeed]'
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel
+	$(INSTALL) --no-build-isolation -e '.[deepspeed]'
 	@touch $@
 
 quickstart: $(STAMP)
 	@sh quickstart.sh
 
-# Unit tests in two processes, each file in one; the others start processes of their own.
-test: $(STAMP) $(DEEPSPEED)
-	pytest -n 2 --dist loadfile tests/unit
-	pytest tests/distributed tests/system
+check: lint
+	$(PYTEST) -m 'not slow and not servers' tests/unit
 
-test-system: $(STAMP) $(DEEPSPEED)
-	pytest -m servers tests/system
+test: $(STAMP) $(DEEPSPEED)
+	$(PYTEST) -m 'not thorough and not servers'
+
+test-all: $(STAMP) $(DEEPSPEED)
+	$(PYTEST) -m ''
+
+# What meets torch's private names and its numerics first.
+test-torch: $(STAMP) $(DEEPSPEED)
+	$(PYTEST) -m 'not servers' tests/distributed/test_strategies.py tests/distributed/test_kill.py \
+		tests/distributed/test_compiled.py tests/distributed/test_deepspeed.py tests/unit/test_private_names*.py \
+		tests/unit/test_merging.py tests/unit/test_sampling.py tests/unit/test_checkpoint.py
+
+coverage: $(STAMP) $(DEEPSPEED)
+	$(PYTEST) -m 'not thorough and not servers' --cov --cov-report=term:skip-covered
 
 lint: $(STAMP) $(DEEPSPEED)
 	ruff check .

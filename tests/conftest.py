@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,28 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Let everything that a test starts litter where pytest clears up."""
     folder = tmp_path_factory.mktemp("tmp", numbered=False)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+
+
+ROOMS = ("tests/system/slurm", "tests/system/s3", "tests/distributed", "tests/system", "tests/unit")
+"""Longest waits first: with several workers, short files then fill the gaps at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: [item.nodeid.startswith(room) for room in ROOMS].index(True))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker whole files, and all files that share a cluster or a gateway to one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return next((room for room in ROOMS[:2] if file.startswith(room)), file)
+
+    config.option.loadscopereorder = False  # the order is that of ROOMS
+    return ByServer(config, log)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 
-import pytest
 import torch
 from composer.utils import dist, get_device
+from rank_processes import run_calls
 from torch import nn
 
 from lgm_scale.config.schema import FSDPConfig
@@ -15,12 +15,12 @@ from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.fsdp import shard_model
 
 
-@pytest.fixture(autouse=True)
-def process_group():
+def test_gathered_bfloat16_is_autocast_and_rounds_no_input(tmp_path):
+    run_calls(1, compare_with_autocast, log=tmp_path / "log")
+
+
+def compare_with_autocast() -> None:
     dist.initialize_dist(get_device("cpu"))
-
-
-def test_gathered_bfloat16_is_autocast_and_rounds_no_input():
     torch.manual_seed(0)
     net = MergeDiT.from_size("tiny", 8, 16, 10)
     for parameter in net.parameters():

@@ -11,7 +11,7 @@ import psutil
 from small_pipeline import ROOT, composer, run_command
 
 TRAIN = "lgm_scale/train.py"
-SECONDS = 20
+SECONDS = 120  # on a machine with other work
 
 
 def test_the_first_failing_rank_is_on_top(small_pipeline):

@@ -141,7 +141,7 @@ def test_a_lost_shard_stops_the_epoch_and_nothing_is_lost_or_repeated(bucket, da
         pytest.raises(DataError, match=rf"epoch 0 is not complete: .*{lost}"),
     ):
         read_on(loader)
-    assert time.monotonic() - begun < 3 + 27  # retries, and a machine with other work
+    assert time.monotonic() - begun < 3 + 120  # retries, and a machine with other work
     assert len(seen) < NUM_IMAGES
     assert seen == whole[: len(seen)]
     state = loader.dataset.state_dict(len(seen), from_beginning=True)
