@@ -6,6 +6,7 @@ they can be killed, and get signals.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import importlib
 import multiprocessing as mp
@@ -50,14 +51,13 @@ def start_calls(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        _FORKS.Process(
-            target=_enter, args=(rank, world_size, port, log, function, args), daemon=True
-        )
+        _FORKS.Process(target=_enter, args=(rank, world_size, port, log, function, args))
         for rank in range(world_size)
     ]
     _ensure_server()
     for process in ranks:
         process.start()
+        atexit.register(process.kill)  # no daemons: those may not have data workers
     return ranks
 
 
