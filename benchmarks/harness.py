@@ -52,7 +52,6 @@ def alternating_medians(
     *,
     device: torch.device | None = None,
     warmup: int = 2,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each candidate.
 
@@ -64,14 +63,13 @@ def alternating_medians(
         repeats: Timed rounds.
         device: A GPU is waited for before each reading of the clock.
         warmup: Rounds before them that do not count.
-        clock: Seconds; `time.thread_time` leaves out what other programs take.
     """
     on_gpu = device is not None and device.type == "cuda"
 
     def now() -> float:
         if on_gpu:
             torch.cuda.synchronize(device)
-        return clock()
+        return time.perf_counter()
 
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
