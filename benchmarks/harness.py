@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["alternating_medians", "command_line", "parse_device", "print_rates", "print_table"]
-
 Candidates = Mapping[str, Callable[[], object]]
 
 

@@ -19,15 +19,6 @@ from tqdm import tqdm
 from lgm_scale.data.manifest import written_aside
 from lgm_scale.errors import ConfigError, DataError, MissingAssetError, exit_on_user_error
 
-__all__ = [
-    "PHOTOGRAPHS",
-    "DemoArguments",
-    "Photograph",
-    "find_photograph",
-    "make_demo_images",
-    "split_regions",
-]
-
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 INFO_NAME = "dataset.json"

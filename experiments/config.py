@@ -19,18 +19,6 @@ from pydantic import ConfigDict
 from lgm_scale.config.loading import InvalidValues, load_config, read_yaml
 from lgm_scale.errors import ConfigError, DataError
 
-__all__ = [
-    "Column",
-    "Experiment",
-    "Measurement",
-    "Panel",
-    "Run",
-    "Table",
-    "fill",
-    "load_experiment",
-    "lookup",
-]
-
 HOME = Path("yamls/experiments")
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _FIELD = re.compile(r"\{([\w.*-]+)(?::([^{}]*))?\}")

@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from experiments.config import Column, Experiment, Panel, fill, lookup
 from lgm_scale.errors import DataError
 
-__all__ = ["draw", "mean_and_std", "render", "write_between_markers"]
-
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 Line = Sequence[Mapping[str, Any]]

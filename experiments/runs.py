@@ -20,8 +20,6 @@ from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.families.base import family_of
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["PlannedRun", "Record", "equal_steps", "plan_runs", "prepare", "train_and_measure"]
-
 Record = dict[str, Any]
 KEPT_NAME = "measured.json"
 

@@ -25,14 +25,6 @@ from launchers.records import (
     rank_log,
 )
 
-__all__ = [
-    "FAILURES_AT_ONE_STEP",
-    "FAILURES_WITHOUT_PROGRESS",
-    "judge",
-    "last_words",
-    "main",
-]
-
 FAILURES_AT_ONE_STEP = 3
 FAILURES_WITHOUT_PROGRESS = 10
 """After so many in a row a job is given up."""

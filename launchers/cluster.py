@@ -16,8 +16,6 @@ from pydantic import ConfigDict
 from lgm_scale.config.loading import load_config, read_yaml
 from lgm_scale.errors import ConfigError
 
-__all__ = ["CLUSTERS", "SBATCH_OPTIONS", "Cluster", "load_cluster", "minutes"]
-
 SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "comment")
 """Handed to `sbatch` as they are, where they are set."""
 

@@ -17,8 +17,6 @@ from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.sweep.rules import check_sweep, load_sweep
 
-__all__ = ["KINDS", "TOOLS", "Job", "Tool", "describe_job"]
-
 
 @dataclass(frozen=True)
 class Tool:

@@ -15,22 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "LAUNCH_NAME",
-    "SPEED",
-    "STOPPED_STATUS",
-    "USER_ERROR_STATUS",
-    "RankEnd",
-    "Start",
-    "Starts",
-    "Verdict",
-    "last_speed",
-    "last_step",
-    "launch_folders",
-    "rank_log",
-    "tail",
-]
-
 LAUNCH_NAME = "launch.json"
 USER_ERROR_STATUS = 2
 STOPPED_STATUS = 75

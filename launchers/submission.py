@@ -14,15 +14,6 @@ from launchers.records import LAUNCH_NAME, last_speed, launch_folders
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
 
-__all__ = [
-    "check_save_interval",
-    "describe",
-    "interval_steps",
-    "refuse_live",
-    "submit",
-    "with_join",
-]
-
 
 def with_join(launch: Launch) -> list[Launch]:
     """The launch, and after an array the job that joins its parts."""

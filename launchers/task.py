@@ -25,8 +25,6 @@ from submitit.helpers import DelayedSubmission
 from launchers import scheduler
 from launchers.records import STOPPED_STATUS, Starts, Verdict, last_step
 
-__all__ = ["RankTask", "master_port", "rank_environment"]
-
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """Sent by schedulers before they take the machine away."""
 

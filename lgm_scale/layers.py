@@ -13,24 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "MLP",
-    "NORM_EPS",
-    "Attention",
-    "DiTBlock",
-    "FinalLayer",
-    "LabelEmbedding",
-    "SwiGLU",
-    "TimestepEmbedding",
-    "extra_channel_attention",
-    "initialize_transformer",
-    "masked_attention",
-    "modulate",
-    "proportional_attention",
-    "swiglu_hidden",
-    "zero",
-]
-
 NORM_EPS = torch.finfo(torch.float32).eps
 """Epsilon of every RMSNorm, as in the release; torch's default would change with the dtype."""
 

@@ -20,15 +20,6 @@ from lgm_scale.data.config import SourceConfig, as_sources
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.errors import ConfigError, DataError
 
-__all__ = [
-    "Augment",
-    "ImageDataset",
-    "center_crop",
-    "decode_image",
-    "random_flip",
-    "random_resized_crop",
-]
-
 Augment = Literal["crop", "flip", "none"]
 
 MAX_SCALE = 1 / 0.8

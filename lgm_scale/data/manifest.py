@@ -22,22 +22,6 @@ import numpy as np
 from lgm_scale.errors import DataError
 from lgm_scale.storage.files import folder_aside, write_whole
 
-__all__ = [
-    "COLUMNS",
-    "INDEX_NAME",
-    "LABELS_NAME",
-    "MANIFEST_NAME",
-    "Manifest",
-    "check_columns",
-    "check_shards",
-    "parse_manifest",
-    "read_index",
-    "read_labels",
-    "read_manifest",
-    "write_manifest",
-    "written_aside",
-]
-
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.json"
 LABELS_NAME = "labels.npy"

@@ -18,8 +18,6 @@ from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.manifest import Manifest, read_labels
 from lgm_scale.errors import DataError
 
-__all__ = ["View", "check_one_maker", "draw_passes", "samples_per_source", "view_sources"]
-
 
 @dataclass(frozen=True)
 class View:

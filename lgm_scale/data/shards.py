@@ -24,8 +24,6 @@ from lgm_scale.storage.transfer import (
     shown,
 )
 
-__all__ = ["digest_files", "fill_cache", "local_folder"]
-
 
 def local_folder(source: SourceConfig) -> Path:
     """Where the files of a source are on this machine."""

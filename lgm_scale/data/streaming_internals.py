@@ -37,15 +37,6 @@ from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import DataError
 from lgm_scale.storage.transfer import Expected, Patience, fetch, join, shown
 
-__all__ = [
-    "GuardedDataset",
-    "ShardStream",
-    "num_ranks",
-    "on_local_leaders",
-    "own_prefix",
-    "process_group",
-]
-
 log = logging.getLogger("lgm_scale")
 
 _FAILED = 255  # a state of a shard that `_ShardState` does not use

@@ -25,17 +25,6 @@ from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.engine.parts import from_rank_zero
 from lgm_scale.storage.files import file_hash
 
-__all__ = [
-    "FolderImages",
-    "ImageSource",
-    "NpzImages",
-    "StoredImages",
-    "ValidationImages",
-    "npz_images_shape",
-    "open_source",
-    "spread",
-]
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 

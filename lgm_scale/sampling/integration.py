@@ -15,8 +15,6 @@ from torch import Tensor
 
 from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["integrate"]
-
 
 def integrate(
     z_t: Tensor,

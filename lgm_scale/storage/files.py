@@ -17,18 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "digest",
-    "file_hash",
-    "folder_aside",
-    "is_partial",
-    "partial_path",
-    "place",
-    "replace_folder",
-    "write_json",
-    "write_whole",
-]
-
 _BLOCK = 1 << 20
 _PARTIAL = ".partial"
 

@@ -16,8 +16,6 @@ from lgm_scale.storage.clients import bucket_and_key, is_remote, s3_client
 from lgm_scale.storage.files import is_partial, partial_path, place, write_whole
 from lgm_scale.storage.transfer import Patience, StorageError, fetch, join, persist, shown, store
 
-__all__ = ["ObjectStorage", "Storage", "open_storage"]
-
 
 class Storage:
     """Named files below one folder. A name appears with its whole content, or not at all."""

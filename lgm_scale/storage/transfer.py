@@ -28,19 +28,6 @@ from lgm_scale.errors import DataError
 from lgm_scale.storage.clients import download, is_remote, upload
 from lgm_scale.storage.files import file_hash, partial_path
 
-__all__ = [
-    "Expected",
-    "MissingFileError",
-    "Patience",
-    "StorageError",
-    "fetch",
-    "join",
-    "persist",
-    "read_remote",
-    "shown",
-    "store",
-]
-
 log = logging.getLogger("lgm_scale")
 
 Result = TypeVar("Result")

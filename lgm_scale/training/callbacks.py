@@ -26,8 +26,6 @@ from lgm_scale.storage.files import write_whole
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.record import LossRecord
 
-__all__ = ["MetricsLog", "SpikeWatch", "StepKeys"]
-
 log = logging.getLogger("lgm_scale")
 
 

@@ -20,8 +20,6 @@ from torch import Tensor
 from lgm_scale.parallel.shards import ParameterShard, gather
 from lgm_scale.parallel.torch_internals import lerp_all_
 
-__all__ = ["EMA"]
-
 
 class EMA(Callback):
     """Average of the trainable parameters below `prefix`, updated after optimizer steps.

@@ -14,8 +14,6 @@ from torch import Tensor
 from lgm_scale.errors import DivergenceError
 from lgm_scale.training.record import LossRecord
 
-__all__ = ["FiniteGuard"]
-
 
 class FiniteGuard(Callback):
     """Raise DivergenceError on all ranks when a loss or a gradient norm is NaN or infinite.

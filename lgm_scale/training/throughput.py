@@ -14,8 +14,6 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-__all__ = ["Throughput", "measure_peak_flops"]
-
 # A backward pass costs two forward passes: of each product, the gradient to the input and that to
 # the weight.
 _BACKWARD = 2

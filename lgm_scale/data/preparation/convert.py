@@ -41,8 +41,6 @@ from lgm_scale.data.preparation.sources import list_source, read_classes
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
 from lgm_scale.storage.transfer import shown
 
-__all__ = ["convert_folder", "convert_image", "encode_jpeg"]
-
 COLUMNS = {"image": "bytes", "label": "int"}
 JPEG_QUALITY = 95
 # About what a crop takes as JPEG of that quality: shards are cut before the images are encoded.

@@ -42,8 +42,6 @@ from lgm_scale.families.base import imported, latent_encoders
 from lgm_scale.pixels import to_unit_range
 from lgm_scale.storage.transfer import shown
 
-__all__ = ["LatentWriter", "batch_indices", "check_coverage", "main", "plan_parts"]
-
 _LABEL_BYTES = 8
 _FLOAT16_BYTES = 2
 

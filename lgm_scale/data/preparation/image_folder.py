@@ -15,8 +15,6 @@ from pathlib import Path
 
 from lgm_scale.errors import DataError
 
-__all__ = ["ImageFile", "ImageListing", "class_index", "is_image_name", "list_image_folder"]
-
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
 

@@ -14,8 +14,6 @@ from typing import Any
 from lgm_scale.data.preparation.image_folder import ImageFile, ImageListing
 from lgm_scale.errors import ConfigError, DataError
 
-__all__ = ["list_parquet", "read_rows"]
-
 
 def _pyarrow() -> Any:
     try:

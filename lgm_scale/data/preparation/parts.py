@@ -37,8 +37,6 @@ from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.storage.clients import is_remote
 from lgm_scale.storage.transfer import Patience, join, read_remote, shown, store
 
-__all__ = ["DEFAULT_SHARD_SIZE", "PartRecord", "PartsFolder", "check_shard_options"]
-
 DEFAULT_SHARD_SIZE = 64 << 20
 LARGEST_SHARD = 1 << 30  # an offset has 32 bits, and a shard is made in memory
 PLAN_NAME = "plan.json"

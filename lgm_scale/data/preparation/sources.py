@@ -15,8 +15,6 @@ from lgm_scale.data.preparation.parquet_images import list_parquet
 from lgm_scale.data.preparation.tar_images import list_tar, read_labels_file
 from lgm_scale.errors import DataError
 
-__all__ = ["list_source", "read_classes"]
-
 
 def list_source(
     source: str,

@@ -21,8 +21,6 @@ from lgm_scale.data.preparation.image_folder import (
 )
 from lgm_scale.errors import DataError
 
-__all__ = ["list_tar", "read_labels_file"]
-
 
 def list_tar(
     path: Path, labels: dict[str, str] | list[str] | None, classes: tuple[str, ...] | None

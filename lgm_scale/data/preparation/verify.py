@@ -43,8 +43,6 @@ from lgm_scale.storage.clients import is_remote
 from lgm_scale.storage.files import file_hash
 from lgm_scale.storage.transfer import Expected, MissingFileError, Patience, fetch, join, shown
 
-__all__ = ["Report", "verify"]
-
 MAX_PER_SHARD = 5  # problems listed of one shard
 # Entries of the manifest that say the shape of an array, by the kind of the data set.
 _SHAPES = {

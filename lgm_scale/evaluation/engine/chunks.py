@@ -27,8 +27,6 @@ from safetensors.numpy import save
 from lgm_scale.errors import DataError
 from lgm_scale.storage.files import digest, write_whole
 
-__all__ = ["Arrays", "Bounds", "ChunkResult", "ChunkStore", "Job", "chunk_bounds"]
-
 Arrays = dict[str, np.ndarray]
 Bounds = tuple[int, int]
 _TAKEN = (errno.EACCES, errno.EAGAIN)

@@ -18,8 +18,6 @@ from composer.utils import dist, get_device
 
 from lgm_scale.evaluation.engine.chunks import Bounds, ChunkStore, Job
 
-__all__ = ["Part", "Task", "from_rank_zero", "join_ranks", "make_missing", "missing_tasks"]
-
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=24)

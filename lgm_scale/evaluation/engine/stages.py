@@ -34,8 +34,6 @@ from lgm_scale.evaluation.engine.parts import (
 from lgm_scale.evaluation.engine.rows import RowStore
 from lgm_scale.evaluation.engine.statistics import FeatureStatistics, Sums
 
-__all__ = ["Engine", "Finish", "RowPlan"]
-
 IMAGES_PER_SUM = 4000
 """Scatter matrices are 34 MB each for Inception: rather few of them than one per chunk."""
 

@@ -31,8 +31,6 @@ from lgm_scale.evaluation.features.extraction import (
 from lgm_scale.frozen import read_weights
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["WEIGHTS_URL", "DINOv2Features"]
-
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 SIDE, PATCH = 224, 14
 _SIZES = {384: "small", 768: "base", 1024: "large"}

@@ -20,22 +20,6 @@ from lgm_scale.errors import DataError
 from lgm_scale.evaluation.engine.chunks import Arrays, ChunkResult
 from lgm_scale.evaluation.images import ImageSource
 
-__all__ = [
-    "MIN_ROWS",
-    "FeatureSpace",
-    "OriginalFeatures",
-    "Stopwatch",
-    "chunk_batches",
-    "device_name",
-    "extract",
-    "filled_up",
-    "fixed_batches",
-    "joined",
-    "network_flags",
-    "refuse_broken",
-    "run_network",
-]
-
 MIN_ROWS = 4
 """Below four rows a matrix product on a CPU takes another route, with other last bits."""
 

@@ -15,8 +15,6 @@ from lgm_scale.evaluation.features.inception import InceptionFeatures
 from lgm_scale.evaluation.features.pixel_pca import MAX_FITTED, PixelPCA
 from lgm_scale.evaluation.images import ValidationImages, spread
 
-__all__ = ["Spaces"]
-
 
 def _fit(images: ValidationImages, num_components: int) -> PixelPCA:
     pixels, _ = images.read(spread(len(images), MAX_FITTED))

@@ -24,8 +24,6 @@ from lgm_scale.evaluation.metrics.scores import (
 )
 from lgm_scale.evaluation.references.files import Reference
 
-__all__ = ["METRICS", "Metric", "Selection", "compute", "count_name", "select", "warn_few_images"]
-
 log = logging.getLogger("lgm_scale")
 
 Need = Literal["statistics", "features", "nothing"]

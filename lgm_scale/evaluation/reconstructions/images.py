@@ -30,8 +30,6 @@ from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pixels import finite_images, psnr, to_uint8, to_unit_range
 from lgm_scale.protocols import ImageTokenizer
 
-__all__ = ["ReconstructionScores", "decode_at", "encode"]
-
 LATENTS_KEPT = 2**30
 """Bytes of latents that a process keeps between lengths: 32 000 images of 256 tokens of 32."""
 

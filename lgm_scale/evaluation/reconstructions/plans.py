@@ -33,8 +33,6 @@ from lgm_scale.evaluation.references.files import Reference
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.protocols import ImageTokenizer
 
-__all__ = ["ReconstructionPlans"]
-
 DISTANCES = ("fid", "fd_dinov2", "pixel_frechet")
 WHERE = "`python -m lgm_scale.evaluation.commands.preflight` says where it is to be had"
 NUM_SHOWN = 8

@@ -16,8 +16,6 @@ from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.images import npz_images_shape, open_source, spread
 from lgm_scale.evaluation.references.files import Reference, load_reference
 
-__all__ = ["make_reference"]
-
 STATISTICS = ("inception_pool", "inception_spatial", "dinov2")
 FEATURES = ("inception_pool",)
 """Kept vector by vector: what KID, precision and recall read."""

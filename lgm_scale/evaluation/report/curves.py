@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from lgm_scale.evaluation.metrics.catalogue import METRICS
 from lgm_scale.evaluation.report.drawing import NamedPoint, Theme, dress, name_points
 
-__all__ = ["PUBLISHED_NAME", "main_metric", "metric_curves", "tradeoff_figure"]
-
 PUBLISHED_NAME = "gFID-50K"
 """Published points stand beside this metric and no other."""
 MARKERS = "oDs^vP*X"

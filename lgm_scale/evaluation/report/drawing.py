@@ -12,8 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-__all__ = ["DARK", "LIGHT", "NamedPoint", "Theme", "dress", "name_points", "to_png"]
-
 SIZE = 10
 LETTER, LINE = 0.62, 1.25
 """Mean width and height of the type, as a share of its size."""

@@ -23,8 +23,6 @@ from lgm_scale.evaluation.report.tables import (
 from lgm_scale.evaluation.sweep.results import tables_of
 from lgm_scale.families.base import GeneratorFamily, generator_families
 
-__all__ = ["Picture", "render_markdown", "render_page"]
-
 Results = dict[str, Any]
 
 

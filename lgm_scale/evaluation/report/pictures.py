@@ -10,8 +10,6 @@ from PIL import Image
 
 from lgm_scale.evaluation.report.drawing import Theme
 
-__all__ = ["contact_sheet", "image_grid"]
-
 TILE = 128  # least side of an image in the picture, in pixels
 GAP = 6
 MARGIN = 24

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 from lgm_scale.evaluation.metrics.catalogue import METRICS
 
-__all__ = ["Cell", "Table", "columns", "is_long", "reconstruction_table", "sample_table", "to_csv"]
-
 Row = dict[str, Any]
 _SETTINGS = (
     "cfg_interval", "cfg_rescale", "timestep_shift", "solver", "uncond_num_tokens", "guidance",

@@ -29,8 +29,6 @@ from lgm_scale.evaluation.sweep.results import (
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 from lgm_scale.storage.files import write_whole
 
-__all__ = ["write_comparison", "write_report"]
-
 Results = dict[str, Any]
 ACROSS = 20
 """Columns of samples."""

@@ -35,8 +35,6 @@ from lgm_scale.families.base import family_of, generator_families
 from lgm_scale.storage.files import write_whole
 from lgm_scale.training.ema import EMA
 
-__all__ = ["EvaluationDuringTraining", "load_training_sweep"]
-
 log = logging.getLogger("lgm_scale")
 
 

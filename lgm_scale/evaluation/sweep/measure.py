@@ -47,8 +47,6 @@ from lgm_scale.merging.tree import TREE_NAME
 from lgm_scale.pipeline import Pipeline, load_pipeline
 from lgm_scale.storage.files import write_json
 
-__all__ = ["Sweep", "load_spaces", "measure"]
-
 NUM_SHOWN = 20
 PIXELS = "(x + 1) / 2, clipped to [0, 1], {} to 8 bits"
 

@@ -19,16 +19,6 @@ from lgm_scale.evaluation.references.files import Reference
 from lgm_scale.evaluation.sweep.config import SweepConfig
 from lgm_scale.pipeline import Pipeline
 
-__all__ = [
-    "comparable",
-    "differences",
-    "gather_results",
-    "headline",
-    "loss_per_length",
-    "read_results",
-    "tables_of",
-]
-
 FORMAT, VERSION = "lgm_scale.sweep", 2
 Row = dict[str, Any]
 OWN = ("cell", "weights", "noise_scale", "precision", "pixels_kept", "lgm_scale")

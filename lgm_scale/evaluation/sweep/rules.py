@@ -18,9 +18,6 @@ from lgm_scale.evaluation.sweep.config import Cell, SweepConfig, combinations, w
 from lgm_scale.families.base import GeneratorFacts, GeneratorFamily, generator_families
 from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["broken_rules", "check_sweep", "load_sweep", "repeated_lengths", "wrong_image_size"]
-
-
 _COMMANDS = "lgm_scale.evaluation.commands"
 
 

@@ -29,13 +29,6 @@ from lgm_scale.pipeline import Pipeline
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = [
-    "SampleFeatures",
-    "sample_images",
-    "work_of",
-    "write_samples",
-]
-
 
 def sample_images(
     pipe: Pipeline,

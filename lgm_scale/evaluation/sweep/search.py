@@ -15,8 +15,6 @@ from typing import Any
 
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig
 
-__all__ = ["next_cells", "winners"]
-
 Metrics = Mapping[str, Any]
 
 

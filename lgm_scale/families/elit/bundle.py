@@ -27,13 +27,6 @@ from lgm_scale.weights import load_weights, save_weights
 if TYPE_CHECKING:
     from lgm_scale.families.elit.sd_vae import SDVAE
 
-__all__ = [
-    "ELIT_KIND",
-    "ELITBundle",
-    "load_elit_bundle",
-    "save_elit_bundle",
-]
-
 ELIT_KIND = "spatial_generator"
 VAE_FOLDER = "vae"
 GENERATOR_NAME = "generator.safetensors"

@@ -8,19 +8,6 @@ from typing import Literal
 
 from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
 
-__all__ = [
-    "SIT_SIZES",
-    "SPLITS",
-    "ELITModelConfig",
-    "ELITRun",
-    "InterfaceConfig",
-    "SiTSize",
-    "SpaceConfig",
-    "elit_rules",
-    "length_rules",
-    "token_lengths",
-]
-
 
 @dataclass(frozen=True)
 class SiTSize:

@@ -24,8 +24,6 @@ from lgm_scale.errors import DataError
 from lgm_scale.families.elit.config import ELITRun
 from lgm_scale.families.elit.sd_vae import encoder_id, latent_scale
 
-__all__ = ["ELITLatentDataset", "check_grids", "training_set"]
-
 
 def check_grids(
     where: str, manifest: Manifest, channels: int, side: int, encoder_id: str | None

@@ -17,8 +17,6 @@ from lgm_scale.data.preparation.encoders import Notes
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae
 
-__all__ = ["ENCODER", "AutoencoderEncoder"]
-
 DEFAULT_IMAGE_SIZE = 256
 
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from lgm_scale.families.elit.training import ELITTrainingModel
     from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["ELITFamily"]
-
 
 class ELITFamily(GeneratorFamily):
     """ELIT and its host SiT: the state is a grid at every K, the core of the network shrinks."""

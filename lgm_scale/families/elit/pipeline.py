@@ -16,8 +16,6 @@ from lgm_scale.pipeline import Pipeline, count_parameters
 from lgm_scale.pixels import PIXEL_STD
 from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["ELITPipeline"]
-
 
 class ELITPipeline(Pipeline[ELITBundle]):
     """Class labels to images, at any budget the network has; see `Pipeline`.

@@ -23,8 +23,6 @@ from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
 from lgm_scale.sampling.config import Guidance, SamplerConfig
 from lgm_scale.sampling.integration import integrate
 
-__all__ = ["GridNetwork", "check_budgets", "initial_state_noise", "sample_state"]
-
 
 class GridNetwork(Protocol):
     """A velocity on a grid, with a budget K per call: `SiT`, `ELIT`, or a test's formula."""

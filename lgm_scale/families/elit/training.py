@@ -12,8 +12,6 @@ from lgm_scale.pixels import PIXEL_STD, to_unit_range
 from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
 from lgm_scale.training.flow_model import FlowModel
 
-__all__ = ["ELITOutput", "ELITTrainingModel"]
-
 
 class ELITOutput(NamedTuple):
     """Shapes: v_pred, v_target [B, channels, side, side], t [B] in [0, 1]."""

@@ -35,14 +35,6 @@ from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import TREE_NAME, MergeAssignment, MergeTree
 from lgm_scale.weights import load_weights, save_weights
 
-__all__ = [
-    "GENERATOR_NAME",
-    "LGMBundle",
-    "load_lgm_bundle",
-    "save_adapted_bundle",
-    "save_lgm_bundle",
-]
-
 GENERATOR_NAME = "generator.safetensors"
 
 

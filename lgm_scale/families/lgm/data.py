@@ -26,8 +26,6 @@ from lgm_scale.errors import DataError
 from lgm_scale.merging.nesting import ContrastStats
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
-__all__ = ["LGMLatentDataset", "LatentStats", "check_latents", "mixed_stats"]
-
 STATS_NAME = "latent_stats.safetensors"
 
 

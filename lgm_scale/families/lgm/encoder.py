@@ -22,8 +22,6 @@ from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.merging.nesting import contrast_basis
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
-__all__ = ["ENCODER", "LatentNotes", "TokenizerEncoder"]
-
 
 class RunningMoments:
     """Count, sum and sum of squares of each column, in float64, so that shards add up exactly."""

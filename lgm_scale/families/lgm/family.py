@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from lgm_scale.families.tokenizer.network import Tokenizer
     from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["LGMFamily"]
-
 
 class LGMFamily(GeneratorFamily):
     """MergeDiT: a diffusion transformer on the merged latents of a tokenizer, at every K."""

@@ -21,8 +21,6 @@ from lgm_scale.families.lgm.lora import Adapter, plain_names
 from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, tokenizer_id
 from lgm_scale.merging.tree import MergeTree
 
-__all__ = ["export_adapter", "load_base"]
-
 
 def load_base(config: LGMRun, tree: MergeTree) -> LGMBundle:
     """The generator that an adapter is trained on.

@@ -19,8 +19,6 @@ from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pipeline import Pipeline, count_parameters
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig
 
-__all__ = ["LGMPipeline", "default_cfg_scale"]
-
 # Published with 256 base tokens, per-position guidance and 25 grid points.
 _PUBLISHED_CFG_SCALE = {32: 10.5, 64: 8.0, 128: 6.5}
 

@@ -26,8 +26,6 @@ from lgm_scale.randomness import Purpose, stream_keys
 from lgm_scale.sampling.config import Guidance, SamplerConfig
 from lgm_scale.sampling.integration import integrate
 
-__all__ = ["initial_noise", "sample", "sample_latents"]
-
 
 def initial_noise(
     seed: int, image_indices: Tensor, assignment: MergeAssignment, dim: int, scale: NoiseScale

@@ -18,8 +18,6 @@ from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose
 from lgm_scale.training.flow_model import FlowModel
 
-__all__ = ["LGMOutput", "LGMTrainingModel"]
-
 
 class LGMOutput(NamedTuple):
     """Shapes: v_pred, v_target [B, K, D], t [B] in [0, 1]."""

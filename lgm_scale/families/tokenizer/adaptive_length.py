@@ -11,8 +11,6 @@ from torch import Tensor
 from lgm_scale.errors import ConfigError
 from lgm_scale.pixels import psnr, to_uint8
 
-__all__ = ["LengthChoice", "choose_length"]
-
 
 class LengthChoice(NamedTuple):
     """One K per image, and what it gives.

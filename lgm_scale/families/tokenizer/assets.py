@@ -18,17 +18,6 @@ from lgm_scale.families.tokenizer.config import TokenizerRun
 from lgm_scale.families.tokenizer.critic import CriticBackbone
 from lgm_scale.frozen import VGG16_URL, Frozen, load_perceptual, load_pretrained, to_imagenet
 
-__all__ = [
-    "FROM_HUB",
-    "TEACHER_WIDTHS",
-    "Asset",
-    "FrozenNets",
-    "Teacher",
-    "build_frozen",
-    "load_from_hub",
-    "needed_assets",
-]
-
 FROM_HUB = "hub"
 """Value of model.pretrained_encoder that asks for a download."""
 TEACHER_WIDTHS = {"s": 384, "b": 768, "l": 1024}

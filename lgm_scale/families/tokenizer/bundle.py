@@ -24,8 +24,6 @@ from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.weights import load_weights, save_weights
 
-__all__ = ["TOKENIZER_NAME", "load_tokenizer", "save_tokenizer_bundle", "tokenizer_id"]
-
 TOKENIZER_NAME, TREE_NAME = RECONSTRUCTION_FILES
 
 

@@ -9,20 +9,6 @@ from typing import Literal
 from lgm_scale.config.schema import STRICT, TrainingRun
 from lgm_scale.families.base import NOT_COMPILED
 
-__all__ = [
-    "AUXILIARY_SIZE",
-    "RECONSTRUCTION_FILES",
-    "TOKENIZER_SIZES",
-    "AssetsConfig",
-    "TokenizerModelConfig",
-    "TokenizerObjectiveConfig",
-    "TokenizerRun",
-    "TokenizerSize",
-    "outside_choices",
-    "tokenizer_rules",
-]
-
-
 RECONSTRUCTION_FILES = ("tokenizer.safetensors", "merge_tree.safetensors")
 """Weights and merge tree, in the bundles of tokenizers and of what contains them."""
 

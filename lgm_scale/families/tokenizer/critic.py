@@ -21,15 +21,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from lgm_scale.frozen import to_imagenet
 
-__all__ = [
-    "CriticBackbone",
-    "CriticHeads",
-    "GlobalBatchNorm",
-    "ReduceMean",
-    "critic_view",
-    "one_rank",
-]
-
 ReduceMean = Callable[[Tensor], Tensor]
 """Mean of equally shaped tensors over ranks, with a gradient."""
 

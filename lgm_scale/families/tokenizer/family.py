@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from lgm_scale.families.tokenizer.network import Decoder, Tokenizer
     from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
 
-__all__ = ["TokenizerFamily"]
-
 log = logging.getLogger("lgm_scale")
 
 

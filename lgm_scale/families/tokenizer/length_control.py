@@ -29,19 +29,6 @@ from lgm_scale.merging.linkage import in_block_triangle, start_host_copy
 from lgm_scale.merging.tree import MergeTree, cosine_similarity, straight_through_merge
 from lgm_scale.randomness import Purpose
 
-__all__ = [
-    "LENGTH_CONTROLS",
-    "BipartiteMerging",
-    "FixedMerging",
-    "FullLength",
-    "LearnedMerging",
-    "LengthControl",
-    "Truncation",
-    "build_length_control",
-    "exploration_noise",
-]
-
-
 GrowTree = Callable[[], MergeTree]
 
 

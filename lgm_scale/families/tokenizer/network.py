@@ -26,13 +26,6 @@ from lgm_scale.families.tokenizer.length_control import build_length_control
 from lgm_scale.families.tokenizer.quantizer import SoftQuantizer
 from lgm_scale.merging.tree import MergeTree
 
-__all__ = [
-    "Decoder",
-    "Tokenizer",
-    "TokenizerOutput",
-    "build_tokenizer",
-]
-
 
 class TokenizerOutput(NamedTuple):
     """What the losses read.

@@ -38,8 +38,6 @@ from lgm_scale.pixels import to_unit_range
 from lgm_scale.randomness import Purpose, keyed_uniforms, stream_keys
 from lgm_scale.training.model import TrainingModel
 
-__all__ = ["TokenizerTrainingModel"]
-
 LECAM_DECAY = 0.999
 
 Terms = dict[str, Tensor]
