@@ -56,11 +56,7 @@ def alternating_medians(
     Rounds of one run each, so that whatever slows the machine for a while slows all of them;
     the order turns from round to round.
 
-    Args:
-        candidates: Name -> what is timed.
-        repeats: Timed rounds.
-        device: A GPU is waited for before each reading of the clock.
-        warmup: Rounds before them that do not count.
+    A GPU is waited for before each reading of the clock; `warmup` rounds do not count.
     """
     on_gpu = device is not None and device.type == "cuda"
 

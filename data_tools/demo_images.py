@@ -34,9 +34,6 @@ class Photograph:
     """A photograph inside an installed package.
 
     Args:
-        name: Name of its class.
-        package: Import name of the package.
-        path: File inside the package.
         val_side: Side of it that is for validation ("left", "right" or "bottom"), chosen so that
             both parts show the subject.
         window: Useful part (left, top, right, bottom) as fractions, without black borders.
@@ -141,14 +138,7 @@ def draw_box(region: Box, image_size: int, rng: np.random.Generator) -> Box:
 
 @dataclass(frozen=True)
 class DemoArguments:
-    """What determines the files, byte for byte.
-
-    Args:
-        image_size: Side of the images in pixels.
-        train_per_class: Training crops of each photograph.
-        val_per_class: Validation crops of each photograph.
-        seed: Seed of the crops' places and sides.
-    """
+    """What determines the files, byte for byte."""
 
     image_size: int = 64
     train_per_class: int = 256

@@ -149,10 +149,7 @@ def fill(template: str, record: Mapping[str, Any]) -> str:
 
 
 def load_experiment(name: str) -> Experiment:
-    """Read and validate an experiment.
-
-    Args:
-        name: A YAML file, or the name of one in yamls/experiments.
+    """Read and validate an experiment: a YAML file, or the name of one in yamls/experiments.
 
     Raises: ConfigError with every problem.
     """

@@ -66,10 +66,7 @@ def _entry(column: Column, line: Line) -> str:
 def render(experiment: Experiment, results: Mapping[str, Line], budget: float | None) -> str:
     """Caption and tables as Markdown.
 
-    Args:
-        experiment: The comparison.
-        results: Records of each run by its name, one per seed.
-        budget: Operations of training of each, where they are equal.
+    `results` are the records of each run by its name, one per seed.
     """
     first = next(iter(results.values()))
     common = {"seeds": len(first), "work": None if budget is None else budget / 1e12}

@@ -56,11 +56,9 @@ class Cluster:
 
 
 def load_cluster(name: str, changes: dict[str, Any] | None = None) -> Cluster:
-    """Read a cluster.
+    """Read a cluster: one of `yamls/cluster/`, or a YAML file.
 
-    Args:
-        name: One of `yamls/cluster/`, or the path of a YAML file.
-        changes: Values of the command line; None keeps the cluster's own.
+    `changes` are values of the command line; None keeps the cluster's own.
 
     Raises: ConfigError with every problem.
     """

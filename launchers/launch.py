@@ -94,8 +94,6 @@ class Launch:
     """Everything needed to submit one job.
 
     Args:
-        job: What runs.
-        cluster: Where it runs.
         nodes: Number of nodes; a job that does not spread over ranks takes one.
         after: Ids of jobs that must end well before.
         after_any: Ids of jobs that must have ended, well or not.

@@ -69,11 +69,7 @@ class Start:
 
 
 class Starts:
-    """The records of one job, below its folder.
-
-    Args:
-        job_folder: The folder of the job within that of its launch.
-    """
+    """The records of one job, below its folder."""
 
     def __init__(self, job_folder: Path) -> None:
         self.folder = job_folder / "attempts"  # its name on disk

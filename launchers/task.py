@@ -34,12 +34,9 @@ class RankTask:
     """Run one rank of a job; picklable, and the same for all of them.
 
     Args:
-        command: Program and arguments.
         directory: Where it runs: where the job was submitted, so that relative paths hold.
-        env: Additions to the environment.
         temporary: Node-local folder for the job's TMPDIR.
         grace_seconds: How long a child that was asked to stop may take.
-        metrics: The run's metrics.jsonl, or None.
         saves_on_request: The child answers SIGUSR2 and SIGTERM by saving; another one is ended
             by them.
     """

@@ -81,10 +81,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
     ) -> AnyPipeline:
         """Load a generator bundle of this family.
 
-        Args:
-            folder: A generator bundle.
-            device: Default: a CUDA device if there is one, else the CPU.
-            dtype: Default: bfloat16 where a GPU computes it natively, else float32.
+        Default: a CUDA device if there is one, and bfloat16 where a GPU computes it natively.
 
         Raises: CheckpointError if it is none, damaged, or of another format version.
         """
@@ -335,10 +332,7 @@ def load_pipeline(
 ) -> Pipeline[Any]:
     """The pipeline of whatever generator a bundle holds.
 
-    Args:
-        folder: A generator bundle of any family.
-        device: Default: a CUDA device if there is one, else the CPU.
-        dtype: Default: bfloat16 where a GPU computes it natively, else float32.
+    Default: a CUDA device if there is one, and bfloat16 where a GPU computes it natively.
 
     Raises: CheckpointError if it is no generator bundle, damaged, or of another format version.
     """

@@ -57,12 +57,10 @@ class EpochDataset(GuardedDataset):
     """Sources of one kind as epochs.
 
     Args:
-        sources: One or more MDS folders.
         kind: "images", "latents" or "spatial_latents".
         shuffle: Read in another order every epoch; otherwise in the order of the sources.
         seed: Decides the order and the flips.
         batch_size: Samples per device and batch.
-        options: How shards are fetched.
 
     Raises: DataError, on every rank, if a source is not complete or not of that kind.
     """
@@ -175,7 +173,6 @@ class CheckedLoader(StreamingDataLoader):
     less than one global batch, is dropped.
 
     Args:
-        dataset: What to load.
         batch_size: Samples per device and batch; the data set's own.
         **options: Options of `torch.utils.data.DataLoader`.
     """

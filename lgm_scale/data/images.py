@@ -32,9 +32,7 @@ def decode_image(data: bytes | str | os.PathLike[str], name: str | None = None) 
     Transparency is laid over white; 16-bit gray is scaled (not clipped) to 8 bit. EXIF orientation
     is not applied, as usual for ImageNet.
 
-    Args:
-        data: The bytes of an image file, or its path.
-        name: What to call it in messages; by default the path.
+    `name` is what messages call it; by default the path.
 
     Units/range: uint8 RGB.
     Raises: DataError naming the file if it is unreadable, truncated or of an unknown pixel format.
@@ -138,7 +136,6 @@ class ImageDataset(EpochDataset):
         seed: Decides the order and the augmentation, with the epoch and the sample id alone.
         batch_size: Samples per device and batch; the library deals out samples by it.
         max_scale: Largest scale before the random crop; 1 for no scaling.
-        options: How shards are fetched.
 
     Raises: DataError if a source is no complete MDS folder of images; ConfigError for an
         augmentation that there is not.

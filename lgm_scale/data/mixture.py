@@ -39,11 +39,7 @@ def check_one_maker(
 ) -> None:
     """Raise DataError if the latents of a mixture were made in several ways.
 
-    Args:
-        sources: The sources as configured.
-        manifests: The manifest of each source.
-        key: The entry of the manifests' `extra` that must be the same in all.
-        what: What that entry names, for the message.
+    `key` is the entry of the manifests' `extra` that must be the same in all, `what` its name.
     """
     makers = [str(manifest.extra.get(key)) for manifest in manifests]
     for source, maker in zip(sources, makers, strict=True):
@@ -60,10 +56,7 @@ def view_sources(
 ) -> tuple[list[View], Manifest]:
     """Combine sources by the names of their classes.
 
-    Args:
-        sources: The sources as configured.
-        folders: Where the files of each source lie on this machine.
-        manifests: The manifest of each source.
+    `folders` are where the files of each source lie on this machine.
 
     Returns: A view of each source, and the manifest of all of them together.
     Raises: DataError for class names that a source does not have.

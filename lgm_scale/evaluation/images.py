@@ -50,12 +50,7 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 class StoredImages:
-    """Images of an MDS folder.
-
-    Args:
-        folder: MDS folder of images, with a manifest.
-        image_size: S, pixels along a side.
-    """
+    """Images of an MDS folder."""
 
     def __init__(self, folder: str | Path, image_size: int) -> None:
         self.count = read_manifest(folder, "images").num_samples
@@ -200,9 +195,7 @@ def _data_offset(path: Path) -> int:
 def open_source(path: Path, image_size: int | None) -> tuple[ImageSource, dict[str, Any]]:
     """Open images of any of these forms, and describe what identifies them.
 
-    Args:
-        path: A folder of pictures, MDS shards, or an npz.
-        image_size: Pixels along a side; only a folder of pictures needs it.
+    Only a folder of pictures needs `image_size`, the pixels along a side.
 
     Raises: ConfigError, DataError.
     """

@@ -95,7 +95,6 @@ class ObjectStorage(Storage):
     Args:
         uri: `s3://bucket/prefix`, `gs://...` or `oci://...`.
         setting: The configuration's key that names it; every message begins with it.
-        patience: How long to try each request.
 
     Raises: StorageError, like every method.
     """

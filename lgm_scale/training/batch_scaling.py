@@ -51,7 +51,6 @@ class ScaledLoader(CheckedLoader):
 
     Args:
         *args: Arguments of `CheckedLoader`, whose batches are for the longest length.
-        schedule: Length of each step; a cycle.
         **kwargs: Keyword arguments of `CheckedLoader`.
     """
 

@@ -67,8 +67,7 @@ class EMA(Callback):
     def full_weights(self, everywhere: bool = True) -> dict[str, Tensor]:
         """The average as whole tensors on the host. Every rank must call it.
 
-        Args:
-            everywhere: Whether all ranks keep them, or rank 0 alone; the others then get nothing.
+        Unless `everywhere`, rank 0 alone keeps them; the others then get nothing.
 
         Shapes: name in the averaged module -> float32, the parameter's shape.
         """

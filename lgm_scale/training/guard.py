@@ -29,7 +29,6 @@ class FiniteGuard(Callback):
     Ranks share their flags: one rank alone must neither step nor save.
 
     Args:
-        record: Where the model notes its losses.
         advice: What the user can do; the message ends with it.
     """
 

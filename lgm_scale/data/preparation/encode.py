@@ -130,13 +130,7 @@ def batch_indices(parts: Sequence[Part], size: int) -> list[list[int]]:
 
 
 class LatentWriter:
-    """Encodes the parts of an image set that fall to this rank.
-
-    Args:
-        encoder: What makes the latents.
-        images: All images.
-        args: The command's options.
-    """
+    """Encodes the parts of an image set that fall to this rank."""
 
     def __init__(
         self, encoder: LatentEncoder, images: ImageDataset, args: argparse.Namespace
@@ -148,11 +142,7 @@ class LatentWriter:
     def write(self, work: PartsFolder, parts: Sequence[Part], total: int, before: int) -> None:
         """Make parts.
 
-        Args:
-            work: Where they go.
-            parts: The parts of this rank.
-            total: Images of all ranks, for the progress bar.
-            before: Images that were encoded before.
+        `total` and `before` count images of all ranks, for the progress bar.
         """
         loader = DataLoader(
             Subset(self.images, range(self.images.num_samples)),  # by number, not as a stream

@@ -62,7 +62,6 @@ class PartRecord:
     """What a finished part holds.
 
     Args:
-        labels: Label of each of its samples.
         facts: Whatever else the command notes (JSON values).
         shard: Entry of its shard in the index; None for a part without samples.
     """
@@ -80,7 +79,6 @@ class PartsFolder:
         staging: Local folder for what is unfinished, if `out` is object storage.
         kind: Kind of the data set, a key of `lgm_scale.data.manifest.COLUMNS`.
         made_from: What determines the result (JSON values): another command's work is refused.
-        num_parts: How many parts there are.
     """
 
     def __init__(
@@ -180,12 +178,7 @@ class PartsFolder:
     ) -> None:
         """Make a part: its shard, and then its record.
 
-        Args:
-            part: Number of the part.
-            columns: Columns of the shard with their MDS encodings.
-            samples: Samples in order.
-            record: Called when all samples are written; its `shard` is filled in.
-            compression: Compression of the shard.
+        `record` is called when all samples are written; its `shard` is filled in.
         """
         aside = self.folder / f"{ASIDE_PREFIX}{part:05}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -251,10 +244,8 @@ class PartsFolder:
     ) -> None:
         """Write index, labels, further files and the manifest, and put the result in place.
 
-        Args:
-            manifest: The manifest, complete but for `files`.
-            records: Records of all parts, in order.
-            more: Further files by name, each with the function that writes it.
+        The manifest comes without `files`; `more` are further files by name, each with what writes
+        it.
         """
         shards = [record.shard for record in records if record.shard is not None]
         index = json.dumps({"version": 2, "shards": shards}, sort_keys=True)

@@ -53,7 +53,6 @@ class Job:
         protocol: Everything that the arrays depend on; JSON values.
         count: Number of images. Not part of the identity: more images keep the whole chunks that
             there are, and add to them.
-        chunk_size: Images per chunk.
         compute: (start, stop) -> arrays, whatever their shapes, and notes.
     """
 

@@ -61,7 +61,6 @@ class PerceptualDistance:
 
     Args:
         path: VGG16 weights, as torchvision publishes them.
-        device: Where to compute.
 
     Raises: CheckpointError if the file is none of these weights.
     """

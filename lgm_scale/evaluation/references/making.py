@@ -38,16 +38,9 @@ def make_reference(
     Statistics that a file holds are kept as they are: published numbers speak of them. Its images
     add what it lacks, if a network's weights are given.
 
-    Args:
-        source: Folder of images, MDS shards, `.npz` or `.pkl`.
-        work: Folder of unfinished work.
-        inception: File of Inception's weights.
-        dinov2: File of DINOv2's weights.
-        image_size: Pixels along a side, for a folder of images.
-        keep_features: Images whose features are kept, evenly spaced.
-        name: What results call the reference; None: the name of the source.
-        batch_size: Images at once.
-        chunk_size: Images per file of unfinished work.
+    `source` is a folder of images (only this one needs `image_size`), MDS shards, `.npz` or `.pkl`,
+    and `work` a folder of unfinished work. The features of `keep_features` images are kept, evenly
+    spaced. Results call the reference `name`; None: as the source.
 
     Raises: ConfigError, DataError, CheckpointError.
     """

@@ -75,10 +75,7 @@ class NamedPoint(NamedTuple):
 def name_points(axes: Axes, points: Sequence[NamedPoint], theme: Theme) -> None:
     """Write the names. The axes' limits must be final; what is far off gets a thin line.
 
-    Args:
-        axes: On which the points are marked.
-        points: In any order; earlier ones get the nearer places.
-        theme: Colours.
+    Earlier points get the nearer places.
     """
     scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]  # it is on a figure
     taken = [_mark_box(*_place(axes, point), 4 * scale) for point in points]

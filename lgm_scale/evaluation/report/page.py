@@ -69,11 +69,9 @@ def render_page(
 ) -> str:
     """Render the page.
 
-    Args:
-        results: Contents of results.json; where they are of several sweeps also `compared`,
-            from the name of each to its folder.
-        pictures: tradeoff, and where they were drawn samples, reconstructions and merge_tree.
-        sheets: More samples, by K, as PNG.
+    `results` are those of results.json; where they are of several sweeps also `compared`, from the
+    name of each to its folder. `pictures` are tradeoff, and where they were drawn samples,
+    reconstructions and merge_tree; `sheets` are more samples, by K, as PNG.
     """
     rows = results["rows"]
     lengths = sorted({row["cell"]["num_tokens"] for row in rows})

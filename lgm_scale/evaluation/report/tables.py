@@ -50,9 +50,7 @@ def is_long(name: str) -> bool:
 def sample_table(rows: Sequence[Row], losses: Mapping[str, Any]) -> Table:
     """Settings, metrics and costs of samples, and the training's loss at K where it is known.
 
-    Args:
-        rows: Rows of samples that were measured alike.
-        losses: K, as text, -> what `loss_per_length` found.
+    `rows` were measured alike; `losses` are by K, as text, what `loss_per_length` found.
     """
     parts: list[tuple[str, Callable[[Row], Cell]]] = []
     if any(row.get("run_name") for row in rows):

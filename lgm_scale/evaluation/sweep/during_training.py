@@ -41,9 +41,7 @@ log = logging.getLogger("lgm_scale")
 def load_training_sweep(config: TrainingRun, info: dict[str, Any]) -> SweepConfig:
     """The sweep that a run names, checked against the run itself.
 
-    Args:
-        config: The run.
-        info: What its bundle.json will say.
+    `info` is what the run's bundle.json will say.
 
     Raises: ConfigError with every problem.
     """
@@ -66,7 +64,6 @@ class EvaluationDuringTraining(Callback):
     """Runs a sweep on the average of the weights, every `config.evaluation.interval`.
 
     Args:
-        config: The run.
         dataset: The training set; gives the classes.
         ema: Its whole average is gathered for each evaluation.
 

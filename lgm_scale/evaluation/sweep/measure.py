@@ -54,9 +54,7 @@ PIXELS = "(x + 1) / 2, clipped to [0, 1], {} to 8 bits"
 def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | None:
     """Make what is missing; return results on every rank, or None if this was a part.
 
-    Args:
-        config: The sweep.
-        reduce_only: Make no image, and refuse if a chunk is missing.
+    With `reduce_only` it makes no image, and refuses if a chunk is missing.
     """
     losses = loss_per_length(config.metrics_log) if config.metrics_log else {}
     device = join_ranks()
@@ -82,11 +80,8 @@ class Sweep:
 
     Args:
         config: The sweep; its bundle is not read here.
-        pipe: The generator, on its device.
         weights: What identifies the generator's weights: hashes of files; JSON values.
         tokenizer: What identifies its tokenizer and tree alone, where it has them.
-        spaces: Feature spaces, where they are loaded already.
-        quiet: No progress bar, no lines.
     """
 
     def __init__(

@@ -64,11 +64,6 @@ class SampleFeatures:
     """Computes chunks of samples of a cell, and their features.
 
     Args:
-        pipe: The generator.
-        spaces: Feature spaces, on the pipeline's device.
-        seed: Seed of the noise.
-        batch_size: Images at once.
-        truncate: Cut pixels to 8 bits instead of rounding them.
         num_shown: How many images, from the first on, keep their pixels for pictures.
         keep_pixels: Keep the pixels of all images.
     """

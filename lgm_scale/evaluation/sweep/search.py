@@ -31,10 +31,7 @@ def next_cells(
 ) -> list[Cell]:
     """Cells to be tried now: the next one of every line that goes on; none at the end.
 
-    Args:
-        cells: All candidates.
-        known: Metrics of those that were tried.
-        search: Its rules.
+    `known` holds the metrics of those that were tried.
     """
     found = [_next(line, known, search) for line in _lines(cells)]
     return [cell for cell in found if cell is not None]

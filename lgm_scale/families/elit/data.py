@@ -30,12 +30,8 @@ def check_grids(
 ) -> None:
     """Check a folder of grids against the model and the autoencoder that will use it.
 
-    Args:
-        where: Its name, for messages.
-        manifest: Its manifest.
-        channels: Channels of the model's input.
-        side: Latents along a side of the model's input.
-        encoder_id: Hash of the encoder's weights; None leaves the check out.
+    `where` is for messages; `encoder_id`, the hash of the encoder's weights, may be None:
+    unchecked.
 
     Raises: DataError if it has other shapes or another encoder.
     """
@@ -68,11 +64,9 @@ class ELITLatentDataset(EpochDataset):
         shuffle: In another order every epoch.
         flip: Draw one of the flips; otherwise the image as it is.
         seed: Seed of order and flips; a flip depends on (seed, epoch, sample id) alone.
-        batch_size: Per device.
         channels: C, for the check.
         side: h and w, for the check.
         encoder_id: Hash of the encoder's weights; None leaves the check out.
-        options: Cache and patience.
 
     Raises: DataError if a source is no complete MDS folder of such latents, or the encoders or
         scales of several differ.

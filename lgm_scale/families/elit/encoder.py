@@ -27,8 +27,6 @@ class AutoencoderEncoder:
 
     Args:
         folder: Autoencoder in the layout of diffusers.
-        image_size: Side S of the images in pixels.
-        device: Device to encode on.
 
     Raises: CheckpointError for a bad folder; ConfigError for an image size that does not come out
         even.

@@ -23,11 +23,6 @@ class ELITPipeline(Pipeline[ELITBundle]):
     K is k times the number of the network's windows; a call that names none runs at N, all of the
     work. The state has one size at every K, and an image index one noise. Without other settings
     it samples as published: 50 Euler steps, no guidance.
-
-    Args:
-        bundle: Generator and what decodes its states, on one device.
-        dtype: Type of the networks' matrix products; the trajectory itself is float32.
-        source: Where it came from, for messages.
     """
 
     kind = ELIT_KIND

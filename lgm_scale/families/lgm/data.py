@@ -74,12 +74,7 @@ def check_latents(
 ) -> None:
     """Check a latent folder against the model and the tokenizer that will use it.
 
-    Args:
-        where: Its name, for messages.
-        manifest: Its manifest.
-        num_base_tokens: N of the model.
-        latent_dim: D of the model.
-        tokenizer_id: Hash of the tokenizer's weights; None leaves the check out.
+    `where` is for messages; `tokenizer_id`, the hash of its weights, may be None: unchecked.
 
     Raises: DataError if it has other shapes or another tokenizer.
     """
@@ -138,11 +133,9 @@ class LGMLatentDataset(EpochDataset):
         data: MDS folder of latents, or sources with their classes and shares.
         shuffle: Shuffle, and draw the flip; otherwise the unflipped latents in order.
         seed: Seed of order and flips; a flip depends on (seed, epoch, sample id) alone.
-        batch_size: Per device.
         num_base_tokens: N, for the check.
         latent_dim: D, for the check.
         tokenizer_id: Hash of the tokenizer's weights; None leaves the check out.
-        options: Cache and patience.
 
     Raises: DataError if a source is no complete MDS folder of such latents, or the tokenizers of
         several differ.

@@ -78,10 +78,6 @@ class LatentNotes(Notes):
 class TokenizerEncoder:
     """Encodes images to sequences of latents at full length, with a tokenizer.
 
-    Args:
-        bundle: Bundle of the tokenizer.
-        device: Device to encode on.
-
     Raises: CheckpointError for a bad bundle; ConfigError for a length control without a merge tree.
     """
 

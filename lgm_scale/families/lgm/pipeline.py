@@ -40,11 +40,6 @@ class LGMPipeline(Pipeline[LGMBundle]):
     """Class labels to images, at any token length the merge tree allows; see `Pipeline`.
 
     K is from the tree's number of blocks to N; guidance is by length, see `default_cfg_scale`.
-
-    Args:
-        bundle: Generator, tokenizer, merge tree and statistics, on one device.
-        dtype: Type of the networks' matrix products; the trajectory itself is float32.
-        source: Where it came from, for messages.
     """
 
     kind = "generator"

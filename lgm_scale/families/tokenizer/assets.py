@@ -138,9 +138,7 @@ class Teacher(nn.Module):
 def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:
     """The frozen networks that the configuration asks for.
 
-    Args:
-        config: The run's configuration.
-        read: Load the files; else only the structure is built (to count).
+    Without `read` only the structure is built (to count).
 
     Raises: MissingAssetError, CheckpointError.
     """

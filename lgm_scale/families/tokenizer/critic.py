@@ -100,7 +100,6 @@ class CriticHeads(nn.Module):
     Args:
         channels: C, width of the backbone.
         num_depths: Feature maps per image.
-        reduce_mean: Averages batch-norm moments over ranks.
 
     Shapes: num_depths times [B, C, L] -> logits [B, num_depths * L].
     """

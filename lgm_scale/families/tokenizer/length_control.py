@@ -122,11 +122,6 @@ class LearnedMerging(LengthControl):
     images and generators; and they are trained, by the straight-through gradient of the
     reconstruction and by the alignment loss, so that tokens that are alike in most images merge.
 
-    Args:
-        num_base_tokens: N.
-        num_blocks: Blocks of the tree, within which tokens may merge.
-        embedding_dim: Width of the embeddings.
-
     Source: LGM paper, learnable global merging.
     """
 
