@@ -15,14 +15,7 @@ from lgm_scale.data.manifest import INDEX_NAME, MANIFEST_NAME, parse_manifest
 from lgm_scale.errors import DataError
 from lgm_scale.storage.clients import is_remote
 from lgm_scale.storage.files import file_hash, is_partial, write_whole
-from lgm_scale.storage.transfer import (
-    Expected,
-    Patience,
-    fetch,
-    join,
-    read_remote,
-    shown,
-)
+from lgm_scale.storage.transfer import Expected, Patience, fetch, join, read_remote, shown
 
 
 def local_folder(source: SourceConfig) -> Path:

@@ -14,12 +14,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from lgm_scale.evaluation.metrics.catalogue import METRICS
 from lgm_scale.evaluation.report.curves import PUBLISHED_NAME, main_metric
 from lgm_scale.evaluation.report.drawing import DARK, LIGHT
-from lgm_scale.evaluation.report.tables import (
-    columns,
-    is_long,
-    reconstruction_table,
-    sample_table,
-)
+from lgm_scale.evaluation.report.tables import columns, is_long, reconstruction_table, sample_table
 from lgm_scale.evaluation.sweep.results import tables_of
 from lgm_scale.families.base import GeneratorFamily, generator_families
 

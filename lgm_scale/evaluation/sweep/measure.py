@@ -36,11 +36,7 @@ from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
 from lgm_scale.evaluation.references.files import Reference, check_reference, load_reference
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig, SweepConfig, expand
 from lgm_scale.evaluation.sweep.results import gather_results, headline, loss_per_length
-from lgm_scale.evaluation.sweep.samples import (
-    SampleFeatures,
-    work_of,
-    write_samples,
-)
+from lgm_scale.evaluation.sweep.samples import SampleFeatures, work_of, write_samples
 from lgm_scale.evaluation.sweep.search import next_cells, winners
 from lgm_scale.families.base import families
 from lgm_scale.merging.tree import TREE_NAME

@@ -7,13 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.flow import (
-    NoiseScale,
-    flow_loss,
-    interpolate,
-    merged_noise,
-    velocity_target,
-)
+from lgm_scale.flow import NoiseScale, flow_loss, interpolate, merged_noise, velocity_target
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose
 from lgm_scale.training.flow_model import FlowModel
