@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from lgm_scale.families.lgm.config import LGMObjectiveConfig
+from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
@@ -28,8 +30,9 @@ def generator_model(label_dropout: float = 0.1, scale: NoiseScale = NoiseScale.C
     for parameter in net.parameters():  # the zero start would hide everything
         nn.init.normal_(parameter, std=0.2)
     tree = MergeTree.from_embeddings(torch.randn(16, 8))
-    mean, std = torch.full((4,), 0.5), torch.full((4,), 2.0)
-    return LGMTrainingModel(net, tree, mean, std, scale, label_dropout, 0.0, 1.0, seed=3)
+    stats = LatentStats(torch.full((4,), 0.5), torch.full((4,), 2.0))
+    objective = LGMObjectiveConfig(noise_scale=scale.value, label_dropout=label_dropout)
+    return LGMTrainingModel(net, tree, stats, objective, seed=3)
 
 
 def latent_batch(num_tokens: int = 8, step: int = 7, size: int = 6) -> dict:

@@ -77,14 +77,8 @@ class ELITFamily(GeneratorFamily):
     def training_model(self, run: ELITRun, dataset: Any) -> ELITTrainingModel:
         from lgm_scale.families.elit.training import ELITTrainingModel
 
-        return ELITTrainingModel(
-            self.network(run),
-            dataset.scale if run.space.kind == "sd_vae" else None,
-            run.objective.label_dropout,
-            run.objective.timestep_mean,
-            run.objective.timestep_std,
-            run.seed,
-        )
+        scale = dataset.scale if run.space.kind == "sd_vae" else None
+        return ELITTrainingModel(self.network(run), scale, run.objective, run.seed)
 
     @override
     def export(

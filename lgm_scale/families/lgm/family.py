@@ -86,7 +86,6 @@ class LGMFamily(GeneratorFamily):
         from lgm_scale.families.lgm.lora import add_adapter
         from lgm_scale.families.lgm.lora_run import load_base
         from lgm_scale.families.lgm.training import LGMTrainingModel
-        from lgm_scale.flow import NoiseScale
 
         if run.lora is None:
             net, stats = self.network(run), dataset.stats
@@ -94,17 +93,7 @@ class LGMFamily(GeneratorFamily):
             base = load_base(run, dataset.tree)
             net, stats = base.net, base.stats
             add_adapter(net, run.lora.rank, run.lora.alpha)
-        return LGMTrainingModel(
-            net,
-            dataset.tree,
-            stats.mean,
-            stats.std,
-            NoiseScale(run.objective.noise_scale),
-            run.objective.label_dropout,
-            run.objective.timestep_mean,
-            run.objective.timestep_std,
-            run.seed,
-        )
+        return LGMTrainingModel(net, dataset.tree, stats, run.objective, run.seed)
 
     @override
     def export(
