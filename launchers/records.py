@@ -122,13 +122,7 @@ def last_step(metrics: Path | None) -> int | None:
     """Steps that a run's metrics.jsonl knows to be done; None for a job without one."""
     if metrics is None:
         return None
-    try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, metrics.stat().st_size - 65536))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
+    for line in reversed(tail(metrics)):
         try:
             return int(json.loads(line)["step"]) + 1
         except (ValueError, KeyError, TypeError):  # torn by a kill

@@ -71,6 +71,10 @@ class Pipeline(ABC, Generic[AnyBundle]):
     ) -> None:
         self.bundle, self.dtype, self.source = bundle, dtype, source
         self.device = next(bundle.net.parameters()).device
+        self.classes, self.info = bundle.classes, bundle.info
+        """Names of the classes, and contents of bundle.json."""
+        self.num_base_tokens, self.num_classes = bundle.net.num_base_tokens, bundle.net.num_classes
+        """N, the largest number of tokens, and the classes without the null label."""
 
     @classmethod
     def from_bundle(
@@ -155,26 +159,6 @@ class Pipeline(ABC, Generic[AnyBundle]):
         return 0
 
     # --- what follows from it -----------------------------------------------------------------
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.bundle.classes
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """Contents of bundle.json."""
-        return self.bundle.info
-
-    @property
-    def num_base_tokens(self) -> int:
-        """N, the largest number of tokens."""
-        return self.bundle.net.num_base_tokens
-
-    @property
-    def num_classes(self) -> int:
-        """Classes without the null label."""
-        return self.bundle.net.num_classes
 
     def row_flops(self, num_tokens: int) -> int:
         """Operations of one network row at K tokens."""

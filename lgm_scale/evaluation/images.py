@@ -11,7 +11,7 @@ import hashlib
 import json
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -93,8 +93,13 @@ def _shards_hash(folder: Path) -> str:
     names = [
         str((shard.get("zip_data") or shard["raw_data"])["basename"]) for shard in index["shards"]
     ]
+    return _files_hash(folder, ["index.json", "manifest.json", *names])
+
+
+def _files_hash(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 over names and contents of files of a folder, in this order."""
     total = hashlib.sha256()
-    for name in ["index.json", "manifest.json", *names]:
+    for name in names:
         total.update(f"{name} {file_hash(folder / name)}\n".encode())
     return total.hexdigest()
 
@@ -126,10 +131,8 @@ class FolderImages:
 
     def hash(self) -> str:
         """SHA-256 over names and contents of all files."""
-        total = hashlib.sha256()
-        for path in self.paths:
-            total.update(f"{path.relative_to(self.folder)} {file_hash(path)}\n".encode())
-        return total.hexdigest()
+        names = (str(path.relative_to(self.folder)) for path in self.paths)
+        return _files_hash(self.folder, names)
 
 
 class NpzImages:

@@ -11,8 +11,6 @@ interruptions; the manifest says so for each shard, and that every image is in e
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +38,7 @@ from lgm_scale.data.preparation.parts import (
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
 from lgm_scale.families.base import imported, latent_encoders
 from lgm_scale.pixels import to_unit_range
+from lgm_scale.storage.files import digest
 from lgm_scale.storage.transfer import shown
 
 _LABEL_BYTES = 8
@@ -226,8 +225,7 @@ def check_coverage(parts: Sequence[Part], records: Sequence[PartRecord], source:
 
 def _describe_source(manifest: Manifest) -> dict[str, Any]:
     """What tells one image set from another."""
-    digest = hashlib.sha256(json.dumps(asdict(manifest), sort_keys=True).encode())
-    return {"num_samples": manifest.num_samples, "manifest_sha256": digest.hexdigest()}
+    return {"num_samples": manifest.num_samples, "manifest_sha256": digest(asdict(manifest))}
 
 
 def main() -> int:

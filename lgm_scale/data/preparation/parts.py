@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,15 +31,15 @@ from lgm_scale.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from lgm_scale.data.shards import digest_files
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.storage.clients import is_remote
+from lgm_scale.storage.files import file_hash, is_partial, write_whole
 from lgm_scale.storage.transfer import Patience, join, read_remote, shown, store
 
 DEFAULT_SHARD_SIZE = 64 << 20
 LARGEST_SHARD = 1 << 30  # an offset has 32 bits, and a shard is made in memory
 PLAN_NAME = "plan.json"
-ASIDE_PREFIX, ASIDE_SUFFIX = ".part.", ".aside"  # of what is being written
+ASIDE_PREFIX = ".part."  # of the folder of a shard that is being written
 
 
 def check_shard_options(shard_size: int, compression: str | None) -> None:
@@ -161,7 +160,7 @@ class PartsFolder:
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(plan, indent=1))
+        write_whole(path, json.dumps(plan, indent=1) + "\n")
 
     def finished(self) -> set[int]:
         """Parts whose record is in place."""
@@ -201,7 +200,7 @@ class PartsFolder:
         shard = self._take_in(part, aside, writer.shards[0]) if writer.shards else None
         text = json.dumps(asdict(replace(record(), shard=shard)))
         shutil.rmtree(aside)
-        _write_whole(self.folder / f"part.{part:05}.json", text)
+        write_whole(self.folder / f"part.{part:05}.json", text + "\n")
 
     def _take_in(self, part: int, aside: Path, shard: dict[str, Any]) -> dict[str, Any]:
         """Give a shard its number, and bring it to where it belongs."""
@@ -226,7 +225,7 @@ class PartsFolder:
         """Take in record files of another machine."""
         for name, text in texts.items():
             if not (self.folder / name).exists():
-                _write_whole(self.folder / name, text.rstrip())
+                write_whole(self.folder / name, text)
 
     def records(self) -> list[PartRecord]:
         """All records, in order. Raises: DataError if one is missing."""
@@ -249,13 +248,14 @@ class PartsFolder:
         """
         shards = [record.shard for record in records if record.shard is not None]
         index = json.dumps({"version": 2, "shards": shards}, sort_keys=True)
-        _write_whole(self.folder / INDEX_NAME, index)
+        write_whole(self.folder / INDEX_NAME, index + "\n")
         labels = [label for record in records for label in record.labels]
         np.save(self.folder / LABELS_NAME, np.asarray(labels, np.int32))
         for name, write in more.items():
             write(self.folder / name)
         names = [INDEX_NAME, LABELS_NAME, *more]
-        manifest = replace(manifest, files=digest_files(self.folder, names))
+        hashes = {name: file_hash(self.folder / name) for name in names}
+        manifest = replace(manifest, files=hashes)
         write_manifest(self.folder, manifest)
         if self.remote:
             for name in [*names, MANIFEST_NAME]:  # the manifest says that all is there
@@ -286,12 +286,5 @@ def _is_record(name: str) -> bool:
 
 
 def _is_scrap(name: str) -> bool:
-    """Whether a killed command left this: a file of `_write_whole`, or the folder of a shard."""
-    return name.startswith(".") and (name.endswith(ASIDE_SUFFIX) or name.startswith(ASIDE_PREFIX))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file aside first, so that it is whole or absent."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{ASIDE_SUFFIX}")
-    aside.write_text(text + "\n")
-    aside.replace(path)
+    """Whether a killed command left this: a file that was being written, or a shard's folder."""
+    return is_partial(name) or name.startswith(ASIDE_PREFIX)

@@ -39,11 +39,6 @@ class ChunkResult(NamedTuple):
     notes: dict[str, Any] = {}  # noqa: RUF012  a default of an immutable tuple, never written to
 
 
-def chunk_bounds(count: int, size: int) -> list[Bounds]:
-    """Ranges of `size` images, the last one shorter: they tile [0, count)."""
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 @dataclass(frozen=True)
 class Job:
     """A computation over `count` images; image i's result depends on `protocol` and i alone.
@@ -69,8 +64,9 @@ class Job:
 
     @property
     def bounds(self) -> list[Bounds]:
-        """Image ranges of all chunks, in order."""
-        return chunk_bounds(self.count, self.chunk_size)
+        """Image ranges of all chunks, in order; the last one is shorter. They tile [0, count)."""
+        starts = range(0, self.count, self.chunk_size)
+        return [(start, min(start + self.chunk_size, self.count)) for start in starts]
 
 
 class ChunkStore:

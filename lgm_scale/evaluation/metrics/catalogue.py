@@ -94,16 +94,16 @@ class Selection:
     @property
     def statistics_features(self) -> tuple[str, ...]:
         """Features whose statistics are needed."""
-        return tuple(
-            sorted({METRICS[key].feature for key in self.on if METRICS[key].needs == "statistics"})
-        )
+        return _features(METRICS[key] for key in self.on if METRICS[key].needs == "statistics")
 
     @property
     def whole_features(self) -> tuple[str, ...]:
         """Features that are needed vector by vector."""
-        return tuple(
-            sorted({METRICS[key].feature for key in self.on if METRICS[key].needs != "statistics"})
-        )
+        return _features(METRICS[key] for key in self.on if METRICS[key].needs != "statistics")
+
+
+def _features(metrics: Iterable[Metric]) -> tuple[str, ...]:
+    return tuple(sorted({metric.feature for metric in metrics}))
 
 
 def select(

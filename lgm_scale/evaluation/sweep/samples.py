@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from lgm_scale.evaluation.sweep.config import Cell
 from lgm_scale.pipeline import Pipeline
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.sampling.config import SamplerConfig
+from lgm_scale.storage.files import write_whole
 
 
 def sample_images(
@@ -124,20 +124,21 @@ def write_samples(engine: Engine, job: Job, out: Path, name: str) -> Path:
 
     The pixels of the job are read and written chunk by chunk, never all in memory.
     """
+
+    def write(aside: Path) -> None:
+        with (
+            zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as file,
+        ):
+            for i, bounds in enumerate(job.bounds):
+                pixels = engine.chunks.read(job, bounds, ["pixels"]).arrays["pixels"]
+                images = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+                if i == 0:
+                    shape = (job.count, *images.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+                file.write(images.tobytes())
+
     path = out / "npz" / f"{name}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with (
-        zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as file,
-    ):
-        for i, bounds in enumerate(job.bounds):
-            pixels = engine.chunks.read(job, bounds, ["pixels"]).arrays["pixels"]
-            images = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
-            if i == 0:
-                shape = (job.count, *images.shape[1:])
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
-            file.write(images.tobytes())
-    aside.replace(path)
+    write_whole(path, write)
     return path
