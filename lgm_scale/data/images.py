@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lgm_scale.data.config import SourceConfig, as_sources
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.errors import ConfigError, DataError
 
@@ -158,12 +158,12 @@ class ImageDataset(EpochDataset):
         if augment not in (None, *get_args(Augment)):
             raise ConfigError(f"augment is {augment!r}: it must be one of {get_args(Augment)}")
         super().__init__(
-            as_sources(data),
+            data,
             "images",
             shuffle=train,
             seed=seed,
             batch_size=batch_size,
-            options=options or StreamOptions(),
+            options=options,
         )
         self.image_size = image_size
         self.augment: Augment = augment or ("crop" if train else "none")

@@ -36,14 +36,13 @@ from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
 from lgm_scale.evaluation.references.files import Reference, check_reference, load_reference
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig, SweepConfig, expand
 from lgm_scale.evaluation.sweep.results import gather_results, headline, loss_per_length
-from lgm_scale.evaluation.sweep.samples import SampleFeatures, work_of, write_samples
+from lgm_scale.evaluation.sweep.samples import NUM_SHOWN, SampleFeatures, work_of, write_samples
 from lgm_scale.evaluation.sweep.search import next_cells, winners
 from lgm_scale.families.base import families
 from lgm_scale.merging.tree import TREE_NAME
 from lgm_scale.pipeline import Pipeline, load_pipeline
 from lgm_scale.storage.files import write_json
 
-NUM_SHOWN = 20
 PIXELS = "(x + 1) / 2, clipped to [0, 1], {} to 8 bits"
 
 
@@ -97,15 +96,7 @@ class Sweep:
         self.spaces = spaces or load_spaces(config, pipe.image_size, pipe.device)
         self.outer = load_reference(config.reference) if config.reference is not None else None
         check_reference(self.outer, self.spaces, pipe.image_size)
-        self.samples = SampleFeatures(
-            pipe=pipe,
-            spaces=self.spaces.all,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            truncate=config.quantise == "truncate",
-            num_shown=min(NUM_SHOWN, config.num_images),
-            keep_pixels=config.save_npz,
-        )
+        self.samples = SampleFeatures(pipe, self.spaces.all, config)
         self.reconstructions = ReconstructionPlans(
             tokenizer=pipe.tokenizer,
             tree=pipe.tree,
@@ -209,7 +200,7 @@ class Sweep:
         }
         if self.config.save_npz and count == self.config.num_images:
             row["npz"] = str(write_samples(engine, plan.job, Path(self.config.out), plan.name))
-        shown = min(self.samples.num_shown, count)
+        shown = min(NUM_SHOWN, count)
         return row, {"images": engine.first_arrays(plan.job, "pixels", shown)}
 
     # --- runs ---------------------------------------------------------------------------------

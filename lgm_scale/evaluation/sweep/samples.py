@@ -23,11 +23,14 @@ from lgm_scale.evaluation.features.extraction import (
     joined,
     refuse_broken,
 )
-from lgm_scale.evaluation.sweep.config import Cell
+from lgm_scale.evaluation.sweep.config import Cell, SweepConfig
 from lgm_scale.pipeline import Pipeline
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.sampling.config import SamplerConfig
 from lgm_scale.storage.files import write_whole
+
+NUM_SHOWN = 20
+"""Images, from the first on, that keep their pixels for pictures."""
 
 
 def sample_images(
@@ -61,34 +64,26 @@ def sample_images(
 
 @dataclass
 class SampleFeatures:
-    """Computes chunks of samples of a cell, and their features.
-
-    Args:
-        num_shown: How many images, from the first on, keep their pixels for pictures.
-        keep_pixels: Keep the pixels of all images.
-    """
+    """Computes chunks of samples of a cell, and their features."""
 
     pipe: Pipeline
     spaces: Sequence[FeatureSpace]
-    seed: int
-    batch_size: int
-    truncate: bool = False
-    num_shown: int = 0
-    keep_pixels: bool = False
+    config: SweepConfig
 
     def __call__(self, cell: Cell, start: int, stop: int) -> ChunkResult:
         """Compute one chunk. Raises: DataError if an image is not finite."""
-        watch = Stopwatch(self.pipe.device)
+        watch, config = Stopwatch(self.pipe.device), self.config
+        truncate = config.quantise == "truncate"
         features: list[Arrays] = []
         finite: list[np.ndarray] = []
         pixels: list[np.ndarray] = []
-        for indices in chunk_batches(start, stop, self.batch_size):
+        for indices in chunk_batches(start, stop, config.batch_size):
             images, good = sample_images(
-                self.pipe, indices, cell.num_tokens, cell.sampler, self.seed, self.truncate, watch
+                self.pipe, indices, cell.num_tokens, cell.sampler, config.seed, truncate, watch
             )
             finite.append(good.cpu().numpy())
             features.append(extract(self.spaces, images))
-            wanted = len(images) if self.keep_pixels else max(0, self.num_shown - int(indices[0]))
+            wanted = len(images) if config.save_npz else max(0, NUM_SHOWN - int(indices[0]))
             if wanted:
                 pixels.append(images[:wanted].cpu().numpy())
             watch.lap("features")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgm_scale.data.config import SourceConfig, as_sources
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest
@@ -86,12 +86,12 @@ class ELITLatentDataset(EpochDataset):
         options: StreamOptions | None = None,
     ) -> None:
         super().__init__(
-            as_sources(data),
+            data,
             "spatial_latents",
             shuffle=shuffle,
             seed=seed,
             batch_size=batch_size,
-            options=options or StreamOptions(),
+            options=options,
         )
         for source, manifest in zip(self.sources, self.manifests, strict=True):
             check_grids(source.path, manifest, channels, side, encoder_id)

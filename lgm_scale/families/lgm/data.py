@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lgm_scale.data.config import SourceConfig, as_sources
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.mixture import check_one_maker
@@ -154,12 +154,12 @@ class LGMLatentDataset(EpochDataset):
         options: StreamOptions | None = None,
     ) -> None:
         super().__init__(
-            as_sources(data),
+            data,
             "latents",
             shuffle=shuffle,
             seed=seed,
             batch_size=batch_size,
-            options=options or StreamOptions(),
+            options=options,
         )
         for source, manifest in zip(self.sources, self.manifests, strict=True):
             check_latents(source.path, manifest, num_base_tokens, latent_dim, tokenizer_id)
