@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -86,11 +86,7 @@ class RankTask:
 
         The child has saved and ended by now.
         """
-        fresh = RankTask(
-            *(self.command, self.directory, self.env, self.temporary, self.grace_seconds),
-            *(self.metrics, self.saves_on_request),
-        )
-        return DelayedSubmission(fresh)
+        return DelayedSubmission(replace(self))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self._asked_at is None:

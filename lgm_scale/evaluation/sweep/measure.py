@@ -17,6 +17,7 @@ import torch
 from composer.utils import dist
 
 from lgm_scale import __version__
+from lgm_scale.config.loading import to_dict
 from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
 from lgm_scale.evaluation.engine.stages import Engine, RowPlan
@@ -35,7 +36,7 @@ from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
 from lgm_scale.evaluation.references.files import Reference, check_reference, load_reference
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig, SweepConfig, expand
-from lgm_scale.evaluation.sweep.results import gather_results, headline, loss_per_length
+from lgm_scale.evaluation.sweep.results import FORMAT, VERSION, headline, loss_per_length
 from lgm_scale.evaluation.sweep.samples import NUM_SHOWN, SampleFeatures, work_of, write_samples
 from lgm_scale.evaluation.sweep.search import next_cells, winners
 from lgm_scale.families.base import families
@@ -261,18 +262,21 @@ class Sweep:
         reconstructed, rows = reconstructed + rows[: len(before)], rows[len(before) :]
         for line in selection.off.values():
             self._say(line)
-        results = gather_results(
-            config=config,
-            pipe=self.pipe,
-            weights=self.weights,
-            reference=self.reference,
-            off=selection.off | self.reconstructions.off,
-            rows=rows,
-            searched=searched,
-            reconstructions=reconstructed,
-            losses=losses,
-            run={"ranks": dist.get_world_size(), "seconds": time.perf_counter() - start},
-        )
+        results = {
+            "format": FORMAT,
+            "version": VERSION,
+            "versions": {"lgm_scale": __version__, "torch": torch.__version__},
+            "config": to_dict(config),
+            "weights": self.weights,
+            "reference": {"name": self.reference.name, **self.reference.description},
+            "off": selection.off | self.reconstructions.off,
+            **self._generator(),
+            "training_loss": {str(k): loss for k, loss in losses.items()},
+            "rows": rows,
+            "searched": searched,
+            "reconstructions": reconstructed,
+            "run": {"ranks": dist.get_world_size(), "seconds": time.perf_counter() - start},
+        }
         if self.engine.first:
             out = Path(config.out)
             if self.pipe.tree is not None:
@@ -280,6 +284,18 @@ class Sweep:
             write_json(out / "results.json", results)
         dist.barrier()
         return results
+
+    def _generator(self) -> dict[str, Any]:
+        """What results say about the generator."""
+        pipe = self.pipe
+        return {
+            "kind": pipe.kind,
+            "merge_tree": pipe.tree is not None,
+            "classes": list(pipe.classes),
+            "num_base_tokens": pipe.num_base_tokens,
+            "parameters": pipe.parameters(),
+            "training_steps": pipe.info["training"].get("steps"),
+        }
 
     def _search(
         self, cells: Sequence[Cell], search: SearchConfig, may_compute: bool

@@ -81,6 +81,3 @@ class AutoencoderEncoder:
     def notes(self) -> Notes:
         """Nothing is noted."""
         return Notes()
-
-
-ENCODER = AutoencoderEncoder

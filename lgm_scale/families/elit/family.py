@@ -36,7 +36,9 @@ class ELITFamily(GeneratorFamily):
     task: ClassVar[str] = "spatial_generator"
     title: ClassVar[str] = "ELIT or SiT, on a grid"
     schema = ELITRun
-    encoders: ClassVar[dict[str, str]] = {"sd-vae": "lgm_scale.families.elit.encoder:ENCODER"}
+    encoders: ClassVar[dict[str, str]] = {
+        "sd-vae": "lgm_scale.families.elit.encoder:AutoencoderEncoder"
+    }
     importers: ClassVar[dict[str, str]] = {"elit": "lgm_scale.families.elit.release:IMPORTER"}
     pipeline_class: ClassVar[str] = "lgm_scale.families.elit.pipeline:ELITPipeline"
     about_tokens: ClassVar[str] = (

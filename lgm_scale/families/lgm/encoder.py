@@ -115,6 +115,3 @@ class TokenizerEncoder:
     def notes(self) -> LatentNotes:
         """Statistics of a shard of which nothing is encoded yet."""
         return LatentNotes(self.tree, self.tokenizer.latent_dim, self.device)
-
-
-ENCODER = TokenizerEncoder

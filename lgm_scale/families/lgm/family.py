@@ -32,7 +32,7 @@ class LGMFamily(GeneratorFamily):
     title: ClassVar[str] = "LGM, on merged tokens"
     schema = LGMRun
     contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
-    encoders: ClassVar[dict[str, str]] = {"lgm": "lgm_scale.families.lgm.encoder:ENCODER"}
+    encoders: ClassVar[dict[str, str]] = {"lgm": "lgm_scale.families.lgm.encoder:TokenizerEncoder"}
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
     importers: ClassVar[dict[str, str]] = {"generator": "lgm_scale.families.lgm.release:IMPORTER"}
     pipeline_class: ClassVar[str] = "lgm_scale.families.lgm.pipeline:LGMPipeline"
