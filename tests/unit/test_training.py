@@ -11,7 +11,7 @@ from lgm_scale.families.lgm.config import LGMObjectiveConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel
-from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig, TokenizerObjectiveConfig
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
 from lgm_scale.flow import NoiseScale
@@ -128,7 +128,8 @@ def test_latents_are_standardised():
 
 def test_tokenizer_model_weighs_its_losses():
     torch.manual_seed(0)
-    net = Tokenizer("tiny", 32, 8, 16, 8, codebook_size=32)
+    sizes = dict(image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32)
+    net = Tokenizer(TokenizerModelConfig(size="tiny", **sizes))
     weights = {"pixel": 2.0, "entropy": 0.5, "alignment": 3.0}
     model = TokenizerTrainingModel(net, TokenizerObjectiveConfig(**weights), seed=0)
     batch = {
