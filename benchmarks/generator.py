@@ -27,8 +27,6 @@ from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.parallel.blocks import compile_blocks
 
-__all__ = ["Batch", "build_network", "random_batch"]
-
 NUM_CLASSES, LATENT_DIM, NUM_BASE_TOKENS = 1000, 32, 256
 Batch = tuple[Tensor, Tensor, Tensor, MergeAssignment]
 

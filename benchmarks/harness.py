@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["alternating_medians", "command_line", "parse_device", "print_rates", "print_table"]
-
 Candidates = Mapping[str, Callable[[], object]]
 
 
@@ -52,26 +50,20 @@ def alternating_medians(
     *,
     device: torch.device | None = None,
     warmup: int = 2,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each candidate.
 
     Rounds of one run each, so that whatever slows the machine for a while slows all of them;
     the order turns from round to round.
 
-    Args:
-        candidates: Name -> what is timed.
-        repeats: Timed rounds.
-        device: A GPU is waited for before each reading of the clock.
-        warmup: Rounds before them that do not count.
-        clock: Seconds; `time.thread_time` leaves out what other programs take.
+    A GPU is waited for before each reading of the clock; `warmup` rounds do not count.
     """
     on_gpu = device is not None and device.type == "cuda"
 
     def now() -> float:
         if on_gpu:
             torch.cuda.synchronize(device)
-        return clock()
+        return time.perf_counter()
 
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)

@@ -1,13 +1,9 @@
-"""Step time, communication and memory of each strategy here, and a projection to many GPUs.
+"""Step time, communication and memory of each strategy on this machine.
 
     python -m benchmarks.scaling --world-sizes 1 2
-    python -m benchmarks.scaling --projection-only --size xl --peak-tflops 989 --utilization 0.4
 
-What is measured: one training step (forward, backward, AdamW) of a generator on ranks of this
-machine, strategies alternating; the bytes that a rank hands to collectives in it; the bytes of
-state that it keeps. What is projected, and how, is printed with the table: a model of two lines,
-with bandwidths and utilization as arguments. It knows no latency, no stragglers and no data
-loading; it bounds what communication costs and claims nothing else.
+One training step (forward, backward, AdamW) of a generator, strategies alternating; the bytes that
+a rank hands to collectives in it; the bytes of state that it keeps.
 """
 
 from __future__ import annotations
@@ -28,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.generator import NUM_BASE_TOKENS, build_network, random_batch
 from benchmarks.harness import alternating_medians, command_line, print_table
-from benchmarks.projection import Cluster, print_projection
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.lgm.config import DIT_SIZES
@@ -55,19 +50,9 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = command_line("scaling", __doc__, repeats=10)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--measured-size", choices=list(DIT_SIZES), default="tiny")
+    parser.add_argument("--size", "--measured-size", choices=list(DIT_SIZES), default="tiny")
     parser.add_argument("--batch-size", type=int, default=8, help="per rank")
     parser.add_argument("--num-tokens", type=int, default=64)
-    parser.add_argument("--projection-only", action="store_true")
-    project = parser.add_argument_group("projection")
-    project.add_argument("--size", choices=list(DIT_SIZES), default="xl")
-    project.add_argument("--global-batch-size", type=int, default=1024)
-    project.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64, 256, 1024])
-    project.add_argument("--gpus-per-node", type=int, default=8)
-    project.add_argument("--peak-tflops", type=float, default=989, help="of one GPU, bf16")
-    project.add_argument("--utilization", type=float, default=0.4, help="of the peak, computing")
-    project.add_argument("--node-gbps", type=float, default=450, help="GB/s per GPU inside a node")
-    project.add_argument("--network-gbps", type=float, default=50, help="GB/s per GPU, outside")
     return parser.parse_args()
 
 
@@ -96,7 +81,7 @@ class Step:
 
     def __init__(self, parallel: ParallelConfig, args: argparse.Namespace) -> None:
         torch.manual_seed(0)
-        net = build_network(args.measured_size)
+        net = build_network(args.size)
         self.model = nn.ModuleDict({"net": net})
         self.infos = parameter_infos(self.model, averaged=False)
         self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
@@ -175,7 +160,7 @@ def print_measured(world_size: int, args: argparse.Namespace) -> None:
     out = mp.get_context("spawn").SimpleQueue()
     mp.spawn(_rank, (world_size, port, args, out), nprocs=world_size)  # type: ignore[arg-type]
     print(
-        f"\nmeasured: size {args.measured_size}, {world_size} ranks over gloo on CPU, "
+        f"\nmeasured: size {args.size}, {world_size} ranks over gloo on CPU, "
         f"{args.batch_size} samples of {args.num_tokens} tokens per rank, float32\n"
     )
     heads = {"strategy": "", "step, ddp = 1": ".2f", "collectives, MiB": ".1f"}
@@ -183,19 +168,10 @@ def print_measured(world_size: int, args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Measure, then project."""
+    """Measure at every world size."""
     args = parse_args()
-    if not args.projection_only:
-        for world_size in args.world_sizes:
-            print_measured(world_size, args)
-    cluster = Cluster(
-        args.gpus_per_node,
-        args.peak_tflops * 1e12,
-        args.utilization,
-        args.node_gbps * 1e9,
-        args.network_gbps * 1e9,
-    )
-    print_projection(args.size, args.num_tokens, args.global_batch_size, args.gpus, cluster)
+    for world_size in args.world_sizes:
+        print_measured(world_size, args)
     return 0
 
 

@@ -19,15 +19,6 @@ from tqdm import tqdm
 from lgm_scale.data.manifest import written_aside
 from lgm_scale.errors import ConfigError, DataError, MissingAssetError, exit_on_user_error
 
-__all__ = [
-    "PHOTOGRAPHS",
-    "DemoArguments",
-    "Photograph",
-    "find_photograph",
-    "make_demo_images",
-    "split_regions",
-]
-
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 INFO_NAME = "dataset.json"
@@ -43,9 +34,6 @@ class Photograph:
     """A photograph inside an installed package.
 
     Args:
-        name: Name of its class.
-        package: Import name of the package.
-        path: File inside the package.
         val_side: Side of it that is for validation ("left", "right" or "bottom"), chosen so that
             both parts show the subject.
         window: Useful part (left, top, right, bottom) as fractions, without black borders.
@@ -150,14 +138,7 @@ def draw_box(region: Box, image_size: int, rng: np.random.Generator) -> Box:
 
 @dataclass(frozen=True)
 class DemoArguments:
-    """What determines the files, byte for byte.
-
-    Args:
-        image_size: Side of the images in pixels.
-        train_per_class: Training crops of each photograph.
-        val_per_class: Validation crops of each photograph.
-        seed: Seed of the crops' places and sides.
-    """
+    """What determines the files, byte for byte."""
 
     image_size: int = 64
     train_per_class: int = 256

@@ -14,25 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
-
-from lgm_scale.config.loading import InvalidValues, load_config, read_yaml
+from lgm_scale.config.loading import check_config, read_yaml
+from lgm_scale.config.schema import STRICT
 from lgm_scale.errors import ConfigError, DataError
 
-__all__ = [
-    "Column",
-    "Experiment",
-    "Measurement",
-    "Panel",
-    "Run",
-    "Table",
-    "fill",
-    "load_experiment",
-    "lookup",
-]
-
 HOME = Path("yamls/experiments")
-_STRICT = ConfigDict(extra="forbid", strict=True)
 _FIELD = re.compile(r"\{([\w.*-]+)(?::([^{}]*))?\}")
 RUN_FIELDS = ("name", "label", "seed", "folder", "steps", "cells")
 
@@ -41,7 +27,7 @@ RUN_FIELDS = ("name", "label", "seed", "folder", "steps", "cells")
 class Run:
     """One training configuration; it is trained once per seed, in `<out>/<name>-seed<seed>`."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     name: str
     config: str
     """YAML file of the training run."""
@@ -55,7 +41,7 @@ class Run:
 class Measurement:
     """A command that measures a finished run, and the JSON file that it writes."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     name: str
     """Key of its results in the run's record."""
     command: str
@@ -69,7 +55,7 @@ class Measurement:
 class Column:
     """A column of a table: mean and sample standard deviation over seeds, or one value."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     head: str
     value: str
     """Dotted path in the record of a line; it may hold `{path}`."""
@@ -83,7 +69,7 @@ class Column:
 class Table:
     """One line per run, or with `rows` of the experiment one per row of each run's results."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     columns: tuple[Column, ...]
 
 
@@ -91,7 +77,7 @@ class Table:
 class Panel:
     """A curve per run with error bars. Without `rows`, x and y are paths of equally long lists."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     x: str
     y: str
     x_label: str
@@ -111,7 +97,7 @@ class Panel:
 class Experiment:
     """A comparison of training runs that are measured alike."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     out: str
     """Folder of the runs."""
     page: str
@@ -161,10 +147,7 @@ def fill(template: str, record: Mapping[str, Any]) -> str:
 
 
 def load_experiment(name: str) -> Experiment:
-    """Read and validate an experiment.
-
-    Args:
-        name: A YAML file, or the name of one in yamls/experiments.
+    """Read and validate an experiment: a YAML file, or the name of one in yamls/experiments.
 
     Raises: ConfigError with every problem.
     """
@@ -172,17 +155,7 @@ def load_experiment(name: str) -> Experiment:
     if not path.is_file():
         known = ", ".join(sorted(each.stem for each in HOME.glob("*.yaml")))
         raise ConfigError(f"experiment: {name!r} is neither a YAML file nor one of {known}")
-    problems: list[str] = []
-    try:
-        experiment = load_config(read_yaml(path), Experiment, str(path))
-    except InvalidValues as error:
-        problems, experiment = error.problems, error.rest
-    if experiment is not None:
-        told = {problem.split(":")[0] for problem in problems}
-        problems += [rule for rule in _rules(experiment) if rule.split(":")[0] not in told]
-    if problems or experiment is None:
-        raise ConfigError(problems, str(path))
-    return experiment
+    return check_config(read_yaml(path), Experiment, _rules, str(path))
 
 
 def _rules(experiment: Experiment) -> Iterator[str]:

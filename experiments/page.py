@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from experiments.config import Column, Experiment, Panel, fill, lookup
 from lgm_scale.errors import DataError
 
-__all__ = ["draw", "mean_and_std", "render", "write_between_markers"]
-
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 Line = Sequence[Mapping[str, Any]]
@@ -68,10 +66,7 @@ def _entry(column: Column, line: Line) -> str:
 def render(experiment: Experiment, results: Mapping[str, Line], budget: float | None) -> str:
     """Caption and tables as Markdown.
 
-    Args:
-        experiment: The comparison.
-        results: Records of each run by its name, one per seed.
-        budget: Operations of training of each, where they are equal.
+    `results` are the records of each run by its name, one per seed.
     """
     first = next(iter(results.values()))
     common = {"seeds": len(first), "work": None if budget is None else budget / 1e12}

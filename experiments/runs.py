@@ -20,8 +20,6 @@ from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.families.base import family_of
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["PlannedRun", "Record", "equal_steps", "plan_runs", "prepare", "train_and_measure"]
-
 Record = dict[str, Any]
 KEPT_NAME = "measured.json"
 
@@ -31,8 +29,6 @@ class PlannedRun:
     """One run at one seed.
 
     Args:
-        run: Its entry in the experiment.
-        folder: Where it is trained, with its configuration.
         changes: `key=value` of the training command.
         record: What templates and columns know of it before it is measured.
     """
@@ -57,10 +53,7 @@ def training_work(config: Any) -> tuple[float, int]:
 def equal_steps(work: float, cycle: int, budget: float) -> int:
     """Steps that make `budget` operations, rounded to whole cycles of lengths.
 
-    Args:
-        work: Operations of a mean step.
-        cycle: Steps in which every length had its turn.
-        budget: Operations in all.
+    `work` is that of a mean step, and `cycle` the steps in which every length had its turn.
     """
     return max(1, round(budget / (work * cycle))) * cycle
 
@@ -70,11 +63,7 @@ def plan_runs(
 ) -> tuple[list[PlannedRun], float | None]:
     """Every run at every seed, and the operations of training of each if they are equal.
 
-    Args:
-        name: Name of the experiment; run names of training begin with it.
-        experiment: The comparison.
-        seeds: Each gives a run of every entry.
-        overrides: `key=value` for every run.
+    Run names of training begin with `name`; `overrides` are `key=value` for every run.
 
     Raises: ConfigError if a configuration is invalid, or its folder holds another run.
     """

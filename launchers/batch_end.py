@@ -25,14 +25,6 @@ from launchers.records import (
     rank_log,
 )
 
-__all__ = [
-    "FAILURES_AT_ONE_STEP",
-    "FAILURES_WITHOUT_PROGRESS",
-    "judge",
-    "last_words",
-    "main",
-]
-
 FAILURES_AT_ONE_STEP = 3
 FAILURES_WITHOUT_PROGRESS = 10
 """After so many in a row a job is given up."""
@@ -82,10 +74,8 @@ def main(argv: list[str]) -> int:
 def judge(history: list[Start], step: int | None, status: int) -> Verdict:
     """Decide what comes after a start that ended by itself, which is the last of `history`.
 
-    Args:
-        history: All starts so far, this one without a verdict.
-        step: Steps known to be done; None for a job without steps.
-        status: Exit status of the command that ran the ranks; it counts if no rank left a record.
+    `step` is None for a job without steps. `status`, that of the command that ran the ranks, counts
+    if no rank left a record.
     """
     current = history[-1]
     failure = current.first_failure()

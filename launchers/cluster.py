@@ -11,12 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
-
 from lgm_scale.config.loading import load_config, read_yaml
+from lgm_scale.config.schema import STRICT
 from lgm_scale.errors import ConfigError
-
-__all__ = ["CLUSTERS", "SBATCH_OPTIONS", "Cluster", "load_cluster", "minutes"]
 
 SBATCH_OPTIONS = ("partition", "account", "qos", "constraint", "exclude", "comment")
 """Handed to `sbatch` as they are, where they are set."""
@@ -28,7 +25,7 @@ CLUSTERS = Path(__file__).resolve().parents[1] / "yamls" / "cluster"
 class Cluster:
     """Defaults of every job on one cluster. Options of `sbatch` have its names."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = STRICT
     gpus_per_node: int
     """How many a node has. 0: a cluster of CPUs, with one rank per node."""
     cpus_per_gpu: int = 8
@@ -58,11 +55,9 @@ class Cluster:
 
 
 def load_cluster(name: str, changes: dict[str, Any] | None = None) -> Cluster:
-    """Read a cluster.
+    """Read a cluster: one of `yamls/cluster/`, or a YAML file.
 
-    Args:
-        name: One of `yamls/cluster/`, or the path of a YAML file.
-        changes: Values of the command line; None keeps the cluster's own.
+    `changes` are values of the command line; None keeps the cluster's own.
 
     Raises: ConfigError with every problem.
     """
@@ -72,16 +67,13 @@ def load_cluster(name: str, changes: dict[str, Any] | None = None) -> Cluster:
         raise ConfigError(f"--cluster: there is no {path}; known: {known}, or give a YAML file")
     cluster = load_config(read_yaml(path), Cluster, str(path))
     given = {key: value for key, value in (changes or {}).items() if value is not None}
-    gpus = given.pop("gpus_per_node", None)
-    problems = []
+    gpus, problems = given.get("gpus_per_node"), []
     if gpus is not None and not 0 <= gpus <= cluster.gpus_per_node:
         problems.append(
             f"--gpus-per-node: {gpus} asked for, nodes of {path} have {cluster.gpus_per_node}; ask "
             "for fewer, or mend gpus_per_node there"
         )
     cluster = dataclasses.replace(cluster, **given)
-    if gpus is not None:
-        cluster = dataclasses.replace(cluster, gpus_per_node=gpus)
     problems += _problems(cluster)
     if problems:
         raise ConfigError(problems, str(path))

@@ -17,8 +17,6 @@ from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.sweep.rules import check_sweep, load_sweep
 
-__all__ = ["KINDS", "TOOLS", "Job", "Tool", "describe_job"]
-
 
 @dataclass(frozen=True)
 class Tool:
@@ -62,14 +60,10 @@ class Job:
     """One command for all ranks.
 
     Args:
-        kind: One of KINDS.
         name: Name of the job in Slurm; a second live job of this name is refused.
-        out: What the job makes.
         script: The command, as a path inside the code.
         config: YAML file that goes first, or None.
-        arguments: What follows it.
         parts: What each element of an array adds; empty for one job.
-        run: Configuration of a training run.
         ranks: Whether the command spreads over ranks; otherwise it has one.
     """
 
@@ -106,13 +100,8 @@ def describe_job(
 ) -> Job:
     """Read and check a job.
 
-    Args:
-        kind: One of KINDS.
-        config: YAML file; None takes the kind's own.
-        words: `key=value` overrides, or options of a tool.
-        world_size: Ranks that will run it.
-        parts: Split a sweep into an array of so many jobs.
-        inputs_exist: Whether its input must be there already; not so after another job.
+    `config` None takes the kind's own; `words` are `key=value` overrides, or options of a tool.
+    Where another job makes the input, it need not be there yet (`inputs_exist`).
 
     Raises: ConfigError with every problem.
     """

@@ -21,8 +21,6 @@ from launchers.task import RankTask, rank_environment
 from lgm_scale.errors import LGMError
 from lgm_scale.storage.files import folder_aside, replace_folder, write_json
 
-__all__ = ["CHECKOUT", "FrozenCode", "Launch", "SubmissionError", "world_size"]
-
 _FOREVER = 1_000_000
 """Times that Submitit may requeue; `batch_end.judge` has the say."""
 
@@ -96,8 +94,6 @@ class Launch:
     """Everything needed to submit one job.
 
     Args:
-        job: What runs.
-        cluster: Where it runs.
         nodes: Number of nodes; a job that does not spread over ranks takes one.
         after: Ids of jobs that must end well before.
         after_any: Ids of jobs that must have ended, well or not.

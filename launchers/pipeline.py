@@ -18,23 +18,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict
-
 from launchers.cluster import load_cluster
 from launchers.jobs import describe_job
 from launchers.launch import Launch, world_size
 from launchers.submission import describe, refuse_live, submit, with_join
 from lgm_scale.config.loading import load_config, read_yaml
+from lgm_scale.config.schema import STRICT
 from lgm_scale.errors import ConfigError, exit_on_user_error
-
-_STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One job of a pipeline. `needs` names the stages that come before it."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     job: Literal["convert", "tokenizer", "encode", "train", "eval"]
     needs: tuple[str, ...] = ()
     config: str | None = None
@@ -50,7 +47,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     stages: dict[str, dict[str, Any]]
     cluster: str = "default"
     """Name of a file of `yamls/cluster/`, or the path of a YAML file."""

@@ -15,22 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "LAUNCH_NAME",
-    "SPEED",
-    "STOPPED_STATUS",
-    "USER_ERROR_STATUS",
-    "RankEnd",
-    "Start",
-    "Starts",
-    "Verdict",
-    "last_speed",
-    "last_step",
-    "launch_folders",
-    "rank_log",
-    "tail",
-]
-
 LAUNCH_NAME = "launch.json"
 USER_ERROR_STATUS = 2
 STOPPED_STATUS = 75
@@ -85,11 +69,7 @@ class Start:
 
 
 class Starts:
-    """The records of one job, below its folder.
-
-    Args:
-        job_folder: The folder of the job within that of its launch.
-    """
+    """The records of one job, below its folder."""
 
     def __init__(self, job_folder: Path) -> None:
         self.folder = job_folder / "attempts"  # its name on disk
@@ -142,13 +122,7 @@ def last_step(metrics: Path | None) -> int | None:
     """Steps that a run's metrics.jsonl knows to be done; None for a job without one."""
     if metrics is None:
         return None
-    try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, metrics.stat().st_size - 65536))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
+    for line in reversed(tail(metrics)):
         try:
             return int(json.loads(line)["step"]) + 1
         except (ValueError, KeyError, TypeError):  # torn by a kill

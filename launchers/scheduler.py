@@ -7,17 +7,6 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-__all__ = [
-    "Accounted",
-    "LiveJob",
-    "SlurmError",
-    "accounting",
-    "cancel",
-    "live_jobs",
-    "requeue",
-    "state",
-]
-
 
 class SlurmError(Exception):
     """A command of Slurm that is missing or failed, with its own words."""

@@ -21,13 +21,7 @@ from typing import Any
 from launchers.cluster import SBATCH_OPTIONS, Cluster, load_cluster
 from launchers.jobs import KINDS, describe_job
 from launchers.launch import Launch, world_size
-from launchers.submission import (
-    check_save_interval,
-    describe,
-    refuse_live,
-    submit,
-    with_join,
-)
+from launchers.submission import check_save_interval, describe, refuse_live, submit, with_join
 from lgm_scale.errors import exit_on_user_error
 
 

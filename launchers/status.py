@@ -19,15 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import scheduler
-from launchers.records import (
-    LAUNCH_NAME,
-    Start,
-    Starts,
-    last_speed,
-    launch_folders,
-    rank_log,
-    tail,
-)
+from launchers.records import LAUNCH_NAME, Start, Starts, last_speed, launch_folders, rank_log, tail
 from lgm_scale.errors import ConfigError, exit_on_user_error
 
 _STATE = re.compile(r"ba(\d+)-a(\d+)")

@@ -14,15 +14,6 @@ from launchers.records import LAUNCH_NAME, last_speed, launch_folders
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
 
-__all__ = [
-    "check_save_interval",
-    "describe",
-    "interval_steps",
-    "refuse_live",
-    "submit",
-    "with_join",
-]
-
 
 def with_join(launch: Launch) -> list[Launch]:
     """The launch, and after an array the job that joins its parts."""
@@ -111,9 +102,7 @@ def check_save_interval(launch: Launch, seconds_per_step: float | None) -> None:
 def refuse_live(launch: Launch, take_over: bool) -> Launch:
     """Look for a live job that writes the same, and refuse it or end it.
 
-    Args:
-        launch: The job to be submitted.
-        take_over: End the live job; the new one starts when it is gone.
+    With `take_over` the live job is ended, and the new one starts when it is gone.
 
     Raises: SubmissionError if there is one, or without Slurm.
     """

@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,8 +25,6 @@ from submitit.helpers import DelayedSubmission
 from launchers import scheduler
 from launchers.records import STOPPED_STATUS, Starts, Verdict, last_step
 
-__all__ = ["RankTask", "master_port", "rank_environment"]
-
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
 """Sent by schedulers before they take the machine away."""
 
@@ -36,12 +34,9 @@ class RankTask:
     """Run one rank of a job; picklable, and the same for all of them.
 
     Args:
-        command: Program and arguments.
         directory: Where it runs: where the job was submitted, so that relative paths hold.
-        env: Additions to the environment.
         temporary: Node-local folder for the job's TMPDIR.
         grace_seconds: How long a child that was asked to stop may take.
-        metrics: The run's metrics.jsonl, or None.
         saves_on_request: The child answers SIGUSR2 and SIGTERM by saving; another one is ended
             by them.
     """
@@ -91,11 +86,7 @@ class RankTask:
 
         The child has saved and ended by now.
         """
-        fresh = RankTask(
-            *(self.command, self.directory, self.env, self.temporary, self.grace_seconds),
-            *(self.metrics, self.saves_on_request),
-        )
-        return DelayedSubmission(fresh)
+        return DelayedSubmission(replace(self))
 
     def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
         if self._asked_at is None:

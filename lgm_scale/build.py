@@ -39,8 +39,6 @@ from lgm_scale.training.model import TrainingModel
 from lgm_scale.training.stopping import StopRequest, ignore_stop_signals
 from lgm_scale.training.throughput import Throughput
 
-__all__ = ["build_data", "build_dataset", "build_trainer", "export_bundle"]
-
 
 def build_dataset(config: TrainingRun) -> EpochDataset:
     """The training set, checked against the model it is for. Raises: DataError."""

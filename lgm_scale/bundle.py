@@ -108,11 +108,7 @@ def check_kind(info: dict[str, Any], folder: str | Path, *kinds: str) -> None:
 
 
 def read_bundle(folder: str | Path, *kinds: str) -> dict[str, Any]:
-    """Read bundle.json, and check format, kind and every file's hash.
-
-    Args:
-        folder: Folder of the bundle.
-        kinds: Those that will do.
+    """Read bundle.json, and check format, kind (one of `kinds`) and every file's hash.
 
     Raises: CheckpointError naming the folder, what was found and what is needed.
     """
@@ -138,9 +134,7 @@ def model_config(info: dict[str, Any], name: str, schema: type, folder: str | Pa
 def set_sampling_defaults(folder: str | Path, defaults: dict[int, dict[str, Any]]) -> None:
     """Store what a pipeline samples with at each K when a call names no settings.
 
-    Args:
-        folder: A generator bundle of any family.
-        defaults: K -> fields of `SamplerConfig`, such as a sweep found best. Other K keep theirs.
+    `defaults` are K -> fields of `SamplerConfig`, such as a sweep found best. Other K keep theirs.
 
     Raises: ConfigError for settings without meaning; CheckpointError for no generator bundle.
     """

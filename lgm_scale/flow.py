@@ -22,7 +22,6 @@ __all__ = [
     "interpolate",
     "merged_noise",
     "sample_timesteps",
-    "shift_timesteps",
     "training_keys",
     "unweighted_flow_loss",
     "velocity_target",
@@ -58,11 +57,6 @@ def sample_timesteps(keys: Tensor, mean: float = 0.0, std: float = 1.0) -> Tenso
     # guessed by its mean.
     normal = keyed_normal(keys, (1,))[:, 0].double()  # float32 sigmoid depends on the batch size
     return torch.sigmoid(normal * std + mean).float()
-
-
-def shift_timesteps(t: Tensor, shift: float) -> Tensor:
-    """Grid a t / (1 + (a - 1) t): a < 1 spends more steps near the noise. Any shape, in [0, 1]."""
-    return shift * t / (1 + (shift - 1) * t)
 
 
 def merged_noise(keys: Tensor, assignment: MergeAssignment, dim: int, scale: NoiseScale) -> Tensor:

@@ -22,16 +22,6 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from lgm_scale.errors import CheckpointError
 
-__all__ = [
-    "LPIPS",
-    "VGG16_URL",
-    "Frozen",
-    "load_perceptual",
-    "load_pretrained",
-    "read_weights",
-    "to_imagenet",
-]
-
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 

@@ -13,24 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "MLP",
-    "NORM_EPS",
-    "Attention",
-    "DiTBlock",
-    "FinalLayer",
-    "LabelEmbedding",
-    "SwiGLU",
-    "TimestepEmbedding",
-    "extra_channel_attention",
-    "initialize_transformer",
-    "masked_attention",
-    "modulate",
-    "proportional_attention",
-    "swiglu_hidden",
-    "zero",
-]
-
 NORM_EPS = torch.finfo(torch.float32).eps
 """Epsilon of every RMSNorm, as in the release; torch's default would change with the dtype."""
 
@@ -150,9 +132,6 @@ class DiTBlock(nn.Module):
     Shapes: x [B, K, C], condition [B, C] -> [B, K, C].
 
     Args:
-        width: C.
-        attn: Self-attention.
-        mlp: The block's MLP.
         norm: Makes a norm of a width; the block has two.
 
     Source: DiT (Peebles and Xie 2023), adaLN-Zero.
@@ -275,10 +254,7 @@ def zero(layer: nn.Module) -> None:
 def block_flops(tokens: int, width: int, mlp: int) -> int:
     """Operations of one adaLN block for one sample.
 
-    Args:
-        tokens: Tokens that the block sees.
-        width: C.
-        mlp: Multiply-adds of the block's MLP per token.
+    `tokens` are those that the block sees, `mlp` the multiply-adds of its MLP per token.
     """
     return (
         2 * width * 6 * width  # modulation, once per sample
@@ -291,11 +267,8 @@ def block_flops(tokens: int, width: int, mlp: int) -> int:
 def ends_flops(tokens: int, width: int, features: int, state_dim: int) -> int:
     """Operations of what surrounds the blocks for one sample: embeddings and modulated output.
 
-    Args:
-        tokens: Tokens of the state.
-        width: C.
-        features: Frequencies of the embedding of t.
-        state_dim: Numbers per token of the state.
+    `features` are the frequencies of the embedding of t, `state_dim` numbers per token of the
+    state.
     """
     embeddings = 2 * features * width + 2 * width * width
     return embeddings + tokens * 2 * 2 * state_dim * width + 2 * width * 2 * width

@@ -71,6 +71,10 @@ class Pipeline(ABC, Generic[AnyBundle]):
     ) -> None:
         self.bundle, self.dtype, self.source = bundle, dtype, source
         self.device = next(bundle.net.parameters()).device
+        self.classes, self.info = bundle.classes, bundle.info
+        """Names of the classes, and contents of bundle.json."""
+        self.num_base_tokens, self.num_classes = bundle.net.num_base_tokens, bundle.net.num_classes
+        """N, the largest number of tokens, and the classes without the null label."""
 
     @classmethod
     def from_bundle(
@@ -81,10 +85,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
     ) -> AnyPipeline:
         """Load a generator bundle of this family.
 
-        Args:
-            folder: A generator bundle.
-            device: Default: a CUDA device if there is one, else the CPU.
-            dtype: Default: bfloat16 where a GPU computes it natively, else float32.
+        Default: a CUDA device if there is one, and bfloat16 where a GPU computes it natively.
 
         Raises: CheckpointError if it is none, damaged, or of another format version.
         """
@@ -158,26 +159,6 @@ class Pipeline(ABC, Generic[AnyBundle]):
         return 0
 
     # --- what follows from it -----------------------------------------------------------------
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes."""
-        return self.bundle.classes
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """Contents of bundle.json."""
-        return self.bundle.info
-
-    @property
-    def num_base_tokens(self) -> int:
-        """N, the largest number of tokens."""
-        return self.bundle.net.num_base_tokens
-
-    @property
-    def num_classes(self) -> int:
-        """Classes without the null label."""
-        return self.bundle.net.num_classes
 
     def row_flops(self, num_tokens: int) -> int:
         """Operations of one network row at K tokens."""
@@ -335,10 +316,7 @@ def load_pipeline(
 ) -> Pipeline[Any]:
     """The pipeline of whatever generator a bundle holds.
 
-    Args:
-        folder: A generator bundle of any family.
-        device: Default: a CUDA device if there is one, else the CPU.
-        dtype: Default: bfloat16 where a GPU computes it natively, else float32.
+    Default: a CUDA device if there is one, and bfloat16 where a GPU computes it natively.
 
     Raises: CheckpointError if it is no generator bundle, damaged, or of another format version.
     """

@@ -22,11 +22,9 @@ def to_unit_range(images: Tensor) -> Tensor:
 def to_uint8(pixels: Tensor, truncate: bool = False) -> Tensor:
     """Eight bits per value: (x + 1) / 2, clipped to [0, 1], times 255, rounded (half to even).
 
-    Args:
-        pixels: Any shape, in about [-1, 1]. NaN becomes mid-grey; `finite_images` tells whether
-            there was any.
-        truncate: Cut the fraction off instead, as some published samples were stored: half a
-            level darker on average.
+    Any shape will do. NaN becomes mid-grey; `finite_images` tells whether there was any. `truncate`
+    cuts the fraction off instead, as some published samples were stored: half a level darker on
+    average.
 
     Shapes: floats of any shape -> uint8 of that shape, on the same device.
     """

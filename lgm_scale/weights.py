@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from lgm_scale.errors import CheckpointError
 
-__all__ = ["load_weights", "save_weights"]
-
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write tensors, from whatever device and in whatever layout."""

@@ -9,7 +9,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 from lgm_scale.config.schema import OptimizerConfig
 from lgm_scale.families.tokenizer.assets import FrozenNets, Teacher
-from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig, TokenizerSize
+from lgm_scale.families.tokenizer.config import (
+    TokenizerModelConfig,
+    TokenizerObjectiveConfig,
+    TokenizerSize,
+)
 from lgm_scale.families.tokenizer.critic import CriticBackbone, CriticHeads, ReduceMean, one_rank
 from lgm_scale.families.tokenizer.network import Decoder, Tokenizer
 from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
@@ -53,7 +57,16 @@ def small_model(
 ) -> TokenizerTrainingModel:
     """The same weights for the same seed. The critic sees 24 pixels of the 32."""
     torch.manual_seed(seed)
-    net = Tokenizer("tiny", IMAGE_SIZE, PATCH_SIZE, NUM_TOKENS, LATENT_DIM, codebook_size=32)
+    net = Tokenizer(
+        TokenizerModelConfig(
+            size="tiny",
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            num_base_tokens=NUM_TOKENS,
+            latent_dim=LATENT_DIM,
+            codebook_size=32,
+        )
+    )
     with torch.no_grad():
         # As after some training: reconstructions that differ, codes that are chosen.
         net.decoder.out.weight.mul_(3)

@@ -125,8 +125,7 @@ class ToyFamily(GeneratorFamily):
         return ToyNet(run.model)
 
     def training_model(self, run: ToyRun, dataset: Any) -> ToyModel:
-        net, o = ToyNet(run.model), run.objective
-        return ToyModel(net, o.label_dropout, o.timestep_mean, o.timestep_std, run.seed)
+        return ToyModel(ToyNet(run.model), run.objective, run.seed)
 
     def export(self, run, folder, model, dataset, average, training) -> None:
         aside = start_bundle(folder)

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from lgm_scale.build import build_optimizer, build_scheduler
 from lgm_scale.config.schema import DeepSpeedConfig, OptimizerConfig
 from lgm_scale.errors import DivergenceError
+from lgm_scale.families.lgm.config import LGMObjectiveConfig
+from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel
-from lgm_scale.flow import NoiseScale
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel import deepspeed as zero
 from lgm_scale.parallel.blocks import compile_blocks
@@ -99,8 +100,8 @@ def small_generator() -> LGMTrainingModel:
     net.label_embed.requires_grad_(False)
     torch.manual_seed(0)
     tree = MergeTree.from_embeddings(torch.randn(16, 8))
-    mean, std = torch.full((4,), 0.5), torch.full((4,), 2.0)
-    return LGMTrainingModel(net, tree, mean, std, NoiseScale.CORRECTED, 0.1, 0.0, 1.0, seed=3)
+    stats = LatentStats(torch.full((4,), 0.5), torch.full((4,), 2.0))
+    return LGMTrainingModel(net, tree, stats, LGMObjectiveConfig(), seed=3)
 
 
 class Watch(Callback):

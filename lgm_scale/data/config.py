@@ -11,14 +11,6 @@ from pydantic import ConfigDict
 from lgm_scale.storage.clients import is_remote
 from lgm_scale.storage.transfer import Patience
 
-__all__ = [
-    "DataConfig",
-    "SourceConfig",
-    "as_sources",
-    "broken_data_rules",
-    "broken_source",
-]
-
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 

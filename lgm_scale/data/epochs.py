@@ -8,6 +8,7 @@ in `streaming_internals`.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming import StreamingDataLoader
 
-from lgm_scale.data.config import SourceConfig
+from lgm_scale.data.config import SourceConfig, as_sources
 from lgm_scale.data.manifest import Manifest, check_columns, check_shards, read_manifest
 from lgm_scale.data.mixture import View, draw_passes, samples_per_source, view_sources
 from lgm_scale.data.shards import fill_cache, local_folder
@@ -50,19 +51,15 @@ class StreamOptions:
     cache_limit: int | str | None = None
 
 
-_DEFAULTS = StreamOptions()
-
-
 class EpochDataset(GuardedDataset):
     """Sources of one kind as epochs.
 
     Args:
-        sources: One or more MDS folders.
+        data: One MDS folder, or sources with their classes and shares.
         kind: "images", "latents" or "spatial_latents".
         shuffle: Read in another order every epoch; otherwise in the order of the sources.
         seed: Decides the order and the flips.
         batch_size: Samples per device and batch.
-        options: How shards are fetched.
 
     Raises: DataError, on every rank, if a source is not complete or not of that kind.
     """
@@ -76,15 +73,16 @@ class EpochDataset(GuardedDataset):
 
     def __init__(
         self,
-        sources: Sequence[SourceConfig],
+        data: str | os.PathLike[str] | Sequence[SourceConfig],
         kind: str,
         *,
         shuffle: bool,
         seed: int,
         batch_size: int,
-        options: StreamOptions = _DEFAULTS,
+        options: StreamOptions | None = None,
     ) -> None:
-        self.sources = tuple(sources)
+        options = options or StreamOptions()
+        self.sources = as_sources(data)
         self.seed = seed
         with process_group():
             on_local_leaders(lambda: _look_after_files(self.sources, options.patience))
@@ -175,7 +173,6 @@ class CheckedLoader(StreamingDataLoader):
     less than one global batch, is dropped.
 
     Args:
-        dataset: What to load.
         batch_size: Samples per device and batch; the data set's own.
         **options: Options of `torch.utils.data.DataLoader`.
     """

@@ -16,18 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lgm_scale.data.config import SourceConfig, as_sources
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.errors import ConfigError, DataError
-
-__all__ = [
-    "Augment",
-    "ImageDataset",
-    "center_crop",
-    "decode_image",
-    "random_flip",
-    "random_resized_crop",
-]
 
 Augment = Literal["crop", "flip", "none"]
 
@@ -41,9 +32,7 @@ def decode_image(data: bytes | str | os.PathLike[str], name: str | None = None) 
     Transparency is laid over white; 16-bit gray is scaled (not clipped) to 8 bit. EXIF orientation
     is not applied, as usual for ImageNet.
 
-    Args:
-        data: The bytes of an image file, or its path.
-        name: What to call it in messages; by default the path.
+    `name` is what messages call it; by default the path.
 
     Units/range: uint8 RGB.
     Raises: DataError naming the file if it is unreadable, truncated or of an unknown pixel format.
@@ -147,7 +136,6 @@ class ImageDataset(EpochDataset):
         seed: Decides the order and the augmentation, with the epoch and the sample id alone.
         batch_size: Samples per device and batch; the library deals out samples by it.
         max_scale: Largest scale before the random crop; 1 for no scaling.
-        options: How shards are fetched.
 
     Raises: DataError if a source is no complete MDS folder of images; ConfigError for an
         augmentation that there is not.
@@ -170,12 +158,12 @@ class ImageDataset(EpochDataset):
         if augment not in (None, *get_args(Augment)):
             raise ConfigError(f"augment is {augment!r}: it must be one of {get_args(Augment)}")
         super().__init__(
-            as_sources(data),
+            data,
             "images",
             shuffle=train,
             seed=seed,
             batch_size=batch_size,
-            options=options or StreamOptions(),
+            options=options,
         )
         self.image_size = image_size
         self.augment: Augment = augment or ("crop" if train else "none")

@@ -22,22 +22,6 @@ import numpy as np
 from lgm_scale.errors import DataError
 from lgm_scale.storage.files import folder_aside, write_whole
 
-__all__ = [
-    "COLUMNS",
-    "INDEX_NAME",
-    "LABELS_NAME",
-    "MANIFEST_NAME",
-    "Manifest",
-    "check_columns",
-    "check_shards",
-    "parse_manifest",
-    "read_index",
-    "read_labels",
-    "read_manifest",
-    "write_manifest",
-    "written_aside",
-]
-
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.json"
 LABELS_NAME = "labels.npy"
@@ -77,7 +61,6 @@ class Manifest:
 
     Args:
         kind: "images", "latents" (a sequence each) or "spatial_latents" (a grid each).
-        num_samples: How many samples all shards hold together.
         classes: Names of the classes; label i is `classes[i]`.
         class_counts: How many samples each class has, in the same order.
         image_size: Side of every (square) image in pixels; None where sizes differ.
@@ -107,11 +90,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
 
 
 def read_manifest(folder: str | os.PathLike[str], kind: str) -> Manifest:
-    """Read and check the manifest of an MDS folder.
-
-    Args:
-        folder: It holds `index.json`, shards and `manifest.json`.
-        kind: What the caller needs, a key of COLUMNS.
+    """Read and check the manifest of an MDS folder, which must be of `kind`, a key of COLUMNS.
 
     Raises: DataError if the folder is missing, empty, damaged, of another kind, or if its
         manifest and its shards disagree.
@@ -186,11 +165,8 @@ def written_aside(
 ) -> Iterator[Path]:
     """Yield an empty folder to write into; it becomes `folder` if nothing goes wrong.
 
-    Args:
-        folder: The final folder; it must be absent or empty.
-        own_names: Patterns of the names that the command itself writes. What an interrupted run
-            left aside is deleted only if it holds nothing else.
-        command: Name of the command, for messages.
+    `folder` must be absent or empty. What an interrupted run of the command left aside is deleted
+    only if all its names match `own_names`, patterns of those that the command itself writes.
 
     Raises: DataError if either folder holds something else.
     """
@@ -216,10 +192,7 @@ def written_aside(
 def read_index(folder: Path, kind: str = "images", fix: str = "") -> list[dict[str, Any]]:
     """List the shards of an MDS folder, as its index describes them.
 
-    Args:
-        folder: Where `index.json` lies.
-        kind: What the folder should hold, for messages.
-        fix: What to do about a bad folder, for messages.
+    `kind` and `fix`, what to do about a bad folder, are for messages.
 
     Raises: DataError if there is no index, or a damaged one.
     """

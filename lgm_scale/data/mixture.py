@@ -18,8 +18,6 @@ from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.manifest import Manifest, read_labels
 from lgm_scale.errors import DataError
 
-__all__ = ["View", "check_one_maker", "draw_passes", "samples_per_source", "view_sources"]
-
 
 @dataclass(frozen=True)
 class View:
@@ -41,11 +39,7 @@ def check_one_maker(
 ) -> None:
     """Raise DataError if the latents of a mixture were made in several ways.
 
-    Args:
-        sources: The sources as configured.
-        manifests: The manifest of each source.
-        key: The entry of the manifests' `extra` that must be the same in all.
-        what: What that entry names, for the message.
+    `key` is the entry of the manifests' `extra` that must be the same in all, `what` its name.
     """
     makers = [str(manifest.extra.get(key)) for manifest in manifests]
     for source, maker in zip(sources, makers, strict=True):
@@ -62,10 +56,7 @@ def view_sources(
 ) -> tuple[list[View], Manifest]:
     """Combine sources by the names of their classes.
 
-    Args:
-        sources: The sources as configured.
-        folders: Where the files of each source lie on this machine.
-        manifests: The manifest of each source.
+    `folders` are where the files of each source lie on this machine.
 
     Returns: A view of each source, and the manifest of all of them together.
     Raises: DataError for class names that a source does not have.

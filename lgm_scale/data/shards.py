@@ -14,17 +14,8 @@ from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.manifest import INDEX_NAME, MANIFEST_NAME, parse_manifest
 from lgm_scale.errors import DataError
 from lgm_scale.storage.clients import is_remote
-from lgm_scale.storage.files import file_hash, is_partial, write_whole
-from lgm_scale.storage.transfer import (
-    Expected,
-    Patience,
-    fetch,
-    join,
-    read_remote,
-    shown,
-)
-
-__all__ = ["digest_files", "fill_cache", "local_folder"]
+from lgm_scale.storage.files import is_partial, write_whole
+from lgm_scale.storage.transfer import Expected, Patience, fetch, join, read_remote, shown
 
 
 def local_folder(source: SourceConfig) -> Path:
@@ -75,8 +66,3 @@ def _claim(folder: Path, manifest: bytes, where: str) -> None:
         write_whole(path, manifest)
     except OSError as error:
         raise DataError(f"cache {folder} cannot be written: {error.strerror}") from error
-
-
-def digest_files(folder: Path, names: list[str]) -> dict[str, str]:
-    """SHA-256 of files of a folder, as the manifest keeps them."""
-    return {name: file_hash(folder / name) for name in names}

@@ -37,15 +37,6 @@ from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import DataError
 from lgm_scale.storage.transfer import Expected, Patience, fetch, join, shown
 
-__all__ = [
-    "GuardedDataset",
-    "ShardStream",
-    "num_ranks",
-    "on_local_leaders",
-    "own_prefix",
-    "process_group",
-]
-
 log = logging.getLogger("lgm_scale")
 
 _FAILED = 255  # a state of a shard that `_ShardState` does not use
@@ -54,12 +45,7 @@ _LAST_PREFIX = 10**9
 
 
 class ShardStream(Stream):
-    """A stream that fetches patiently, checks what it got, and says what went wrong.
-
-    Args:
-        source: Where shards come from, and where they go.
-        patience: How long to try.
-    """
+    """A stream that fetches patiently, checks what it got, and says what went wrong."""
 
     def __init__(self, source: SourceConfig, patience: Patience) -> None:
         folder = local_folder(source)
@@ -132,11 +118,6 @@ class GuardedDataset(StreamingDataset):
 
     Every process counts what it gives against what it was to give, waits no longer than it was
     told to, and knows the shard and the cause when it fails.
-
-    Args:
-        streams: Where shards come from.
-        patience: How long to try to get one.
-        **options: Arguments of `StreamingDataset`.
     """
 
     epoch: int = 0

@@ -11,7 +11,7 @@ import hashlib
 import json
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -24,17 +24,6 @@ from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.engine.parts import from_rank_zero
 from lgm_scale.storage.files import file_hash
-
-__all__ = [
-    "FolderImages",
-    "ImageSource",
-    "NpzImages",
-    "StoredImages",
-    "ValidationImages",
-    "npz_images_shape",
-    "open_source",
-    "spread",
-]
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -61,12 +50,7 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 class StoredImages:
-    """Images of an MDS folder.
-
-    Args:
-        folder: MDS folder of images, with a manifest.
-        image_size: S, pixels along a side.
-    """
+    """Images of an MDS folder."""
 
     def __init__(self, folder: str | Path, image_size: int) -> None:
         self.count = read_manifest(folder, "images").num_samples
@@ -109,8 +93,13 @@ def _shards_hash(folder: Path) -> str:
     names = [
         str((shard.get("zip_data") or shard["raw_data"])["basename"]) for shard in index["shards"]
     ]
+    return _files_hash(folder, ["index.json", "manifest.json", *names])
+
+
+def _files_hash(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 over names and contents of files of a folder, in this order."""
     total = hashlib.sha256()
-    for name in ["index.json", "manifest.json", *names]:
+    for name in names:
         total.update(f"{name} {file_hash(folder / name)}\n".encode())
     return total.hexdigest()
 
@@ -142,10 +131,8 @@ class FolderImages:
 
     def hash(self) -> str:
         """SHA-256 over names and contents of all files."""
-        total = hashlib.sha256()
-        for path in self.paths:
-            total.update(f"{path.relative_to(self.folder)} {file_hash(path)}\n".encode())
-        return total.hexdigest()
+        names = (str(path.relative_to(self.folder)) for path in self.paths)
+        return _files_hash(self.folder, names)
 
 
 class NpzImages:
@@ -211,9 +198,7 @@ def _data_offset(path: Path) -> int:
 def open_source(path: Path, image_size: int | None) -> tuple[ImageSource, dict[str, Any]]:
     """Open images of any of these forms, and describe what identifies them.
 
-    Args:
-        path: A folder of pictures, MDS shards, or an npz.
-        image_size: Pixels along a side; only a folder of pictures needs it.
+    Only a folder of pictures needs `image_size`, the pixels along a side.
 
     Raises: ConfigError, DataError.
     """

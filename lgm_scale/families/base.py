@@ -141,13 +141,9 @@ class Family(ABC):
     ) -> None:
         """Write the run's result as a bundle. Called on rank 0 alone.
 
-        Args:
-            run: Its configuration.
-            folder: Folder of the bundle.
-            model: The trained model, under whatever strategy: only what is no weight may be read.
-            dataset: The training set.
-            average: Whole averaged weights, by their names in the network.
-            training: How it came about; kept in bundle.json.
+        Of the model, under whatever strategy, only what is no weight may be read. `average` holds
+        whole weights by their names in the network; `training` says how it came about, for
+        bundle.json.
         """
 
     def reconstructor(self, folder: str | Path, device: torch.device | str) -> Any:
@@ -165,8 +161,6 @@ class GeneratorFacts:
     """What a bundle says about its generator, before a network is built.
 
     Args:
-        image_size: Pixels along a side.
-        num_classes: Classes that the network knows.
         problems: Lines about parts of the bundle that do not belong together.
     """
 

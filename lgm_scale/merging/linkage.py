@@ -17,8 +17,6 @@ from torch import Tensor
 
 from lgm_scale.errors import ConfigError
 
-__all__ = ["average_linkage", "in_block_triangle", "start_host_copy"]
-
 # Height at which whole blocks join: above any in-block distance. The release writes a similarity
 # of -100 between tokens of different blocks.
 _CROSS_BLOCK_DISTANCE = 101.0

@@ -25,8 +25,6 @@ from torch import Tensor
 from lgm_scale.errors import ConfigError
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 
-__all__ = ["ContrastStats", "Nesting", "contrast_basis", "split_clusters", "tree_from_cuts"]
-
 
 @dataclass(frozen=True)
 class Nesting:

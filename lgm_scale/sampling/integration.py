@@ -15,8 +15,6 @@ from torch import Tensor
 
 from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["integrate"]
-
 
 def integrate(
     z_t: Tensor,
@@ -28,13 +26,9 @@ def integrate(
 ) -> Tensor:
     """Integrate the ODE over the whole grid. Both evaluations of a step are at one length.
 
-    Args:
-        z_t: The state at t = 0, at the length of the first step.
-        velocity: (state, t, K) -> its velocity, float32.
-        config: Solver, grid and lengths.
-        num_tokens: K asked for.
-        begin_step: (state, t, K) -> the state at K, before a step; None: a state fits every K.
-        on_step: Called after every step.
+    `z_t` is the state at t = 0, at the length of the first step. `velocity` is (state, t, K) ->
+    float32; `begin_step` is (state, t, K) -> the state at K, before a step, or None: a state fits
+    every K.
 
     Shapes: any -> the same, or what `begin_step` made of it.
     """

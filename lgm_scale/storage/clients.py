@@ -15,8 +15,6 @@ from urllib.parse import urlsplit
 
 from lgm_scale.storage.files import write_whole
 
-__all__ = ["bucket_and_key", "download", "is_remote", "s3_client", "upload"]
-
 _CHUNK = 1 << 20
 _TRIES_OF_A_PART = 5  # of a large file: one torn connection must not cost gigabytes
 

@@ -17,18 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "digest",
-    "file_hash",
-    "folder_aside",
-    "is_partial",
-    "partial_path",
-    "place",
-    "replace_folder",
-    "write_json",
-    "write_whole",
-]
-
 _BLOCK = 1 << 20
 _PARTIAL = ".partial"
 
@@ -36,9 +24,7 @@ _PARTIAL = ".partial"
 def write_whole(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
     """Make or replace a file; its folders are made.
 
-    Args:
-        path: Where the file goes.
-        content: Bytes, text (UTF-8), or a function that writes a file at the path it is given.
+    `content` is bytes, text (UTF-8), or a function that writes a file at the path it is given.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = partial_path(path)

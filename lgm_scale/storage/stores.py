@@ -16,8 +16,6 @@ from lgm_scale.storage.clients import bucket_and_key, is_remote, s3_client
 from lgm_scale.storage.files import is_partial, partial_path, place, write_whole
 from lgm_scale.storage.transfer import Patience, StorageError, fetch, join, persist, shown, store
 
-__all__ = ["ObjectStorage", "Storage", "open_storage"]
-
 
 class Storage:
     """Named files below one folder. A name appears with its whole content, or not at all."""
@@ -97,7 +95,6 @@ class ObjectStorage(Storage):
     Args:
         uri: `s3://bucket/prefix`, `gs://...` or `oci://...`.
         setting: The configuration's key that names it; every message begins with it.
-        patience: How long to try each request.
 
     Raises: StorageError, like every method.
     """

@@ -28,19 +28,6 @@ from lgm_scale.errors import DataError
 from lgm_scale.storage.clients import download, is_remote, upload
 from lgm_scale.storage.files import file_hash, partial_path
 
-__all__ = [
-    "Expected",
-    "MissingFileError",
-    "Patience",
-    "StorageError",
-    "fetch",
-    "join",
-    "persist",
-    "read_remote",
-    "shown",
-    "store",
-]
-
 log = logging.getLogger("lgm_scale")
 
 Result = TypeVar("Result")
@@ -126,12 +113,7 @@ def fetch(
     What is passing (a server that is busy, gone or silent, a torn connection) is tried again until
     `patience.retry_seconds` are over. A file with the wrong size or hash is fetched once more.
 
-    Args:
-        remote: A location in object storage, or a local path.
-        local: Where the file goes; its folder is made.
-        patience: How long to try.
-        expected: What the file must be, if that is known.
-        large: The transfer may take as long as bytes keep coming.
+    A `large` transfer may take as long as bytes keep coming.
 
     Raises: StorageError naming the file and the cause; MissingFileError if there is none.
     """
@@ -210,14 +192,9 @@ def persist(
 ) -> Result:
     """Repeat a request until it works, cannot work, or the time is over.
 
-    Args:
-        attempt: One try; what it returns is returned.
-        name: What it is about, for messages.
-        done: What is done to that, as a participle, for messages.
-        patience: How long to try.
-        deadline: When to give up, in seconds of `time.monotonic`; by default the patience from now.
-        near: A path of this machine that is read or written, for messages.
-        large: Let one try take as long as it does.
+    `name`, `done` (a participle) and `near`, a path of this machine that is read or written, are
+    for messages. `deadline` is in seconds of `time.monotonic`, by default the patience from now. A
+    `large` try may take as long as it does.
 
     Raises: StorageError naming the file and the cause.
     """

@@ -22,8 +22,6 @@ from torch import Tensor
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.training.length_schedule import LengthSchedule
 
-__all__ = ["LoaderStep", "ScaledLoader", "loader_batches", "split_by_tokens", "steps_per_epoch"]
-
 
 def loader_batches(schedule: LengthSchedule, num_tokens: int) -> int:
     """Number of the stream's batches that a step at `num_tokens` takes."""
@@ -53,7 +51,6 @@ class ScaledLoader(CheckedLoader):
 
     Args:
         *args: Arguments of `CheckedLoader`, whose batches are for the longest length.
-        schedule: Length of each step; a cycle.
         **kwargs: Keyword arguments of `CheckedLoader`.
     """
 

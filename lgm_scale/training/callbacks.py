@@ -26,8 +26,6 @@ from lgm_scale.storage.files import write_whole
 from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.record import LossRecord
 
-__all__ = ["MetricsLog", "SpikeWatch", "StepKeys"]
-
 log = logging.getLogger("lgm_scale")
 
 
@@ -35,7 +33,6 @@ class StepKeys(Callback):
     """Put `step` and `num_tokens` into the batch, as ints: micro-batching leaves ints whole.
 
     Args:
-        schedule: The token length of each step.
         per_sample: Whether each sample has a length of its own: `num_tokens` is then a tensor [B],
             which micro-batching cuts like the images.
     """
@@ -75,7 +72,6 @@ class MetricsLog(Callback):
     Args:
         path: The JSONL file; only rank 0 writes.
         interval: Steps between transfers.
-        record: Where the model notes its losses.
         progress_bar: Whether rank 0 shows a bar over the whole run.
         labels: What every line says about the run as a whole.
         before_writing: Called on rank 0 before lines are written; what it raises, all ranks raise.

@@ -16,8 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from lgm_scale.training.record import LossRecord
 
-__all__ = ["GroupClipping", "parameters_of"]
-
 
 class GroupClipping(Algorithm):
     """Clip the gradient norm of each parameter group on its own, and note the norms.

@@ -20,8 +20,6 @@ from torch import Tensor
 from lgm_scale.parallel.shards import ParameterShard, gather
 from lgm_scale.parallel.torch_internals import lerp_all_
 
-__all__ = ["EMA"]
-
 
 class EMA(Callback):
     """Average of the trainable parameters below `prefix`, updated after optimizer steps.
@@ -69,8 +67,7 @@ class EMA(Callback):
     def full_weights(self, everywhere: bool = True) -> dict[str, Tensor]:
         """The average as whole tensors on the host. Every rank must call it.
 
-        Args:
-            everywhere: Whether all ranks keep them, or rank 0 alone; the others then get nothing.
+        Unless `everywhere`, rank 0 alone keeps them; the others then get nothing.
 
         Shapes: name in the averaged module -> float32, the parameter's shape.
         """

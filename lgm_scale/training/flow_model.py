@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lgm_scale.config.schema import FlowObjectiveConfig
 from lgm_scale.flow import sample_timesteps, training_keys
 from lgm_scale.randomness import Purpose, keyed_uniform
 from lgm_scale.training.model import TrainingModel
@@ -38,31 +39,21 @@ class FlowModel(TrainingModel):
 
     Args:
         net: The network; a direct child, which is what Composer's sharding wraps.
-        label_dropout: Share of samples that train the unconditional branch.
-        timestep_mean: Mean of the normal law whose logistic function t is.
-        timestep_std: Standard deviation of the normal law whose logistic function t is.
+        objective: Law of the timesteps, and share of the unconditional branch.
         seed: Seed of noise, timesteps and label dropout.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        label_dropout: float,
-        timestep_mean: float,
-        timestep_std: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, net: nn.Module, objective: FlowObjectiveConfig, seed: int) -> None:
         super().__init__(net)
-        self.label_dropout = label_dropout
-        self.timestep_mean = timestep_mean
-        self.timestep_std = timestep_std
+        self.objective = objective
         self.seed = seed
 
     def draw(self, batch: dict[str, Any]) -> Draws:
         """Times and labels of this step, and the keys of everything else."""
         keys = training_keys(self.seed, batch["step"], batch["sample_ids"])
-        t = sample_timesteps(keys[Purpose.TIMESTEP], self.timestep_mean, self.timestep_std)
-        dropped = keyed_uniform(keys[Purpose.LABEL_DROPOUT]) < self.label_dropout
+        law = self.objective.timestep_mean, self.objective.timestep_std
+        t = sample_timesteps(keys[Purpose.TIMESTEP], *law)
+        dropped = keyed_uniform(keys[Purpose.LABEL_DROPOUT]) < self.objective.label_dropout
         return Draws(keys, t, torch.where(dropped, self.net.null_label, batch["labels"]))
 
     def noted(self, loss: Tensor, t: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from composer.core import Callback, State
@@ -12,9 +12,8 @@ from composer.utils import dist
 from torch import Tensor
 
 from lgm_scale.errors import DivergenceError
+from lgm_scale.merging.linkage import start_host_copy
 from lgm_scale.training.record import LossRecord
-
-__all__ = ["FiniteGuard"]
 
 
 class FiniteGuard(Callback):
@@ -31,15 +30,14 @@ class FiniteGuard(Callback):
     Ranks share their flags: one rank alone must neither step nor save.
 
     Args:
-        record: Where the model notes its losses.
         advice: What the user can do; the message ends with it.
     """
 
     def __init__(self, record: LossRecord, advice: str) -> None:
         self.record = record
         self.advice = advice
-        # Names, values on the host or on their way there, and the CUDA event of their arrival.
-        self._waiting: list[tuple[list[str], Tensor, Any]] = []
+        # Names, and what waits until the values have arrived on the host.
+        self._waiting: list[tuple[list[str], Callable[[], Tensor]]] = []
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Send the micro-batch's losses on their way."""
@@ -47,21 +45,13 @@ class FiniteGuard(Callback):
         if dist.get_world_size() > 1:
             # NaN and infinities survive a sum, and so does which term they are in.
             dist.all_reduce(values)
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            copied = torch.cuda.current_stream().record_event()
-            self._waiting.append((names, host, copied))
-        else:
-            self._waiting.append((names, values, None))
+        self._waiting.append((names, start_host_copy(values)))
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Look at the losses before the optimizer's step. Raises: DivergenceError."""
         waiting, self._waiting = self._waiting, []
-        for names, values, event in waiting:
-            if event is not None:
-                event.synchronize()
-            self._check(dict(zip(names, values.tolist(), strict=True)), state, "before", 0)
+        for names, arrived in waiting:
+            self._check(dict(zip(names, arrived().tolist(), strict=True)), state, "before", 0)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Look at the gradient norms after the step. Raises: DivergenceError."""

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from lgm_scale.randomness import Purpose, keyed_uniform, stream_keys
 
-__all__ = ["LengthSchedule"]
-
 
 class LengthSchedule:
     """A cycle through `choices` (K, which may repeat), or with `weights` a draw per step."""

@@ -9,8 +9,6 @@ from torch import nn
 
 from lgm_scale.training.record import LossRecord
 
-__all__ = ["TrainingModel"]
-
 
 class TrainingModel(ComposerModel):
     """A network and its losses, as Composer trains them.

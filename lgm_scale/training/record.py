@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LossRecord"]
-
 
 class LossRecord:
     """Mean of each loss term over the micro-batches of a step, weighted by their samples.

@@ -14,8 +14,6 @@ import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger
 
-__all__ = ["STOP_SIGNALS", "StopRequest", "ignore_stop_signals"]
-
 log = logging.getLogger("lgm_scale")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)

@@ -14,8 +14,6 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-__all__ = ["Throughput", "measure_peak_flops"]
-
 # A backward pass costs two forward passes: of each product, the gradient to the input and that to
 # the weight.
 _BACKWARD = 2
@@ -72,8 +70,8 @@ class Throughput(Callback):
     Args:
         interval: Steps between reports.
         flops_per_image: Operations of one forward pass at K tokens, a multiply-add being two.
-        peak_flops: Operations per second of one device, as its maker states them or as
-            `measure_peak_flops` found them. None: model FLOPs utilisation (mfu) is not reported.
+        peak_flops: Operations per second of one device, as its maker states them. None: model
+            FLOPs utilisation (mfu) is not reported.
     """
 
     def __init__(
@@ -145,24 +143,3 @@ class Throughput(Callback):
         if self.peak_flops is None:
             return {}
         return {f"{key}/mfu": operations / seconds / (self.peak_flops * dist.get_world_size())}
-
-
-def measure_peak_flops(
-    device: torch.device | str, dtype: torch.dtype, size: int = 4096, repeats: int = 10
-) -> float:
-    """Operations per second of one large matrix product: what this device can do at best.
-
-    Shapes: size x size times size x size. The fastest of `repeats` counts, after two to warm up:
-    whatever else the machine does can only slow a product down.
-    """
-    left = torch.randn(size, size, device=device, dtype=dtype)
-    right = torch.randn(size, size, device=device, dtype=dtype)
-    clock = _CudaClock() if torch.device(device).type == "cuda" else _WallClock()
-    best = float("inf")
-    for repeat in range(repeats + 2):
-        start = clock.mark()
-        torch.mm(left, right)
-        seconds = clock.seconds(start, clock.mark())
-        if repeat >= 2:
-            best = min(best, seconds)
-    return 2 * size**3 / best

@@ -16,6 +16,7 @@ from lgm_scale.evaluation.images import StoredImages
 from lgm_scale.evaluation.reconstructions.adaptive import adaptive_saving, default_lengths
 from lgm_scale.families.tokenizer.adaptive_length import choose_length
 from lgm_scale.families.tokenizer.bundle import load_tokenizer
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import Tokenizer
 
 N = 16
@@ -27,7 +28,17 @@ def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 def tokenizer(length_control: str = "lgm") -> Tokenizer:
     torch.manual_seed(0)
-    net = Tokenizer("tiny", 16, 4, N, 6, codebook_size=8, length_control=length_control)
+    net = Tokenizer(
+        TokenizerModelConfig(
+            size="tiny",
+            image_size=16,
+            patch_size=4,
+            num_base_tokens=N,
+            latent_dim=6,
+            codebook_size=8,
+            length_control=length_control,
+        )
+    )
     with torch.no_grad():
         net.decoder.out.weight.mul_(30)  # so that images and lengths differ by more than rounding
     return net.eval()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lgm_scale.config.schema import FlowObjectiveConfig
 from lgm_scale.families.elit.network import ELIT
 from lgm_scale.families.elit.training import ELITTrainingModel
 from lgm_scale.pixels import PIXEL_STD
@@ -39,7 +40,9 @@ def elit(channels: int = 4) -> ELIT:
 
 
 def model(net: Any = None, scale: float | None = SCALE, dropout: float = 0.1) -> ELITTrainingModel:
-    return ELITTrainingModel(net or elit(), scale, dropout, 0.0, 1.0, seed=7)
+    return ELITTrainingModel(
+        net or elit(), scale, FlowObjectiveConfig(label_dropout=dropout), seed=7
+    )
 
 
 class Oracle(nn.Module):

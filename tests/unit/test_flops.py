@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.sampling import sample_latents
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.nesting import ContrastStats
 from lgm_scale.merging.tree import MergeTree
@@ -23,6 +24,11 @@ def tree() -> MergeTree:
 @pytest.fixture(scope="module")
 def net() -> MergeDiT:
     return MergeDiT.from_size("tiny", latent_dim=16, num_base_tokens=64, num_classes=10).eval()
+
+
+def build(size: str, image_size: int, patch_size: int, tokens: int, dim: int, **more) -> Tokenizer:
+    sizes = dict(image_size=image_size, patch_size=patch_size, num_base_tokens=tokens)
+    return Tokenizer(TokenizerModelConfig(size=size, latent_dim=dim, **sizes, **more))
 
 
 def counted(run) -> int:
@@ -58,7 +64,7 @@ def test_generator(net, tree, num_tokens):
     ids=["unguided", "guided", "heun", "coarse guidance", "growing"],
 )
 def test_an_image(net, tree, config):
-    batch, tokenizer = 16, Tokenizer("tiny", 64, 8, 64, 16, codebook_size=64).eval()
+    batch, tokenizer = 16, build("tiny", 64, 8, 64, 16, codebook_size=64).eval()
     contrasts = ContrastStats(torch.zeros(60, 16), torch.ones(60, 16))
 
     def run():
@@ -76,7 +82,7 @@ def test_an_image(net, tree, config):
 def test_tokenizer(size, image_size, patch_size):
     latents = (image_size // patch_size) ** 2
     with torch.device("meta"):
-        tokenizer = Tokenizer(size, image_size, patch_size, latents, 16).eval()
+        tokenizer = build(size, image_size, patch_size, latents, 16).eval()
         images = torch.empty(2, 3, image_size, image_size)
         z = torch.empty(2, tokenizer.num_base_tokens, 16)
     encode = counted(lambda: tokenizer.encode(images))
@@ -90,7 +96,7 @@ def test_published_size():
     """XL at 128 tokens: half of this, 24 evaluations with both branches, is docs/performance.md."""
     with torch.device("meta"):
         net = MergeDiT.from_size("xl", latent_dim=32, num_base_tokens=256, num_classes=1000)
-        tokenizer = Tokenizer("b", 256, 16, 256, 32)
+        tokenizer = build("b", 256, 16, 256, 32)
     config = SamplerConfig(num_steps=25, cfg_scale=6.5, cfg_interval=(0.0, 1.0))
     products = image_flops(net, tokenizer, 128, config) / 2
     assert products / 1e12 == pytest.approx(2.850, abs=5e-4)

@@ -14,12 +14,12 @@ from lgm_scale.flow import (
     interpolate,
     merged_noise,
     sample_timesteps,
-    shift_timesteps,
     training_keys,
     velocity_target,
 )
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
+from lgm_scale.sampling.config import SamplerConfig
 
 LENGTHS = [32, 64, 128, 256]
 
@@ -58,7 +58,7 @@ def test_velocity_is_the_derivative_of_the_path():
 
 def test_integrating_the_exact_velocity_from_noise_lands_on_data():
     z, noise = randn(3, 5, 2, seed=1).double(), randn(3, 5, 2, seed=2).double()
-    grid = shift_timesteps(torch.linspace(0, 1, 12, dtype=torch.float64), 0.2)
+    grid = SamplerConfig(num_steps=12, timestep_shift=0.2).grid()
     x = noise
     for t, t_next in itertools.pairwise(grid):
         x = x + (t_next - t) * velocity_target(z, noise)
@@ -153,18 +153,23 @@ def test_loss_is_computed_in_float32(tree):
 # --- timesteps --------------------------------------------------------------------------------
 
 
+def grid(num_steps: int, shift: float) -> torch.Tensor:
+    points = SamplerConfig(num_steps=num_steps, timestep_shift=shift).grid()
+    return torch.tensor(points, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("shift", [0.1, 0.2, 0.3, 1.0, 3.0])
 def test_shift(shift):
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    shifted = shift_timesteps(t, shift)
+    shifted = grid(101, shift)
     assert shifted[0] == 0
     assert shifted[-1].item() == pytest.approx(1, abs=1e-15)
     assert (shifted.diff() > 0).all()
     inner = slice(1, -1)  # the odds t / (1 - t) are multiplied by the shift
     odds = shifted[inner] / (1 - shifted[inner])
     torch.testing.assert_close(odds, shift * t[inner] / (1 - t[inner]))
-    torch.testing.assert_close(shift_timesteps(shifted, 1 / shift), t)
-    assert shift_timesteps(torch.tensor(0.5), 0.2).item() == pytest.approx(1 / 6)
+    assert grid(3, 0.2)[1].item() == pytest.approx(1 / 6)
+    assert torch.equal(grid(101, 1.0), t)
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.4, 0.7)])

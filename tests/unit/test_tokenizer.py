@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lgm_scale.errors import ConfigError
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig
 from lgm_scale.families.tokenizer.length_control import LearnedMerging, exploration_noise
 from lgm_scale.families.tokenizer.losses import alignment_loss, entropy_loss, pixel_loss
 from lgm_scale.families.tokenizer.network import Tokenizer, lattice_positions
@@ -11,7 +12,8 @@ from lgm_scale.families.tokenizer.network import Tokenizer, lattice_positions
 
 def small_tokenizer(latent_init: str = "aligned") -> Tokenizer:
     torch.manual_seed(0)
-    return Tokenizer("tiny", 32, 8, 16, 8, codebook_size=32, latent_init=latent_init)
+    sizes = dict(image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32)
+    return Tokenizer(TokenizerModelConfig(size="tiny", latent_init=latent_init, **sizes))
 
 
 @pytest.fixture

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from lgm_scale.families.lgm.config import LGMObjectiveConfig
+from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel
-from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig, TokenizerObjectiveConfig
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
 from lgm_scale.flow import NoiseScale
@@ -28,8 +30,9 @@ def generator_model(label_dropout: float = 0.1, scale: NoiseScale = NoiseScale.C
     for parameter in net.parameters():  # the zero start would hide everything
         nn.init.normal_(parameter, std=0.2)
     tree = MergeTree.from_embeddings(torch.randn(16, 8))
-    mean, std = torch.full((4,), 0.5), torch.full((4,), 2.0)
-    return LGMTrainingModel(net, tree, mean, std, scale, label_dropout, 0.0, 1.0, seed=3)
+    stats = LatentStats(torch.full((4,), 0.5), torch.full((4,), 2.0))
+    objective = LGMObjectiveConfig(noise_scale=scale.value, label_dropout=label_dropout)
+    return LGMTrainingModel(net, tree, stats, objective, seed=3)
 
 
 def latent_batch(num_tokens: int = 8, step: int = 7, size: int = 6) -> dict:
@@ -125,7 +128,8 @@ def test_latents_are_standardised():
 
 def test_tokenizer_model_weighs_its_losses():
     torch.manual_seed(0)
-    net = Tokenizer("tiny", 32, 8, 16, 8, codebook_size=32)
+    sizes = dict(image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32)
+    net = Tokenizer(TokenizerModelConfig(size="tiny", **sizes))
     weights = {"pixel": 2.0, "entropy": 0.5, "alignment": 3.0}
     model = TokenizerTrainingModel(net, TokenizerObjectiveConfig(**weights), seed=0)
     batch = {

@@ -41,8 +41,6 @@ from lgm_scale.data.preparation.sources import list_source, read_classes
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
 from lgm_scale.storage.transfer import shown
 
-__all__ = ["convert_folder", "convert_image", "encode_jpeg"]
-
 COLUMNS = {"image": "bytes", "label": "int"}
 JPEG_QUALITY = 95
 # About what a crop takes as JPEG of that quality: shards are cut before the images are encoded.
@@ -109,17 +107,10 @@ def convert_folder(
 ) -> str:
     """Convert images to MDS shards, unless `target` is there already.
 
-    Args:
-        source: Folder, tar file or Parquet files.
-        target: MDS folder to make, local or in object storage.
-        image_size: Side of the centre crop in pixels; None to keep every size.
-        num_workers: Processes that decode; 0 for this one. The result does not depend on it.
-        skip_unreadable: Leave damaged images out instead of stopping.
-        staging: Local folder for unfinished work, if `target` is object storage.
-        shard_size: Bytes of a shard, about.
-        compression: Compression of the shards, such as `zstd:3`.
-        listing: What `list_source` says of `source`, if that is known.
-        image_column: Column of Parquet files that holds the images.
+    `image_size` None keeps every size. `shard_size` is in bytes, about; `compression` such as
+    `zstd:3`. `staging` is a local folder for unfinished work, if `target` is object storage;
+    `listing` is what `list_source` says of `source`, if that is known. 0 workers decode in this
+    process; the result does not depend on them.
 
     Returns: a summary to show to the user.
     Raises: DataError for a bad `source`, an unreadable image, or a `target` with other contents;

@@ -11,8 +11,6 @@ interruptions; the manifest says so for each shard, and that every image is in e
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,9 +38,8 @@ from lgm_scale.data.preparation.parts import (
 from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
 from lgm_scale.families.base import imported, latent_encoders
 from lgm_scale.pixels import to_unit_range
+from lgm_scale.storage.files import digest
 from lgm_scale.storage.transfer import shown
-
-__all__ = ["LatentWriter", "batch_indices", "check_coverage", "main", "plan_parts"]
 
 _LABEL_BYTES = 8
 _FLOAT16_BYTES = 2
@@ -132,13 +129,7 @@ def batch_indices(parts: Sequence[Part], size: int) -> list[list[int]]:
 
 
 class LatentWriter:
-    """Encodes the parts of an image set that fall to this rank.
-
-    Args:
-        encoder: What makes the latents.
-        images: All images.
-        args: The command's options.
-    """
+    """Encodes the parts of an image set that fall to this rank."""
 
     def __init__(
         self, encoder: LatentEncoder, images: ImageDataset, args: argparse.Namespace
@@ -150,11 +141,7 @@ class LatentWriter:
     def write(self, work: PartsFolder, parts: Sequence[Part], total: int, before: int) -> None:
         """Make parts.
 
-        Args:
-            work: Where they go.
-            parts: The parts of this rank.
-            total: Images of all ranks, for the progress bar.
-            before: Images that were encoded before.
+        `total` and `before` count images of all ranks, for the progress bar.
         """
         loader = DataLoader(
             Subset(self.images, range(self.images.num_samples)),  # by number, not as a stream
@@ -238,8 +225,7 @@ def check_coverage(parts: Sequence[Part], records: Sequence[PartRecord], source:
 
 def _describe_source(manifest: Manifest) -> dict[str, Any]:
     """What tells one image set from another."""
-    digest = hashlib.sha256(json.dumps(asdict(manifest), sort_keys=True).encode())
-    return {"num_samples": manifest.num_samples, "manifest_sha256": digest.hexdigest()}
+    return {"num_samples": manifest.num_samples, "manifest_sha256": digest(asdict(manifest))}
 
 
 def main() -> int:

@@ -15,8 +15,6 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["LatentEncoder", "Notes"]
-
 
 class Notes:
     """What an encoder notes of the latents of one shard; these notes are empty.

@@ -15,8 +15,6 @@ from pathlib import Path
 
 from lgm_scale.errors import DataError
 
-__all__ = ["ImageFile", "ImageListing", "class_index", "is_image_name", "list_image_folder"]
-
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
 
@@ -27,7 +25,6 @@ class ImageFile:
     Args:
         path: File of the image, or the archive that holds it.
         name: Name of the image relative to the source.
-        label: Index of its class.
         num_bytes: Size of the encoded image; for a row of a Parquet file an estimate.
         position: Byte of a tar file where the image begins, or its row in a Parquet file; None for
             a file of its own.
@@ -46,7 +43,6 @@ class ImageListing:
 
     Args:
         classes: Names of the classes; label i is `classes[i]`.
-        files: The images.
         num_ignored: Files of the source that are not images.
     """
 

@@ -14,8 +14,6 @@ from typing import Any
 from lgm_scale.data.preparation.image_folder import ImageFile, ImageListing
 from lgm_scale.errors import ConfigError, DataError
 
-__all__ = ["list_parquet", "read_rows"]
-
 
 def _pyarrow() -> Any:
     try:
@@ -32,11 +30,7 @@ def list_parquet(
 ) -> ImageListing:
     """List the rows of Parquet files, in the order of the files and of their rows.
 
-    Args:
-        paths: The files, in order.
-        classes: Names of the classes; None to take those of the metadata, or the labels' own.
-        image_column: Name of the column of images.
-        label_column: Name of the column of labels.
+    Without `classes` the names are those of the metadata, or the labels' own.
 
     Raises: DataError for missing columns and for labels outside the classes.
     """

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,17 +31,15 @@ from lgm_scale.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from lgm_scale.data.shards import digest_files
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.storage.clients import is_remote
+from lgm_scale.storage.files import file_hash, is_partial, write_whole
 from lgm_scale.storage.transfer import Patience, join, read_remote, shown, store
-
-__all__ = ["DEFAULT_SHARD_SIZE", "PartRecord", "PartsFolder", "check_shard_options"]
 
 DEFAULT_SHARD_SIZE = 64 << 20
 LARGEST_SHARD = 1 << 30  # an offset has 32 bits, and a shard is made in memory
 PLAN_NAME = "plan.json"
-ASIDE_PREFIX, ASIDE_SUFFIX = ".part.", ".aside"  # of what is being written
+ASIDE_PREFIX = ".part."  # of the folder of a shard that is being written
 
 
 def check_shard_options(shard_size: int, compression: str | None) -> None:
@@ -64,7 +61,6 @@ class PartRecord:
     """What a finished part holds.
 
     Args:
-        labels: Label of each of its samples.
         facts: Whatever else the command notes (JSON values).
         shard: Entry of its shard in the index; None for a part without samples.
     """
@@ -82,7 +78,6 @@ class PartsFolder:
         staging: Local folder for what is unfinished, if `out` is object storage.
         kind: Kind of the data set, a key of `lgm_scale.data.manifest.COLUMNS`.
         made_from: What determines the result (JSON values): another command's work is refused.
-        num_parts: How many parts there are.
     """
 
     def __init__(
@@ -165,7 +160,7 @@ class PartsFolder:
                 )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(plan, indent=1))
+        write_whole(path, json.dumps(plan, indent=1) + "\n")
 
     def finished(self) -> set[int]:
         """Parts whose record is in place."""
@@ -182,12 +177,7 @@ class PartsFolder:
     ) -> None:
         """Make a part: its shard, and then its record.
 
-        Args:
-            part: Number of the part.
-            columns: Columns of the shard with their MDS encodings.
-            samples: Samples in order.
-            record: Called when all samples are written; its `shard` is filled in.
-            compression: Compression of the shard.
+        `record` is called when all samples are written; its `shard` is filled in.
         """
         aside = self.folder / f"{ASIDE_PREFIX}{part:05}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -210,7 +200,7 @@ class PartsFolder:
         shard = self._take_in(part, aside, writer.shards[0]) if writer.shards else None
         text = json.dumps(asdict(replace(record(), shard=shard)))
         shutil.rmtree(aside)
-        _write_whole(self.folder / f"part.{part:05}.json", text)
+        write_whole(self.folder / f"part.{part:05}.json", text + "\n")
 
     def _take_in(self, part: int, aside: Path, shard: dict[str, Any]) -> dict[str, Any]:
         """Give a shard its number, and bring it to where it belongs."""
@@ -235,7 +225,7 @@ class PartsFolder:
         """Take in record files of another machine."""
         for name, text in texts.items():
             if not (self.folder / name).exists():
-                _write_whole(self.folder / name, text.rstrip())
+                write_whole(self.folder / name, text)
 
     def records(self) -> list[PartRecord]:
         """All records, in order. Raises: DataError if one is missing."""
@@ -253,20 +243,19 @@ class PartsFolder:
     ) -> None:
         """Write index, labels, further files and the manifest, and put the result in place.
 
-        Args:
-            manifest: The manifest, complete but for `files`.
-            records: Records of all parts, in order.
-            more: Further files by name, each with the function that writes it.
+        The manifest comes without `files`; `more` are further files by name, each with what writes
+        it.
         """
         shards = [record.shard for record in records if record.shard is not None]
         index = json.dumps({"version": 2, "shards": shards}, sort_keys=True)
-        _write_whole(self.folder / INDEX_NAME, index)
+        write_whole(self.folder / INDEX_NAME, index + "\n")
         labels = [label for record in records for label in record.labels]
         np.save(self.folder / LABELS_NAME, np.asarray(labels, np.int32))
         for name, write in more.items():
             write(self.folder / name)
         names = [INDEX_NAME, LABELS_NAME, *more]
-        manifest = replace(manifest, files=digest_files(self.folder, names))
+        hashes = {name: file_hash(self.folder / name) for name in names}
+        manifest = replace(manifest, files=hashes)
         write_manifest(self.folder, manifest)
         if self.remote:
             for name in [*names, MANIFEST_NAME]:  # the manifest says that all is there
@@ -297,12 +286,5 @@ def _is_record(name: str) -> bool:
 
 
 def _is_scrap(name: str) -> bool:
-    """Whether a killed command left this: a file of `_write_whole`, or the folder of a shard."""
-    return name.startswith(".") and (name.endswith(ASIDE_SUFFIX) or name.startswith(ASIDE_PREFIX))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file aside first, so that it is whole or absent."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{ASIDE_SUFFIX}")
-    aside.write_text(text + "\n")
-    aside.replace(path)
+    """Whether a killed command left this: a file that was being written, or a shard's folder."""
+    return is_partial(name) or name.startswith(ASIDE_PREFIX)

@@ -15,8 +15,6 @@ from lgm_scale.data.preparation.parquet_images import list_parquet
 from lgm_scale.data.preparation.tar_images import list_tar, read_labels_file
 from lgm_scale.errors import DataError
 
-__all__ = ["list_source", "read_classes"]
-
 
 def list_source(
     source: str,
@@ -27,12 +25,8 @@ def list_source(
 ) -> ImageListing:
     """List the images of whatever `source` is, without opening them.
 
-    Args:
-        source: Path of a folder, a tar file or a Parquet file, or a pattern of Parquet files.
-        classes: Names of all classes, where the source has only some of them or only numbers.
-        labels: File that lists the classes of a tar file without class folders.
-        image_column: Column of Parquet files that holds the images.
-        label_column: Column of Parquet files that holds the labels.
+    `classes` names all, where the source has only some of them or only numbers; `labels` is a file
+    that lists the classes of a tar file without class folders.
 
     Raises: DataError naming what the source lacks, or the option that does not go with it.
     """

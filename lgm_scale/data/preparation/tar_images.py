@@ -21,19 +21,15 @@ from lgm_scale.data.preparation.image_folder import (
 )
 from lgm_scale.errors import DataError
 
-__all__ = ["list_tar", "read_labels_file"]
-
 
 def list_tar(
     path: Path, labels: dict[str, str] | list[str] | None, classes: tuple[str, ...] | None
 ) -> ImageListing:
     """List the images of a tar file: by class, and by name within a class or a flat file.
 
-    Args:
-        path: An uncompressed tar file.
-        labels: For a flat tar, the class of each file by its name without suffix, or the classes
-            of all files in sorted order.
-        classes: Names of the classes in the order of the labels; None for those found, sorted.
+    `labels` are, for a flat tar, the class of each file by its name without suffix, or the classes
+    of all files in sorted order. `classes` are in the order of the labels; None for those found,
+    sorted.
 
     Raises: DataError for a file that is damaged or compressed, mixes both forms or holds no image.
     """

@@ -43,8 +43,6 @@ from lgm_scale.storage.clients import is_remote
 from lgm_scale.storage.files import file_hash
 from lgm_scale.storage.transfer import Expected, MissingFileError, Patience, fetch, join, shown
 
-__all__ = ["Report", "verify"]
-
 MAX_PER_SHARD = 5  # problems listed of one shard
 # Entries of the manifest that say the shape of an array, by the kind of the data set.
 _SHAPES = {
@@ -58,11 +56,8 @@ class Report:
     """What a verification found.
 
     Args:
-        manifest: Manifest of the data set.
         counts: Samples of each class that were found: [num_classes] int64.
-        num_shards: Shards that the index lists.
         num_bytes: Bytes of these shards as they are stored.
-        problems: Everything that is wrong, one line each.
     """
 
     manifest: Manifest
@@ -73,12 +68,9 @@ class Report:
 
 
 def verify(location: str, decode: bool = False, num_workers: int = 0) -> Report:
-    """Check a data set.
+    """Check a data set in a folder or in object storage.
 
-    Args:
-        location: A folder, or object storage.
-        decode: Decode every image, not only its header.
-        num_workers: Processes that read; 0 for this one.
+    0 workers read in this process. `decode` decodes every image, not only its header.
 
     Raises: DataError if there is nothing to check: no manifest, no index.
     """

@@ -9,14 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lgm_scale.protocols import ImageTokenizer
 
-__all__ = [
-    "add_chunk_options",
-    "add_tokenizer_options",
-    "chunk_problems",
-    "command_parser",
-    "open_tokenizer",
-]
-
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     """Parser of a command of this folder, called as it is called where only the package is."""

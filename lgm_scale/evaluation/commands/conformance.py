@@ -31,8 +31,6 @@ from lgm_scale.evaluation.references.files import Reference
 from lgm_scale.evaluation.references.making import make_reference
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["PUBLISHED", "score"]
-
 PUBLISHED = {
     "is": (215.837, 0.3),
     "fid": (3.94256, 0.005),

@@ -25,8 +25,6 @@ from lgm_scale.evaluation.references.files import load_reference
 from lgm_scale.frozen import VGG16_URL
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["EvalAsset", "assets", "report"]
-
 ADM = (
     "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz"

@@ -58,8 +58,6 @@ from lgm_scale.pipeline import load_image_tokenizer
 from lgm_scale.protocols import ImageTokenizer
 from lgm_scale.storage.files import write_json, write_whole
 
-__all__ = ["measure"]
-
 LPIPS_SIDE = 16  # VGG16 halves it four times
 ASSETS = {
     "vgg16": ("LPIPS", "528 MB", VGG16_URL),

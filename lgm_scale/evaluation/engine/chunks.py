@@ -27,8 +27,6 @@ from safetensors.numpy import save
 from lgm_scale.errors import DataError
 from lgm_scale.storage.files import digest, write_whole
 
-__all__ = ["Arrays", "Bounds", "ChunkResult", "ChunkStore", "Job", "chunk_bounds"]
-
 Arrays = dict[str, np.ndarray]
 Bounds = tuple[int, int]
 _TAKEN = (errno.EACCES, errno.EAGAIN)
@@ -41,11 +39,6 @@ class ChunkResult(NamedTuple):
     notes: dict[str, Any] = {}  # noqa: RUF012  a default of an immutable tuple, never written to
 
 
-def chunk_bounds(count: int, size: int) -> list[Bounds]:
-    """Ranges of `size` images, the last one shorter: they tile [0, count)."""
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 @dataclass(frozen=True)
 class Job:
     """A computation over `count` images; image i's result depends on `protocol` and i alone.
@@ -55,7 +48,6 @@ class Job:
         protocol: Everything that the arrays depend on; JSON values.
         count: Number of images. Not part of the identity: more images keep the whole chunks that
             there are, and add to them.
-        chunk_size: Images per chunk.
         compute: (start, stop) -> arrays, whatever their shapes, and notes.
     """
 
@@ -72,8 +64,9 @@ class Job:
 
     @property
     def bounds(self) -> list[Bounds]:
-        """Image ranges of all chunks, in order."""
-        return chunk_bounds(self.count, self.chunk_size)
+        """Image ranges of all chunks, in order; the last one is shorter. They tile [0, count)."""
+        starts = range(0, self.count, self.chunk_size)
+        return [(start, min(start + self.chunk_size, self.count)) for start in starts]
 
 
 class ChunkStore:

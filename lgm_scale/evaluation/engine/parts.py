@@ -18,8 +18,6 @@ from composer.utils import dist, get_device
 
 from lgm_scale.evaluation.engine.chunks import Bounds, ChunkStore, Job
 
-__all__ = ["Part", "Task", "from_rank_zero", "join_ranks", "make_missing", "missing_tasks"]
-
 Result = TypeVar("Result")
 
 PATIENCE = timedelta(hours=24)
@@ -98,11 +96,8 @@ def make_missing(
 ) -> None:
     """Make this rank's share of the tasks; those that another program has claimed come last.
 
-    Args:
-        jobs: The list that `Task.job` counts in.
-        store: Where chunks are kept.
-        tasks: What `missing_tasks` listed.
-        done: Told each task of this rank that is there now.
+    `jobs` is the list that `Task.job` counts in; `done` is told each task of this rank that is
+    there.
     """
     busy: list[Task] = []
     for wait, own in (

@@ -18,8 +18,6 @@ from safetensors.numpy import load_file, save
 from lgm_scale.errors import DataError
 from lgm_scale.storage.files import digest, write_json, write_whole
 
-__all__ = ["RowStore"]
-
 
 class RowStore:
     """The rows in one folder."""

@@ -34,8 +34,6 @@ from lgm_scale.evaluation.engine.parts import (
 from lgm_scale.evaluation.engine.rows import RowStore
 from lgm_scale.evaluation.engine.statistics import FeatureStatistics, Sums
 
-__all__ = ["Engine", "Finish", "RowPlan"]
-
 IMAGES_PER_SUM = 4000
 """Scatter matrices are 34 MB each for Inception: rather few of them than one per chunk."""
 
@@ -48,7 +46,6 @@ class RowPlan:
 
     Args:
         name: Beginning of the row's file names.
-        job: The job whose chunks hold its images' features.
         protocol: Everything that its numbers depend on.
         sums: Names of the features whose mean and covariance it needs.
         finish: (plan, engine) -> the row without its protocol, and pictures.
@@ -64,13 +61,7 @@ class RowPlan:
 
 
 class Engine:
-    """Makes chunks, sums and rows below one folder.
-
-    Args:
-        out: Folder; chunks, sums and rows are below it.
-        device: Where sums are computed.
-        quiet: No progress bar, no lines.
-    """
+    """Makes chunks, sums and rows below one folder."""
 
     def __init__(self, out: Path, device: torch.device, quiet: bool = False) -> None:
         self.device, self.quiet = device, quiet

@@ -17,8 +17,6 @@ import torch
 
 from lgm_scale.errors import DataError
 
-__all__ = ["FeatureStatistics", "Sums", "statistics_of"]
-
 
 @dataclass(frozen=True)
 class FeatureStatistics:

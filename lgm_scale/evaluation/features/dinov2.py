@@ -24,14 +24,9 @@ from typing_extensions import override
 
 from lgm_scale.errors import CheckpointError
 from lgm_scale.evaluation.engine.chunks import Arrays
-from lgm_scale.evaluation.features.extraction import (
-    FeatureSpace,
-    run_network,
-)
+from lgm_scale.evaluation.features.extraction import FeatureSpace, run_network
 from lgm_scale.frozen import read_weights
 from lgm_scale.storage.files import file_hash
-
-__all__ = ["WEIGHTS_URL", "DINOv2Features"]
 
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 SIDE, PATCH = 224, 14

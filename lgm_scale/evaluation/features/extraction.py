@@ -20,22 +20,6 @@ from lgm_scale.errors import DataError
 from lgm_scale.evaluation.engine.chunks import Arrays, ChunkResult
 from lgm_scale.evaluation.images import ImageSource
 
-__all__ = [
-    "MIN_ROWS",
-    "FeatureSpace",
-    "OriginalFeatures",
-    "Stopwatch",
-    "chunk_batches",
-    "device_name",
-    "extract",
-    "filled_up",
-    "fixed_batches",
-    "joined",
-    "network_flags",
-    "refuse_broken",
-    "run_network",
-]
-
 MIN_ROWS = 4
 """Below four rows a matrix product on a CPU takes another route, with other last bits."""
 
@@ -102,10 +86,8 @@ def run_network(
 ) -> Arrays:
     """Features of a network in float32, to the same bits at every batch size.
 
-    Args:
-        network: uint8 [B, 3, S, S] -> one [B, F] for each of `outputs`, in their order.
-        images: uint8 [B, 3, S, S] on the network's device.
-        outputs: Names of the features, and their dimensions F.
+    Shapes: images uint8 [B, 3, S, S] on the network's device -> float32 [B, F] for each of
+    `outputs` (name -> F), which the network gives in this order.
     """
     parts = [{name: np.empty((0, dim), "f4") for name, dim in outputs.items()}]
     with network_flags(), torch.autocast(images.device.type, enabled=False):
@@ -123,10 +105,7 @@ def joined(parts: Sequence[Arrays]) -> Arrays:
 def refuse_broken(finite: np.ndarray, what: str, first: int = 0) -> None:
     """Raise DataError with count and indices of the images that are not finite.
 
-    Args:
-        finite: bool [M], whether each image is finite.
-        what: What the images are, for the message.
-        first: Index of the first of them.
+    `finite` is bool [M], whether each image is; `first` is the index of the first of them.
     """
     broken = np.flatnonzero(~finite) + first
     if len(broken):
@@ -167,14 +146,7 @@ def device_name(device: torch.device) -> str:
 
 @dataclass
 class OriginalFeatures:
-    """Computes chunks of stored images themselves: features, labels, hashes.
-
-    Args:
-        images: Anything with `read(indices)`, such as `StoredImages`.
-        spaces: Feature spaces.
-        device: Where they compute.
-        batch_size: Images at once.
-    """
+    """Computes chunks of stored images themselves: features, labels, hashes."""
 
     images: ImageSource
     spaces: Sequence[FeatureSpace]

@@ -18,14 +18,9 @@ from typing_extensions import override
 
 from lgm_scale.errors import CheckpointError, MissingAssetError
 from lgm_scale.evaluation.engine.chunks import Arrays
-from lgm_scale.evaluation.features.extraction import (
-    FeatureSpace,
-    run_network,
-)
+from lgm_scale.evaluation.features.extraction import FeatureSpace, run_network
 from lgm_scale.frozen import read_weights
 from lgm_scale.storage.files import file_hash
-
-__all__ = ["NETWORK", "PUBLISHED_HASH", "SPATIAL_DIM", "WEIGHTS_URL", "InceptionFeatures"]
 
 WEIGHTS_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"

@@ -14,8 +14,6 @@ from lgm_scale.errors import DataError
 from lgm_scale.evaluation.engine.chunks import Arrays
 from lgm_scale.evaluation.features.extraction import FeatureSpace
 
-__all__ = ["MAX_FITTED", "PixelPCA", "images_hash"]
-
 ROUNDING = 1e-12  # of sums of squares; one level of one pixel is 1.5e-5
 MAX_FITTED = 2048
 """Images that components are fitted to at most, so that memory does not grow with a data set."""

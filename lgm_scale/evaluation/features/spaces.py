@@ -15,8 +15,6 @@ from lgm_scale.evaluation.features.inception import InceptionFeatures
 from lgm_scale.evaluation.features.pixel_pca import MAX_FITTED, PixelPCA
 from lgm_scale.evaluation.images import ValidationImages, spread
 
-__all__ = ["Spaces"]
-
 
 def _fit(images: ValidationImages, num_components: int) -> PixelPCA:
     pixels, _ = images.read(spread(len(images), MAX_FITTED))
@@ -41,12 +39,7 @@ class Spaces:
     ) -> Spaces:
         """Load the networks whose weights are given, and fit the components, if there are any.
 
-        Args:
-            device: Where features are computed.
-            images: What components are fitted to; must be given where there are components.
-            inception: File of Inception's weights; None: without it.
-            dinov2: File of DINOv2's weights; None: without it.
-            num_components: Principal components of the pixels of `images`; 0: none.
+        Weights that are None leave their space out. Components are fitted to `images`; 0: none.
 
         Raises: CheckpointError, MissingAssetError, DataError.
         """

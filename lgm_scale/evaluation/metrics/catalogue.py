@@ -24,8 +24,6 @@ from lgm_scale.evaluation.metrics.scores import (
 )
 from lgm_scale.evaluation.references.files import Reference
 
-__all__ = ["METRICS", "Metric", "Selection", "compute", "count_name", "select", "warn_few_images"]
-
 log = logging.getLogger("lgm_scale")
 
 Need = Literal["statistics", "features", "nothing"]
@@ -65,11 +63,8 @@ def count_name(count: int) -> str:
 def metric_name(key: str, count: int, space: Mapping[str, Any], prefix: str = "") -> str:
     """What a metric may be called: never without its count, never FID on other weights.
 
-    Args:
-        key: A key of METRICS.
-        count: Images on the generated side.
-        space: Description of its feature space.
-        prefix: "g" or "r" before FID.
+    `count` images were generated, `space` describes the feature space, `prefix` is g or r before
+    FID.
     """
     metric = METRICS[key]
     weights = str(space.get("weights_sha256", ""))
@@ -99,16 +94,16 @@ class Selection:
     @property
     def statistics_features(self) -> tuple[str, ...]:
         """Features whose statistics are needed."""
-        return tuple(
-            sorted({METRICS[key].feature for key in self.on if METRICS[key].needs == "statistics"})
-        )
+        return _features(METRICS[key] for key in self.on if METRICS[key].needs == "statistics")
 
     @property
     def whole_features(self) -> tuple[str, ...]:
         """Features that are needed vector by vector."""
-        return tuple(
-            sorted({METRICS[key].feature for key in self.on if METRICS[key].needs != "statistics"})
-        )
+        return _features(METRICS[key] for key in self.on if METRICS[key].needs != "statistics")
+
+
+def _features(metrics: Iterable[Metric]) -> tuple[str, ...]:
+    return tuple(sorted({metric.feature for metric in metrics}))
 
 
 def select(
@@ -116,11 +111,7 @@ def select(
 ) -> Selection:
     """Choose among the wanted metrics those that features, reference and count allow.
 
-    Args:
-        wanted: Keys of METRICS.
-        outputs: Features there are, with their dimensions.
-        reference: What images are compared with.
-        count: Images on the generated side.
+    `outputs` are the features there are, with their dimensions; `count` images were generated.
     """
     on, off = [], {}
     for key in wanted:
@@ -175,12 +166,7 @@ def compute(
 ) -> dict[str, float]:
     """Compute the selected metrics, and the deviations of those that have one.
 
-    Args:
-        selection: What `select` chose.
-        statistics: Those of the generated side, for `selection.statistics_features`.
-        features: Gives whole features of the generated side, in the order of the images.
-        reference: What they are compared with.
-        device: Where precision and recall find neighbours.
+    `statistics` and `features` (whole ones, in the order of the images) are of the generated side.
     """
     numbers: dict[str, float] = {}
     for key in selection.on:

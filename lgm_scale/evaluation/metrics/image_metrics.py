@@ -18,8 +18,6 @@ from lgm_scale.frozen import load_perceptual
 from lgm_scale.pixels import to_unit_range
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["SSIM_WINDOW", "PerceptualDistance", "ssim"]
-
 SSIM_WINDOW = 7
 
 
@@ -63,7 +61,6 @@ class PerceptualDistance:
 
     Args:
         path: VGG16 weights, as torchvision publishes them.
-        device: Where to compute.
 
     Raises: CheckpointError if the file is none of these weights.
     """

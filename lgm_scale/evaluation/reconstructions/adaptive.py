@@ -18,8 +18,6 @@ from lgm_scale.evaluation.images import StoredImages
 from lgm_scale.pixels import psnr, to_uint8, to_unit_range
 from lgm_scale.protocols import ImageTokenizer
 
-__all__ = ["AdaptiveSaving", "adaptive_saving", "default_lengths", "psnr_table", "saving_line"]
-
 
 @dataclass(frozen=True)
 class AdaptiveSaving:

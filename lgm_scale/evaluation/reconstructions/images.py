@@ -30,8 +30,6 @@ from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pixels import finite_images, psnr, to_uint8, to_unit_range
 from lgm_scale.protocols import ImageTokenizer
 
-__all__ = ["ReconstructionScores", "decode_at", "encode"]
-
 LATENTS_KEPT = 2**30
 """Bytes of latents that a process keeps between lengths: 32 000 images of 256 tokens of 32."""
 
@@ -55,12 +53,8 @@ def decode_at(
 
     Shapes: [B, N, D] -> pixels [count, 3, S, S].
 
-    Args:
-        tokenizer: Frozen, in eval mode.
-        tree: Its merge tree; None for a length control without one.
-        z: Latents at full length.
-        num_tokens: K.
-        count: Images before the batch was filled up.
+    `count` is that of the images before their batch was filled up; `tree` is None for a length
+    control without one.
     """
     if tree is None:
         z = tokenizer.merging.full_length(z, num_tokens)
@@ -75,12 +69,8 @@ class ReconstructionScores:
     """Computes chunks of reconstructions at K, measured against their originals.
 
     Args:
-        tokenizer: Frozen, in eval mode.
         tree: Its merge tree; None for a length control without one.
-        images: The originals.
-        spaces: Feature spaces.
         perceptual: Measures LPIPS; None: LPIPS is off.
-        batch_size: Images at once.
         shown: Images whose pixels are kept, with those of their originals.
     """
 

@@ -33,8 +33,6 @@ from lgm_scale.evaluation.references.files import Reference
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.protocols import ImageTokenizer
 
-__all__ = ["ReconstructionPlans"]
-
 DISTANCES = ("fid", "fd_dinov2", "pixel_frechet")
 WHERE = "`python -m lgm_scale.evaluation.commands.preflight` says where it is to be had"
 NUM_SHOWN = 8
@@ -71,14 +69,8 @@ class ReconstructionPlans:
         tokenizer: Frozen, in eval mode, on its device; None for a generator without one.
         tree: Its merge tree; None for a length control without one.
         files: Hashes of the files of both, or whatever else identifies them.
-        images: Validation images.
-        device: Where features are computed.
-        spaces: Feature spaces.
         perceptual: Measures LPIPS; None: LPIPS is off.
         reference: A second reference, such as ADM's; None: the validation images alone.
-        chunk_size: Images per chunk.
-        batch_size: Images at once.
-        metrics: Keys of METRICS that are wanted.
     """
 
     tokenizer: ImageTokenizer | None

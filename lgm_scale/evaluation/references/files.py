@@ -30,8 +30,6 @@ from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.images import npz_images_shape
 from lgm_scale.storage.files import file_hash, write_whole
 
-__all__ = ["Reference", "check_reference", "load_reference", "save_reference"]
-
 FORMAT = "lgm_scale.reference"
 _MEAN_KEYS = ("mu", "ref_mu", "mean", "fid_mu")
 _SIGMA_KEYS = ("sigma", "ref_sigma", "cov", "fid_sigma")

@@ -16,8 +16,6 @@ from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.images import npz_images_shape, open_source, spread
 from lgm_scale.evaluation.references.files import Reference, load_reference
 
-__all__ = ["make_reference"]
-
 STATISTICS = ("inception_pool", "inception_spatial", "dinov2")
 FEATURES = ("inception_pool",)
 """Kept vector by vector: what KID, precision and recall read."""
@@ -40,16 +38,9 @@ def make_reference(
     Statistics that a file holds are kept as they are: published numbers speak of them. Its images
     add what it lacks, if a network's weights are given.
 
-    Args:
-        source: Folder of images, MDS shards, `.npz` or `.pkl`.
-        work: Folder of unfinished work.
-        inception: File of Inception's weights.
-        dinov2: File of DINOv2's weights.
-        image_size: Pixels along a side, for a folder of images.
-        keep_features: Images whose features are kept, evenly spaced.
-        name: What results call the reference; None: the name of the source.
-        batch_size: Images at once.
-        chunk_size: Images per file of unfinished work.
+    `source` is a folder of images (only this one needs `image_size`), MDS shards, `.npz` or `.pkl`,
+    and `work` a folder of unfinished work. The features of `keep_features` images are kept, evenly
+    spaced. Results call the reference `name`; None: as the source.
 
     Raises: ConfigError, DataError, CheckpointError.
     """

@@ -13,8 +13,6 @@ from matplotlib.figure import Figure
 from lgm_scale.evaluation.metrics.catalogue import METRICS
 from lgm_scale.evaluation.report.drawing import NamedPoint, Theme, dress, name_points
 
-__all__ = ["PUBLISHED_NAME", "main_metric", "metric_curves", "tradeoff_figure"]
-
 PUBLISHED_NAME = "gFID-50K"
 """Published points stand beside this metric and no other."""
 MARKERS = "oDs^vP*X"
@@ -93,10 +91,7 @@ def tradeoff_figure(
 ) -> Figure:
     """Two panels: the first distance of the rows against operations, and against images/s.
 
-    Args:
-        rows: Rows of samples that were measured alike.
-        reconstructions: Rows of the same tokenizer, for the floor; may be empty.
-        theme: Colours.
+    The rows were measured alike; `reconstructions`, of the same tokenizer, are the floor.
     """
     figure = Figure(figsize=(12.4, 5.2), dpi=130)
     left = figure.add_axes((0.065, 0.14, 0.52, 0.72))
@@ -217,11 +212,7 @@ def metric_curves(
 ) -> Figure:
     """Draw each metric over K.
 
-    Args:
-        rows: With num_tokens and every metric, in the order of num_tokens.
-        labels: Metric -> its name above its panel.
-        title: Above all.
-        theme: Colours.
+    `rows` are in the order of num_tokens; `labels` names each metric above its panel.
     """
     columns = min(PANELS_PER_ROW, len(labels))
     panel_rows = -(-len(labels) // columns)

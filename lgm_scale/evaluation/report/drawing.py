@@ -12,8 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-__all__ = ["DARK", "LIGHT", "NamedPoint", "Theme", "dress", "name_points", "to_png"]
-
 SIZE = 10
 LETTER, LINE = 0.62, 1.25
 """Mean width and height of the type, as a share of its size."""
@@ -77,10 +75,7 @@ class NamedPoint(NamedTuple):
 def name_points(axes: Axes, points: Sequence[NamedPoint], theme: Theme) -> None:
     """Write the names. The axes' limits must be final; what is far off gets a thin line.
 
-    Args:
-        axes: On which the points are marked.
-        points: In any order; earlier ones get the nearer places.
-        theme: Colours.
+    Earlier points get the nearer places.
     """
     scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]  # it is on a figure
     taken = [_mark_box(*_place(axes, point), 4 * scale) for point in points]

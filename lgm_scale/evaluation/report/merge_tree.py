@@ -15,8 +15,6 @@ from matplotlib.patches import Rectangle
 from lgm_scale.evaluation.report.drawing import Theme
 from lgm_scale.merging.tree import MergeTree
 
-__all__ = ["merge_tree_figure"]
-
 PANELS_PER_ROW = 6
 
 

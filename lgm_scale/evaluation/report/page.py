@@ -14,16 +14,9 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from lgm_scale.evaluation.metrics.catalogue import METRICS
 from lgm_scale.evaluation.report.curves import PUBLISHED_NAME, main_metric
 from lgm_scale.evaluation.report.drawing import DARK, LIGHT
-from lgm_scale.evaluation.report.tables import (
-    columns,
-    is_long,
-    reconstruction_table,
-    sample_table,
-)
+from lgm_scale.evaluation.report.tables import columns, is_long, reconstruction_table, sample_table
 from lgm_scale.evaluation.sweep.results import tables_of
 from lgm_scale.families.base import GeneratorFamily, generator_families
-
-__all__ = ["Picture", "render_markdown", "render_page"]
 
 Results = dict[str, Any]
 
@@ -71,11 +64,9 @@ def render_page(
 ) -> str:
     """Render the page.
 
-    Args:
-        results: Contents of results.json; where they are of several sweeps also `compared`,
-            from the name of each to its folder.
-        pictures: tradeoff, and where they were drawn samples, reconstructions and merge_tree.
-        sheets: More samples, by K, as PNG.
+    `results` are those of results.json; where they are of several sweeps also `compared`, from the
+    name of each to its folder. `pictures` are tradeoff, and where they were drawn samples,
+    reconstructions and merge_tree; `sheets` are more samples, by K, as PNG.
     """
     rows = results["rows"]
     lengths = sorted({row["cell"]["num_tokens"] for row in rows})

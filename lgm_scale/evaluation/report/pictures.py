@@ -10,8 +10,6 @@ from PIL import Image
 
 from lgm_scale.evaluation.report.drawing import Theme
 
-__all__ = ["contact_sheet", "image_grid"]
-
 TILE = 128  # least side of an image in the picture, in pixels
 GAP = 6
 MARGIN = 24
@@ -25,11 +23,8 @@ def image_grid(
 ) -> Figure:
     """Draw rows of images; small ones are enlarged by a whole factor, without smoothing.
 
-    Args:
-        rows: uint8 [n, 3, S, S] each, n = number of column labels.
-        row_labels: one per row; lines after the first are set smaller.
-        column_labels: above the columns, slanted where they would touch.
-        theme: Colours.
+    Shapes: rows uint8 [n, 3, S, S] each, for n column labels. Lines of a row label after the first
+    are set smaller, column labels slanted where they would touch.
     """
     side = rows[0].shape[-1]
     factor = max(1, -(-TILE // side))

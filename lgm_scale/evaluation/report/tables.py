@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 from lgm_scale.evaluation.metrics.catalogue import METRICS
 
-__all__ = ["Cell", "Table", "columns", "is_long", "reconstruction_table", "sample_table", "to_csv"]
-
 Row = dict[str, Any]
 _SETTINGS = (
     "cfg_interval", "cfg_rescale", "timestep_shift", "solver", "uncond_num_tokens", "guidance",
@@ -52,9 +50,7 @@ def is_long(name: str) -> bool:
 def sample_table(rows: Sequence[Row], losses: Mapping[str, Any]) -> Table:
     """Settings, metrics and costs of samples, and the training's loss at K where it is known.
 
-    Args:
-        rows: Rows of samples that were measured alike.
-        losses: K, as text, -> what `loss_per_length` found.
+    `rows` were measured alike; `losses` are by K, as text, what `loss_per_length` found.
     """
     parts: list[tuple[str, Callable[[Row], Cell]]] = []
     if any(row.get("run_name") for row in rows):

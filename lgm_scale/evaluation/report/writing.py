@@ -20,16 +20,9 @@ from lgm_scale.evaluation.report.merge_tree import merge_tree_figure
 from lgm_scale.evaluation.report.page import Picture, render_markdown, render_page
 from lgm_scale.evaluation.report.pictures import contact_sheet, image_grid
 from lgm_scale.evaluation.report.tables import to_csv
-from lgm_scale.evaluation.sweep.results import (
-    comparable,
-    differences,
-    read_results,
-    tables_of,
-)
+from lgm_scale.evaluation.sweep.results import comparable, differences, read_results, tables_of
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 from lgm_scale.storage.files import write_whole
-
-__all__ = ["write_comparison", "write_report"]
 
 Results = dict[str, Any]
 ACROSS = 20

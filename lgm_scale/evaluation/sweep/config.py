@@ -14,17 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 from lgm_scale.config.schema import STRICT, required
 from lgm_scale.sampling.config import Guidance, SamplerConfig, Solver
 
-__all__ = [
-    "METRIC_KEYS",
-    "Cell",
-    "CellsConfig",
-    "SearchConfig",
-    "SweepConfig",
-    "combinations",
-    "expand",
-    "with_lists",
-]
-
 METRIC_KEYS = (
     "fid", "sfid", "is", "kid", "precision", "recall", "fd_dinov2", "pixel_frechet",
 )  # fmt: skip

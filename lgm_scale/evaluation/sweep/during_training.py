@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor
 from lgm_scale.config.loading import read_yaml, to_dict
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.data.epochs import EpochDataset
+from lgm_scale.evaluation.engine.parts import from_rank_zero
 from lgm_scale.evaluation.sweep.config import SweepConfig
 from lgm_scale.evaluation.sweep.measure import Sweep, load_spaces
 from lgm_scale.evaluation.sweep.results import headline
@@ -35,17 +36,13 @@ from lgm_scale.families.base import family_of, generator_families
 from lgm_scale.storage.files import write_whole
 from lgm_scale.training.ema import EMA
 
-__all__ = ["EvaluationDuringTraining", "load_training_sweep"]
-
 log = logging.getLogger("lgm_scale")
 
 
 def load_training_sweep(config: TrainingRun, info: dict[str, Any]) -> SweepConfig:
     """The sweep that a run names, checked against the run itself.
 
-    Args:
-        config: The run.
-        info: What its bundle.json will say.
+    `info` is what the run's bundle.json will say.
 
     Raises: ConfigError with every problem.
     """
@@ -68,7 +65,6 @@ class EvaluationDuringTraining(Callback):
     """Runs a sweep on the average of the weights, every `config.evaluation.interval`.
 
     Args:
-        config: The run.
         dataset: The training set; gives the classes.
         ema: Its whole average is gathered for each evaluation.
 
@@ -153,22 +149,20 @@ class EvaluationDuringTraining(Callback):
             write_whole(path, "".join([*kept, *lines]))
 
 
-@contextmanager
-def _own_randomness() -> Iterator[None]:
+def _own_randomness() -> AbstractContextManager[None]:
     """Leave torch's global generators as they were, those of this rank's device too."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        yield
+    return torch.random.fork_rng(devices)
 
 
 def _hash(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 of names and values, from rank 0."""
-    found: list[Any] = [None]
-    if dist.get_global_rank() == 0:
+
+    def compute() -> str:
         total = hashlib.sha256()
         for name in sorted(weights):
             total.update(name.encode())
             total.update(weights[name].cpu().contiguous().numpy().tobytes())
-        found = [total.hexdigest()]
-    dist.broadcast_object_list(found)
-    return found[0]
+        return total.hexdigest()
+
+    return from_rank_zero(compute)

@@ -17,6 +17,7 @@ import torch
 from composer.utils import dist
 
 from lgm_scale import __version__
+from lgm_scale.config.loading import to_dict
 from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
 from lgm_scale.evaluation.engine.stages import Engine, RowPlan
@@ -35,30 +36,21 @@ from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
 from lgm_scale.evaluation.references.files import Reference, check_reference, load_reference
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig, SweepConfig, expand
-from lgm_scale.evaluation.sweep.results import gather_results, headline, loss_per_length
-from lgm_scale.evaluation.sweep.samples import (
-    SampleFeatures,
-    work_of,
-    write_samples,
-)
+from lgm_scale.evaluation.sweep.results import FORMAT, VERSION, headline, loss_per_length
+from lgm_scale.evaluation.sweep.samples import NUM_SHOWN, SampleFeatures, work_of, write_samples
 from lgm_scale.evaluation.sweep.search import next_cells, winners
 from lgm_scale.families.base import families
 from lgm_scale.merging.tree import TREE_NAME
 from lgm_scale.pipeline import Pipeline, load_pipeline
 from lgm_scale.storage.files import write_json
 
-__all__ = ["Sweep", "load_spaces", "measure"]
-
-NUM_SHOWN = 20
 PIXELS = "(x + 1) / 2, clipped to [0, 1], {} to 8 bits"
 
 
 def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | None:
     """Make what is missing; return results on every rank, or None if this was a part.
 
-    Args:
-        config: The sweep.
-        reduce_only: Make no image, and refuse if a chunk is missing.
+    With `reduce_only` it makes no image, and refuses if a chunk is missing.
     """
     losses = loss_per_length(config.metrics_log) if config.metrics_log else {}
     device = join_ranks()
@@ -84,11 +76,8 @@ class Sweep:
 
     Args:
         config: The sweep; its bundle is not read here.
-        pipe: The generator, on its device.
         weights: What identifies the generator's weights: hashes of files; JSON values.
         tokenizer: What identifies its tokenizer and tree alone, where it has them.
-        spaces: Feature spaces, where they are loaded already.
-        quiet: No progress bar, no lines.
     """
 
     def __init__(
@@ -108,15 +97,7 @@ class Sweep:
         self.spaces = spaces or load_spaces(config, pipe.image_size, pipe.device)
         self.outer = load_reference(config.reference) if config.reference is not None else None
         check_reference(self.outer, self.spaces, pipe.image_size)
-        self.samples = SampleFeatures(
-            pipe=pipe,
-            spaces=self.spaces.all,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            truncate=config.quantise == "truncate",
-            num_shown=min(NUM_SHOWN, config.num_images),
-            keep_pixels=config.save_npz,
-        )
+        self.samples = SampleFeatures(pipe, self.spaces.all, config)
         self.reconstructions = ReconstructionPlans(
             tokenizer=pipe.tokenizer,
             tree=pipe.tree,
@@ -220,7 +201,7 @@ class Sweep:
         }
         if self.config.save_npz and count == self.config.num_images:
             row["npz"] = str(write_samples(engine, plan.job, Path(self.config.out), plan.name))
-        shown = min(self.samples.num_shown, count)
+        shown = min(NUM_SHOWN, count)
         return row, {"images": engine.first_arrays(plan.job, "pixels", shown)}
 
     # --- runs ---------------------------------------------------------------------------------
@@ -281,18 +262,21 @@ class Sweep:
         reconstructed, rows = reconstructed + rows[: len(before)], rows[len(before) :]
         for line in selection.off.values():
             self._say(line)
-        results = gather_results(
-            config=config,
-            pipe=self.pipe,
-            weights=self.weights,
-            reference=self.reference,
-            off=selection.off | self.reconstructions.off,
-            rows=rows,
-            searched=searched,
-            reconstructions=reconstructed,
-            losses=losses,
-            run={"ranks": dist.get_world_size(), "seconds": time.perf_counter() - start},
-        )
+        results = {
+            "format": FORMAT,
+            "version": VERSION,
+            "versions": {"lgm_scale": __version__, "torch": torch.__version__},
+            "config": to_dict(config),
+            "weights": self.weights,
+            "reference": {"name": self.reference.name, **self.reference.description},
+            "off": selection.off | self.reconstructions.off,
+            **self._generator(),
+            "training_loss": {str(k): loss for k, loss in losses.items()},
+            "rows": rows,
+            "searched": searched,
+            "reconstructions": reconstructed,
+            "run": {"ranks": dist.get_world_size(), "seconds": time.perf_counter() - start},
+        }
         if self.engine.first:
             out = Path(config.out)
             if self.pipe.tree is not None:
@@ -300,6 +284,18 @@ class Sweep:
             write_json(out / "results.json", results)
         dist.barrier()
         return results
+
+    def _generator(self) -> dict[str, Any]:
+        """What results say about the generator."""
+        pipe = self.pipe
+        return {
+            "kind": pipe.kind,
+            "merge_tree": pipe.tree is not None,
+            "classes": list(pipe.classes),
+            "num_base_tokens": pipe.num_base_tokens,
+            "parameters": pipe.parameters(),
+            "training_steps": pipe.info["training"].get("steps"),
+        }
 
     def _search(
         self, cells: Sequence[Cell], search: SearchConfig, may_compute: bool

@@ -9,67 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lgm_scale import __version__
-from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.metrics.catalogue import METRICS
-from lgm_scale.evaluation.references.files import Reference
-from lgm_scale.evaluation.sweep.config import SweepConfig
-from lgm_scale.pipeline import Pipeline
-
-__all__ = [
-    "comparable",
-    "differences",
-    "gather_results",
-    "headline",
-    "loss_per_length",
-    "read_results",
-    "tables_of",
-]
 
 FORMAT, VERSION = "lgm_scale.sweep", 2
 Row = dict[str, Any]
 OWN = ("cell", "weights", "noise_scale", "precision", "pixels_kept", "lgm_scale")
 """What may differ between rows of one table: what is measured, not how."""
 WINDOW = 20
-
-
-def gather_results(
-    *,
-    config: SweepConfig,
-    pipe: Pipeline,
-    weights: dict[str, Any],
-    reference: Reference,
-    off: dict[str, str],
-    rows: list[Row],
-    searched: list[Row],
-    reconstructions: list[Row],
-    losses: dict[int, dict[str, Any]],
-    run: dict[str, Any],
-) -> dict[str, Any]:
-    """Everything that a report needs besides pictures, as JSON values."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "versions": {"lgm_scale": __version__, "torch": torch.__version__},
-        "config": to_dict(config),
-        "weights": weights,
-        "reference": {"name": reference.name, **reference.description},
-        "off": off,
-        "kind": pipe.kind,
-        "merge_tree": pipe.tree is not None,
-        "classes": list(pipe.classes),
-        "num_base_tokens": pipe.num_base_tokens,
-        "parameters": pipe.parameters(),
-        "training_steps": pipe.info["training"].get("steps"),
-        "training_loss": {str(k): loss for k, loss in losses.items()},
-        "rows": rows,
-        "searched": searched,
-        "reconstructions": reconstructions,
-        "run": run,
-    }
 
 
 def read_results(out: Path) -> dict[str, Any]:

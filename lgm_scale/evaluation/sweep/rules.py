@@ -18,9 +18,6 @@ from lgm_scale.evaluation.sweep.config import Cell, SweepConfig, combinations, w
 from lgm_scale.families.base import GeneratorFacts, GeneratorFamily, generator_families
 from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["broken_rules", "check_sweep", "load_sweep", "repeated_lengths", "wrong_image_size"]
-
-
 _COMMANDS = "lgm_scale.evaluation.commands"
 
 
@@ -42,11 +39,7 @@ def check_sweep(
 ) -> SweepConfig:
     """Type-check plain values, and hear the rules.
 
-    Args:
-        values: Keys of a sweep.
-        source: Where they were read, for messages.
-        rules: Configuration -> problems.
-        defaults: Those of `sampler` that the family of generators has for itself.
+    `source` is for messages; `defaults` are those that the family of generators has for `sampler`.
 
     Raises: ConfigError with every problem.
     """
@@ -73,9 +66,7 @@ def _family(info: dict[str, Any]) -> GeneratorFamily:
 def broken_rules(config: SweepConfig, info: dict[str, Any] | None = None) -> list[str]:
     """Every rule that the configuration breaks, alone and against the files it names.
 
-    Args:
-        config: The sweep.
-        info: Contents of bundle.json, where the generator is not in a bundle yet.
+    `info` is bundle.json, where the generator is not in a bundle yet.
     """
     cells, wrong = _cells(config)
     problems = [*_numbers(config), *wrong, *_files(config), *_search(config)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,17 +23,14 @@ from lgm_scale.evaluation.features.extraction import (
     joined,
     refuse_broken,
 )
-from lgm_scale.evaluation.sweep.config import Cell
+from lgm_scale.evaluation.sweep.config import Cell, SweepConfig
 from lgm_scale.pipeline import Pipeline
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.sampling.config import SamplerConfig
+from lgm_scale.storage.files import write_whole
 
-__all__ = [
-    "SampleFeatures",
-    "sample_images",
-    "work_of",
-    "write_samples",
-]
+NUM_SHOWN = 20
+"""Images, from the first on, that keep their pixels for pictures."""
 
 
 def sample_images(
@@ -68,39 +64,26 @@ def sample_images(
 
 @dataclass
 class SampleFeatures:
-    """Computes chunks of samples of a cell, and their features.
-
-    Args:
-        pipe: The generator.
-        spaces: Feature spaces, on the pipeline's device.
-        seed: Seed of the noise.
-        batch_size: Images at once.
-        truncate: Cut pixels to 8 bits instead of rounding them.
-        num_shown: How many images, from the first on, keep their pixels for pictures.
-        keep_pixels: Keep the pixels of all images.
-    """
+    """Computes chunks of samples of a cell, and their features."""
 
     pipe: Pipeline
     spaces: Sequence[FeatureSpace]
-    seed: int
-    batch_size: int
-    truncate: bool = False
-    num_shown: int = 0
-    keep_pixels: bool = False
+    config: SweepConfig
 
     def __call__(self, cell: Cell, start: int, stop: int) -> ChunkResult:
         """Compute one chunk. Raises: DataError if an image is not finite."""
-        watch = Stopwatch(self.pipe.device)
+        watch, config = Stopwatch(self.pipe.device), self.config
+        truncate = config.quantise == "truncate"
         features: list[Arrays] = []
         finite: list[np.ndarray] = []
         pixels: list[np.ndarray] = []
-        for indices in chunk_batches(start, stop, self.batch_size):
+        for indices in chunk_batches(start, stop, config.batch_size):
             images, good = sample_images(
-                self.pipe, indices, cell.num_tokens, cell.sampler, self.seed, self.truncate, watch
+                self.pipe, indices, cell.num_tokens, cell.sampler, config.seed, truncate, watch
             )
             finite.append(good.cpu().numpy())
             features.append(extract(self.spaces, images))
-            wanted = len(images) if self.keep_pixels else max(0, self.num_shown - int(indices[0]))
+            wanted = len(images) if config.save_npz else max(0, NUM_SHOWN - int(indices[0]))
             if wanted:
                 pixels.append(images[:wanted].cpu().numpy())
             watch.lap("features")
@@ -136,20 +119,21 @@ def write_samples(engine: Engine, job: Job, out: Path, name: str) -> Path:
 
     The pixels of the job are read and written chunk by chunk, never all in memory.
     """
+
+    def write(aside: Path) -> None:
+        with (
+            zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as file,
+        ):
+            for i, bounds in enumerate(job.bounds):
+                pixels = engine.chunks.read(job, bounds, ["pixels"]).arrays["pixels"]
+                images = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
+                if i == 0:
+                    shape = (job.count, *images.shape[1:])
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+                file.write(images.tobytes())
+
     path = out / "npz" / f"{name}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with (
-        zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as file,
-    ):
-        for i, bounds in enumerate(job.bounds):
-            pixels = engine.chunks.read(job, bounds, ["pixels"]).arrays["pixels"]
-            images = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
-            if i == 0:
-                shape = (job.count, *images.shape[1:])
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
-            file.write(images.tobytes())
-    aside.replace(path)
+    write_whole(path, write)
     return path

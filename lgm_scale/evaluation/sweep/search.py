@@ -15,8 +15,6 @@ from typing import Any
 
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig
 
-__all__ = ["next_cells", "winners"]
-
 Metrics = Mapping[str, Any]
 
 
@@ -33,10 +31,7 @@ def next_cells(
 ) -> list[Cell]:
     """Cells to be tried now: the next one of every line that goes on; none at the end.
 
-    Args:
-        cells: All candidates.
-        known: Metrics of those that were tried.
-        search: Its rules.
+    `known` holds the metrics of those that were tried.
     """
     found = [_next(line, known, search) for line in _lines(cells)]
     return [cell for cell in found if cell is not None]

@@ -27,13 +27,6 @@ from lgm_scale.weights import load_weights, save_weights
 if TYPE_CHECKING:
     from lgm_scale.families.elit.sd_vae import SDVAE
 
-__all__ = [
-    "ELIT_KIND",
-    "ELITBundle",
-    "load_elit_bundle",
-    "save_elit_bundle",
-]
-
 ELIT_KIND = "spatial_generator"
 VAE_FOLDER = "vae"
 GENERATOR_NAME = "generator.safetensors"
@@ -64,14 +57,8 @@ def save_elit_bundle(
 ) -> None:
     """Write a bundle, aside first, so that it is complete or absent.
 
-    Args:
-        folder: Where to; replaced if it is a bundle already.
-        model: Configuration of the network.
-        space: What it generates.
-        weights: State of the network.
-        classes: Names of the classes.
-        training: Anything about how it came about (steps, the run's configuration).
-        vae: Folder of the autoencoder that decodes, which is copied; needed by `sd_vae` alone.
+    `folder` is replaced if it is a bundle already; `training` says how the network came about
+    (steps, the run's configuration). The folder `vae`, needed by `sd_vae` alone, is copied.
 
     Raises: ConfigError if the space and `vae` do not fit; CheckpointError for a folder that is
     none, or names of another number of classes.

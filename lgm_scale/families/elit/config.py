@@ -8,19 +8,6 @@ from typing import Literal
 
 from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
 
-__all__ = [
-    "SIT_SIZES",
-    "SPLITS",
-    "ELITModelConfig",
-    "ELITRun",
-    "InterfaceConfig",
-    "SiTSize",
-    "SpaceConfig",
-    "elit_rules",
-    "length_rules",
-    "token_lengths",
-]
-
 
 @dataclass(frozen=True)
 class SiTSize:
@@ -202,10 +189,7 @@ def _grid(config: ELITRun) -> Iterator[str]:
 def length_rules(chosen: Iterable[int], known: Sequence[int], key: str) -> Iterator[str]:
     """The problem of K that a generator on a grid does not have.
 
-    Args:
-        chosen: K that are asked for.
-        known: K that there are, rising; see `token_lengths`.
-        key: What asks for them.
+    `known` are the K that there are, rising; `key` says what asks for the chosen ones.
     """
     strange = sorted(set(chosen) - set(known))
     if strange and len(known) == 1:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lgm_scale.data.config import SourceConfig, as_sources
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest
@@ -24,20 +24,14 @@ from lgm_scale.errors import DataError
 from lgm_scale.families.elit.config import ELITRun
 from lgm_scale.families.elit.sd_vae import encoder_id, latent_scale
 
-__all__ = ["ELITLatentDataset", "check_grids", "training_set"]
-
 
 def check_grids(
     where: str, manifest: Manifest, channels: int, side: int, encoder_id: str | None
 ) -> None:
     """Check a folder of grids against the model and the autoencoder that will use it.
 
-    Args:
-        where: Its name, for messages.
-        manifest: Its manifest.
-        channels: Channels of the model's input.
-        side: Latents along a side of the model's input.
-        encoder_id: Hash of the encoder's weights; None leaves the check out.
+    `where` is for messages; `encoder_id`, the hash of the encoder's weights, may be None:
+    unchecked.
 
     Raises: DataError if it has other shapes or another encoder.
     """
@@ -70,11 +64,9 @@ class ELITLatentDataset(EpochDataset):
         shuffle: In another order every epoch.
         flip: Draw one of the flips; otherwise the image as it is.
         seed: Seed of order and flips; a flip depends on (seed, epoch, sample id) alone.
-        batch_size: Per device.
         channels: C, for the check.
         side: h and w, for the check.
         encoder_id: Hash of the encoder's weights; None leaves the check out.
-        options: Cache and patience.
 
     Raises: DataError if a source is no complete MDS folder of such latents, or the encoders or
         scales of several differ.
@@ -94,12 +86,12 @@ class ELITLatentDataset(EpochDataset):
         options: StreamOptions | None = None,
     ) -> None:
         super().__init__(
-            as_sources(data),
+            data,
             "spatial_latents",
             shuffle=shuffle,
             seed=seed,
             batch_size=batch_size,
-            options=options or StreamOptions(),
+            options=options,
         )
         for source, manifest in zip(self.sources, self.manifests, strict=True):
             check_grids(source.path, manifest, channels, side, encoder_id)

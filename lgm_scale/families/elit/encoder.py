@@ -17,8 +17,6 @@ from lgm_scale.data.preparation.encoders import Notes
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae
 
-__all__ = ["ENCODER", "AutoencoderEncoder"]
-
 DEFAULT_IMAGE_SIZE = 256
 
 
@@ -29,8 +27,6 @@ class AutoencoderEncoder:
 
     Args:
         folder: Autoencoder in the layout of diffusers.
-        image_size: Side S of the images in pixels.
-        device: Device to encode on.
 
     Raises: CheckpointError for a bad folder; ConfigError for an image size that does not come out
         even.
@@ -85,6 +81,3 @@ class AutoencoderEncoder:
     def notes(self) -> Notes:
         """Nothing is noted."""
         return Notes()
-
-
-ENCODER = AutoencoderEncoder

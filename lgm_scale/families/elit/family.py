@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from lgm_scale.families.elit.training import ELITTrainingModel
     from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["ELITFamily"]
-
 
 class ELITFamily(GeneratorFamily):
     """ELIT and its host SiT: the state is a grid at every K, the core of the network shrinks."""
@@ -38,7 +36,9 @@ class ELITFamily(GeneratorFamily):
     task: ClassVar[str] = "spatial_generator"
     title: ClassVar[str] = "ELIT or SiT, on a grid"
     schema = ELITRun
-    encoders: ClassVar[dict[str, str]] = {"sd-vae": "lgm_scale.families.elit.encoder:ENCODER"}
+    encoders: ClassVar[dict[str, str]] = {
+        "sd-vae": "lgm_scale.families.elit.encoder:AutoencoderEncoder"
+    }
     importers: ClassVar[dict[str, str]] = {"elit": "lgm_scale.families.elit.release:IMPORTER"}
     pipeline_class: ClassVar[str] = "lgm_scale.families.elit.pipeline:ELITPipeline"
     about_tokens: ClassVar[str] = (
@@ -79,14 +79,8 @@ class ELITFamily(GeneratorFamily):
     def training_model(self, run: ELITRun, dataset: Any) -> ELITTrainingModel:
         from lgm_scale.families.elit.training import ELITTrainingModel
 
-        return ELITTrainingModel(
-            self.network(run),
-            dataset.scale if run.space.kind == "sd_vae" else None,
-            run.objective.label_dropout,
-            run.objective.timestep_mean,
-            run.objective.timestep_std,
-            run.seed,
-        )
+        scale = dataset.scale if run.space.kind == "sd_vae" else None
+        return ELITTrainingModel(self.network(run), scale, run.objective, run.seed)
 
     @override
     def export(

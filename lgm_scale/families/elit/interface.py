@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from lgm_scale.layers import MLP, zero
 
-__all__ = ["Read", "Write", "from_windows", "to_windows"]
-
 LAYER_NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-5
 _CHUNKS = 7

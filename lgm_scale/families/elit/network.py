@@ -33,14 +33,6 @@ from lgm_scale.layers import (
     initialize_transformer,
 )
 
-__all__ = [
-    "ELIT",
-    "RELEASED_POSITION_ROWS",
-    "SiT",
-    "build_elit",
-    "sincos_table",
-]
-
 DropMode = Literal["skip_core", "remove"]
 RELEASED_POSITION_ROWS = 4096
 """Rows of the latents' position table in every released checkpoint; N of them are ever read."""

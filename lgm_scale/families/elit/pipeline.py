@@ -16,8 +16,6 @@ from lgm_scale.pipeline import Pipeline, count_parameters
 from lgm_scale.pixels import PIXEL_STD
 from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["ELITPipeline"]
-
 
 class ELITPipeline(Pipeline[ELITBundle]):
     """Class labels to images, at any budget the network has; see `Pipeline`.
@@ -25,11 +23,6 @@ class ELITPipeline(Pipeline[ELITBundle]):
     K is k times the number of the network's windows; a call that names none runs at N, all of the
     work. The state has one size at every K, and an image index one noise. Without other settings
     it samples as published: 50 Euler steps, no guidance.
-
-    Args:
-        bundle: Generator and what decodes its states, on one device.
-        dtype: Type of the networks' matrix products; the trajectory itself is float32.
-        source: Where it came from, for messages.
     """
 
     kind = ELIT_KIND

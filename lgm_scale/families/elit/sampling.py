@@ -23,8 +23,6 @@ from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
 from lgm_scale.sampling.config import Guidance, SamplerConfig
 from lgm_scale.sampling.integration import integrate
 
-__all__ = ["GridNetwork", "check_budgets", "initial_state_noise", "sample_state"]
-
 
 class GridNetwork(Protocol):
     """A velocity on a grid, with a budget K per call: `SiT`, `ELIT`, or a test's formula."""
@@ -102,13 +100,8 @@ def sample_state(
 ) -> Tensor:
     """Integrate the ODE from noise (t = 0) to data (t = 1).
 
-    Args:
-        net: The network.
-        noise: What `initial_state_noise` draws, on the device where this runs.
-        labels: [B] int64.
-        config: Settings of the sampler; `cfg_rescale` has no effect, for no token is merged.
-        num_tokens: K. With a `length_schedule`, that of its last steps.
-        on_step: Called after every step.
+    `noise` is what `initial_state_noise` draws, on the device where this runs; `cfg_rescale` has no
+    effect, for no token is merged. With a `length_schedule`, K is that of its last steps.
 
     Shapes: noise [B, C, S, S] -> the state [B, C, S, S], float32.
     Raises: ConfigError for a K that the network does not have, or autoguidance without a weaker

@@ -22,8 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.frozen import read_weights
 
-__all__ = ["SDVAE", "encoder_id", "latent_scale", "load_sd_vae", "save_sd_vae"]
-
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _GET = (

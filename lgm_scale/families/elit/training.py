@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lgm_scale.config.schema import FlowObjectiveConfig
 from lgm_scale.families.elit.network import SiT
 from lgm_scale.flow import interpolate, unweighted_flow_loss, velocity_target
 from lgm_scale.pixels import PIXEL_STD, to_unit_range
 from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
 from lgm_scale.training.flow_model import FlowModel
-
-__all__ = ["ELITOutput", "ELITTrainingModel"]
 
 
 class ELITOutput(NamedTuple):
@@ -32,24 +31,14 @@ class ELITTrainingModel(FlowModel):
     Args:
         net: An `ELIT` or a `SiT`.
         latent_scale: What latents are multiplied by; None for pixels.
-        label_dropout: Share of samples that train the unconditional branch.
-        timestep_mean: Mean of the normal law whose logistic function t is.
-        timestep_std: Standard deviation of that law.
-        seed: Seed of noise, latents, timesteps and label dropout.
     """
 
     net: SiT
 
     def __init__(
-        self,
-        net: SiT,
-        latent_scale: float | None,
-        label_dropout: float,
-        timestep_mean: float,
-        timestep_std: float,
-        seed: int,
+        self, net: SiT, latent_scale: float | None, objective: FlowObjectiveConfig, seed: int
     ) -> None:
-        super().__init__(net, label_dropout, timestep_mean, timestep_std, seed)
+        super().__init__(net, objective, seed)
         self.latent_scale = latent_scale
 
     def forward(self, batch: dict[str, Any]) -> ELITOutput:

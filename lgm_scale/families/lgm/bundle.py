@@ -35,14 +35,6 @@ from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import TREE_NAME, MergeAssignment, MergeTree
 from lgm_scale.weights import load_weights, save_weights
 
-__all__ = [
-    "GENERATOR_NAME",
-    "LGMBundle",
-    "load_lgm_bundle",
-    "save_adapted_bundle",
-    "save_lgm_bundle",
-]
-
 GENERATOR_NAME = "generator.safetensors"
 
 
@@ -88,15 +80,8 @@ def save_lgm_bundle(
 ) -> None:
     """Write a generator bundle; tokenizer and merge tree are copied from the tokenizer's bundle.
 
-    Args:
-        folder: Where to; replaced if it is a bundle already.
-        config: Configuration of the model.
-        weights: State of the generator.
-        stats: Statistics of the latents that it was trained on.
-        classes: Names of the classes.
-        tokenizer_bundle: Bundle of the tokenizer that made the latents.
-        training: Anything about how it came about.
-        tree: The merge tree that it was trained with, where it is not the tokenizer's.
+    `folder` is replaced if it is a bundle already. `stats` are those of the latents that the
+    generator was trained on, `tree` its merge tree, where that is not the tokenizer's.
     """
     source = read_bundle(tokenizer_bundle, "tokenizer")
     if TREE_NAME not in source["files"]:
@@ -124,12 +109,7 @@ def save_adapted_bundle(
 ) -> None:
     """Write a copy of a generator bundle with one more adapter; the base's weights stay.
 
-    Args:
-        folder: Where to; replaced if it is a bundle already.
-        base: Generator bundle that the adapter was trained on; it may hold others.
-        num_tokens: Length that the adapter is for.
-        adapter: Its weights.
-        training: Anything about how the adapter came about.
+    `folder` is replaced if it is a bundle already; the base may hold other adapters.
 
     Raises: CheckpointError if the base is no generator bundle.
     """

@@ -10,16 +10,6 @@ from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
 from lgm_scale.families.base import NOT_COMPILED
 from lgm_scale.families.tokenizer.config import outside_choices
 
-__all__ = [
-    "DIT_SIZES",
-    "DiTSize",
-    "LGMModelConfig",
-    "LGMObjectiveConfig",
-    "LGMRun",
-    "LoRAConfig",
-    "lgm_rules",
-]
-
 
 @dataclass(frozen=True)
 class DiTSize:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lgm_scale.data.config import SourceConfig, as_sources
+from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.mixture import check_one_maker
@@ -25,8 +25,6 @@ from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import DataError
 from lgm_scale.merging.nesting import ContrastStats
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
-
-__all__ = ["LGMLatentDataset", "LatentStats", "check_latents", "mixed_stats"]
 
 STATS_NAME = "latent_stats.safetensors"
 
@@ -76,12 +74,7 @@ def check_latents(
 ) -> None:
     """Check a latent folder against the model and the tokenizer that will use it.
 
-    Args:
-        where: Its name, for messages.
-        manifest: Its manifest.
-        num_base_tokens: N of the model.
-        latent_dim: D of the model.
-        tokenizer_id: Hash of the tokenizer's weights; None leaves the check out.
+    `where` is for messages; `tokenizer_id`, the hash of its weights, may be None: unchecked.
 
     Raises: DataError if it has other shapes or another tokenizer.
     """
@@ -140,11 +133,9 @@ class LGMLatentDataset(EpochDataset):
         data: MDS folder of latents, or sources with their classes and shares.
         shuffle: Shuffle, and draw the flip; otherwise the unflipped latents in order.
         seed: Seed of order and flips; a flip depends on (seed, epoch, sample id) alone.
-        batch_size: Per device.
         num_base_tokens: N, for the check.
         latent_dim: D, for the check.
         tokenizer_id: Hash of the tokenizer's weights; None leaves the check out.
-        options: Cache and patience.
 
     Raises: DataError if a source is no complete MDS folder of such latents, or the tokenizers of
         several differ.
@@ -163,12 +154,12 @@ class LGMLatentDataset(EpochDataset):
         options: StreamOptions | None = None,
     ) -> None:
         super().__init__(
-            as_sources(data),
+            data,
             "latents",
             shuffle=shuffle,
             seed=seed,
             batch_size=batch_size,
-            options=options or StreamOptions(),
+            options=options,
         )
         for source, manifest in zip(self.sources, self.manifests, strict=True):
             check_latents(source.path, manifest, num_base_tokens, latent_dim, tokenizer_id)

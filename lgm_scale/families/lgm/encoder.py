@@ -22,8 +22,6 @@ from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.merging.nesting import contrast_basis
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
-__all__ = ["ENCODER", "LatentNotes", "TokenizerEncoder"]
-
 
 class RunningMoments:
     """Count, sum and sum of squares of each column, in float64, so that shards add up exactly."""
@@ -80,10 +78,6 @@ class LatentNotes(Notes):
 class TokenizerEncoder:
     """Encodes images to sequences of latents at full length, with a tokenizer.
 
-    Args:
-        bundle: Bundle of the tokenizer.
-        device: Device to encode on.
-
     Raises: CheckpointError for a bad bundle; ConfigError for a length control without a merge tree.
     """
 
@@ -121,6 +115,3 @@ class TokenizerEncoder:
     def notes(self) -> LatentNotes:
         """Statistics of a shard of which nothing is encoded yet."""
         return LatentNotes(self.tree, self.tokenizer.latent_dim, self.device)
-
-
-ENCODER = TokenizerEncoder

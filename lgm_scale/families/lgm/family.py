@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from lgm_scale.families.tokenizer.network import Tokenizer
     from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = ["LGMFamily"]
-
 
 class LGMFamily(GeneratorFamily):
     """MergeDiT: a diffusion transformer on the merged latents of a tokenizer, at every K."""
@@ -34,7 +32,7 @@ class LGMFamily(GeneratorFamily):
     title: ClassVar[str] = "LGM, on merged tokens"
     schema = LGMRun
     contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
-    encoders: ClassVar[dict[str, str]] = {"lgm": "lgm_scale.families.lgm.encoder:ENCODER"}
+    encoders: ClassVar[dict[str, str]] = {"lgm": "lgm_scale.families.lgm.encoder:TokenizerEncoder"}
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
     importers: ClassVar[dict[str, str]] = {"generator": "lgm_scale.families.lgm.release:IMPORTER"}
     pipeline_class: ClassVar[str] = "lgm_scale.families.lgm.pipeline:LGMPipeline"
@@ -88,7 +86,6 @@ class LGMFamily(GeneratorFamily):
         from lgm_scale.families.lgm.lora import add_adapter
         from lgm_scale.families.lgm.lora_run import load_base
         from lgm_scale.families.lgm.training import LGMTrainingModel
-        from lgm_scale.flow import NoiseScale
 
         if run.lora is None:
             net, stats = self.network(run), dataset.stats
@@ -96,17 +93,7 @@ class LGMFamily(GeneratorFamily):
             base = load_base(run, dataset.tree)
             net, stats = base.net, base.stats
             add_adapter(net, run.lora.rank, run.lora.alpha)
-        return LGMTrainingModel(
-            net,
-            dataset.tree,
-            stats.mean,
-            stats.std,
-            NoiseScale(run.objective.noise_scale),
-            run.objective.label_dropout,
-            run.objective.timestep_mean,
-            run.objective.timestep_std,
-            run.seed,
-        )
+        return LGMTrainingModel(net, dataset.tree, stats, run.objective, run.seed)
 
     @override
     def export(

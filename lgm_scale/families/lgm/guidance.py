@@ -15,8 +15,6 @@ from lgm_scale.merging.nesting import Nesting
 from lgm_scale.merging.tree import MergeAssignment
 from lgm_scale.sampling.config import CFGRescale
 
-__all__ = ["Velocity", "coarse_guided_velocity", "guided_velocity"]
-
 Velocity = Callable[[Tensor, Tensor, Tensor, MergeAssignment], Tensor]
 """(z_t [B, K, D], t [B], labels [B], assignment) -> v [B, K, D]: a `MergeDiT` or its like."""
 

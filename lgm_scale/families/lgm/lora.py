@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.lgm.network import MergeDiT
 
-__all__ = ["TARGETS", "Adapter", "add_adapter", "plain_names", "with_adapter"]
-
 TARGETS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 """The layers of a block that an adapter changes."""
 

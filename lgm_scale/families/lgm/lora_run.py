@@ -11,17 +11,11 @@ from torch import Tensor
 
 from lgm_scale.config.loading import load_config
 from lgm_scale.errors import ConfigError
-from lgm_scale.families.lgm.bundle import (
-    LGMBundle,
-    load_lgm_bundle,
-    save_adapted_bundle,
-)
+from lgm_scale.families.lgm.bundle import LGMBundle, load_lgm_bundle, save_adapted_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig, LGMRun
 from lgm_scale.families.lgm.lora import Adapter, plain_names
 from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, tokenizer_id
 from lgm_scale.merging.tree import MergeTree
-
-__all__ = ["export_adapter", "load_base"]
 
 
 def load_base(config: LGMRun, tree: MergeTree) -> LGMBundle:

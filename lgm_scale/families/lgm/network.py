@@ -29,8 +29,6 @@ from lgm_scale.layers import (
 )
 from lgm_scale.merging.tree import MergeAssignment
 
-__all__ = ["MergeDiT", "build_merge_dit"]
-
 
 def _norm(width: int) -> nn.Module:
     """The norm of LightningDiT's blocks; adaLN gives it scale and shift of its own besides."""

@@ -19,8 +19,6 @@ from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pipeline import Pipeline, count_parameters
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig
 
-__all__ = ["LGMPipeline", "default_cfg_scale"]
-
 # Published with 256 base tokens, per-position guidance and 25 grid points.
 _PUBLISHED_CFG_SCALE = {32: 10.5, 64: 8.0, 128: 6.5}
 
@@ -42,11 +40,6 @@ class LGMPipeline(Pipeline[LGMBundle]):
     """Class labels to images, at any token length the merge tree allows; see `Pipeline`.
 
     K is from the tree's number of blocks to N; guidance is by length, see `default_cfg_scale`.
-
-    Args:
-        bundle: Generator, tokenizer, merge tree and statistics, on one device.
-        dtype: Type of the networks' matrix products; the trajectory itself is float32.
-        source: Where it came from, for messages.
     """
 
     kind = "generator"

@@ -26,8 +26,6 @@ from lgm_scale.randomness import Purpose, stream_keys
 from lgm_scale.sampling.config import Guidance, SamplerConfig
 from lgm_scale.sampling.integration import integrate
 
-__all__ = ["initial_noise", "sample", "sample_latents"]
-
 
 def initial_noise(
     seed: int, image_indices: Tensor, assignment: MergeAssignment, dim: int, scale: NoiseScale
@@ -123,16 +121,9 @@ def sample(
 ) -> Tensor:
     """Integrate the ODE from noise (t = 0) to data (t = 1).
 
-    Args:
-        velocity: The network.
-        noise: [B, K, D] at the length asked for, also when the trajectory starts with fewer.
-        labels: [B] int64.
-        null_label: Label of the unconditional branch.
-        assignment: Cut at K.
-        config: Settings of the sampler: steps, solver, guidance, lengths.
-        tree: The tree that `assignment` is a cut of; only needed when `config.nested`.
-        contrasts: The data's; only needed by a growing length.
-        on_step: Called after every step.
+    `noise` [B, K, D] is at the length asked for, also when the trajectory starts with fewer;
+    `labels` are int64 [B]. `tree` is needed by `config.nested` alone, the data's `contrasts` by a
+    growing length.
 
     Shapes: -> unmerged latents [B, N, D], standardised.
     Raises: ConfigError if something needed is missing, or autoguidance has no weaker branch.

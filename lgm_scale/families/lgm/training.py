@@ -6,19 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lgm_scale.families.lgm.config import LGMObjectiveConfig
+from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.flow import (
-    NoiseScale,
-    flow_loss,
-    interpolate,
-    merged_noise,
-    velocity_target,
-)
+from lgm_scale.flow import NoiseScale, flow_loss, interpolate, merged_noise, velocity_target
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose
 from lgm_scale.training.flow_model import FlowModel
-
-__all__ = ["LGMOutput", "LGMTrainingModel"]
 
 
 class LGMOutput(NamedTuple):
@@ -34,15 +28,10 @@ class LGMTrainingModel(FlowModel):
     """Reads batches {latents [B, N, D], labels [B], sample_ids [B], step int, num_tokens int}.
 
     Args:
-        net: The diffusion transformer; a direct child, which is what Composer's sharding wraps.
+        net: The diffusion transformer.
         tree: Merge tree of the tokenizer that made the latents.
-        mean: Per-channel mean of the latents, [D].
-        std: Per-channel standard deviation of the latents, [D].
-        noise_scale: Whether noise is merged like the data, or drawn per token; `flow.NoiseScale`.
-        label_dropout: Share of samples that train the unconditional branch.
-        timestep_mean: Mean of the normal law whose logistic function t is.
-        timestep_std: Standard deviation of that law.
-        seed: Seed of noise, timesteps and label dropout.
+        stats: Statistics of the latents.
+        objective: Also whether noise is merged like the data, or drawn per token.
     """
 
     net: MergeDiT
@@ -55,19 +44,15 @@ class LGMTrainingModel(FlowModel):
         self,
         net: MergeDiT,
         tree: MergeTree,
-        mean: Tensor,
-        std: Tensor,
-        noise_scale: NoiseScale,
-        label_dropout: float,
-        timestep_mean: float,
-        timestep_std: float,
+        stats: LatentStats,
+        objective: LGMObjectiveConfig,
         seed: int,
     ) -> None:
-        super().__init__(net, label_dropout, timestep_mean, timestep_std, seed)
+        super().__init__(net, objective, seed)
         self.tree = tree
-        self.noise_scale = noise_scale
-        self.register_buffer("latent_mean", mean.float())
-        self.register_buffer("latent_std", std.float())
+        self.noise_scale = NoiseScale(objective.noise_scale)
+        self.register_buffer("latent_mean", stats.mean.float())
+        self.register_buffer("latent_std", stats.std.float())
         self.register_buffer("merge_tree", tree.merges.clone())
 
     def forward(self, batch: dict[str, Any]) -> LGMOutput:

@@ -11,8 +11,6 @@ from torch import Tensor
 from lgm_scale.errors import ConfigError
 from lgm_scale.pixels import psnr, to_uint8
 
-__all__ = ["LengthChoice", "choose_length"]
-
 
 class LengthChoice(NamedTuple):
     """One K per image, and what it gives.
@@ -38,12 +36,9 @@ def choose_length(
     Lengths are tried in ascending order, each on the images that no smaller one satisfied: PSNR
     need not grow with K, and the first hit is the smallest. One host synchronisation per length.
 
-    Args:
-        images: [B, 3, S, S] in [-1, 1].
-        z: Their latents at full length, [B, N, D].
-        reconstruct: (z, K) -> images at K tokens; called on a part of the batch.
-        target_psnr: In dB.
-        lengths: Candidates for K. N is tried last, also where it is not among them.
+    Shapes: images [B, 3, S, S] in [-1, 1], z [B, N, D], their latents at full length; `reconstruct`
+    is (z, K) -> images, and called on a part of the batch. N is tried last, also where it is no
+    candidate.
 
     Raises: ConfigError if there is no length to try.
     """

@@ -18,17 +18,6 @@ from lgm_scale.families.tokenizer.config import TokenizerRun
 from lgm_scale.families.tokenizer.critic import CriticBackbone
 from lgm_scale.frozen import VGG16_URL, Frozen, load_perceptual, load_pretrained, to_imagenet
 
-__all__ = [
-    "FROM_HUB",
-    "TEACHER_WIDTHS",
-    "Asset",
-    "FrozenNets",
-    "Teacher",
-    "build_frozen",
-    "load_from_hub",
-    "needed_assets",
-]
-
 FROM_HUB = "hub"
 """Value of model.pretrained_encoder that asks for a download."""
 TEACHER_WIDTHS = {"s": 384, "b": 768, "l": 1024}
@@ -149,9 +138,7 @@ class Teacher(nn.Module):
 def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:
     """The frozen networks that the configuration asks for.
 
-    Args:
-        config: The run's configuration.
-        read: Load the files; else only the structure is built (to count).
+    Without `read` only the structure is built (to count).
 
     Raises: MissingAssetError, CheckpointError.
     """

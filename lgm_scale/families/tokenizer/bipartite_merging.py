@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["bipartite_labels", "merges_per_round", "spread_means"]
-
 
 def merges_per_round(tokens: int, num_tokens: int, num_blocks: int, share: float) -> int:
     """How many of `tokens` clusters one round merges away, on the way to K.

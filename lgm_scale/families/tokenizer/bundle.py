@@ -24,8 +24,6 @@ from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.weights import load_weights, save_weights
 
-__all__ = ["TOKENIZER_NAME", "load_tokenizer", "save_tokenizer_bundle", "tokenizer_id"]
-
 TOKENIZER_NAME, TREE_NAME = RECONSTRUCTION_FILES
 
 
@@ -38,12 +36,7 @@ def save_tokenizer_bundle(
 ) -> None:
     """Write a tokenizer bundle, aside first, so that it is complete or absent.
 
-    Args:
-        folder: Where to; replaced if it is a bundle already.
-        config: Configuration of the model.
-        weights: State of the tokenizer.
-        tree: Its merge tree; None if its length control has none.
-        training: Anything about how it came about (steps, the run's configuration).
+    `folder` is replaced if it is a bundle already; `tree` is None if the length control has none.
     """
     aside = start_bundle(folder)
     save_weights(weights, aside / TOKENIZER_NAME)

@@ -9,20 +9,6 @@ from typing import Literal
 from lgm_scale.config.schema import STRICT, TrainingRun
 from lgm_scale.families.base import NOT_COMPILED
 
-__all__ = [
-    "AUXILIARY_SIZE",
-    "RECONSTRUCTION_FILES",
-    "TOKENIZER_SIZES",
-    "AssetsConfig",
-    "TokenizerModelConfig",
-    "TokenizerObjectiveConfig",
-    "TokenizerRun",
-    "TokenizerSize",
-    "outside_choices",
-    "tokenizer_rules",
-]
-
-
 RECONSTRUCTION_FILES = ("tokenizer.safetensors", "merge_tree.safetensors")
 """Weights and merge tree, in the bundles of tokenizers and of what contains them."""
 
@@ -51,7 +37,7 @@ AUXILIARY_SIZE = TokenizerSize(192, 3, 3, 1e-5)
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerModelConfig:
-    """Arguments of `network.Tokenizer`."""
+    """What `network.Tokenizer` is built from."""
 
     __pydantic_config__ = STRICT
     size: Literal["tiny", "s", "b", "l"] = "b"
@@ -60,8 +46,13 @@ class TokenizerModelConfig:
     num_base_tokens: int = 256
     latent_dim: int = 32
     num_codebooks: int = 4
+    """Segments of the quantizer, and blocks within which tokens may merge."""
     codebook_size: int = 8192
+    """Codes per segment."""
     latent_init: Literal["normal", "aligned"] = "normal"
+    """normal, as published; or aligned (ours): latents and patches start from one lattice of
+    positions, and attention from copying along it, in encoder and decoder. A short run from scratch
+    needs it; a pretrained encoder does not."""
     length_control: Literal["lgm", "fixed", "tome", "truncate", "none"] = "lgm"
     dropped_tokens: Literal["zero", "learned"] = "zero"
     """What the decoder reads in place of a token that `length_control: truncate` dropped."""

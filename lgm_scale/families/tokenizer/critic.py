@@ -21,15 +21,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from lgm_scale.frozen import to_imagenet
 
-__all__ = [
-    "CriticBackbone",
-    "CriticHeads",
-    "GlobalBatchNorm",
-    "ReduceMean",
-    "critic_view",
-    "one_rank",
-]
-
 ReduceMean = Callable[[Tensor], Tensor]
 """Mean of equally shaped tensors over ranks, with a gradient."""
 
@@ -109,7 +100,6 @@ class CriticHeads(nn.Module):
     Args:
         channels: C, width of the backbone.
         num_depths: Feature maps per image.
-        reduce_mean: Averages batch-norm moments over ranks.
 
     Shapes: num_depths times [B, C, L] -> logits [B, num_depths * L].
     """

@@ -11,11 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from lgm_scale.families.base import Companions, Family
-from lgm_scale.families.tokenizer.config import (
-    RECONSTRUCTION_FILES,
-    TokenizerRun,
-    tokenizer_rules,
-)
+from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES, TokenizerRun, tokenizer_rules
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +22,6 @@ if TYPE_CHECKING:
     from lgm_scale.families.tokenizer.critic import CriticHeads
     from lgm_scale.families.tokenizer.network import Decoder, Tokenizer
     from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
-
-__all__ = ["TokenizerFamily"]
 
 log = logging.getLogger("lgm_scale")
 

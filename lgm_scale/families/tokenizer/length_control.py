@@ -29,19 +29,6 @@ from lgm_scale.merging.linkage import in_block_triangle, start_host_copy
 from lgm_scale.merging.tree import MergeTree, cosine_similarity, straight_through_merge
 from lgm_scale.randomness import Purpose
 
-__all__ = [
-    "LENGTH_CONTROLS",
-    "BipartiteMerging",
-    "FixedMerging",
-    "FullLength",
-    "LearnedMerging",
-    "LengthControl",
-    "Truncation",
-    "build_length_control",
-    "exploration_noise",
-]
-
-
 GrowTree = Callable[[], MergeTree]
 
 
@@ -134,11 +121,6 @@ class LearnedMerging(LengthControl):
     Why embeddings and not the latents: they are the same for every image, so one tree serves all
     images and generators; and they are trained, by the straight-through gradient of the
     reconstruction and by the alignment loss, so that tokens that are alike in most images merge.
-
-    Args:
-        num_base_tokens: N.
-        num_blocks: Blocks of the tree, within which tokens may merge.
-        embedding_dim: Width of the embeddings.
 
     Source: LGM paper, learnable global merging.
     """

@@ -19,22 +19,6 @@ from torch import Tensor
 from lgm_scale.families.tokenizer.critic import ReduceMean, one_rank
 from lgm_scale.merging.tree import cosine_similarity, in_block_pairs
 
-__all__ = [
-    "NUM_AUGMENT_DRAWS",
-    "adaptive_weight",
-    "alignment_loss",
-    "consistency_loss",
-    "diff_augment",
-    "entropy_loss",
-    "generator_loss",
-    "hinge_loss",
-    "lecam_loss",
-    "perceptual_weight",
-    "pixel_loss",
-    "representation_loss",
-    "with_gradient",
-]
-
 NUM_AUGMENT_DRAWS = 7
 """Uniform numbers that `diff_augment` takes per image."""
 

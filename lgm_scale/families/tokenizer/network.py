@@ -10,7 +10,6 @@ Source: LGM paper; the SoftVQ backbone on timm vision transformers. Images are i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,13 +24,6 @@ from lgm_scale.families.tokenizer.config import TOKENIZER_SIZES, TokenizerModelC
 from lgm_scale.families.tokenizer.length_control import build_length_control
 from lgm_scale.families.tokenizer.quantizer import SoftQuantizer
 from lgm_scale.merging.tree import MergeTree
-
-__all__ = [
-    "Decoder",
-    "Tokenizer",
-    "TokenizerOutput",
-    "build_tokenizer",
-]
 
 
 class TokenizerOutput(NamedTuple):
@@ -191,53 +183,24 @@ class Decoder(nn.Module):
 class Tokenizer(nn.Module):
     """Images to N latents, and back from any K of them.
 
-    Args:
-        size: A key of `TOKENIZER_SIZES`.
-        image_size: Pixels per side, divisible by patch_size.
-        patch_size: Pixels per side of a patch of both vision transformers.
-        num_base_tokens: N.
-        latent_dim: D.
-        num_codebooks: Segments of the quantizer, and blocks within which tokens may merge.
-        codebook_size: Codes per segment.
-        latent_init: 'normal' (published), or 'aligned': latents and patches start from one
-            lattice of positions, and attention from copying along it, in encoder and decoder. A
-            short run from scratch needs it; a pretrained encoder does not (ours).
-        length_control: How it reaches K tokens; a key of `LENGTH_CONTROLS`.
-        dropped_tokens: What the decoder reads in place of a token that 'truncate' dropped: 'zero',
-            or a 'learned' vector.
-
     Source: LGM paper, tokenizer and learnable global merging.
     """
 
-    def __init__(
-        self,
-        size: str,
-        image_size: int,
-        patch_size: int,
-        num_base_tokens: int,
-        latent_dim: int,
-        num_codebooks: int = 4,
-        codebook_size: int = 8192,
-        latent_init: str = "normal",
-        length_control: str = "lgm",
-        dropped_tokens: str = "zero",
-    ) -> None:
+    def __init__(self, config: TokenizerModelConfig) -> None:
         super().__init__()
-        row = TOKENIZER_SIZES[size]
-        self.image_size = image_size
+        row, patch_size, size = TOKENIZER_SIZES[config.size], config.patch_size, config.image_size
+        self.image_size = size
         self.patch_size = patch_size
-        self.num_base_tokens = num_base_tokens
-        self.latent_dim = latent_dim
-        self.encoder = Encoder(row, image_size, patch_size, num_base_tokens)
-        self.to_latent = nn.Linear(row.width, latent_dim)  # the bottleneck: C -> D
-        self.quantizer = SoftQuantizer(num_codebooks, codebook_size, latent_dim)
+        self.num_base_tokens = tokens = config.num_base_tokens
+        self.latent_dim = dim = config.latent_dim
+        self.encoder = Encoder(row, size, patch_size, tokens)
+        self.to_latent = nn.Linear(row.width, dim)  # the bottleneck: C -> D
+        self.quantizer = SoftQuantizer(config.num_codebooks, config.codebook_size, dim)
         self.merging = build_length_control(
-            length_control, num_base_tokens, num_codebooks, latent_dim, dropped_tokens
+            config.length_control, tokens, config.num_codebooks, dim, config.dropped_tokens
         )
-        self.decoder = Decoder(
-            row, image_size, patch_size, num_base_tokens, latent_dim, 3 * patch_size**2
-        )
-        if latent_init == "aligned":
+        self.decoder = Decoder(row, size, patch_size, tokens, dim, 3 * patch_size**2)
+        if config.latent_init == "aligned":
             self._start_aligned(row.width)
 
     def _start_aligned(self, width: int) -> None:
@@ -368,6 +331,4 @@ def _vit_flops(vit: VisionTransformer, tokens: int) -> int:
 
 def build_tokenizer(config: TokenizerModelConfig) -> Tokenizer:
     """A tokenizer with fresh weights; a pretrained encoder is the training run's affair."""
-    arguments = asdict(config)
-    del arguments["pretrained_encoder"]
-    return Tokenizer(**arguments)
+    return Tokenizer(config)

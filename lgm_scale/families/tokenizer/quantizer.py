@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["SoftQuantizer"]
-
 
 class SoftQuantizer(nn.Module):
     """One codebook per segment of the token sequence: softmax(z c^T / temperature) c, normalised.

@@ -38,8 +38,6 @@ from lgm_scale.pixels import to_unit_range
 from lgm_scale.randomness import Purpose, keyed_uniforms, stream_keys
 from lgm_scale.training.model import TrainingModel
 
-__all__ = ["TokenizerTrainingModel"]
-
 LECAM_DECAY = 0.999
 
 Terms = dict[str, Tensor]
@@ -53,10 +51,7 @@ class TokenizerTrainingModel(TrainingModel):
     similarity) is that of all ranks' samples; of one micro-batch, where there are several.
 
     Args:
-        net: The tokenizer; a direct child, which is what Composer's sharding wraps.
-        objective: Weights and start steps of the losses.
         seed: Seed of exploration noise and of what the critic sees.
-        frozen: Networks that the losses look through.
         auxiliary: Predicts the teacher's features from the latents; None without that loss.
         critic: Trained heads on the frozen critic's features; None without that loss.
         reduce_mean: Mean over ranks with a gradient, for what is not linear in the batch.
