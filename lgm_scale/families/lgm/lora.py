@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.lgm.network import MergeDiT
 
-__all__ = ["TARGETS", "Adapter", "add_adapter", "plain_names", "with_adapter"]
+__all__ = [
+    "TARGETS",
+    "Adapter",
+    "adapter_shapes",
+    "add_adapter",
+    "plain_names",
+    "with_adapter",
+]
 
 TARGETS = ("attn.qkv", "attn.proj", "mlp.w12", "mlp.w3")
 """The layers of a block that an adapter changes."""
@@ -34,6 +41,15 @@ def _target_layers(net: MergeDiT) -> dict[str, nn.Linear]:
         for index, block in enumerate(net.blocks)
         for target in TARGETS
     }
+
+
+def adapter_shapes(net: MergeDiT, rank: int) -> dict[str, tuple[int, int]]:
+    """Shape of each matrix of an adapter of this rank, by its name."""
+    shapes = {}
+    for name, layer in _target_layers(net).items():
+        shapes[f"{name}.lora_A.weight"] = (rank, layer.in_features)
+        shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
+    return shapes
 
 
 @dataclass(frozen=True)
@@ -63,11 +79,7 @@ class Adapter:
         """Raise CheckpointError unless it has the shapes of this network."""
         shapes = {name: tuple(value.shape) for name, value in self.weights.items()}
         ranks = {shape[0] for name, shape in shapes.items() if name.endswith("lora_A.weight")}
-        expected = {}
-        rank = min(ranks, default=0)
-        for name, layer in _target_layers(net).items():
-            expected[f"{name}.lora_A.weight"] = (rank, layer.in_features)
-            expected[f"{name}.lora_B.weight"] = (layer.out_features, rank)
+        expected = adapter_shapes(net, min(ranks, default=0))
         wrong = sorted(
             name
             for name in shapes.keys() | expected.keys()
