@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY = passive
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install quickstart test test-system lint clean
+.PHONY: help install quickstart test test-system test-fidelity lint clean
 
 help:
 	@echo "make quickstart   install, then the whole pipeline on demo photographs (minutes, no GPU)"
 	@echo "make test         all tests that this machine can run"
 	@echo "make test-system  tests against real servers, installed through apt (as root)"
+	@echo "make test-fidelity  imports at full size against the releases' code: LGM_RELEASE=path ELIT_RELEASE=path"
 	@echo "make lint         ruff and pyright"
 	@echo "make clean        delete runs/quickstart"
 	@echo "Add VENV=path to use an environment elsewhere, PYTHON=... to choose the interpreter."
@@ -47,6 +48,10 @@ test: $(STAMP) $(DEEPSPEED)
 
 test-system: $(STAMP) $(DEEPSPEED)
 	pytest -m servers tests/system
+
+# Random weights; a release whose folder is not given is skipped.
+test-fidelity: $(STAMP)
+	LGM_RELEASE="$(LGM_RELEASE)" ELIT_RELEASE="$(ELIT_RELEASE)" pytest -rs tests/fidelity
 
 lint: $(STAMP) $(DEEPSPEED)
 	ruff check .
