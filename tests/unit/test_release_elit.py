@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from release_files import elit_state
+from release_files import averaged, elit_content, elit_state
 from small_vae import save_small_vae
 
 from lgm_scale.errors import CheckpointError
+from lgm_scale.families.elit.bundle import load_elit_bundle
 from lgm_scale.families.elit.config import ELITModelConfig, InterfaceConfig, SpaceConfig
 from lgm_scale.families.elit.network import ELIT, SiT, build_elit
 from lgm_scale.families.elit.pipeline import ELITPipeline
@@ -99,6 +100,24 @@ def test_a_checkpoint_becomes_a_bundle_that_samples(tmp_path, vae):
         assert torch.equal(found(z_t, t, labels, 8), net(z_t, t, labels, 8))
     images = pipe([0, "2"], num_tokens=4, num_steps=3, progress_bar=False)
     assert np.asarray(images).shape == (2, 64, 64, 3)
+
+
+@torch.no_grad()
+def test_an_average_is_sampled_with_its_own_positions(tmp_path, vae):
+    """The velocity is that of the file's weights, positions included, as their sampler has it."""
+    _, net = small(INTERFACE_OF_S)
+    torch.save(elit_content(net), tmp_path / "0020000.pt")
+    report, remarks = import_elit(tmp_path / "0020000.pt", tmp_path / "bundle", str(vae))
+    assert report.taken["pos_embed"] == "pos_embed"
+    assert set(report.ignored) == {"projectors.0.weight"}
+    assert any("from the fixed sin-cos table" in remark for remark in remarks)
+    found = load_elit_bundle(tmp_path / "bundle").net
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([0, 3]), 8
+    fixed = net(*inputs)
+    net.pos_embed.copy_(averaged(net.pos_embed))
+    expected = net(*inputs)
+    assert torch.equal(found(*inputs), expected)
+    assert not torch.equal(fixed, expected)
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path, vae):
