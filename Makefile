@@ -23,7 +23,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 JOBS ?= 3
 PYTEST := pytest -n $(JOBS)
 
-.PHONY: help install quickstart check test test-all test-torch coverage lint clean
+.PHONY: help install quickstart check test test-all test-torch test-fidelity coverage lint clean
 
 help:
 	@echo "make quickstart   install, then the whole pipeline on demo photographs (minutes, no GPU)"
@@ -32,6 +32,7 @@ help:
 	@echo "make test-all     everything: real servers, installed through apt (as root), and random kills"
 	@echo "make test-torch TORCH=2.11   a selection on another torch, in an environment of its own"
 	@echo "make coverage     lines and branches that 'make test' reaches"
+	@echo "make test-fidelity  imports at full size against the releases' code: LGM_RELEASE=path ELIT_RELEASE=path"
 	@echo "make lint         ruff and pyright"
 	@echo "make clean        delete runs/quickstart"
 	@echo "Add VENV=path to use an environment elsewhere, PYTHON=... to choose the interpreter."
@@ -73,6 +74,10 @@ test-torch: $(STAMP) $(DEEPSPEED)
 
 coverage: $(STAMP) $(DEEPSPEED)
 	$(PYTEST) -m 'not thorough and not servers' --cov --cov-report=term:skip-covered
+
+# Random weights; a release whose folder is not given is skipped.
+test-fidelity: $(STAMP)
+	LGM_RELEASE="$(LGM_RELEASE)" ELIT_RELEASE="$(ELIT_RELEASE)" pytest -rs tests/fidelity
 
 lint: $(STAMP) $(DEEPSPEED)
 	ruff check .

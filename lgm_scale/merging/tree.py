@@ -202,6 +202,14 @@ class MergeTree:
             self._cuts[key] = MergeAssignment.from_labels(labels).to(device)
         return self._cuts[key]
 
+    def near_ties(self, rounding: float) -> int:
+        """Merges whose height lies within `rounding` of the next one's, joins of blocks left out.
+
+        Similarities that are rounded otherwise may exchange two such merges, or make others.
+        """
+        inside = self.heights[: self.num_base_tokens - self.num_blocks]
+        return int((inside.diff() <= rounding).sum())
+
     def _roots(self, num_merges: int) -> np.ndarray:
         """For each leaf, the node that holds it after the first `num_merges` merges: [N]."""
         size = self.num_base_tokens

@@ -3,6 +3,8 @@
     python -m lgm_scale.release_import tokenizer tokenizer.pt runs/release/tokenizer
     python -m lgm_scale.release_import generator xl.pth runs/release/dit_xl \
         --tokenizer runs/release/tokenizer --latent-stats latents_stats.pt --merge-tree merge.pt
+    python -m lgm_scale.release_import lora lora_32.pth runs/release/dit_xl_legacy --num-tokens 32 \
+        --tokenizer runs/release/tokenizer --latent-stats latents_stats.pt
     python -m lgm_scale.release_import elit 0400000.pt runs/release/elit_xl --vae sd-vae-ft-ema
 
 Nothing in the files is executed. What does not fit entirely is refused.
@@ -32,7 +34,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         kind.set_defaults(importer=importer)
         kind.add_argument("source", metavar="SRC", help="the checkpoint")
         kind.add_argument("folder", metavar="DST", help="bundle to write")
-        kind.add_argument("--weights", choices=["ema", "model"], default="ema")
+        kind.add_argument(
+            "--weights", choices=["ema", "model"], help="default: the average, if the file has it"
+        )
         importer.add_arguments(kind)
     return parser.parse_args(argv)
 

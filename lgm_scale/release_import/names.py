@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,32 @@ from torch import Tensor
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["KeyReport", "class_names", "fit", "provenance", "translate"]
+__all__ = ["KeyReport", "Renaming", "class_names", "fit", "provenance", "translate"]
 
 _MAX_PROBLEMS = 8
+
+
+class Renaming:
+    """From a release's names of weights to ours, and back.
+
+    Args:
+        parts: Parts of the release's names -> ours; they are replaced in this order, both ways.
+    """
+
+    def __init__(self, parts: Mapping[str, str]) -> None:
+        self.parts = parts
+
+    def __call__(self, name: str) -> str:
+        """Our name of a weight, given the release's."""
+        for theirs, ours in self.parts.items():
+            name = name.replace(theirs, ours)
+        return name
+
+    def theirs(self, name: str) -> str:
+        """The release's name of a weight, given ours."""
+        for theirs, ours in self.parts.items():
+            name = name.replace(ours, theirs)
+        return name
 
 
 @dataclass(frozen=True)
@@ -26,10 +49,12 @@ class KeyReport:
     Args:
         taken: The release's name -> ours.
         ignored: The release's name -> why it was left out.
+        renaming: What gave the names; tells what a missing key is called in the file.
     """
 
     taken: dict[str, str]
     ignored: dict[str, str]
+    renaming: Renaming
 
     def counts(self) -> dict[str, int]:
         """Keys used under their own name, renamed, ignored."""
@@ -49,9 +74,7 @@ class KeyReport:
             yield f"  {count} ignored: {reason}"
 
 
-def translate(
-    names: Iterable[str], rename: Callable[[str], str], ignored: Mapping[str, str]
-) -> KeyReport:
+def translate(names: Iterable[str], renaming: Renaming, ignored: Mapping[str, str]) -> KeyReport:
     """Sort the keys into those to take and those to leave out; `fit` judges the former."""
     taken, left_out = {}, {}
     for name in names:
@@ -59,8 +82,8 @@ def translate(
         if reasons:
             left_out[name] = reasons[0]
         else:
-            taken[name] = rename(name)
-    return KeyReport(taken, left_out)
+            taken[name] = renaming(name)
+    return KeyReport(taken, left_out, renaming)
 
 
 def fit(
@@ -94,7 +117,8 @@ def fit(
         names = sources.get(ours, [])
         if len(names) != 1:
             found = f"given {len(names)} times ({', '.join(names)})" if names else "missing"
-            problems.append(f"key for {ours}: {found}; expected shape {list(target.shape)}")
+            key = f"{report.renaming.theirs(ours)} (here {ours})"
+            problems.append(f"key {key}: {found}; expected shape {list(target.shape)}")
             continue
         value = state[names[0]]
         if value.shape != target.shape:

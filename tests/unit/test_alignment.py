@@ -12,7 +12,12 @@ from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.commands import alignment
 from lgm_scale.evaluation.commands.alignment import draw_heat_map
 from lgm_scale.evaluation.images import StoredImages
-from lgm_scale.evaluation.reconstructions.alignment import PairCosine, cknna, cknna_matrix
+from lgm_scale.evaluation.reconstructions.alignment import (
+    PairCosine,
+    cknna,
+    cknna_code_matrix,
+    cknna_matrix,
+)
 from lgm_scale.families.tokenizer.bundle import load_tokenizer
 
 
@@ -115,6 +120,42 @@ def test_the_matrix_holds_every_pair():
             assert float(matrix[i, j]) == pytest.approx(cknna(three[i], three[j], 5))
 
 
+def unbiased_hsic(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Song et al. 2012, equation 5, term by term with whole matrices."""
+    m, one = len(p), torch.ones(len(p)).double()
+    p, q = p - p.diag().diag(), q - q.diag().diag()
+    terms = torch.trace(p @ q) + (one @ p @ one) * (one @ q @ one) / ((m - 1) * (m - 2))
+    return float(terms - 2 / (m - 2) * one @ p @ q @ one) / (m * (m - 3))
+
+
+@pytest.mark.parametrize(("k", "mixed"), [(2, 0.3), (10, 0.3), (10, 1.0)])
+def test_the_authors_definition_masks_first(k, mixed):
+    a = features()
+    b = (1 - mixed) * a + mixed * features(seed=1) + 0.5
+    kernels = [unit @ unit.T for unit in (x / x.norm(dim=1, keepdim=True) for x in (a, b))]
+    near = [torch.zeros(40, 40).double() for _ in kernels]
+    for kernel, mask in zip(kernels, near, strict=True):
+        for i, row in enumerate(kernel.tolist()):
+            order = sorted((j for j in range(40) if j != i), key=lambda j, row=row: -row[j])
+            mask[i, order[:k]] = 1
+
+    def value(i: int, j: int) -> float:
+        both = near[i] * near[j]
+        return unbiased_hsic(both * kernels[i], both * kernels[j])
+
+    expected = value(0, 1) / (math.sqrt(value(0, 0) * value(1, 1)) + 1e-6)
+    found = cknna_code_matrix([a, b], k)
+    assert found is not None
+    assert float(found[0, 1]) == pytest.approx(expected, abs=1e-12)
+    assert float(found[0, 0]) == pytest.approx(1, abs=0.01)  # its 1e-6 keeps it below
+    assert float(found[0, 1]) != pytest.approx(cknna(a, b, k), abs=1e-3)
+
+
+def test_the_authors_definition_needs_two_neighbours_and_four_images():
+    assert cknna_code_matrix([features(), features()], 1) is None
+    assert cknna_code_matrix([features(3), features(3)], 2) is None
+
+
 def test_too_few_images_are_refused():
     with pytest.raises(ConfigError, match="10 are too few for 10 neighbours"):
         cknna(features(10), features(10), 10)
@@ -134,13 +175,14 @@ def test_pair_cosine_counts_each_pair_once():
     assert pairs.mean("never added") is None
 
 
-def test_a_bundle_is_measured(small_pipeline, tmp_path, monkeypatch):
+def test_a_bundle_is_measured(small_pipeline, tmp_path, monkeypatch, capsys):
     """The whole command, against latents and pairs collected one image at a time."""
     out = tmp_path / "alignment"
     options = ["--bundle", small_pipeline.tokenizer, "--images", small_pipeline.images]
     options += ["--out", out, "--lengths", 8, 16, 4, "--num-images", 30, "--neighbors", 4]
     monkeypatch.setattr("sys.argv", ["alignment", *map(str, options)])
     assert alignment.main() == 0
+    said = capsys.readouterr().out
     result = json.loads((out / "alignment.json").read_text())
     assert (out / "alignment.png").is_file()
 
@@ -163,6 +205,12 @@ def test_a_bundle_is_measured(small_pipeline, tmp_path, monkeypatch):
     matrix = result["cknna"]
     between = (matrix[0][1] + matrix[0][2] + matrix[1][2]) / 3
     assert result["cknna_mean"] == pytest.approx(between)
+    by_code = cknna_code_matrix([near[4], near[8]], 4)
+    assert by_code is not None
+    assert result["cknna_code"][0][1] == pytest.approx(float(by_code[0, 1]), abs=1e-3)
+    for key in ("cknna", "cknna_code"):
+        line = f"CKNNA ({result['definitions'][key]}), mean over pairs of lengths: "
+        assert f"{line}{result[f'{key}_mean']:.3f}" in said
 
 
 def test_the_heat_map_is_written(tmp_path):

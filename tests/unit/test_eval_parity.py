@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from lgm_scale.evaluation.engine.chunks import Job
+from lgm_scale.evaluation.engine.chunks import ChunkResult, Job
 from lgm_scale.evaluation.engine.parts import Part
+from lgm_scale.evaluation.engine.rows import RowStore
 from lgm_scale.evaluation.engine.stages import Engine
 from lgm_scale.evaluation.engine.statistics import statistics_of
 from lgm_scale.evaluation.features.extraction import OriginalFeatures
 from lgm_scale.evaluation.features.inception import NETWORK, InceptionFeatures, register_network
+from lgm_scale.evaluation.metrics import scores
 from lgm_scale.evaluation.metrics.catalogue import (
+    Selection,
     compute,
     describe_metrics,
     select,
@@ -24,6 +29,9 @@ from lgm_scale.evaluation.metrics.catalogue import (
 )
 from lgm_scale.evaluation.metrics.scores import frechet_distance, inception_score
 from lgm_scale.evaluation.references.files import Reference
+from lgm_scale.evaluation.sweep.config import Cell
+from lgm_scale.evaluation.sweep.measure import Sweep
+from lgm_scale.sampling.config import SamplerConfig
 
 COUNT = 16
 CPU = torch.device("cpu")
@@ -76,6 +84,7 @@ def theirs(inception_file) -> dict[str, float]:
     return calculate_metrics(
         input1=Pictures(pictures(0)), input2=Pictures(pictures(1)), cuda=False, batch_size=4,
         isc=True, fid=True, kid=True, prc=True, kid_subset_size=COUNT, kid_subsets=100,
+        isc_splits=1,  # one of up to 5000 images
         feature_extractor=NETWORK, feature_extractor_weights_path=str(inception_file),
         feature_layer_prc="2048", feature_layer_isc="logits_unbiased", feature_layer_fid="2048",
         feature_layer_kid="2048", save_cpu_ram=True, cache=False, verbose=False,
@@ -187,11 +196,16 @@ def test_spatial_distances_are_those_of_torch_fidelity(extractor, inception_file
     assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_score_of_images_sorted_by_class_is_the_published_definition():
-    """exp of the mean KL between p(y|x) and p(y) in each of ten splits of shuffled images.
+@pytest.mark.parametrize(
+    ("size", "parts"), [(40, [40] * 10), (90, [90, 90, 90, 90, 40]), (5000, [400])]
+)
+def test_the_score_of_images_sorted_by_class_is_the_published_definition(size, parts, monkeypatch):
+    """exp of the mean KL between p(y|x) and p(y) in each split of shuffled images.
 
+    Ten splits where images fill them, and below as many of that size as there are, one shorter.
     In the order of the classes, a split would hold one class, and its score would be one.
     """
+    monkeypatch.setattr(scores, "IS_SPLIT_SIZE", size)
     rng = np.random.default_rng(0)
     classes = np.arange(400) // 40
     logits = (rng.normal(size=(400, 10)) + 8 * np.eye(10)[classes]).astype(np.float32)
@@ -201,16 +215,43 @@ def test_the_score_of_images_sorted_by_class_is_the_published_definition():
     def by_definition(order: np.ndarray) -> np.ndarray:
         return np.array([
             np.exp((q * np.log(q / q.mean(0))).sum(1).mean())
-            for q in np.array_split(p[order], 10)
+            for q in np.split(p[order], np.cumsum(parts)[:-1])
         ])  # fmt: skip
 
     expected = by_definition(np.random.RandomState(2020).permutation(400))
     mean, deviation = inception_score(logits)
     assert mean == pytest.approx(expected.mean(), rel=1e-12)
     assert deviation == pytest.approx(expected.std(), rel=1e-9)
-    in_order = by_definition(np.arange(400)).mean()
-    assert in_order < 1.3
+    if size == 40:
+        assert by_definition(np.arange(400)).mean() < 1.3
     assert mean > 7
+
+
+def test_rows_that_were_finished_with_ten_splits_stand(tmp_path):
+    """Below 50,000 images new rows take splits of 5000; a finished one is found, and says so."""
+    rows, cell = RowStore(tmp_path), Cell(8, SamplerConfig())
+    stub: Any = SimpleNamespace(
+        selection=lambda count: Selection(("is",), {}),
+        job=lambda cell, count: Job(
+            "job", {"kind": "samples"}, count, 250, lambda *_: ChunkResult({})
+        ),
+        reference=SimpleNamespace(description={}, features={}),
+        engine=SimpleNamespace(rows=rows),
+        _finish=lambda *_: None,
+    )
+
+    def splits(count: int) -> str:
+        return Sweep.plan(stub, cell, count).protocol["metrics"]["is"]
+
+    before = Sweep.plan(stub, cell, 10_000)
+    assert splits(10_000) == splits(49_999) == "splits of 5000 after a fixed shuffle"
+    assert splits(50_000) == splits(60_000) == "10 splits after a fixed shuffle"
+    metrics = before.protocol["metrics"] | {"is": "10 splits after a fixed shuffle"}
+    finished = rows.save(before.name, before.protocol | {"metrics": metrics}, {"metrics": {}}, {})
+    again = Sweep.plan(stub, cell, 10_000)
+    assert rows.find(again.name, again.protocol) == finished
+    assert splits(10_000) == "10 splits after a fixed shuffle"
+    assert splits(20_000) == "splits of 5000 after a fixed shuffle"
 
 
 def test_too_few_images_are_said_loudly(caplog):

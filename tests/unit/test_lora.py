@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from release_files import lora_name
 from safetensors.torch import load_file, save_file
 from test_bundle import bundles  # noqa: F401  a fixture
 from torch import Tensor, nn
@@ -181,3 +182,19 @@ def test_sampling_takes_the_adapter_of_its_length(bundles, adapted):  # noqa: F8
 def test_sampling_does_not_import_peft():
     code = "import sys, lgm_scale.families.lgm.lora; sys.exit('peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_peft_names_a_wrapped_release_as_its_imitation_does():
+    """The files of tests/release_files.py have the names that peft's wrapper really gives."""
+    from peft import LoraConfig, get_peft_model
+
+    net = network()
+    outer = nn.Module()
+    outer.transformer = nn.Module()
+    outer.transformer.blocks = net.blocks
+    config = LoraConfig(r=2, lora_alpha=32, target_modules=list(TARGETS), lora_dropout=0.0)
+    adapter = random_adapter(net, 0, rank=2)
+    expected = {lora_name(name) for name in net.state_dict() if name.startswith("blocks.")}
+    wrapped = get_peft_model(outer, config, adapter_name="256")  # type: ignore[arg-type]
+    found = {name.replace(".modulation.", ".adaLN_modulation.") for name in wrapped.state_dict()}
+    assert found == expected | {lora_name(name) for name in adapter.weights}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.lgm.release import read_tree
+from lgm_scale.families.lgm.release_tree import read_tree
 from lgm_scale.merging.tree import MergeTree
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from release_files import averaged, elit_content, elit_state
 from small_vae import save_small_vae
 
 from lgm_scale.errors import CheckpointError
+from lgm_scale.families.elit.bundle import load_elit_bundle
 from lgm_scale.families.elit.config import ELITModelConfig, InterfaceConfig, SpaceConfig
 from lgm_scale.families.elit.network import ELIT, SiT, build_elit
 from lgm_scale.families.elit.pipeline import ELITPipeline
@@ -18,80 +20,9 @@ from lgm_scale.families.elit.release import elit_config_from_shapes, import_elit
 from lgm_scale.pipeline import load_pipeline
 from lgm_scale.release_import.names import fit, translate
 
-READ, WRITE = "input_token_editor.adapters.0", "output_token_editor.adapters.0"
-OUTER = {
-    "x_embedder.proj.weight": "x_embed.weight",
-    "x_embedder.proj.bias": "x_embed.bias",
-    "t_embedder.mlp.0.weight": "t_embed.mlp.0.weight",
-    "t_embedder.mlp.0.bias": "t_embed.mlp.0.bias",
-    "t_embedder.mlp.2.weight": "t_embed.mlp.2.weight",
-    "t_embedder.mlp.2.bias": "t_embed.mlp.2.bias",
-    "y_embedder.embedding_table.weight": "label_embed.table.weight",
-    "final_layer.linear.weight": "final.linear.weight",
-    "final_layer.linear.bias": "final.linear.bias",
-    "final_layer.adaLN_modulation.1.weight": "final.modulation.1.weight",
-    "final_layer.adaLN_modulation.1.bias": "final.modulation.1.bias",
-}
-BLOCK = {
-    "attn.qkv": "attn.qkv",
-    "attn.proj": "attn.proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "adaLN_modulation.1": "modulation.1",
-}
-CROSS = {
-    "q_proj.weight": "q.weight",
-    "q_proj.bias": "q.bias",
-    "kv_proj.weight": "kv.weight",
-    "kv_proj.bias": "kv.bias",
-    "q_norm.scale": "q_norm.weight",
-    "k_norm.scale": "k_norm.weight",
-    "proj.weight": "proj.weight",
-    "proj.bias": "proj.bias",
-}
-INTERFACE = {
-    f"{READ}.learned_query_embed": "read.queries",
-    f"{READ}.pos_embed": "read.offset",
-    f"{READ}.latent_pos_embed": "read.positions",
-    f"{READ}.fit_layer.read_ff.0.fc1.weight": "read.mlp.fc1.weight",
-    f"{READ}.fit_layer.read_ff.0.fc2.weight": "read.mlp.fc2.weight",
-    f"{READ}.fit_layer.adaLN_modulation.1.weight": "read.modulation.1.weight",
-    f"{READ}.fit_layer.adaLN_modulation.1.bias": "read.modulation.1.bias",
-    f"{WRITE}.pos_embed": "write.offset",
-    f"{WRITE}.write_ff.0.fc1.weight": "write.mlp.fc1.weight",
-    f"{WRITE}.write_ff.0.fc2.weight": "write.mlp.fc2.weight",
-} | {
-    f"{theirs}.{a}": f"{ours}.{b}"
-    for theirs, ours in (
-        (f"{READ}.fit_layer.latents_attend_to_patches.0", "read.attn"),
-        (f"{WRITE}.patches_attend_to_latents.0", "write.attn"),
-    )
-    for a, b in CROSS.items()
-}
+READ = "input_token_editor.adapters.0"
 INTERFACE_OF_S = InterfaceConfig(split="released", group_size=2, position_rows=4096)
 SPACE = SpaceConfig(kind="sd_vae", image_size=64, vae="vae")
-
-
-def names(depth: int, interface: bool) -> dict[str, str]:
-    """The release's name of every weight -> ours."""
-    blocks = {
-        f"blocks.{i}.{a}.{kind}": f"blocks.{i}.{b}.{kind}"
-        for i in range(depth)
-        for a, b in BLOCK.items()
-        for kind in ("weight", "bias")
-    }
-    return OUTER | blocks | (INTERFACE if interface else {})
-
-
-def released(net: SiT) -> dict[str, torch.Tensor]:
-    """A checkpoint of the release with this network's weights."""
-    ours = net.state_dict()
-    table = names(len(net.blocks), isinstance(net, ELIT))
-    assert set(table.values()) == set(ours)
-    return {theirs: ours[name] for theirs, name in table.items()} | {
-        "pos_embed": net.pos_embed[None],
-        "projectors.0.weight": torch.ones(2, 2),
-    }
 
 
 def small(interface: InterfaceConfig | None) -> tuple[ELITModelConfig, SiT]:
@@ -108,7 +39,7 @@ def small(interface: InterfaceConfig | None) -> tuple[ELITModelConfig, SiT]:
 @torch.no_grad()
 def test_every_key_arrives(interface):
     model, net = small(interface)
-    state = released(net)
+    state = elit_state(net)
     assert elit_config_from_shapes(state, "released", "vae", "x.pt") == (model, SPACE)
     report = translate(state, our_elit_name, {"pos_embed": "computed", "projectors.": "not needed"})
     assert set(report.ignored) == {"pos_embed", "projectors.0.weight"}
@@ -121,14 +52,14 @@ def test_every_key_arrives(interface):
 
 def test_weights_of_another_size():
     _, net = small(None)
-    state = {n: v for n, v in released(net).items() if not n.startswith("blocks.11")}
+    state = {n: v for n, v in elit_state(net).items() if not n.startswith("blocks.11")}
     with pytest.raises(CheckpointError, match="width 384 and 11 blocks; known sizes"):
         elit_config_from_shapes(state, "released", None, "x.pt")
 
 
 def test_a_window_that_is_no_square():
     _, net = small(INTERFACE_OF_S)
-    state = released(net)
+    state = elit_state(net)
     state[f"{READ}.learned_query_embed"] = torch.zeros(6, 384)
     with pytest.raises(CheckpointError, match="6 rows; a square number is needed"):
         elit_config_from_shapes(state, "released", None, "x.pt")
@@ -154,7 +85,7 @@ def vae(tmp_path_factory) -> Path:
 
 def test_a_checkpoint_becomes_a_bundle_that_samples(tmp_path, vae):
     _, net = small(INTERFACE_OF_S)
-    ema = {f"module.{name}": value for name, value in released(net).items()}
+    ema = {f"module.{name}": value for name, value in elit_state(net).items()}
     torch.save({"model": {}, "ema": ema, "steps": 400_000}, tmp_path / "elit.pt")
     report, remarks = import_elit(tmp_path / "elit.pt", tmp_path / "bundle", str(vae))
     assert report.counts()["ignored"] == 2
@@ -169,6 +100,24 @@ def test_a_checkpoint_becomes_a_bundle_that_samples(tmp_path, vae):
         assert torch.equal(found(z_t, t, labels, 8), net(z_t, t, labels, 8))
     images = pipe([0, "2"], num_tokens=4, num_steps=3, progress_bar=False)
     assert np.asarray(images).shape == (2, 64, 64, 3)
+
+
+@torch.no_grad()
+def test_an_average_is_sampled_with_its_own_positions(tmp_path, vae):
+    """The velocity is that of the file's weights, positions included, as their sampler has it."""
+    _, net = small(INTERFACE_OF_S)
+    torch.save(elit_content(net), tmp_path / "0020000.pt")
+    report, remarks = import_elit(tmp_path / "0020000.pt", tmp_path / "bundle", str(vae))
+    assert report.taken["pos_embed"] == "pos_embed"
+    assert set(report.ignored) == {"projectors.0.weight"}
+    assert any("from the fixed sin-cos table" in remark for remark in remarks)
+    found = load_elit_bundle(tmp_path / "bundle").net
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([0, 3]), 8
+    fixed = net(*inputs)
+    net.pos_embed.copy_(averaged(net.pos_embed))
+    expected = net(*inputs)
+    assert torch.equal(found(*inputs), expected)
+    assert not torch.equal(fixed, expected)
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path, vae):
@@ -190,7 +139,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, vae):
 )
 def test_what_does_not_fit_entirely_is_refused(tmp_path, vae, change, text):
     _, net = small(INTERFACE_OF_S)
-    torch.save({"ema": change(released(net))}, tmp_path / "elit.pt")
+    torch.save({"ema": change(elit_state(net))}, tmp_path / "elit.pt")
     with pytest.raises(CheckpointError, match=text):
         import_elit(tmp_path / "elit.pt", tmp_path / "bundle", str(vae))
     assert not (tmp_path / "bundle").exists()
@@ -198,7 +147,7 @@ def test_what_does_not_fit_entirely_is_refused(tmp_path, vae, change, text):
 
 def test_an_autoencoder_of_another_kind_is_told_when_the_bundle_is_opened(tmp_path):
     _, net = small(INTERFACE_OF_S)
-    torch.save({"ema": released(net)}, tmp_path / "elit.pt")
+    torch.save({"ema": elit_state(net)}, tmp_path / "elit.pt")
     coarse = save_small_vae(tmp_path / "coarse", blocks=3)
     import_elit(tmp_path / "elit.pt", tmp_path / "bundle", str(coarse))
     with pytest.raises(CheckpointError, match="4 channels at 1/4 of the side"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from release_files import generator_content, shuffle, tokenizer_content
 from safetensors.torch import save_file
 from small_pipeline import assert_user_error, run_command
 from torch import Tensor
@@ -18,8 +19,13 @@ from lgm_scale.families.lgm.bundle import load_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
+from lgm_scale.families.lgm.release import (
+    Surroundings,
+    import_generator,
+    our_generator_name,
+    read_stats,
+)
 from lgm_scale.families.lgm.release import config_from_shapes as generator_config
-from lgm_scale.families.lgm.release import import_generator, our_generator_name, read_stats
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
@@ -49,62 +55,11 @@ ARGS = {
 }
 
 
-def release_tokenizer_name(ours: str) -> str:
-    """From our names to the release's: written anew, not read from the importer."""
-    for end in ("weight", "bias"):
-        if ours == f"decoder.out.{end}":
-            return f"decoder.to_pixel.model.{end}"
-        if ours == f"decoder.latent_in.{end}":
-            return f"post_quant_conv.{end}"
-        if ours == f"to_latent.{end}":
-            return f"quant_conv.{end}"
-    fixed = {"quantizer.codes": "quantize.embedding", "merging.embeddings": None}
-    if ours in fixed:
-        return fixed[ours] or "merge_module.embeddings"
-    return ours.replace("coder.vit.", "coder.model.")
-
-
-def release_generator_name(ours: str) -> str:
-    parts = ours.split(".")
-    first = {
-        "x_embed": "x_embedder",
-        "t_embed": "t_embedder",
-        "label_embed": "y_embedder",
-        "final": "final_layer",
-        "blocks": "transformer.blocks",
-    }
-    rest = {"table": "embedding_table", "modulation": "adaLN_modulation"}
-    return ".".join([first.get(parts[0], parts[0]), *(rest.get(p, p) for p in parts[1:])])
-
-
-def shuffled(net: torch.nn.Module, seed: int) -> None:
-    """Random weights everywhere, where a fresh network has zeros and ones, too."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-
-
-def tokenizer_file(net: Tokenizer) -> dict[str, object]:
-    """What the release would save of this network, with the parts that we leave out."""
-    state = {release_tokenizer_name(name): value for name, value in net.state_dict().items()}
-    state |= {
-        "repa_model.blocks.0.attn.qkv.weight": torch.ones(6, 2),
-        "decoder_dino.mask_token": torch.ones(1, 1, 4),
-        "post_quant_conv_dino.weight": torch.ones(4, 8),
-        "to_pixel_dino.bias": torch.ones(5),
-        "decoder.model.patch_embed.proj.weight": torch.ones(96, 3, 8, 8),
-        "quantize.codebook_used": torch.zeros(4, 65536),
-    }
-    model = {name: torch.zeros_like(value) for name, value in state.items()}
-    return {"model": model, "ema": state, "args": argparse.Namespace(**ARGS), "steps": 7}
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     torch.manual_seed(0)
     net = build_tokenizer(TOKENIZER)
-    shuffled(net, 1)
+    shuffle(net, 1)
     return net.eval()
 
 
@@ -112,17 +67,15 @@ def tokenizer() -> Tokenizer:
 def generator() -> MergeDiT:
     torch.manual_seed(0)
     net = build_merge_dit(GENERATOR)
-    shuffled(net, 2)
+    shuffle(net, 2)
     return net.eval()
 
 
 @pytest.fixture
 def files(tmp_path: Path, tokenizer: Tokenizer, generator: MergeDiT) -> Path:
     """Folder with tokenizer.pt, generator.pth, stats.pt, and a tokenizer bundle."""
-    torch.save(tokenizer_file(tokenizer), tmp_path / "tokenizer.pt")
-    state = {release_generator_name(n): value for n, value in generator.state_dict().items()}
-    model = {name: value + 1 for name, value in state.items()}
-    torch.save({"model": model, "model_ema": state, "epoch": 399}, tmp_path / "generator.pth")
+    torch.save(tokenizer_content(tokenizer, ARGS), tmp_path / "tokenizer.pt")
+    torch.save(generator_content(generator), tmp_path / "generator.pth")
     stats = {"mean": torch.arange(8.0)[None, None], "std": torch.arange(1.0, 9.0)[None, None]}
     torch.save(stats, tmp_path / "stats.pt")
     tree, weights = tokenizer.merge_tree(), tokenizer.state_dict()
@@ -221,7 +174,7 @@ def test_the_other_weights_can_be_chosen(files):
 @torch.no_grad()
 def test_an_imported_generator_has_the_same_velocity(files, generator, tokenizer, cut):
     report, remarks = import_generator(
-        files / "generator.pth", files / "out", files / "bundle", files / "stats.pt"
+        files / "generator.pth", files / "out", Surroundings(files / "bundle", files / "stats.pt")
     )
     assert report.counts()["ignored"] == 0
     assert any("noise scale: corrected" in remark for remark in remarks)
@@ -283,7 +236,7 @@ class Hostile:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_hostile_file_executes_nothing(files, tokenizer, entry, zipped, monkeypatch, capsys):
     marker = files / "marker"
-    content = tokenizer_file(tokenizer) | {entry: Hostile(marker)}
+    content = tokenizer_content(tokenizer, ARGS) | {entry: Hostile(marker)}
     torch.save(content, files / "bad.pt", _use_new_zipfile_serialization=zipped)
     assert command(monkeypatch, "tokenizer", files / "bad.pt", files / "out") == 2
     text = capsys.readouterr().err
@@ -307,11 +260,10 @@ def test_the_command_ends_without_a_traceback(files):
 def test_a_hostile_merge_dictionary_or_statistics_execute_nothing(files):
     marker = files / "marker"
     torch.save({32: Hostile(marker)}, files / "bad.pt")
-    where = (files / "generator.pth", files / "out", files / "bundle")
-    with pytest.raises(CheckpointError, match="nothing was executed"):
-        import_generator(*where, files / "stats.pt", files / "bad.pt")
-    with pytest.raises(CheckpointError, match="nothing was executed"):
-        import_generator(*where, files / "bad.pt")
+    for rest in ((files / "stats.pt", files / "bad.pt"), (files / "bad.pt",)):
+        around = Surroundings(files / "bundle", *rest)
+        with pytest.raises(CheckpointError, match="nothing was executed"):
+            import_generator(files / "generator.pth", files / "out", around)
     assert not marker.exists()
 
 
@@ -334,7 +286,10 @@ def say(**args: object):
     ("change", "texts"),
     [
         (drop("encoder.latent_tokens"), ["key encoder.latent_tokens: missing", "[1, ?, ?]"]),
-        (drop("quant_conv.bias"), ["key for to_latent.bias: missing; expected shape [8]"]),
+        (
+            drop("quant_conv.bias"),
+            ["key quant_conv.bias (here to_latent.bias): missing; expected shape [8]"],
+        ),
         (
             put("post_quant_conv.weight", torch.zeros(96, 9)),
             ["key post_quant_conv.weight: shape [96, 9], expected [96, 8]"],
@@ -350,7 +305,10 @@ def say(**args: object):
         (put("encoder.model.pos_embed", torch.zeros(1, 16, 96)), ["16 positions", "square"]),
         (put("encoder.model.head.weight", torch.zeros(2)), ["key encoder.model.head.weight: unk"]),
         (put("decoder_clip.mask_token", torch.zeros(1)), ["key decoder_clip.mask_token: unknown"]),
-        (put("to_latent.bias", torch.zeros(8)), ["key for to_latent.bias: given 2 times"]),
+        (
+            put("to_latent.bias", torch.zeros(8)),
+            ["key quant_conv.bias (here to_latent.bias): given 2 times"],
+        ),
         (put("quant_conv.bias", torch.full((8,), torch.nan)), ["quant_conv.bias: not finite"]),
         (put("quant_conv.bias", torch.zeros(8, dtype=torch.int64)), ["torch.int64"]),
         (put("quant_conv.bias", [0.0]), ["ema['quant_conv.bias'] is a list"]),
@@ -359,7 +317,10 @@ def say(**args: object):
             put("encoder.model.blocks.2.norm1.weight", torch.zeros(96)),
             ["encoder of width 96 and 3 blocks", "b: 768 x 12"],
         ),
-        (lambda content: content.pop("ema"), ["no weights under 'ema'; it holds model, args"]),
+        (
+            lambda content: (content.pop("ema"), content.pop("model")),
+            ["no weights under 'ema' or 'model'; it holds args, steps"],
+        ),
         (say(tau=0.1, image_size=256), ["args.tau: 0.1, expected 0.07", "args.image_size: 256"]),
         (say(variable_method="nested"), ["args.variable_method: 'nested', expected 'ours2'"]),
     ],
@@ -367,7 +328,7 @@ def say(**args: object):
 def test_a_tokenizer_that_does_not_fit_is_refused(
     files, tokenizer, change, texts, monkeypatch, capsys
 ):
-    content = tokenizer_file(tokenizer)
+    content = tokenizer_content(tokenizer, ARGS)
     change(content)
     torch.save(content, files / "odd.pt")
     assert command(monkeypatch, "tokenizer", files / "odd.pt", files / "out") == 2
@@ -403,10 +364,14 @@ def test_other_files_are_refused(files):
     with pytest.raises(CheckpointError, match="holds a list; a dictionary is needed"):
         import_tokenizer(files / "list.pt", files / "out")
     with pytest.raises(CheckpointError, match="no weights under 'ema'; it holds model, model_ema"):
+        import_tokenizer(files / "generator.pth", files / "out", "ema")
+    with pytest.raises(CheckpointError, match=r"encoder\.latent_tokens: missing"):
         import_tokenizer(files / "generator.pth", files / "out")
-    where = (files / "tokenizer.pt", files / "out", files / "bundle")
+    around = Surroundings(files / "bundle", files / "stats.pt")
     with pytest.raises(CheckpointError, match="no weights under 'model_ema'"):
-        import_generator(*where, files / "stats.pt")
+        import_generator(files / "tokenizer.pt", files / "out", around, "ema")
+    with pytest.raises(CheckpointError, match="key pos_embed: missing"):
+        import_generator(files / "tokenizer.pt", files / "out", around)
 
 
 @pytest.mark.parametrize(
@@ -423,8 +388,9 @@ def test_a_generator_that_does_not_fit_is_refused(files, name, value, text):
     content = torch.load(files / "generator.pth")
     content["model_ema"][name] = value
     torch.save(content, files / "odd.pth")
+    around = Surroundings(files / "bundle", files / "stats.pt")
     with pytest.raises(CheckpointError, match=text):
-        import_generator(files / "odd.pth", files / "out", files / "bundle", files / "stats.pt")
+        import_generator(files / "odd.pth", files / "out", around)
 
 
 # --- statistics of the latents ----------------------------------------------------------------
@@ -473,10 +439,10 @@ def test_a_foreign_merge_tree_goes_into_the_bundle_without_contrasts(files, gene
     foreign = MergeTree.from_embeddings(embeddings)
     cuts = [foreign.assignment(num_tokens) for num_tokens in (4, 8, 12)]
     torch.save({cut.num_tokens: (cut.pool, cut.sizes) for cut in cuts}, files / "merge.pt")
-    where = (files / "generator.pth", files / "out", files / "bundle", stats)
-    import_generator(*where)
+    where = (files / "generator.pth", files / "out")
+    import_generator(*where, Surroundings(files / "bundle", stats))
     assert load_lgm_bundle(files / "out").stats.contrasts is not None
-    import_generator(*where, files / "merge.pt")
+    import_generator(*where, Surroundings(files / "bundle", stats, files / "merge.pt"))
     bundle = load_lgm_bundle(files / "out")
     assert bundle.stats.contrasts is None
     for cut in cuts:

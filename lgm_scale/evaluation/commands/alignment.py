@@ -24,7 +24,7 @@ from lgm_scale.evaluation.commands.arguments import (
     open_tokenizer,
 )
 from lgm_scale.evaluation.reconstructions.adaptive import default_lengths
-from lgm_scale.evaluation.reconstructions.alignment import measure_alignment
+from lgm_scale.evaluation.reconstructions.alignment import DEFINITIONS, measure_alignment
 from lgm_scale.storage.files import write_whole
 
 __all__ = ["draw_heat_map"]
@@ -43,7 +43,11 @@ def draw_heat_map(result: dict[str, Any], path: Path) -> None:
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(len(lengths)), [str(k) for k in lengths])
     axes.set_yticks(range(len(lengths)), [str(k) for k in lengths])
-    axes.set(xlabel="K", ylabel="K", title=f"CKNNA between lengths ({result['length_control']})")
+    axes.set(
+        xlabel="K",
+        ylabel="K",
+        title=f"CKNNA between lengths ({result['length_control']})\n{DEFINITIONS['cknna']}",
+    )
     figure.colorbar(image)
     figure.savefig(path, dpi=120)
 
@@ -75,7 +79,8 @@ def main() -> int:
     text = json.dumps({"tokenizer_id": weights} | result, indent=1)
     write_whole(out / "alignment.json", f"{text}\n".encode())
     draw_heat_map(result, out / "alignment.png")
-    print(f"CKNNA, mean over pairs of lengths: {_text(result['cknna_mean'])}")
+    for key, definition in DEFINITIONS.items():
+        print(f"CKNNA ({definition}), mean over pairs of lengths: {_text(result[f'{key}_mean'])}")
     print(f"cosine, all pairs: {_text(result['cosine_all'])}", end="; merged pairs: ")
     print(", ".join(f"K = {k} {_text(v)}" for k, v in result["cosine_merged"].items()))
     return 0

@@ -16,6 +16,7 @@ from lgm_scale.evaluation.metrics.scores import (
     IS_SPLITS,
     KID_SUBSETS,
     NEIGHBOURS,
+    describe_inception_score,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -142,7 +143,7 @@ def _why_off(
     if metric.key in ("precision", "recall") and count <= NEIGHBOURS:
         return f"{count} images have no {NEIGHBOURS} neighbours each"
     if metric.key == "is" and count < IS_SPLITS:
-        return f"{count} images do not fill {IS_SPLITS} splits"
+        return f"{count} images are too few for a score; {IS_SPLITS} are needed"
     return None
 
 
@@ -194,7 +195,7 @@ def describe_metrics(selection: Selection, count: int, reference: Reference) -> 
     """Constants behind the numbers, for the protocol."""
     described: dict[str, Any] = {"moments": "float64, unbiased covariance"}
     if "is" in selection.on:
-        described["is"] = f"{IS_SPLITS} splits after a fixed shuffle"
+        described["is"] = describe_inception_score(count)
     if "kid" in selection.on:
         size = kid_subset_size(count, len(reference.features["inception_pool"]))
         described["kid"] = f"{KID_SUBSETS} subsets of {size}"

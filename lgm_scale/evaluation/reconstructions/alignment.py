@@ -24,7 +24,20 @@ from lgm_scale.merging.tree import cosine_similarity, in_block_pairs
 from lgm_scale.pixels import to_unit_range
 from lgm_scale.protocols import ImageTokenizer
 
-__all__ = ["PairCosine", "cknna", "cknna_matrix", "measure_alignment"]
+__all__ = [
+    "DEFINITIONS",
+    "PairCosine",
+    "cknna",
+    "cknna_code_matrix",
+    "cknna_matrix",
+    "measure_alignment",
+]
+
+DEFINITIONS = {
+    "cknna": "paper's text: centred, then masked to mutual neighbours",
+    "cknna_code": "authors' code: masked to mutual neighbours, then unbiased HSIC",
+}
+"""CKNNA's two definitions, up to some 0.03 apart, by their keys in results."""
 
 
 def cknna(a: Tensor, b: Tensor, num_neighbors: int = 10) -> float:
@@ -56,6 +69,12 @@ def cknna_matrix(representations: Sequence[Tensor], num_neighbors: int = 10) -> 
 
 def _neighbor_kernel(features: Tensor, num_neighbors: int) -> Tensor:
     """Row-centred inner products, zero outside the k nearest neighbours: [M, F] -> [M, M]."""
+    kernel, near = _neighbors(features, num_neighbors)
+    return near * (kernel - kernel.mean(1, keepdim=True))
+
+
+def _neighbors(features: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
+    """Cosines of all pairs, and 1 where j is among i's k nearest: [M, F] -> two of [M, M]."""
     if len(features) <= num_neighbors:
         raise ConfigError(
             f"images: {len(features)} are too few for {num_neighbors} neighbours of each; use more"
@@ -64,7 +83,42 @@ def _neighbor_kernel(features: Tensor, num_neighbors: int) -> Tensor:
     kernel = unit @ unit.T
     others = kernel.clone().fill_diagonal_(-torch.inf)
     near = torch.zeros_like(kernel).scatter_(1, others.topk(num_neighbors).indices, 1.0)
-    return near * (kernel - kernel.mean(1, keepdim=True))
+    return kernel, near
+
+
+def cknna_code_matrix(representations: Sequence[Tensor], num_neighbors: int = 10) -> Tensor | None:
+    """CKNNA of every pair as the authors' public code computes it, on L2-normalised rows.
+
+    With K, L the inner products without their diagonals, both masked to pairs that are neighbours
+    in a *and* in b, and the unbiased HSIC of Song et al. 2012 in place of centring:
+
+        hsic(K, L) = [tr(K L) + sum(K) sum(L) / ((M - 1)(M - 2)) - 2 sum(K L) / (M - 2)]
+                     / (M (M - 3))
+        CKNNA = hsic(K, L) / (sqrt(hsic(K, K) hsic(L, L)) + 1e-6).
+
+    Shapes: L times [M, F] -> [L, L] float64. None where it has no value: k < 2 or M < 4.
+    Source: the function `cknna` of github.com/minyoungg/platonic-rep, by its formula.
+    """
+    count = len(representations[0])
+    if num_neighbors < 2 or count < 4:
+        return None
+    kernels, masks = [], []
+    for each in representations:
+        kernel, near = _neighbors(each, num_neighbors)
+        kernels.append(kernel)
+        masks.append(near)
+
+    def hsic(i: int, j: int, mask: Tensor) -> Tensor:
+        a, b = mask * kernels[i], mask * kernels[j]  # the mask leaves the diagonal out
+        product = a.sum(0) @ b.sum(1)  # the sum of all entries of a b
+        joint = a.sum() * b.sum() / ((count - 1) * (count - 2))
+        return ((a * b.T).sum() + joint - 2 * product / (count - 2)) / (count * (count - 3))
+
+    size = len(kernels)
+    own = torch.stack([hsic(i, i, masks[i]) for i in range(size)])
+    cross = [[hsic(i, j, masks[i] * masks[j]) for j in range(size)] for i in range(size)]
+    joint = torch.tensor(cross, dtype=torch.float64)
+    return joint / ((own[:, None] * own[None, :]).sqrt() + 1e-6)
 
 
 class PairCosine:
@@ -100,7 +154,9 @@ def measure_alignment(
     """CKNNA between all pairs of lengths, and the cosine of merged pairs at each.
 
     Returns: lengths, num_images, num_neighbors, cknna [L][L], cknna_mean over pairs of different
-    lengths (None for one length), cosine_all, cosine_in_block, cosine_merged {K: mean or None}.
+    lengths (None for one length), cknna_code and cknna_code_mean likewise by the other definition
+    (None where it has no value), definitions, cosine_all, cosine_in_block, cosine_merged
+    {K: mean or None}.
     """
     device = next(tokenizer.parameters()).device
     control = tokenizer.merging
@@ -117,16 +173,25 @@ def measure_alignment(
             labels = control.cluster_labels(z, k)
             if labels is not None:
                 pairs.add(f"merged {k}", cosine, labels[:, :, None] == labels[:, None, :])
-    matrix = cknna_matrix([torch.cat(latents[k]) for k in lengths], num_neighbors)
-    between = [float(matrix[i, j]) for i, j in itertools.combinations(range(len(lengths)), 2)]
+    joined = [torch.cat(latents[k]) for k in lengths]
+    matrix, by_code = cknna_matrix(joined, num_neighbors), cknna_code_matrix(joined, num_neighbors)
     return {
         "length_control": control.name,
         "lengths": list(lengths),
         "num_images": sum(len(part) for part in latents[lengths[0]]),
         "num_neighbors": num_neighbors,
         "cknna": matrix.tolist(),
-        "cknna_mean": sum(between) / len(between) if between else None,
+        "cknna_mean": _mean_between(matrix),
+        "cknna_code": None if by_code is None else by_code.tolist(),
+        "cknna_code_mean": None if by_code is None else _mean_between(by_code),
+        "definitions": DEFINITIONS,
         "cosine_all": pairs.mean("all"),
         "cosine_in_block": pairs.mean("in_block"),
         "cosine_merged": {str(k): pairs.mean(f"merged {k}") for k in lengths},
     }
+
+
+def _mean_between(matrix: Tensor) -> float | None:
+    """Mean over pairs of different lengths; None for one length. Shapes: [L, L]."""
+    between = [float(matrix[i, j]) for i, j in itertools.combinations(range(len(matrix)), 2)]
+    return sum(between) / len(between) if between else None

@@ -3,6 +3,7 @@
     bundle/
       bundle.json                format, kind, configuration, hash of every file
       generator.safetensors      EMA weights
+      positions.safetensors      fixed positions, where an import has others than are computed
       vae/                       the autoencoder that decodes, where the space is `sd_vae`
 
 No merge tree and no statistics: latents are scaled by the autoencoder's own number, pixels by ours.
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lgm_scale.bundle import finish_bundle, model_config, read_bundle, start_bundle
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 ELIT_KIND = "spatial_generator"
 VAE_FOLDER = "vae"
 GENERATOR_NAME = "generator.safetensors"
+POSITIONS_NAME = "positions.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ def save_elit_bundle(
     classes: tuple[str, ...],
     training: dict[str, Any],
     vae: str | Path | None = None,
+    positions: Tensor | None = None,
 ) -> None:
     """Write a bundle, aside first, so that it is complete or absent.
 
     `folder` is replaced if it is a bundle already; `training` says how the network came about
     (steps, the run's configuration). The folder `vae`, needed by `sd_vae` alone, is copied.
+    `positions` [N, C] is the fixed table that it samples with; None: the one that is computed.
 
     Raises: ConfigError if the space and `vae` do not fit; CheckpointError for a folder that is
     none, or names of another number of classes.
@@ -69,6 +74,8 @@ def save_elit_bundle(
     _check_classes(folder, model, classes)
     aside = start_bundle(folder)
     save_weights(weights, aside / GENERATOR_NAME)
+    if positions is not None:
+        save_weights({"pos_embed": positions}, aside / POSITIONS_NAME)
     if vae is not None:
         from lgm_scale.families.elit.sd_vae import save_sd_vae
 
@@ -93,6 +100,8 @@ def load_elit_bundle(folder: str | Path, device: torch.device | str = "cpu") -> 
     except ConfigError as error:
         raise CheckpointError(f"{folder}: its configuration is damaged: {error}") from error
     load_weights(net, Path(folder) / GENERATOR_NAME)
+    if POSITIONS_NAME in info["files"]:
+        net.pos_embed.copy_(load_file(Path(folder) / POSITIONS_NAME)["pos_embed"])
     vae = None
     if space.kind == "sd_vae":
         from lgm_scale.families.elit.sd_vae import load_sd_vae

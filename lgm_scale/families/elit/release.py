@@ -17,44 +17,52 @@ from lgm_scale.families.elit.bundle import save_elit_bundle
 from lgm_scale.families.elit.config import SIT_SIZES, ELITModelConfig, InterfaceConfig, SpaceConfig
 from lgm_scale.families.elit.network import build_elit, sincos_table
 from lgm_scale.release_import import CLASSES_HELP
-from lgm_scale.release_import.names import KeyReport, class_names, fit, provenance, translate
+from lgm_scale.release_import.names import (
+    KeyReport,
+    Renaming,
+    class_names,
+    fit,
+    provenance,
+    translate,
+)
 from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
 
 __all__ = ["IMPORTER", "ElitImporter", "elit_config_from_shapes", "import_elit", "our_elit_name"]
 
 _READ, _WRITE = "input_token_editor.adapters.0.", "output_token_editor.adapters.0."
-_PARTS = {
-    f"{_READ}fit_layer.latents_attend_to_patches.0.": "read.attn.",
-    f"{_READ}fit_layer.read_ff.0.": "read.mlp.",
-    f"{_READ}fit_layer.": "read.",
-    f"{_READ}learned_query_embed": "read.queries",
-    f"{_READ}latent_pos_embed": "read.positions",
-    f"{_READ}pos_embed": "read.offset",
-    f"{_WRITE}patches_attend_to_latents.0.": "write.attn.",
-    f"{_WRITE}write_ff.0.": "write.mlp.",
-    f"{_WRITE}pos_embed": "write.offset",
-    "adaLN_modulation": "modulation",
-    ".q_proj.": ".q.",
-    ".kv_proj.": ".kv.",
-    "_norm.scale": "_norm.weight",
-    "x_embedder.proj.": "x_embed.",
-    "t_embedder.": "t_embed.",
-    "y_embedder.embedding_table": "label_embed.table",
-    "final_layer.": "final.",
-}
-"""Parts of the release's names and ours; they are replaced in this order."""
+our_elit_name = Renaming(
+    {
+        f"{_READ}fit_layer.latents_attend_to_patches.0.": "read.attn.",
+        f"{_READ}fit_layer.read_ff.0.": "read.mlp.",
+        f"{_READ}learned_query_embed": "read.queries",
+        f"{_READ}latent_pos_embed": "read.positions",
+        f"{_READ}pos_embed": "read.offset",
+        f"{_READ}fit_layer.": "read.",
+        f"{_WRITE}patches_attend_to_latents.0.": "write.attn.",
+        f"{_WRITE}write_ff.0.": "write.mlp.",
+        f"{_WRITE}pos_embed": "write.offset",
+        "adaLN_modulation": "modulation",
+        ".q_proj.": ".q.",
+        ".kv_proj.": ".kv.",
+        "_norm.scale": "_norm.weight",
+        "x_embedder.proj.": "x_embed.",
+        "t_embedder.": "t_embed.",
+        "y_embedder.embedding_table": "label_embed.table",
+        "final_layer.": "final.",
+    }
+)
+"""Our name of a weight of ELIT or SiT, given the release's."""
 _IGNORED = {
     "pos_embed": "fixed positions; ours are computed, and these were found equal",
     "projectors.": "predicts features of another network in training; not needed for use",
 }
-_TABLE_TOLERANCE = 1e-5
-
-
-def our_elit_name(name: str) -> str:
-    """Our name of a weight of ELIT or SiT, given the release's."""
-    for theirs, ours in _PARTS.items():
-        name = name.replace(theirs, ours)
-    return name
+_ENTRIES = {"ema": "ema", "model": "model"}
+_ROUNDING = 1e-5
+"""Up to here a table is the computed one."""
+_DRIFT = 2.5e-3
+"""Up to here it is the computed one after their training: its average includes this table, whose
+factors do not sum to one in float32, so it shrinks (by 1.64e-4 from 10,000 updates on); half
+precision adds up to 2.4e-4 (float16) or 2e-3 (bfloat16)."""
 
 
 def import_elit(
@@ -63,7 +71,7 @@ def import_elit(
     vae: str,
     split: str = "released",
     classes: str | None = None,
-    weights: str = "ema",
+    weights: str | None = None,
 ) -> tuple[KeyReport, list[str]]:
     """Write a bundle of an ELIT, or of a SiT if the checkpoint has no interface.
 
@@ -74,23 +82,28 @@ def import_elit(
         split: Blocks before Read and after Write, by a key of `SPLITS`. Nothing in a checkpoint
             says it; those that were released ran as `released`.
         classes: Where the classes' names are from: a text file, 'imagenet', or None for indices.
-        weights: Which of its weights, 'ema' or 'model'.
+        weights: Which of its weights, 'ema' or 'model'; None: the average, if there is one.
 
     Returns: what became of every key, and remarks for the user.
 
     Raises: CheckpointError, ConfigError.
     """
-    state = weights_of(read_dictionary(source), weights, source)
+    found = weights_of(read_dictionary(source), _ENTRIES, weights, source)
+    state = found.state
     model, space = elit_config_from_shapes(state, split, vae, source)
-    _check_positions(state, model, space, source)
+    positions, about_positions = _positions(state, model, space, source)
     report = translate(state, our_elit_name, _IGNORED)
     with torch.device("meta"):
         expected = build_elit(model, space).state_dict()
     tensors = fit(state, report, expected, source)
+    if positions is not None:
+        del report.ignored["pos_embed"]
+        report.taken["pos_embed"] = "pos_embed"
     names = class_names(classes, model.num_classes)
-    training: dict[str, Any] = {"weights": weights, "imported": provenance(source, report, "ELIT")}
-    save_elit_bundle(folder, model, space, tensors, names, training, vae)
-    remarks = [f"model: {model}"]
+    imported = provenance(source, report, "ELIT")
+    training: dict[str, Any] = {"weights": found.kind, "imported": imported}
+    save_elit_bundle(folder, model, space, tensors, names, training, vae, positions)
+    remarks = [found.remark, f"model: {model}", about_positions]
     if model.interface is not None:
         remarks.append(f"split: {split} (--split); the checkpoint does not say")
     return report, remarks
@@ -143,18 +156,27 @@ def _root(number: int, key: str, path: str | Path) -> int:
     return root
 
 
-def _check_positions(
+def _positions(
     state: Mapping[str, Tensor], model: ELITModelConfig, space: SpaceConfig, path: str | Path
-) -> None:
-    """Refuse weights that were trained with other fixed positions. Raises: CheckpointError."""
+) -> tuple[Tensor | None, str]:
+    """The file's fixed positions [N, C], None if they are the computed ones; and a remark.
+
+    Raises: CheckpointError for positions of another network.
+    """
     table = state["pos_embed"][0].float()
     expected = sincos_table(table.shape[1], space.side // model.patch_size)
     error = float((table - expected).abs().max())
-    if not error <= _TABLE_TOLERANCE:  # so written, NaN is refused as well
+    if not error <= _DRIFT:  # so written, NaN is refused as well
         raise CheckpointError(
             f"{path}: key pos_embed differs from the fixed sin-cos table by {error:.3g}: these "
             "weights belong to another network"
         )
+    if error <= _ROUNDING:
+        return None, "positions: the fixed sin-cos table"
+    return table, (
+        f"positions: the file's, up to {error:.3g} from the fixed sin-cos table, as an average or "
+        "half precision leaves it; kept, for its authors sample with it"
+    )
 
 
 class ElitImporter:

@@ -14,8 +14,10 @@ No pickle: reading a bundle executes nothing. A file that does not match its has
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -77,11 +79,13 @@ def save_lgm_bundle(
     tokenizer_bundle: str | Path,
     training: dict[str, Any],
     tree: MergeTree | None = None,
+    adapters: Mapping[int, Adapter] = MappingProxyType({}),
 ) -> None:
     """Write a generator bundle; tokenizer and merge tree are copied from the tokenizer's bundle.
 
     `folder` is replaced if it is a bundle already. `stats` are those of the latents that the
     generator was trained on, `tree` its merge tree, where that is not the tokenizer's.
+    `adapters` are changes by token length that came with it.
     """
     source = read_bundle(tokenizer_bundle, "tokenizer")
     if TREE_NAME not in source["files"]:
@@ -97,7 +101,8 @@ def save_lgm_bundle(
     save_weights(weights, aside / GENERATOR_NAME)
     stats.save(aside / STATS_NAME)
     models = {"tokenizer": source["models"]["tokenizer"], "generator": to_dict(config)}
-    finish_bundle(aside, folder, "generator", models, classes, training)
+    kept = {str(k): _save_adapter(aside, k, each, training) for k, each in adapters.items()}
+    finish_bundle(aside, folder, "generator", models, classes, training, kept)
 
 
 def save_adapted_bundle(
@@ -117,12 +122,19 @@ def save_adapted_bundle(
     aside = start_bundle(folder)
     for name in info["files"]:
         shutil.copyfile(Path(base) / name, aside / name)
-    file = f"adapter_{num_tokens}.safetensors"
-    save_weights(adapter.weights, aside / file)
-    entry = {"file": file, "alpha": adapter.alpha, "training": training}
+    entry = _save_adapter(aside, num_tokens, adapter, training)
     adapters = info.get("adapters", {}) | {str(num_tokens): entry}
     classes = tuple(info["classes"])
     finish_bundle(aside, folder, "generator", info["models"], classes, info["training"], adapters)
+
+
+def _save_adapter(
+    aside: Path, num_tokens: int, adapter: Adapter, training: dict[str, Any]
+) -> dict[str, Any]:
+    """Write an adapter's file; return what bundle.json says about it."""
+    file = f"adapter_{num_tokens}.safetensors"
+    save_weights(adapter.weights, aside / file)
+    return {"file": file, "alpha": adapter.alpha, "training": training}
 
 
 def load_lgm_bundle(folder: str | Path, device: torch.device | str = "cpu") -> LGMBundle:

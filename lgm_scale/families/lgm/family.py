@@ -34,7 +34,10 @@ class LGMFamily(GeneratorFamily):
     contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
     encoders: ClassVar[dict[str, str]] = {"lgm": "lgm_scale.families.lgm.encoder:TokenizerEncoder"}
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
-    importers: ClassVar[dict[str, str]] = {"generator": "lgm_scale.families.lgm.release:IMPORTER"}
+    importers: ClassVar[dict[str, str]] = {
+        "generator": "lgm_scale.families.lgm.release:IMPORTER",
+        "lora": "lgm_scale.families.lgm.release_lora:IMPORTER",
+    }
     pipeline_class: ClassVar[str] = "lgm_scale.families.lgm.pipeline:LGMPipeline"
     about_tokens: ClassVar[str] = (
         "An image is {size} tokens, and a learned tree says which of them to merge. One "

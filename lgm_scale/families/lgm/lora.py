@@ -34,6 +34,15 @@ def _target_layers(net: MergeDiT) -> dict[str, nn.Linear]:
     }
 
 
+def adapter_shapes(net: MergeDiT, rank: int) -> dict[str, tuple[int, int]]:
+    """Shape of each matrix of an adapter of this rank, by its name."""
+    shapes = {}
+    for name, layer in _target_layers(net).items():
+        shapes[f"{name}.lora_A.weight"] = (rank, layer.in_features)
+        shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
+    return shapes
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The change W + alpha / rank * B A of each layer in `TARGETS`.
@@ -61,11 +70,7 @@ class Adapter:
         """Raise CheckpointError unless it has the shapes of this network."""
         shapes = {name: tuple(value.shape) for name, value in self.weights.items()}
         ranks = {shape[0] for name, shape in shapes.items() if name.endswith("lora_A.weight")}
-        expected = {}
-        rank = min(ranks, default=0)
-        for name, layer in _target_layers(net).items():
-            expected[f"{name}.lora_A.weight"] = (rank, layer.in_features)
-            expected[f"{name}.lora_B.weight"] = (layer.out_features, rank)
+        expected = adapter_shapes(net, min(ranks, default=0))
         wrong = sorted(
             name
             for name in shapes.keys() | expected.keys()

@@ -1,16 +1,13 @@
-"""The release's generator checkpoint {model, model_ema} as a generator bundle.
-
-Its merge dictionary becomes a tree: for each K it has an averaging matrix [N, K] and cluster
-sizes [K].
-"""
+"""The release's generator checkpoint {model, model_ema} as a generator bundle."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -21,101 +18,163 @@ from lgm_scale.errors import CheckpointError, ConfigError, DataError
 from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import DIT_SIZES, LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.lora import Adapter
 from lgm_scale.families.lgm.network import build_merge_dit
-from lgm_scale.merging.nesting import tree_from_cuts
-from lgm_scale.merging.tree import TREE_NAME, MergeAssignment, MergeTree
+from lgm_scale.families.lgm.release_tree import read_tree
+from lgm_scale.families.tokenizer.release import about_ties
+from lgm_scale.merging.tree import TREE_NAME, MergeTree
 from lgm_scale.release_import import CLASSES_HELP
-from lgm_scale.release_import.names import KeyReport, class_names, fit, provenance, translate
-from lgm_scale.release_import.reading import entries, read_dictionary, shape_of, weights_of
+from lgm_scale.release_import.names import (
+    KeyReport,
+    Renaming,
+    class_names,
+    fit,
+    provenance,
+    translate,
+)
+from lgm_scale.release_import.reading import (
+    Weights,
+    entries,
+    read_dictionary,
+    shape_of,
+    weights_of,
+)
 
 __all__ = [
+    "ENTRIES",
     "IMPORTER",
     "GeneratorImporter",
+    "Surroundings",
+    "add_surroundings",
     "config_from_shapes",
     "import_generator",
     "our_generator_name",
-    "read_cuts",
     "read_stats",
-    "read_tree",
+    "surroundings",
+    "training_of",
 ]
 
-_ENTRIES = {"ema": "model_ema", "model": "model"}
-_PARTS = {
-    "transformer.": "",
-    "x_embedder": "x_embed",
-    "t_embedder": "t_embed",
-    "y_embedder.embedding_table": "label_embed.table",
-    "adaLN_modulation": "modulation",
-    "final_layer": "final",
-}
+ENTRIES = {"ema": "model_ema", "model": "model"}
+our_generator_name = Renaming(
+    {
+        "transformer.blocks.": "blocks.",
+        "x_embedder": "x_embed",
+        "t_embedder": "t_embed",
+        "y_embedder.embedding_table": "label_embed.table",
+        "adaLN_modulation": "modulation",
+        "final_layer": "final",
+    }
+)
+"""Our name of a weight of the diffusion transformer, given the release's."""
 
 
-def our_generator_name(name: str) -> str:
-    """Our name of a weight of the diffusion transformer, given the release's."""
-    for theirs, ours in _PARTS.items():
-        name = name.replace(theirs, ours)
-    return name
+@dataclass(frozen=True)
+class Surroundings:
+    """What the bundle of a generator needs, and its checkpoint does not hold.
+
+    Args:
+        tokenizer: Bundle of the tokenizer that made the latents.
+        latent_stats: File with their mean and std per channel.
+        merge_tree: The release's merge dictionary; None: the tokenizer's own tree.
+        classes: Where the classes' names are from: a text file, 'imagenet', or None for indices.
+        noise_scale: How it was trained to see noise; the checkpoint does not say.
+    """
+
+    tokenizer: str | Path
+    latent_stats: str | Path
+    merge_tree: str | Path | None = None
+    classes: str | None = None
+    noise_scale: str = "corrected"
+
+    @property
+    def own_tree(self) -> MergeTree:
+        """The tokenizer's merge tree."""
+        return MergeTree.load(Path(self.tokenizer) / TREE_NAME)
+
+    def config(self, state: Mapping[str, Tensor], source: str | Path) -> LGMModelConfig:
+        """The model of these weights, under the release's names. Raises: CheckpointError."""
+        models = read_bundle(self.tokenizer, "tokenizer")["models"]["tokenizer"]
+        tree = self.own_tree
+        config = config_from_shapes(state, tree.num_blocks, source)
+        found = (config.num_base_tokens, config.latent_dim)
+        if found != (tree.num_base_tokens, models.get("latent_dim")):
+            raise CheckpointError(
+                f"{source}: N = {found[0]}, D = {found[1]}; the tokenizer {self.tokenizer} has "
+                f"N = {tree.num_base_tokens}, D = {models.get('latent_dim')}: they do not belong "
+                "together"
+            )
+        return config
+
+    def save(
+        self,
+        folder: str | Path,
+        config: LGMModelConfig,
+        weights: dict[str, Tensor],
+        training: dict[str, Any],
+        adapters: Mapping[int, Adapter] = MappingProxyType({}),
+    ) -> list[str]:
+        """Write the bundle; return remarks. Raises: CheckpointError, ConfigError, DataError."""
+        own = self.own_tree
+        tree, remarks = None, ["merge tree: the tokenizer's", about_ties(own)]
+        if self.merge_tree is not None:
+            tree, about_tree = read_tree(self.merge_tree, own)
+            remarks = [about_tree]
+        stats = read_stats(self.latent_stats, config.latent_dim)
+        if tree is not None:
+            stats = replace(stats, contrasts=None)  # they belong to another tree
+        for num_tokens in adapters:
+            (tree or own).assignment(num_tokens)
+        training = training | {"config": {"objective": {"noise_scale": self.noise_scale}}}
+        names = class_names(self.classes, config.num_classes)
+        save_lgm_bundle(
+            folder, config, weights, stats, names, self.tokenizer, training, tree, adapters
+        )
+        noise = f"noise scale: {self.noise_scale} (--noise-scale); the checkpoint does not say"
+        return [*remarks, noise]
 
 
 def import_generator(
     source: str | Path,
     folder: str | Path,
-    tokenizer: str | Path,
-    latent_stats: str | Path,
-    merge_tree: str | Path | None = None,
-    classes: str | None = None,
-    noise_scale: str = "corrected",
-    weights: str = "ema",
+    around: Surroundings,
+    weights: str | None = None,
 ) -> tuple[KeyReport, list[str]]:
     """Write a generator bundle from the release's checkpoint.
 
     Args:
         source: The checkpoint.
         folder: Bundle to write.
-        tokenizer: Bundle of the tokenizer that made the latents.
-        latent_stats: File with their mean and std per channel.
-        merge_tree: The release's merge dictionary; None: the tokenizer's own tree.
-        classes: Where the classes' names are from: a text file, 'imagenet', or None for indices.
-        noise_scale: How it was trained to see noise; the checkpoint does not say.
-        weights: Which of its weights, 'ema' or 'model'.
+        around: What the checkpoint does not hold.
+        weights: Which of its weights, 'ema' or 'model'; None: the average, if there is one.
 
     Returns: what became of every key, and remarks for the user.
 
     Raises: CheckpointError, ConfigError, DataError.
     """
-    models = read_bundle(tokenizer, "tokenizer")["models"]["tokenizer"]
-    own_tree = MergeTree.load(Path(tokenizer) / TREE_NAME)
     content = read_dictionary(source)
-    state = weights_of(content, _ENTRIES[weights], source)
-    config = config_from_shapes(state, own_tree.num_blocks, source)
-    found = (config.num_base_tokens, config.latent_dim)
-    if found != (own_tree.num_base_tokens, models.get("latent_dim")):
+    found = weights_of(content, ENTRIES, weights, source)
+    if any(".lora_A." in name for name in found.state):
         raise CheckpointError(
-            f"{source}: N = {found[0]}, D = {found[1]}; the tokenizer {tokenizer} has "
-            f"N = {own_tree.num_base_tokens}, D = {models.get('latent_dim')}: they do not belong "
-            "together"
+            f"{source} holds a LoRA: import it with `python -m lgm_scale.release_import lora`"
         )
-    report = translate(state, our_generator_name, {})
+    config = around.config(found.state, source)
+    report = translate(found.state, our_generator_name, {})
     with torch.device("meta"):
         expected = build_merge_dit(config).state_dict()
-    tensors = fit(state, report, expected, source)
-    tree, about_tree = None, "merge tree: the tokenizer's"
-    if merge_tree is not None:
-        tree, about_tree = read_tree(merge_tree, own_tree)
-    stats = read_stats(latent_stats, config.latent_dim)
-    if tree is not None:
-        stats = replace(stats, contrasts=None)  # they belong to another tree
-    training: dict[str, Any] = {
-        "weights": weights,
-        "config": {"objective": {"noise_scale": noise_scale}},
-        "imported": provenance(source, report),
-    }
+    tensors = fit(found.state, report, expected, source)
+    training = training_of(content, found, source, report)
+    remarks = around.save(folder, config, tensors, training)
+    return report, [found.remark, f"model: {config}", *remarks]
+
+
+def training_of(
+    content: Mapping[Any, Any], found: Weights, source: str | Path, report: KeyReport
+) -> dict[str, Any]:
+    """What the bundle says about where its weights are from."""
+    imported = provenance(source, report)
     if isinstance(content.get("epoch"), int):
-        training["imported"]["epoch"] = content["epoch"]
-    names = class_names(classes, config.num_classes)
-    save_lgm_bundle(folder, config, tensors, stats, names, tokenizer, training, tree)
-    about_noise = f"noise scale: {noise_scale} (--noise-scale); the checkpoint does not say"
-    return report, [f"model: {config}", about_tree, about_noise]
+        imported["epoch"] = content["epoch"]
+    return {"weights": found.kind, "imported": imported}
 
 
 def config_from_shapes(
@@ -175,123 +234,40 @@ def read_stats(path: str | Path, latent_dim: int) -> LatentStats:
     return LatentStats(found["mean"], found["std"])
 
 
-def read_tree(path: str | Path, own: MergeTree) -> tuple[MergeTree | None, str]:
-    """The tree of a merge dictionary, or of a merge_tree.safetensors.
+def add_surroundings(parser: argparse.ArgumentParser, noise_scale: str) -> None:
+    """Add what the checkpoint does not say: tokenizer, statistics, merge tree, noise scale."""
+    add = parser.add_argument
+    add("--tokenizer", metavar="BUNDLE", help="of the tokenizer that made the latents")
+    add(
+        "--latent-stats", metavar="FILE",
+        help="mean and std of the latents it was trained on: the release's latents_stats.pt, "
+        "or latent_stats.safetensors of a folder of latents encoded here",
+    )  # fmt: skip
+    add(
+        "--merge-tree", metavar="FILE",
+        help="the release's merge dictionary; default: the tokenizer's own tree",
+    )  # fmt: skip
+    add("--classes", metavar="FILE", help=CLASSES_HELP)
+    add(
+        "--noise-scale", choices=["corrected", "legacy"], default=noise_scale,
+        help="how it was trained to see noise; the checkpoint does not say (default %(default)s)",
+    )  # fmt: skip
 
-    Args:
-        path: The file.
-        own: The tokenizer's merge tree. Where every given cut is one of its own it is kept, for it
-            knows more: heights, and the lengths between.
 
-    Returns: the tree (None: keep the tokenizer's), and a remark for the user.
-
-    Raises: CheckpointError if the file cannot be read, its cuts are not nested, cross the blocks or
-    have another number of base tokens.
-    """
-    if str(path).endswith(".safetensors"):
-        tree = MergeTree.load(path)
-        if (tree.num_base_tokens, tree.num_blocks) != (own.num_base_tokens, own.num_blocks):
-            raise CheckpointError(
-                f"{path}: a merge tree of {tree.num_base_tokens} tokens in {tree.num_blocks} "
-                f"blocks; the tokenizer has {own.num_base_tokens} in {own.num_blocks}"
-            )
-        return tree, f"merge tree: {path}"
-    cuts = read_cuts(path)
-    lengths = ", ".join(str(cut.num_tokens) for cut in cuts)
-    if cuts[0].num_base_tokens != own.num_base_tokens:
-        raise CheckpointError(
-            f"{path}: cuts of {cuts[0].num_base_tokens} base tokens; the tokenizer has "
-            f"{own.num_base_tokens}"
+def surroundings(args: argparse.Namespace) -> Surroundings:
+    """What the command line says. Raises: ConfigError naming what is missing."""
+    if args.tokenizer is None:
+        raise ConfigError("--tokenizer: missing; give the bundle of the tokenizer's import")
+    if args.latent_stats is None:
+        raise ConfigError(
+            "--latent-stats: missing; images cannot be decoded without the mean and std that "
+            "the generator's latents were standardised with. Give the release's "
+            "latents_stats.pt, or encode images with this tokenizer (data_tools/"
+            "encode_latents.py) and give latent_stats.safetensors of that folder"
         )
-    try:
-        tree = tree_from_cuts(cuts, own.num_blocks)
-        same = [torch.equal(own.assignment(k.num_tokens).labels, k.labels) for k in cuts]
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {'; '.join(error.problems)}") from error
-    if all(same):
-        return (
-            None,
-            f"merge tree: the tokenizer's own, which has every cut of {path} (K = {lengths})",
-        )
-    return tree, (
-        f"merge tree: from the cuts K = {lengths} of {path}. Their heights are unknown: ascending "
-        "ranks stand in, and lengths between the given ones are filled in, smallest parts first. "
-        f"The tokenizer's own tree differs at {same.count(False)} of {len(same)} lengths"
+    return Surroundings(
+        args.tokenizer, args.latent_stats, args.merge_tree, args.classes, args.noise_scale
     )
-
-
-def read_cuts(path: str | Path) -> list[MergeAssignment]:
-    """All cuts of a merge dictionary, by K.
-
-    Keys are K, as numbers or text; a value is one or more tensors, in a tuple, list or dictionary:
-    an averaging (or membership) matrix [N, K] or labels [N], and optionally the sizes [K].
-
-    Raises: CheckpointError naming the K that makes no sense.
-    """
-    cuts: dict[int, MergeAssignment] = {}
-    for key, value in read_dictionary(path).items():
-        digits = re.fullmatch(r"\D*(\d+)\D*", str(key)) if isinstance(key, (int, str)) else None
-        if digits is None:
-            raise CheckpointError(f"{path}: key {key!r} is no token length K")
-        num_tokens = int(digits.group(1))
-        where = f"{path}: K = {num_tokens}"
-        if num_tokens in cuts:
-            raise CheckpointError(f"{where}: given twice")
-        cuts[num_tokens] = _cut(num_tokens, list(_tensors(value)), where)
-    if len({cut.num_base_tokens for cut in cuts.values()}) != 1:
-        raise CheckpointError(f"{path}: it needs one or more cuts, all of the same base tokens")
-    return [cuts[num_tokens] for num_tokens in sorted(cuts)]
-
-
-def _tensors(value: object) -> Iterable[Tensor]:
-    """All tensors of a value, however deep it is nested."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-def _cut(num_tokens: int, tensors: list[Tensor], where: str) -> MergeAssignment:
-    """One cut, from whichever of its tensors says which token belongs where."""
-    tensors = [tensor.squeeze(0) if tensor.ndim == 3 else tensor for tensor in tensors]
-    shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors) or "none"
-    matrices = [tensor for tensor in tensors if tensor.ndim == 2]
-    vectors = [tensor for tensor in tensors if tensor.ndim == 1]
-    if matrices:
-        labels = _labels(matrices[0], num_tokens, where)
-    elif vectors and not max(vectors, key=len).is_floating_point():
-        labels = max(vectors, key=len)
-        vectors = [tensor for tensor in vectors if tensor is not labels]
-    else:
-        raise CheckpointError(
-            f"{where}: tensors of shapes {shapes}; needed: an averaging matrix [N, {num_tokens}]"
-        )
-    cut = MergeAssignment.from_labels(labels.to(torch.int64))
-    if cut.num_tokens != num_tokens:
-        raise CheckpointError(f"{where}: it has {cut.num_tokens} clusters that are not empty")
-    counts = torch.unique(labels, return_counts=True)[1].double()  # in the file's order
-    for sizes in vectors:
-        if sizes.shape == counts.shape and not torch.equal(sizes.double(), counts):
-            raise CheckpointError(f"{where}: its sizes are not those of its clusters")
-    return cut
-
-
-def _labels(matrix: Tensor, num_tokens: int, where: str) -> Tensor:
-    """Cluster of each token, from a matrix with one entry per row. Shapes: [N, K] -> [N]."""
-    if matrix.shape[1] != num_tokens:
-        raise CheckpointError(
-            f"{where}: a matrix of shape {list(matrix.shape)}, expected [N, {num_tokens}]"
-        )
-    member = matrix.double() > 0  # [N, K]
-    if not torch.equal(member.sum(1), torch.ones(len(matrix), dtype=torch.int64)):
-        raise CheckpointError(f"{where}: its matrix does not put each token into one cluster")
-    # What it may be: P itself (columns sum to 1), or A (zeros and ones). Anything else is no cut.
-    shares = member.double() / member.sum(0).clamp_min(1)
-    averaging = torch.allclose(matrix.double(), shares, atol=1e-4)
-    if not averaging and not torch.equal(matrix.double(), member.double()):
-        raise CheckpointError(f"{where}: its matrix neither averages clusters nor lists members")
-    return member.to(torch.int64).argmax(1)
 
 
 class GeneratorImporter:
@@ -301,39 +277,13 @@ class GeneratorImporter:
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add what the checkpoint does not say: tokenizer, statistics, merge tree, noise scale."""
-        add = parser.add_argument
-        tokenizer_help = "of the tokenizer that made the latents"
-        add("--tokenizer", required=True, metavar="BUNDLE", help=tokenizer_help)
-        add(
-            "--latent-stats", metavar="FILE",
-            help="mean and std of the latents it was trained on: the release's latents_stats.pt, "
-            "or latent_stats.safetensors of a folder of latents encoded here",
-        )  # fmt: skip
-        add(
-            "--merge-tree", metavar="FILE",
-            help="the release's merge dictionary; default: the tokenizer's own tree",
-        )  # fmt: skip
-        add("--classes", metavar="FILE", help=CLASSES_HELP)
-        add(
-            "--noise-scale", choices=["corrected", "legacy"], default="corrected",
-            help="how it was trained to see noise; the checkpoint does not say",
-        )  # fmt: skip
+        """Add what the checkpoint does not say."""
+        add_surroundings(parser, "corrected")
 
     @staticmethod
     def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
         """Write the bundle that the command line asks for."""
-        if args.latent_stats is None:
-            raise ConfigError(
-                "--latent-stats: missing; images cannot be decoded without the mean and std that "
-                "the generator's latents were standardised with. Give the release's "
-                "latents_stats.pt, or encode images with this tokenizer (data_tools/"
-                "encode_latents.py) and give latent_stats.safetensors of that folder"
-            )
-        return import_generator(
-            args.source, args.folder, args.tokenizer, args.latent_stats, args.merge_tree,
-            args.classes, args.noise_scale, args.weights,
-        )  # fmt: skip
+        return import_generator(args.source, args.folder, surroundings(args), args.weights)
 
 
 IMPORTER = GeneratorImporter

@@ -17,33 +17,32 @@ from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TOKENIZER_SIZES, TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import build_tokenizer
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.release_import.names import (
-    KeyReport,
-    fit,
-    provenance,
-    translate,
-)
+from lgm_scale.release_import.names import KeyReport, Renaming, fit, provenance, translate
 from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
 
 __all__ = [
     "IGNORED",
     "IMPORTER",
     "TokenizerImporter",
+    "about_ties",
     "check_args",
     "config_from_shapes",
     "import_tokenizer",
     "our_tokenizer_name",
 ]
 
-_PREFIXES = {
-    "encoder.model.": "encoder.vit.",
-    "quant_conv.": "to_latent.",
-    "quantize.embedding": "quantizer.codes",
-    "merge_module.": "merging.",
-    "post_quant_conv.": "decoder.latent_in.",
-    "decoder.model.": "decoder.vit.",
-    "decoder.to_pixel.model.": "decoder.out.",
-}
+our_tokenizer_name = Renaming(
+    {
+        "encoder.model.": "encoder.vit.",
+        "post_quant_conv.": "decoder.latent_in.",
+        "quant_conv.": "to_latent.",
+        "quantize.embedding": "quantizer.codes",
+        "merge_module.": "merging.",
+        "decoder.model.": "decoder.vit.",
+        "decoder.to_pixel.model.": "decoder.out.",
+    }
+)
+"""Our name of a weight of the tokenizer, given the release's."""
 IGNORED = {
     "repa_model.": "frozen teacher of the representation loss; training reads it from its own file",
     "decoder_dino.": "auxiliary decoder of the representation loss; not needed for use",
@@ -54,44 +53,57 @@ IGNORED = {
 }
 """Prefix -> why keys that begin with it are left out."""
 
+_ENTRIES = {"ema": "ema", "model": "model"}
 _BACKBONES = {"s": "vit_small", "b": "vit_base", "l": "vit_large"}
 
 
-def our_tokenizer_name(name: str) -> str:
-    """Our name of a weight of the tokenizer, given the release's."""
-    for theirs, ours in _PREFIXES.items():
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
-
-
 def import_tokenizer(
-    source: str | Path, folder: str | Path, weights: str = "ema"
+    source: str | Path, folder: str | Path, weights: str | None = None
 ) -> tuple[KeyReport, list[str]]:
     """Write a tokenizer bundle from the release's checkpoint.
 
     Args:
         source: The checkpoint.
         folder: Bundle to write.
-        weights: Which of its weights, 'ema' or 'model'.
+        weights: Which of its weights, 'ema' or 'model'; None: the average, if there is one.
 
     Returns: what became of every key, and remarks for the user.
 
     Raises: CheckpointError.
     """
     content = read_dictionary(source)
-    state = weights_of(content, weights, source)
-    config = config_from_shapes(state, source)
+    found = weights_of(content, _ENTRIES, weights, source)
+    config = config_from_shapes(found.state, source)
     agreed = check_args(content.get("args"), config, source)
-    report = translate(state, our_tokenizer_name, IGNORED)
+    report = translate(found.state, our_tokenizer_name, IGNORED)
     with torch.device("meta"):
         expected = build_tokenizer(config).state_dict()
-    ours = fit(state, report, expected, source)
+    ours = fit(found.state, report, expected, source)
     tree = MergeTree.from_embeddings(ours["merging.embeddings"], config.num_codebooks)
-    training = {"weights": weights, "imported": provenance(source, report)}
+    training = {"weights": found.kind, "imported": provenance(source, report)}
     save_tokenizer_bundle(folder, config, ours, tree, training)
     spoken = f"agree with the shapes: {', '.join(agreed)}" if agreed else "say nothing to check"
-    return report, [f"model: {config}", f"args {spoken}"]
+    return report, [found.remark, f"model: {config}", f"args {spoken}", about_ties(tree)]
+
+
+def about_ties(tree: MergeTree) -> str:
+    """One line: whether the release may have made another tree of the same embeddings.
+
+    Its script clusters in TF32 on a GPU. Measured over 256 random unit vectors of 768 channels:
+    a similarity is off by up to 4e-7 in float32, by 9e-5 in TF32.
+    """
+    single, tensor_cores = tree.near_ties(1e-6), tree.near_ties(1e-4)
+    line = (
+        f"near ties: of {tree.num_base_tokens - tree.num_blocks} merges {single} lie within "
+        f"float32 rounding (1e-6) of the next, {tensor_cores} within that of TF32 (1e-4), in which "
+        "the release clusters on a GPU"
+    )
+    if not tensor_cores:
+        return line
+    return (
+        f"{line}: its clusters may be others there. Import generators with its merge dictionary "
+        "(--merge-tree)"
+    )
 
 
 def config_from_shapes(state: Mapping[str, Tensor], path: str | Path) -> TokenizerModelConfig:
