@@ -18,45 +18,12 @@ from torch import Tensor
 from lgm_scale.data.config import SourceConfig, as_sources
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.data.images import ImageDataset
-from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.mixture import check_one_maker
 from lgm_scale.errors import DataError
-from lgm_scale.families.elit.config import ELITRun
+from lgm_scale.families.elit.config import ELITRun, check_grids
 from lgm_scale.families.elit.sd_vae import encoder_id, latent_scale
 
-__all__ = ["ELITLatentDataset", "check_grids", "training_set"]
-
-
-def check_grids(
-    where: str, manifest: Manifest, channels: int, side: int, encoder_id: str | None
-) -> None:
-    """Check a folder of grids against the model and the autoencoder that will use it.
-
-    Args:
-        where: Its name, for messages.
-        manifest: Its manifest.
-        channels: Channels of the model's input.
-        side: Latents along a side of the model's input.
-        encoder_id: Hash of the encoder's weights; None leaves the check out.
-
-    Raises: DataError if it has other shapes or another encoder.
-    """
-    found = (manifest.extra.get("channels"), manifest.extra.get("side"))
-    if found != (channels, side):
-        raise DataError(
-            f"{where} holds latents of {found[0]} channels x {found[1]} x {found[1]}, of images of "
-            f"{manifest.image_size} pixels; the model wants {channels} x {side} x {side}. Give the "
-            "model the channels and the image size of the latents, or encode with another "
-            "--image-size or --vae"
-        )
-    made_by = manifest.extra.get("encoder_id")
-    if encoder_id is not None and made_by != encoder_id:
-        raise DataError(
-            f"{where} was encoded by encoder {str(made_by)[:12]}, but that of the configured "
-            f"autoencoder is {encoder_id[:12]}: its decoder does not know these latents. Encode "
-            "again with this autoencoder, or configure the one that was used (another decoder to "
-            "the same encoder will do)"
-        )
+__all__ = ["ELITLatentDataset", "training_set"]
 
 
 class ELITLatentDataset(EpochDataset):

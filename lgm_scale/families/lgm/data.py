@@ -19,14 +19,14 @@ from torch import Tensor
 
 from lgm_scale.data.config import SourceConfig, as_sources
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
-from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.mixture import check_one_maker
 from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import DataError
+from lgm_scale.families.lgm.config import check_latents
 from lgm_scale.merging.nesting import ContrastStats
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
-__all__ = ["LGMLatentDataset", "LatentStats", "check_latents", "mixed_stats"]
+__all__ = ["LGMLatentDataset", "LatentStats", "mixed_stats"]
 
 STATS_NAME = "latent_stats.safetensors"
 
@@ -69,36 +69,6 @@ class LatentStats:
             return replace(stats, contrasts=contrasts)
         except (OSError, SafetensorError, KeyError) as error:
             raise DataError(f"{path}: no readable latent statistics ({error})") from error
-
-
-def check_latents(
-    where: str, manifest: Manifest, num_base_tokens: int, latent_dim: int, tokenizer_id: str | None
-) -> None:
-    """Check a latent folder against the model and the tokenizer that will use it.
-
-    Args:
-        where: Its name, for messages.
-        manifest: Its manifest.
-        num_base_tokens: N of the model.
-        latent_dim: D of the model.
-        tokenizer_id: Hash of the tokenizer's weights; None leaves the check out.
-
-    Raises: DataError if it has other shapes or another tokenizer.
-    """
-    found = (manifest.extra.get("num_base_tokens"), manifest.extra.get("latent_dim"))
-    if found != (num_base_tokens, latent_dim):
-        raise DataError(
-            f"{where} holds latents of {found[0]} tokens x {found[1]} channels; the model wants "
-            f"{num_base_tokens} x {latent_dim}. Set model.num_base_tokens and model.latent_dim to "
-            "the tokenizer's, or encode with another tokenizer"
-        )
-    made_by = manifest.extra.get("tokenizer_id")
-    if tokenizer_id is not None and made_by != tokenizer_id:
-        raise DataError(
-            f"{where} was encoded by tokenizer {str(made_by)[:12]}, but the configured one is "
-            f"{tokenizer_id[:12]}: its statistics and merge tree belong to another tokenizer. "
-            "Encode again with this tokenizer, or point `tokenizer` to the one that was used"
-        )
 
 
 def mixed_stats(parts: Sequence[LatentStats], counts: Sequence[int]) -> LatentStats:
