@@ -16,8 +16,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lgm_scale  # noqa: F401  # says so where Python is a wrong one
 from launchers.cluster import SBATCH_OPTIONS, Cluster, load_cluster
 from launchers.jobs import KINDS, describe_job
 from launchers.launch import Launch, world_size

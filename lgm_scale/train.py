@@ -59,6 +59,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add_import_option(parser)
     args = parser.parse_intermixed_args(argv)
+    if args.world_size is not None and args.world_size < 1:
+        parser.error(f"--world-size: {args.world_size} must be 1 or more")
     if args.world_size is not None and not args.dry_run:
         parser.error("--world-size goes with --dry-run; the launcher's -n sets the ranks of a run")
     return args

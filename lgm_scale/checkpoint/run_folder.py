@@ -8,6 +8,7 @@ start that failed at its data or its files claims nothing.
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -112,8 +113,9 @@ class RunFolder:
     def changes(self) -> Changes:
         """What differs from the run that lives here, and may. Raises: ConfigError if more does."""
         path = self.path / CONFIG_NAME
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"out: {self.path} is a file; choose a folder")
+        problem = _unfit(self.path)
+        if problem:
+            raise ConfigError(f"out: {self.path} {problem}; choose another folder")
         if not path.is_file():
             return {}
         try:
@@ -221,6 +223,16 @@ def differing(there: dict[str, Any], config: TrainingRun) -> dict[str, tuple[Any
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
     }
+
+
+def _unfit(folder: Path) -> str | None:
+    """Why nothing can be written at a folder that need not exist; None where it can."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        return "is a file, or a link that leads nowhere"
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        return f"lies below {there}, which is a file"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"cannot be written in {there}"
 
 
 def _is_one(key: str, keys: Sequence[str], fixed: Sequence[str]) -> bool:

@@ -41,6 +41,7 @@ from lgm_scale.errors import ConfigError, DataError, exit_on_user_error
 from lgm_scale.families.base import imported, latent_encoders
 from lgm_scale.pixels import to_unit_range
 from lgm_scale.storage.transfer import shown
+from lgm_scale.training.stopping import ignore_stop_signals
 
 __all__ = ["LatentWriter", "batch_indices", "check_coverage", "main", "plan_parts"]
 
@@ -161,6 +162,7 @@ class LatentWriter:
             batch_sampler=batch_indices(parts, self.args.batch_size),
             num_workers=self.args.workers,
             pin_memory=self.encoder.device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,  # they end with this process
         )
         quiet, ranks = dist.get_global_rank() != 0, dist.get_world_size()
         batches = iter(loader)
