@@ -57,8 +57,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--container", metavar="IMAGE", help="run ranks in it (Slurm's pyxis plugin)")
     add("--seconds-per-step", type=float, metavar="S", help="to compare --time with checkpoints")
     add("--take-over", action="store_true", help="end a live job of the same run first")
+    add("--allow-change", action="append", default=[], metavar="KEY", help="see lgm_scale/train.py")
+    add(
+        "--files-elsewhere",
+        action="store_true",
+        help="look for no data and weights: this machine does not see what the nodes see",
+    )
     add("--dry-run", action="store_true", help="check, print script and commands, submit nothing")
     args = parser.parse_intermixed_args(argv)
+    if args.allow_change and args.job not in ("train", "tokenizer"):
+        parser.error(f"--allow-change: is for trainings, not for {args.job}")
     if args.nodes < 1:
         parser.error(f"--nodes: {args.nodes} must be 1 or more")
     return args
@@ -85,7 +93,9 @@ def plan(args: Any, cluster: Cluster) -> list[Launch]:
     job = describe_job(
         *(args.job, args.config, args.overrides, world_size(cluster, args.nodes)),
         parts=args.array,
-        inputs_exist=not args.after,
+        has_gpu=None if cluster.gpus_per_node else False,
+        to_come=None if args.files_elsewhere else (lambda path: bool(args.after)),
+        allow_change=args.allow_change,
     )
     return with_join(Launch(job, cluster, args.nodes, tuple(args.after)))
 

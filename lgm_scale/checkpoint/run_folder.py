@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lgm_scale.checkpoint.manifest import MANIFEST_NAME
-from lgm_scale.config.inputs import input_problems
+from lgm_scale.config.inputs import ToCome, input_problems, nothing_to_come
 from lgm_scale.config.loading import InvalidValues, load_config, to_dict, without_removed_keys
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
@@ -84,7 +84,7 @@ class RunFolder:
         self.allowed = tuple(allowed)
         self.bundle = path / "bundle"
 
-    def start_problems(self) -> list[str]:
+    def start_problems(self, to_come: ToCome = nothing_to_come) -> list[str]:
         """Lines about all that hinders a start here: the folder, data, bundles, files of others."""
         try:
             problems, finished = [], self.finished()
@@ -96,7 +96,7 @@ class RunFolder:
                 )
         except ConfigError as error:
             problems, finished = error.problems, False
-        return problems + ([] if finished else list(input_problems(self.config)))
+        return problems + ([] if finished else list(input_problems(self.config, to_come)))
 
     def finished(self) -> bool:
         """Whether this very run has ended. Raises: ConfigError if another run lives here."""

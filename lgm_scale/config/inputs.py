@@ -19,17 +19,23 @@ from lgm_scale.errors import LGMError
 from lgm_scale.families.base import family_of
 from lgm_scale.storage.clients import is_remote
 
-__all__ = ["count_problems", "input_problems"]
+__all__ = ["ToCome", "count_problems", "input_problems", "nothing_to_come"]
+
+ToCome = Callable[[str], bool]
+"""Whether a path will be made by a job before this one, and so is not looked for."""
 
 
-def input_problems(
-    run: TrainingRun, to_come: Callable[[str], bool] = lambda path: False
-) -> Iterator[str]:
+def nothing_to_come(path: str) -> bool:
+    """Where no job comes before this one."""
+    return False
+
+
+def input_problems(run: TrainingRun, to_come: ToCome = nothing_to_come) -> Iterator[str]:
     """Lines about everything that the run reads and that is not there or does not fit.
 
     Args:
         run: Its configuration.
-        to_come: Whether a path will be made by a job before this one, and so is not looked for.
+        to_come: Which of its inputs will be made before it starts.
     """
     family = family_of(run)
     yield from family.missing_files(run)

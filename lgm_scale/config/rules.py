@@ -46,6 +46,11 @@ def load_training_run(
     """
     values = read_yaml(path, overrides)
     task = values.get("task")
+    if task is None and "cells" in values:
+        raise ConfigError(
+            f"config: {path} configures a sweep, and a training is needed; start it with "
+            "`composer eval/sweep.py`, or give a configuration with a `task`",
+        )
     if task not in families():
         raise ConfigError(f"task: {task!r} is unknown; write {' or '.join(families())}", path)
     return check_config(
