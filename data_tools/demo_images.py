@@ -9,9 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lgm_scale  # noqa: F401  # says so where Python is a wrong one
+
+# isort: split
 import numpy as np
 from PIL import Image
 from tqdm import tqdm

@@ -1,5 +1,10 @@
 """Encode images to latents: `composer data_tools/encode_latents.py --images MDS --out MDS ...`."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # says so where Python is a wrong one
+
 from lgm_scale.data.preparation.encode import main
 from lgm_scale.errors import exit_on_user_error
 

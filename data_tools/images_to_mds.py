@@ -1,5 +1,10 @@
 """Turn images into MDS shards: `python data_tools/images_to_mds.py SRC --out DST`."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # says so where Python is a wrong one
+
 from lgm_scale.data.preparation.convert import main
 from lgm_scale.errors import exit_on_user_error
 

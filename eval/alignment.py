@@ -1,5 +1,10 @@
 """The command `alignment` of lgm_scale.evaluation, as the repository calls it."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # says so where Python is a wrong one
+
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.commands.alignment import main
 

@@ -7,10 +7,13 @@ configuration is told before anything is submitted.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import glob
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lgm_scale.checkpoint.run_folder import RunFolder
+from lgm_scale.config.inputs import ToCome
 from lgm_scale.config.loading import read_yaml
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import TrainingRun
@@ -26,6 +29,10 @@ class Tool:
     positional: tuple[str, ...]
     required: tuple[str, ...]
     optional: tuple[str, ...]
+    flags: tuple[str, ...]
+    """Options without a value: `key=true` sets one."""
+    inputs: tuple[str, ...]
+    """Keys that name what it reads."""
     out: str
     """The key that names what it makes."""
     ranks: bool
@@ -37,7 +44,12 @@ TOOLS = {
         "data_tools/images_to_mds.py",
         positional=("source",),
         required=("out",),
-        optional=("image_size", "workers", "shard_size", "compression"),
+        optional=(
+            *("staging", "image_size", "workers", "shard_size", "compression", "classes"),
+            *("labels", "image_column", "label_column"),
+        ),
+        flags=("skip_unreadable",),
+        inputs=("source", "classes", "labels"),
         out="out",
         ranks=False,
     ),
@@ -45,7 +57,12 @@ TOOLS = {
         "data_tools/encode_latents.py",
         positional=(),
         required=("images", "out"),
-        optional=("encoder", "tokenizer", "vae", "image_size", "batch_size", "shard_size"),
+        optional=(
+            *("encoder", "tokenizer", "vae", "image_size", "batch_size", "shard_size"),
+            *("cache", "staging", "compression", "workers"),
+        ),
+        flags=(),
+        inputs=("images", "tokenizer", "vae"),
         out="out",
         ranks=True,
     ),
@@ -96,12 +113,15 @@ def describe_job(
     world_size: int,
     *,
     parts: int | None = None,
-    inputs_exist: bool = True,
+    has_gpu: bool | None = None,
+    to_come: ToCome | None = None,
+    allow_change: Sequence[str] = (),
 ) -> Job:
     """Read and check a job.
 
     `config` None takes the kind's own; `words` are `key=value` overrides, or options of a tool.
-    Where another job makes the input, it need not be there yet (`inputs_exist`).
+    `to_come` are those of its inputs that jobs before it will make; None looks for no file at all,
+    where this machine does not see what the nodes see.
 
     Raises: ConfigError with every problem.
     """
@@ -112,36 +132,47 @@ def describe_job(
     if kind in TOOLS:
         if config is not None:
             raise ConfigError(f"--config: {config}; {kind} has no configuration, but key=value")
-        return _tool(kind, TOOLS[kind], words)
+        return _tool(kind, TOOLS[kind], words, to_come)
     config = config or DEFAULT_CONFIG.get(kind)
     if config is None:
         raise ConfigError("--config: missing; an evaluation has no default, name its YAML file")
     if kind == "eval":
-        return _sweep(config, words, parts, inputs_exist)
-    run = load_training_run(config, words, world_size, has_gpu=None)
+        return _sweep(config, words, parts, to_come)
+
+    def problems(run: TrainingRun) -> list[str]:
+        if to_come is None:
+            return []
+        return RunFolder(Path(run.out), run, allow_change).start_problems(to_come)
+
+    run = load_training_run(config, words, world_size, has_gpu, problems)
     right = run.task if run.task in KINDS else "train"  # most tasks have no kind of their own
     if kind != right:
         raise ConfigError(
             f"--job: {kind} does not run {config}, which is a {run.task}; give --job {right}"
         )
+    allowed = (word for key in allow_change for word in ("--allow-change", key))
     return Job(
-        kind, run.run_name, run.out, "lgm_scale/train.py", Path(config), tuple(words), run=run
+        *(kind, run.run_name, run.out, "lgm_scale/train.py", Path(config)),
+        (*words, *allowed),
+        run=run,
     )
 
 
-def _sweep(config: str, words: list[str], parts: int | None, inputs_exist: bool) -> Job:
-    if inputs_exist:
+def _sweep(config: str, words: list[str], parts: int | None, to_come: ToCome | None) -> Job:
+    values = read_yaml(config, words)
+    inputs = [str(values.get(key)) for key in ("bundle", "images", "reference")]
+    if to_come is not None and not any(map(to_come, inputs)):
         sweep = load_sweep(config, words)
     else:  # its files are made by the jobs before it: types are all that can be checked
-        sweep = check_sweep(read_yaml(config, words), config, lambda _: [], {})
+        sweep = check_sweep(values, config, lambda _: [], {})
     split = tuple(f"part={index}/{parts}" for index in range(parts or 0))
     name = f"eval-{Path(sweep.out).name}"
     return Job("eval", name, sweep.out, "eval/sweep.py", Path(config), tuple(words), parts=split)
 
 
-def _tool(kind: str, tool: Tool, words: list[str]) -> Job:
+def _tool(kind: str, tool: Tool, words: list[str], to_come: ToCome | None) -> Job:
     values = _pairs(words)
-    known = (*tool.positional, *tool.required, *tool.optional)
+    known = (*tool.positional, *tool.required, *tool.optional, *tool.flags)
     problems = []
     for key in values:
         if key not in known:
@@ -153,19 +184,34 @@ def _tool(kind: str, tool: Tool, words: list[str]) -> Job:
         for key in (*tool.positional, *tool.required)
         if key not in values
     ]
+    problems += [
+        f"{key}: {values[key]} is neither true nor false"
+        for key in tool.flags
+        if values.get(key, "true") not in ("true", "false")
+    ]
     if kind == "encode":
         problems += _encoder(values)
+    problems += [
+        f"{key}: {values[key]} is not there; name what {kind} reads, or make it first"
+        for key in tool.inputs
+        if to_come is not None and key in values and not _is_there(values[key], to_come)
+    ]
     if problems:
         raise ConfigError(problems, f"--job {kind}")
     options = [
-        f"--{key.replace('_', '-')}={value}"
+        f"--{key.replace('_', '-')}" + ("" if key in tool.flags else f"={value}")
         for key, value in values.items()
-        if key not in tool.positional
+        if key not in tool.positional and not (key in tool.flags and value == "false")
     ]
     out = values[tool.out]
     arguments = (*(values[key] for key in tool.positional), *options)
     name = f"{kind}-{Path(out).name}"
     return Job(kind, name, out, tool.script, None, arguments, ranks=tool.ranks)
+
+
+def _is_there(path: str, to_come: ToCome) -> bool:
+    """Whether an input is there or will be; a pattern names files, object storage is not asked."""
+    return "://" in path or to_come(path) or bool(glob.glob(path)) or Path(path).exists()
 
 
 def _encoder(values: Mapping[str, str]) -> Iterator[str]:

@@ -13,10 +13,17 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lgm_scale  # noqa: F401  # says so where Python is a wrong one
+
+# isort: split
+from pydantic import ConfigDict
 
 from launchers.cluster import load_cluster
 from launchers.jobs import describe_job
@@ -64,11 +71,13 @@ def main() -> int:
     parser.add_argument("--cluster", metavar="NAME", help="in place of the pipeline's own")
     parser.add_argument("--from", dest="first", metavar="STAGE", help="leave out what is before it")
     parser.add_argument("--take-over", action="store_true", help="end live jobs of these runs")
+    parser.add_argument("--files-elsewhere", action="store_true", help="look for no data and "
+                        "weights: this machine does not see what the nodes see")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check, print graph and scripts")
     args = parser.parse_args()
     stages, cluster = load_pipeline(args.pipeline)
     chosen = from_stage(stages, ordered(stages, args.pipeline), args.first)
-    launches = plan(stages, chosen, args.cluster or cluster)
+    launches = plan(stages, chosen, args.cluster or cluster, not args.files_elsewhere)
     print("\n".join(graph(stages, launches)), flush=True)
     if args.dry_run:
         for stage in launches.values():
@@ -136,10 +145,26 @@ def from_stage(stages: dict[str, Stage], order: Sequence[str], first: str | None
     return [name for name in order if name in chosen]
 
 
-def plan(stages: dict[str, Stage], chosen: Sequence[str], cluster: str) -> dict[str, list[Launch]]:
-    """The launches of every chosen stage. Raises: ConfigError with every stage's problems."""
+def plan(
+    stages: dict[str, Stage], chosen: Sequence[str], cluster: str, look: bool = True
+) -> dict[str, list[Launch]]:
+    """The launches of every chosen stage, whose order is that of `ordered`.
+
+    Args:
+        stages: All stages.
+        chosen: Names of those to submit.
+        cluster: Where they run.
+        look: Look for what no earlier stage makes: data, bundles, files of others.
+
+    Raises: ConfigError with every stage's problems.
+    """
     problems: list[str] = []
     launches: dict[str, list[Launch]] = {}
+    made: list[Path] = []
+
+    def to_come(path: str) -> bool:
+        return any(Path(path).is_relative_to(out) for out in made)
+
     for name in chosen:
         stage = stages[name]
         try:
@@ -149,8 +174,10 @@ def plan(stages: dict[str, Stage], chosen: Sequence[str], cluster: str) -> dict[
                 *(stage.job, stage.config, list(stage.overrides)),
                 world_size(place, stage.nodes),
                 parts=stage.array,
-                inputs_exist=not set(stage.needs) & set(chosen),
+                has_gpu=None if place.gpus_per_node else False,
+                to_come=to_come if look else None,
             )
+            made.append(Path(job.out))
             launches[name] = with_join(Launch(job, place, stage.nodes))
         except ConfigError as error:
             problems += [f"stages.{name}: {problem}" for problem in error.problems]

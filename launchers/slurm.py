@@ -16,8 +16,11 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lgm_scale  # noqa: F401  # says so where Python is a wrong one
 from launchers.cluster import SBATCH_OPTIONS, Cluster, load_cluster
 from launchers.jobs import KINDS, describe_job
 from launchers.launch import Launch, world_size
@@ -48,8 +51,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--container", metavar="IMAGE", help="run ranks in it (Slurm's pyxis plugin)")
     add("--seconds-per-step", type=float, metavar="S", help="to compare --time with checkpoints")
     add("--take-over", action="store_true", help="end a live job of the same run first")
+    add("--allow-change", action="append", default=[], metavar="KEY", help="see lgm_scale/train.py")
+    add(
+        "--files-elsewhere",
+        action="store_true",
+        help="look for no data and weights: this machine does not see what the nodes see",
+    )
     add("--dry-run", action="store_true", help="check, print script and commands, submit nothing")
     args = parser.parse_intermixed_args(argv)
+    if args.allow_change and args.job not in ("train", "tokenizer"):
+        parser.error(f"--allow-change: is for trainings, not for {args.job}")
     if args.nodes < 1:
         parser.error(f"--nodes: {args.nodes} must be 1 or more")
     return args
@@ -76,7 +87,9 @@ def plan(args: Any, cluster: Cluster) -> list[Launch]:
     job = describe_job(
         *(args.job, args.config, args.overrides, world_size(cluster, args.nodes)),
         parts=args.array,
-        inputs_exist=not args.after,
+        has_gpu=None if cluster.gpus_per_node else False,
+        to_come=None if args.files_elsewhere else (lambda path: bool(args.after)),
+        allow_change=args.allow_change,
     )
     return with_join(Launch(job, cluster, args.nodes, tuple(args.after)))
 

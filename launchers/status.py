@@ -14,10 +14,13 @@ import argparse
 import json
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import lgm_scale  # noqa: F401  # says so where Python is a wrong one
 from launchers import scheduler
 from launchers.records import LAUNCH_NAME, Start, Starts, last_speed, launch_folders, rank_log, tail
 from lgm_scale.errors import ConfigError, exit_on_user_error

@@ -4,10 +4,24 @@ Import the part you need from its own module; see the folder map in README.md. T
 the pipelines: `from lgm_scale import load_pipeline`, or `LGMPipeline`, `ELITPipeline`.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 __version__ = "0.1.0"
+
+# Before the first import that would fail with a traceback: a command was started without the
+# project's environment.
+if sys.version_info < (3, 10) or find_spec("pydantic") is None:
+    _found = ".".join(map(str, sys.version_info[:2]))
+    print(
+        f"error: Python {_found} of {sys.executable} is not this project's: it needs Python 3.10 "
+        "to 3.12 and its packages; in the checkout, `source .venv/bin/activate` after `make "
+        "install`, or `pip install -e .` into an environment of your own",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,9 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from lgm_scale.checkpoint.checkpointer import Checkpointer
+from lgm_scale.checkpoint.run_folder import RunFolder
 from lgm_scale.checkpoint.saver import StateSaver
+from lgm_scale.config.inputs import count_problems
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import OptimizerConfig, TrainingRun
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
@@ -46,28 +48,10 @@ def build_dataset(config: TrainingRun) -> EpochDataset:
     data = config.data
     options = StreamOptions(data.patience, data.predownload, data.cache_limit)
     dataset = family_of(config).dataset(config, batch_size, options)
-    _check_counts(config, dataset)
+    problems = list(count_problems(config, dataset.epoch_samples, dataset.manifest))
+    if problems:
+        raise DataError("\n".join(problems))
     return dataset
-
-
-def _check_counts(config: TrainingRun, dataset: EpochDataset) -> None:
-    where = " + ".join(source.path for source in config.data.sources)
-    found, wanted = dataset.epoch_samples, config.data.num_samples
-    if wanted is not None and found != wanted:
-        raise DataError(
-            f"{where} holds {found:,} samples, data.num_samples says {wanted:,}: "
-            "the copy is not complete, or the key is wrong"
-        )
-    if found < config.train.global_batch_size:
-        raise DataError(
-            f"{where} holds {found:,} samples, fewer than one batch of "
-            f"{config.train.global_batch_size:,}: lower train.global_batch_size"
-        )
-    classes, wanted = dataset.manifest.num_classes, family_of(config).num_classes(config)
-    if wanted is not None and classes != wanted:
-        raise DataError(
-            f"{where} has {classes} classes, model.num_classes says {wanted}: make them equal"
-        )
 
 
 def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedule) -> DataSpec:
@@ -153,7 +137,11 @@ def build_trainer(
 ) -> Trainer:
     """Composer's trainer under the run's strategy. `checkpointer` is bound to it, not begun."""
     where = checkpointer.storage.root
-    advice = f"Run it again from {where} with a lower optimizer.lr, or look at the data."
+    lower = f"optimizer.lr={config.optimizer.lr / 2:g} --allow-change optimizer.lr"
+    advice = (
+        f"The last state in {where} is whole, and the same command alone would come here again: "
+        f"add `{lower}` to go on from it with a lower learning rate, or look at the data."
+    )
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
     if config.train.compile:
@@ -223,5 +211,7 @@ def export_bundle(
     """
     folder = Path(config.out) / "bundle"
     training = {"steps": steps, "weights": "ema", "config": to_dict(config)}
+    changes = [entry for entry in RunFolder(folder.parent, config).history() if "changes" in entry]
+    training |= {"changes": changes} if changes else {}
     family_of(config).export(config, folder, model, dataset, average, training)
     return folder

@@ -6,10 +6,16 @@ status 2 and no traceback. Anything else is a bug of ours and keeps its tracebac
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 __all__ = [
     "CheckpointError",
@@ -19,10 +25,27 @@ __all__ = [
     "LGMError",
     "MissingAssetError",
     "SupersededError",
+    "end_at_once",
     "exit_on_user_error",
 ]
 
 USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 128 + signal.SIGINT
+UNREAD_STATUS = 128 + signal.SIGPIPE
+
+_OUTSIDE = {
+    errno.EACCES: "give yourself access, or name another place",
+    errno.EPERM: "give yourself access, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.ENOTDIR: "name a folder",
+    errno.EISDIR: "name a file",
+    errno.EEXIST: "name another place, or move what is there",
+    errno.ELOOP: "mend the link, which leads back to itself",
+    errno.ENAMETOOLONG: "name a shorter path",
+}
+"""Faults of disks and paths that are nobody's bug -> what to do."""
 
 
 class LGMError(Exception):
@@ -69,15 +92,70 @@ class SupersededError(LGMError):
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and end the process: user errors as one message and status 2."""
+    """Run a command's `main` and end the process, without a traceback where no bug of ours is.
+
+    User errors, and files or disks that cannot be read or written, are one message and status 2.
+    Ctrl-C ends with status 130 once what was begun is put away; a second one ends at once. A reader
+    that has seen enough (`| head`) ends a command without a word, as any tool.
+    """
+    listens = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, _on_first_interrupt) if listens else None
     try:
         status = main() or 0
-    except LGMError as error:
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if os.environ.get("RANK", "0") != "0":
-            # The launcher stops every rank once one has ended. Let rank 0 speak first: its
-            # message is the one that reaches the console.
-            time.sleep(3)
-        status = USER_ERROR_STATUS
+    except LGMError as error:
+        status = _refuse(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command again makes what is missing", file=sys.stderr)
+        status = INTERRUPTED_STATUS
+    except BrokenPipeError:
+        if _has_reader():
+            raise  # a connection of ours, and no reader of what we print
+        status = UNREAD_STATUS
+    except OSError as error:
+        if error.errno not in _OUTSIDE:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        hint = _OUTSIDE[error.errno]
+        status = _refuse(f"{where}{error.strerror}; {hint}, and run the same command again")
+    finally:
+        if listens:
+            signal.signal(signal.SIGINT, before)
+        if not _has_reader():  # else Python says at its end that it could not write
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def _refuse(message: str) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") != "0":
+        # The launcher stops every rank once one has ended. Let rank 0 speak first: its
+        # message is the one that reaches the console.
+        time.sleep(3)
+    return USER_ERROR_STATUS
+
+
+def _has_reader() -> bool:
+    """Whether somebody still reads what this process prints."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def _on_first_interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, end_at_once)
+    raise KeyboardInterrupt
+
+
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """Handle a second Ctrl-C: the processes that this one started end first, then it does."""
+    children = multiprocessing.active_children()
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
+    os._exit(INTERRUPTED_STATUS)

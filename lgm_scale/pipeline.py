@@ -291,9 +291,19 @@ class Pipeline(ABC, Generic[AnyBundle]):
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device: {device!r} is no device; write cpu, cuda, or cuda:1 for the second of them"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {device} is asked for, and no CUDA device is visible")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device: {device} is asked for, and {torch.cuda.device_count()} CUDA devices are "
+            "visible; they count from cuda:0"
+        )
     return device
 
 

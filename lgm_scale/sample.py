@@ -95,6 +95,23 @@ def schedule_for(growth: list[tuple[float, int]], num_tokens: int) -> tuple[tupl
     return tuple(schedule)
 
 
+def refuse_without_effect(weak: int | None, growth: list[tuple[float, int]], longest: int) -> None:
+    """Refuse lengths that no row reaches. Raises: ConfigError with all of them."""
+    problems = [
+        f"--grow: {t:g}:{num_tokens} is never reached by rows of at most {longest} tokens; lower "
+        "it, or leave it out"
+        for t, num_tokens in growth
+        if num_tokens > longest
+    ]
+    if weak is not None and weak > longest:
+        problems.append(
+            f"--uncond-num-tokens: {weak} has no effect on rows of at most {longest} tokens; name "
+            "fewer, or leave it out"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
 def draw_grid(rows: list[np.ndarray], row_names: list[str], columns: list[str]) -> Image.Image:
     """Put images and names on one sheet. Shapes: each row uint8 [B, S, S, 3]."""
     from PIL import Image, ImageDraw, ImageFont
@@ -135,6 +152,7 @@ def main() -> int:
     pipe = load_pipeline(args.bundle, device=args.device)
     labels = pipe.class_indices(args.classes)
     lengths = args.num_tokens or [pipe.num_base_tokens]
+    refuse_without_effect(args.uncond_num_tokens, growth, max(lengths))
     settings: list[dict[str, Any]] = [
         settings_of(args) | {"length_schedule": schedule_for(growth, k)} for k in lengths
     ]

@@ -49,8 +49,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         metavar="RANKS",
         help="with --dry-run: the number of ranks to plan for (default: those launched)",
     )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="go on with a run though this key has a new value (optimizer.lr, objective.*, ...); "
+        "its history records it. train.max_duration may grow without this",
+    )
     add_import_option(parser)
     args = parser.parse_intermixed_args(argv)
+    if args.world_size is not None and args.world_size < 1:
+        parser.error(f"--world-size: {args.world_size} must be 1 or more")
     if args.world_size is not None and not args.dry_run:
         parser.error("--world-size goes with --dry-run; the launcher's -n sets the ranks of a run")
     return args
@@ -75,8 +85,15 @@ def main() -> int:
         level=logging.WARNING, format=f"%(asctime)s rank {rank} %(message)s", datefmt="%H:%M:%S"
     )
     log.setLevel(logging.INFO)
-    config = load_training_run(args.config, args.overrides, launched, torch.cuda.is_available())
-    folder = RunFolder(Path(config.out), config)
+
+    def folder_of(config: TrainingRun) -> RunFolder:
+        return RunFolder(Path(config.out), config, args.allow_change)
+
+    config = load_training_run(
+        *(args.config, args.overrides, launched, torch.cuda.is_available()),
+        more=lambda config: folder_of(config).start_problems() if rank == 0 else (),
+    )
+    folder = folder_of(config)
     if folder.finished():
         if rank == 0:
             print(f"run {config.run_name} is finished: {folder.bundle}")
@@ -91,7 +108,7 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
 
     from lgm_scale.build import build_dataset, build_trainer, export_bundle
     from lgm_scale.checkpoint.checkpointer import Checkpointer
-    from lgm_scale.checkpoint.run import enter_run, leave_result
+    from lgm_scale.checkpoint.run import apply_changes, enter_run, leave_result
     from lgm_scale.parallel.collectives import on_rank_zero
     from lgm_scale.parallel.peers import PeerWatch
     from lgm_scale.training.ema import EMA
@@ -111,6 +128,7 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
         )
         trainer = build_trainer(config, model, dataset, ema, checkpointer, stop)
         checkpointer.begin(trainer.state)
+        apply_changes(run, folder, trainer.state)
         if trainer.state.timestamp < config.train.max_duration:
             trainer.fit()
         steps = trainer.state.timestamp.batch.value

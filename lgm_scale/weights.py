@@ -9,11 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lgm_scale.errors import CheckpointError
+from lgm_scale.storage.files import follow_umask
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write tensors, from whatever device and in whatever layout."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+    follow_umask(path)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -16,6 +16,7 @@ deletion, it has files without a manifest once more.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -28,7 +29,13 @@ from composer.utils import dist
 from torch import nn
 
 from lgm_scale.checkpoint.attempts import Attempt, Attempts, valid_states
-from lgm_scale.checkpoint.manifest import MANIFEST_NAME, StateFile, StateManifest, StateName
+from lgm_scale.checkpoint.manifest import (
+    MANIFEST_NAME,
+    RUN_NAME,
+    StateFile,
+    StateManifest,
+    StateName,
+)
 from lgm_scale.checkpoint.scalars import load_scalars, read_scalars
 from lgm_scale.checkpoint.tensors import (
     check_same_model,
@@ -36,7 +43,7 @@ from lgm_scale.checkpoint.tensors import (
     read_shards,
     write_shards,
 )
-from lgm_scale.errors import CheckpointError
+from lgm_scale.errors import CheckpointError, SupersededError
 from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
 from lgm_scale.parallel.shards import ParameterShard, owned
 from lgm_scale.storage.files import file_hash
@@ -222,13 +229,29 @@ class Checkpointer:
                 )
         # After loading: the attempt records the step at which it begins, and with that declares
         # invalid what an older one may still write beyond it.
-        number = on_rank_zero(
-            lambda: vars(self.attempts.start(step, dist.get_world_size(), self.strategy))
-        )
+        number = on_rank_zero(lambda: vars(self._start(step)))
         self.attempts.own = Attempt(**number)
         if step and dist.get_global_rank() == 0:
             log.info("resumed after step %d (attempt %d)", step, self._own().number)
         return step
+
+    def _start(self, step: int) -> Attempt:
+        """Number this attempt. Raises: SupersededError if the folder has become another run's.
+
+        A run without a state can lose its folder to another configuration. Whoever numbers its
+        attempt later sees the other's name here or is seen by it in `Attempts.check`.
+        """
+        attempt = self.attempts.start(step, dist.get_world_size(), self.strategy)
+        try:
+            owner = json.loads(self.storage.read(RUN_NAME))["run_id"]
+        except FileNotFoundError:
+            owner = self.run_id
+        if owner != self.run_id:
+            raise SupersededError(
+                f"{self.storage.root}: another configuration took this folder over while this run "
+                "was starting; give each its own `out`"
+            )
+        return attempt
 
     def _try(self, name: StateName, state: State) -> str | None:
         """Load one state. Returns: what is wrong with it, and then nothing was loaded."""

@@ -15,9 +15,11 @@ from typing import Any
 
 from lgm_scale.errors import CheckpointError
 
-__all__ = ["MANIFEST_NAME", "StateFile", "StateManifest", "StateName"]
+__all__ = ["MANIFEST_NAME", "RUN_NAME", "StateFile", "StateManifest", "StateName"]
 
 MANIFEST_NAME = "manifest.json"
+RUN_NAME = "run.json"
+"""Whose states lie in a folder: id, name and configuration of the run."""
 FORMAT = 1
 
 

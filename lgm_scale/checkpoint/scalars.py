@@ -9,7 +9,7 @@ from composer.core import State
 
 from lgm_scale.parallel.composer_internals import dataset_position, restore_dataset_position
 
-__all__ = ["load_scalars", "read_scalars"]
+__all__ = ["load_scalars", "read_scalars", "renew_learning_rates"]
 
 # A scheduler's state as torch tells it holds its functions of time. They are no plain data, and
 # come from the configuration again.
@@ -58,3 +58,16 @@ def load_scalars(scalars: dict[str, Any], state: State) -> None:
     for callback in state.callbacks:
         if type(callback).__name__ in scalars["callbacks"]:
             callback.load_state_dict(scalars["callbacks"][type(callback).__name__])
+
+
+def renew_learning_rates(state: State) -> None:
+    """Compute the next step's learning rates from the configuration, not from the loaded state.
+
+    For a run whose schedule was changed on purpose; in any other they are the same.
+    """
+    groups = state.optimizers[0].param_groups
+    for scheduler in state.schedulers:
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        functions: Any = getattr(scheduler, _FUNCTIONS)
+        for group, base, function in zip(groups, scheduler.base_lrs, functions, strict=True):
+            group["lr"] = base * function(scheduler.last_epoch)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lgm_scale.checkpoint.manifest import StateFile, StateManifest
 from lgm_scale.errors import CheckpointError
 from lgm_scale.parallel.shards import ParameterShard
+from lgm_scale.storage.files import follow_umask
 
 __all__ = ["check_same_model", "files_needed", "read_shards", "write_shards"]
 
@@ -55,6 +56,7 @@ def write_shards(
         for key, value in shard.optimizer_state().items():
             tensors[f"{key}/{index}"] = _on_host(value)
     save_file(tensors, str(path))
+    follow_umask(path)
     return written
 
 

@@ -8,7 +8,7 @@ about the keys of one family of models are in that family's `config.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from lgm_scale.config.loading import (
     check_config,
@@ -27,7 +27,11 @@ _TIME = re.compile(r"[1-9][0-9]*(ep|ba)")
 
 
 def load_training_run(
-    path: str, overrides: list[str], world_size: int, has_gpu: bool | None
+    path: str,
+    overrides: list[str],
+    world_size: int,
+    has_gpu: bool | None,
+    more: Callable[[TrainingRun], Iterable[str]] = lambda run: (),
 ) -> TrainingRun:
     """Read, type-check and validate the configuration of a training run.
 
@@ -36,17 +40,23 @@ def load_training_run(
         overrides: `key=value` strings.
         world_size: Number of ranks that will run it.
         has_gpu: Whether ranks have a GPU; None leaves the rules about it out (dry runs).
+        more: Gives lines about what is no matter of the configuration alone: data, files, folders.
 
     Raises: ConfigError with every problem.
     """
     values = read_yaml(path, overrides)
     task = values.get("task")
+    if task is None and "cells" in values:
+        raise ConfigError(
+            f"config: {path} configures a sweep, and a training is needed; start it with "
+            "`composer eval/sweep.py`, or give a configuration with a `task`",
+        )
     if task not in families():
         raise ConfigError(f"task: {task!r} is unknown; write {' or '.join(families())}", path)
     return check_config(
         values,
         families()[task].schema,
-        lambda config: broken_rules(config, world_size, has_gpu),
+        lambda config: [*broken_rules(config, world_size, has_gpu), *more(config)],
         path,
     )
 

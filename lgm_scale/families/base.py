@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lgm_scale.data.epochs import EpochDataset, StreamOptions
+    from lgm_scale.data.manifest import Manifest
     from lgm_scale.sampling.config import SamplerConfig
     from lgm_scale.training.model import TrainingModel
 
@@ -77,6 +78,8 @@ class Family(ABC):
     """What people call it, for messages."""
     schema: ClassVar[type[TrainingRun]]
     """Frozen dataclass of its runs."""
+    fixed_keys: ClassVar[tuple[str, ...]] = ()
+    """Keys of its objective that say what weights mean, and so cannot change within a run."""
     contains: ClassVar[tuple[str, ...]] = ()
     """Kinds of bundles that are part of its own."""
     reconstruction_files: ClassVar[tuple[str, ...]] = ()
@@ -99,6 +102,25 @@ class Family(ABC):
     def evaluation(self, run: Any) -> EvaluationConfig | None:
         """How the run is evaluated while it trains; None: it is not."""
         return None
+
+    def data_kind(self, run: Any) -> str | None:
+        """Kind of the data that it trains on, of `data.manifest.COLUMNS`.
+
+        None: nothing is said of them before they are opened.
+        """
+        return None
+
+    def check_data(self, run: Any, where: str, manifest: Manifest) -> None:
+        """See that a source of data fits the model; `where` is its name. Raises: DataError."""
+        return
+
+    def bundles(self, run: Any) -> dict[str, tuple[str, str]]:
+        """Bundles that the run reads: key -> folder and kind."""
+        return {}
+
+    def missing_files(self, run: Any) -> Iterator[str]:
+        """Lines `key: value; rule; fix` about files of other people that are not there."""
+        yield from ()
 
     def mixes_lengths(self, run: Any) -> bool:
         """Whether one batch may hold samples at different token counts."""

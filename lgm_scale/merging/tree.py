@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.merging.linkage import average_linkage, in_block_triangle
+from lgm_scale.storage.files import follow_umask
 
 __all__ = [
     "TREE_NAME",
@@ -253,6 +254,7 @@ class MergeTree:
         # One metadata entry only: safetensors writes several in random order, and equal trees
         # are to be equal files.
         save_file(tensors, str(path), metadata={"format": "lgm_scale.merge_tree"})
+        follow_umask(Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> MergeTree:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,16 @@ def write_json(path: Path, values: Any) -> None:
     Raises: ValueError for numbers that are not finite, which are a bug of the caller.
     """
     write_whole(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the mode of any new file there: safetensors makes them for their owner alone."""
+    probe = partial_path(path)
+    probe.touch()
+    try:
+        path.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink()
 
 
 def partial_path(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing.resource_tracker
+import os
 import signal
 from datetime import timedelta
 from types import FrameType
@@ -14,10 +15,12 @@ import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from lgm_scale.errors import end_at_once
+
 log = logging.getLogger("lgm_scale")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-"""Sent by schedulers before they take the machine away."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+"""Sent by schedulers before they take the machine away, and by people: Ctrl-C."""
 
 
 def ignore_stop_signals(worker: int | None = None) -> None:
@@ -71,6 +74,12 @@ class StopRequest(Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+        if (
+            number == signal.SIGINT
+        ):  # a launcher that hears it sends SIGTERM, which is no second one
+            signal.signal(signal.SIGINT, end_at_once)
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nCtrl-C: saving after the next step; once more ends at once\n")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Send this rank's flag, and look at the answer to the last one."""
@@ -94,7 +103,8 @@ class StopRequest(Callback):
         return bool(self._flag.item())
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Leave no message behind, and let nobody interrupt what follows."""
+        """Leave no message behind, and let no scheduler interrupt what follows; a person may."""
         if self._group is not None:
             self._answer()
         ignore_stop_signals()
+        signal.signal(signal.SIGINT, end_at_once)

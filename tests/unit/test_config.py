@@ -149,6 +149,9 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
     config = load_training_run(TOKENIZER, [f"out={tmp_path}/run"], 1, None)
     RunFolder(Path(config.out), config).claim()
     assert not RunFolder(Path(config.out), config).finished()
+    sealed = tmp_path / "run" / "state" / "ba00000002-a0001" / "manifest.json"
+    sealed.parent.mkdir(parents=True)
+    sealed.touch()
     free = load_training_run(TOKENIZER, [f"out={tmp_path}/run", "logging.interval=7"], 1, None)
     RunFolder(Path(free.out), free).claim()
     other = load_training_run(

@@ -40,6 +40,7 @@ ORDER = [
     "lgm_scale/evaluation/engine",
     "lgm_scale/checkpoint",
     "lgm_scale/config/rules.py",
+    "lgm_scale/config/inputs.py",
     "lgm_scale/families/elit",
     "lgm_scale/families/lgm",
     "lgm_scale/families/tokenizer",
@@ -62,6 +63,7 @@ ORDER = [
     "lgm_scale/config",
     "lgm_scale/data/config.py",
     "lgm_scale/storage",
+    "lgm_scale/published.py",
     "lgm_scale/randomness.py",
     "lgm_scale/errors.py",
 ]
@@ -95,6 +97,7 @@ TORCH_FREE = (
     "lgm_scale/data/manifest.py",
     "lgm_scale/data/mixture.py",
     "lgm_scale/parallel/first_failure.py",
+    "lgm_scale/published.py",
     "lgm_scale/parallel/rules.py",
     "lgm_scale/checkpoint/attempts.py",
     "lgm_scale/checkpoint/manifest.py",

@@ -29,7 +29,8 @@ DIT = "yamls/dit_xl.yaml"
 def launch(
     script: str, *args: str | Path, cwd: Path = ROOT, check: bool = True
 ) -> subprocess.CompletedProcess:
-    """Run a launcher with no command in reach but Python."""
+    """Run a launcher with no command in reach but Python, and without data."""
+    args = (*args, "--files-elsewhere")
     environment = {"PATH": "/nowhere", "PYTHONPATH": str(ROOT), "HOME": os.environ.get("HOME", "/")}
     result = subprocess.run(
         [sys.executable, str(ROOT / "launchers" / script), *map(str, args)],
@@ -163,8 +164,9 @@ def test_tools_know_the_options_of_their_commands(tool):
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    ours = {f"--{key.replace('_', '-')}" for key in (*tool.required, *tool.optional)}
-    assert ours <= set(re.findall(r"--[a-z][a-z-]*", result.stdout)), tool.script
+    options = (*tool.required, *tool.optional, *tool.flags)
+    ours = {f"--{key.replace('_', '-')}" for key in options}
+    assert ours == set(re.findall(r"^  (--[a-z][a-z-]*)", result.stdout, re.M)), tool.script
     positional = re.search(r"positional arguments:\n((?:  .*\n)+)", result.stdout)
     found = re.findall(r"^  \w+", positional.group(1), re.M) if positional else []
     assert len(found) == len(tool.positional)
@@ -298,8 +300,8 @@ def test_a_wrong_pipeline_is_refused(tmp_path: Path, stages: dict, text: str):
 @pytest.mark.parametrize(
     "command",
     [
-        ["slurm.py", "--nodes", "64", "--dry-run"],
-        ["pipeline.py", "yamls/pipeline/imagenet256.yaml", "--dry-run"],
+        ["slurm.py", "--nodes", "64", "--dry-run", "--files-elsewhere"],
+        ["pipeline.py", "yamls/pipeline/imagenet256.yaml", "--dry-run", "--files-elsewhere"],
     ],
 )
 def test_a_reader_that_has_seen_enough_is_no_error(command: list[str]):

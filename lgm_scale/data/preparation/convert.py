@@ -16,11 +16,15 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import groupby
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +187,7 @@ def _write_parts(
             for part in waiting:
                 progress.update(_write_part(work, part, parts[part], settings))
             return
-        pool = ProcessPoolExecutor(num_workers)
+        pool = ProcessPoolExecutor(num_workers, initializer=_end_with_parent)
         try:
             made = [pool.submit(_write_part, work, i, parts[i], settings) for i in waiting]
             for future in as_completed(made):
@@ -195,6 +199,19 @@ def _write_parts(
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Finish the part at hand after Ctrl-C, which every process gets; but outlive no parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_part(

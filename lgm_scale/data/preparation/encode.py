@@ -40,6 +40,7 @@ from lgm_scale.families.base import imported, latent_encoders
 from lgm_scale.pixels import to_unit_range
 from lgm_scale.storage.files import digest
 from lgm_scale.storage.transfer import shown
+from lgm_scale.training.stopping import ignore_stop_signals
 
 _LABEL_BYTES = 8
 _FLOAT16_BYTES = 2
@@ -148,6 +149,7 @@ class LatentWriter:
             batch_sampler=batch_indices(parts, self.args.batch_size),
             num_workers=self.args.workers,
             pin_memory=self.encoder.device.type == "cuda",
+            worker_init_fn=ignore_stop_signals,  # they end with this process
         )
         quiet, ranks = dist.get_global_rank() != 0, dist.get_world_size()
         batches = iter(loader)

@@ -18,17 +18,16 @@ from pathlib import Path
 
 from lgm_scale.errors import MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
-from lgm_scale.evaluation.commands.preflight import ADM
 from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
 from lgm_scale.evaluation.engine.stages import Engine
 from lgm_scale.evaluation.features.extraction import OriginalFeatures
-from lgm_scale.evaluation.features.inception import PUBLISHED_HASH, WEIGHTS_URL
 from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.images import NpzImages
 from lgm_scale.evaluation.metrics.catalogue import compute, select
 from lgm_scale.evaluation.references.files import Reference
 from lgm_scale.evaluation.references.making import make_reference
+from lgm_scale.published import PUBLISHED as FILES
 from lgm_scale.storage.files import file_hash
 
 PUBLISHED = {
@@ -63,8 +62,12 @@ def main() -> int:
         "conformance", "Score ADM's published samples, and compare with ADM's published numbers."
     )
     parser.add_argument("--samples", required=True, metavar="NPZ")
-    parser.add_argument("--reference", required=True, metavar="NPZ", help=f"from {ADM}")
-    parser.add_argument("--inception", required=True, metavar="FILE", help=f"from {WEIGHTS_URL}")
+    parser.add_argument(
+        "--reference", required=True, metavar="NPZ", help=f"from {FILES['reference'].url}"
+    )
+    parser.add_argument(
+        "--inception", required=True, metavar="FILE", help=f"from {FILES['inception'].url}"
+    )
     parser.add_argument("--work", help="folder to keep unfinished work in; default: none is kept")
     args = parser.parse_args(sys.argv[1:])
     missing = [
@@ -74,9 +77,10 @@ def main() -> int:
     ]
     if missing:
         raise MissingAssetError("\n".join(missing))
-    if not file_hash(args.inception).startswith(PUBLISHED_HASH):
+    published = FILES["inception"].hash_prefix or ""
+    if not file_hash(args.inception).startswith(published):
         raise MissingAssetError(
-            f"--inception: the hash of {args.inception} does not begin with {PUBLISHED_HASH}: "
+            f"--inception: the hash of {args.inception} does not begin with {published}: "
             "these are not the published weights, of which alone published numbers speak"
         )
     with tempfile.TemporaryDirectory() as scratch:

@@ -18,49 +18,39 @@ from lgm_scale.config.loading import read_yaml
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import LGMError, MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
-from lgm_scale.evaluation.features.dinov2 import WEIGHTS_URL as DINOV2_URL
-from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
-from lgm_scale.evaluation.features.inception import WEIGHTS_URL as INCEPTION_URL
 from lgm_scale.evaluation.references.files import load_reference
-from lgm_scale.frozen import VGG16_URL
+from lgm_scale.published import PUBLISHED, PublishedFile
 from lgm_scale.storage.files import file_hash
 
-ADM = (
-    "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
-    "VIRTUAL_imagenet256_labeled.npz"
-)
+IMAGES = PublishedFile("your data: data_tools/images_to_mds.py", "-", "yours")
 
 
 @dataclass(frozen=True)
 class EvalAsset:
-    """One file: its key, where it is to be had, and the metrics that need it."""
+    """One file: its key, what is published of it, and the metrics that need it."""
 
     key: str
-    url: str
-    size: str
+    published: PublishedFile
     unlocks: str
-    hash_prefix: str | None = None
-    """First digits of the SHA-256, where the file's own published name says them."""
 
 
 def assets() -> list[EvalAsset]:
     """Every file that a sweep may be given."""
     return [
         EvalAsset(
-            "inception", INCEPTION_URL, "96 MB", "FID, sFID, IS, KID, precision, recall, rFID",
-            PUBLISHED_HASH,
+            "inception", PUBLISHED["inception"], "FID, sFID, IS, KID, precision, recall, rFID"
         ),
-        EvalAsset("dinov2", DINOV2_URL, "1.2 GB", "FD-DINOv2"),
-        EvalAsset("vgg16", VGG16_URL, "528 MB", "LPIPS of reconstructions", "397923af"),
-        EvalAsset("reference", ADM, "about 2 GB", "FID and sFID as published; KID, precision and "
-                  "recall after `python -m lgm_scale.evaluation.commands.reference`"),
-        EvalAsset("images", "your data: data_tools/images_to_mds.py", "-",
+        EvalAsset("dinov2", PUBLISHED["dinov2_l"], "FD-DINOv2"),
+        EvalAsset("vgg16", PUBLISHED["vgg16"], "LPIPS of reconstructions"),
+        EvalAsset("reference", PUBLISHED["reference"], "FID and sFID as published; KID, precision "
+                  "and recall after `python -m lgm_scale.evaluation.commands.reference`"),
+        EvalAsset("images", IMAGES,
                   "reconstructions: rFID, PSNR, SSIM, LPIPS; a reference where none is given"),
     ]  # fmt: skip
 
 
 def _expected(asset: EvalAsset) -> str:
-    known = asset.hash_prefix
+    known = asset.published.hash_prefix
     return f"its sha256 begins with {known}" if known else "no hash is published with it"
 
 
@@ -84,9 +74,10 @@ def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
             return "there", f"{detail}; {', '.join(load_reference(path).held())}"
         except LGMError as error:
             return "wrong", str(error)
-    if asset.hash_prefix is not None and not digest.startswith(asset.hash_prefix):
+    known = asset.published.hash_prefix
+    if known is not None and not digest.startswith(known):
         return "wrong", (
-            f"{detail}, which does not begin with {asset.hash_prefix}: not the published weights, "
+            f"{detail}, which does not begin with {known}: not the published weights, "
             "and results will not be called by the published names"
         )
     return "there", detail
@@ -103,7 +94,7 @@ def report(values: Mapping[str, Any]) -> tuple[str, list[str]]:
             f"{asset.key:10s} {state}",
             f"    unlocks  {asset.unlocks}",
             f"    found    {detail}",
-            f"    from     {asset.url} ({asset.size}; {_expected(asset)})",
+            f"    from     {asset.published.url} ({asset.published.size}; {_expected(asset)})",
         ]
     return "\n".join(lines), bad
 

@@ -35,7 +35,6 @@ from lgm_scale.evaluation.commands.arguments import (
 )
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
 from lgm_scale.evaluation.engine.stages import Engine
-from lgm_scale.evaluation.features.inception import WEIGHTS_URL
 from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.images import ValidationImages
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
@@ -52,17 +51,14 @@ from lgm_scale.evaluation.report.drawing import LIGHT, to_png
 from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
 from lgm_scale.families.base import outside_lengths
-from lgm_scale.frozen import VGG16_URL
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 from lgm_scale.pipeline import load_image_tokenizer
 from lgm_scale.protocols import ImageTokenizer
+from lgm_scale.published import PUBLISHED
 from lgm_scale.storage.files import write_json, write_whole
 
 LPIPS_SIDE = 16  # VGG16 halves it four times
-ASSETS = {
-    "vgg16": ("LPIPS", "528 MB", VGG16_URL),
-    "inception": ("rFID", "96 MB", WEIGHTS_URL),
-}
+ASSETS = {"vgg16": "LPIPS", "inception": "rFID"}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -72,8 +68,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add_tokenizer_options(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the JSON and picture")
-    parser.add_argument("--vgg16", metavar="FILE", help=f"for LPIPS, from {VGG16_URL}")
-    parser.add_argument("--inception", metavar="FILE", help=f"for rFID, from {WEIGHTS_URL}")
+    parser.add_argument("--vgg16", metavar="FILE", help=f"for LPIPS, from {PUBLISHED['vgg16'].url}")
+    parser.add_argument(
+        "--inception", metavar="FILE", help=f"for rFID, from {PUBLISHED['inception'].url}"
+    )
     parser.add_argument(
         "--reference", metavar="FILE", help="also: rFID against these statistics, such as ADM's"
     )
@@ -88,9 +86,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def refuse_missing(args: argparse.Namespace) -> None:
     """Raise MissingAssetError if a file of weights that was given is not there."""
     wrong = [
-        f"--{key}: {getattr(args, key)} is not a file; {use} needs it (about {size}, from {url}), "
-        f"or leave --{key} out"
-        for key, (use, size, url) in ASSETS.items()
+        f"--{key}: {getattr(args, key)} is not a file; {use} needs it "
+        f"(about {PUBLISHED[key].size}, from {PUBLISHED[key].url}), or leave --{key} out"
+        for key, use in ASSETS.items()
         if getattr(args, key) is not None and not Path(getattr(args, key)).is_file()
     ]
     if wrong:

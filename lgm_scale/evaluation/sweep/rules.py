@@ -14,7 +14,13 @@ from lgm_scale.bundle import check_kind, read_info
 from lgm_scale.config.loading import check_config, read_yaml
 from lgm_scale.data.manifest import Manifest, read_manifest
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
-from lgm_scale.evaluation.sweep.config import Cell, SweepConfig, combinations, with_lists
+from lgm_scale.evaluation.sweep.config import (
+    METRIC_KEYS,
+    Cell,
+    SweepConfig,
+    combinations,
+    with_lists,
+)
 from lgm_scale.families.base import GeneratorFacts, GeneratorFamily, generator_families
 from lgm_scale.sampling.config import SamplerConfig
 
@@ -24,6 +30,11 @@ _COMMANDS = "lgm_scale.evaluation.commands"
 def load_sweep(path: str, overrides: list[str]) -> SweepConfig:
     """Read and validate a sweep. Raises: ConfigError with every problem."""
     values = read_yaml(path, overrides)
+    if "task" in values and "cells" not in values:
+        raise ConfigError(
+            f"config: {path} configures a training (task: {values['task']}), and a sweep is "
+            "needed; give one such as yamls/eval_sweep.yaml, with bundle=... of the run"
+        )
     try:
         defaults = _family(_read_generator_info(values.get("bundle", ""))).sampler_defaults
     except (CheckpointError, TypeError):
@@ -69,7 +80,8 @@ def broken_rules(config: SweepConfig, info: dict[str, Any] | None = None) -> lis
     `info` is bundle.json, where the generator is not in a bundle yet.
     """
     cells, wrong = _cells(config)
-    problems = [*_numbers(config), *wrong, *_files(config), *_search(config)]
+    problems = [*_numbers(config), *wrong, *_files(config), *_search(config), *_metrics(config)]
+    problems += _without_effect(cells)
     facts: GeneratorFacts | None = None
     classes: list[str] = []
     try:
@@ -136,6 +148,31 @@ def _cells(config: SweepConfig) -> tuple[list[Cell], list[str]]:
         if times > 1:
             problems[f"cells: {cell.label} occurs {times} times; name each cell once"] = None
     return cells, list(problems)
+
+
+def _metrics(config: SweepConfig) -> Iterator[str]:
+    """Metrics that are asked for by name, and that no file of this sweep can give."""
+    if config.metrics == METRIC_KEYS:  # whatever there is
+        return
+    others = {"fd_dinov2": "dinov2", "pixel_frechet": "num_components"}
+    for metric in config.metrics:
+        key = others.get(metric, "inception")
+        if not getattr(config, key):
+            yield (
+                f"metrics: {metric} is asked for and needs {key}, which is not given; set {key} "
+                f"(`python -m {_COMMANDS}.preflight` says what it is), or leave {metric} out"
+            )
+
+
+def _without_effect(cells: Sequence[Cell]) -> Iterator[str]:
+    """Lengths of the weak branch that are above that of every cell."""
+    longest = max((cell.num_tokens for cell in cells), default=0)
+    weak = {cell.sampler.uncond_num_tokens or 0 for cell in cells}
+    for length in sorted(length for length in weak if length > longest > 0):
+        yield (
+            f"cells: uncond_num_tokens {length} has no effect where no cell has more than "
+            f"{longest} tokens; name fewer, or leave it out"
+        )
 
 
 def _search(config: SweepConfig) -> Iterator[str]:

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
+from lgm_scale.data.manifest import Manifest
+from lgm_scale.errors import CheckpointError, DataError
+from lgm_scale.published import PUBLISHED
+
+CONFIG_NAME = PUBLISHED["sd_vae_config"].name
+WEIGHTS_NAME = PUBLISHED["sd_vae_weights"].name
+GET_VAE = (
+    f"Get {CONFIG_NAME} and {WEIGHTS_NAME} ({PUBLISHED['sd_vae_weights'].size}) of "
+    "stabilityai/sd-vae-ft-mse or stabilityai/sd-vae-ft-ema from https://huggingface.co and give "
+    "their folder: nothing is downloaded"
+)
+"""What to do where the autoencoder is missing."""
 
 
 @dataclass(frozen=True)
@@ -199,3 +212,53 @@ def length_rules(chosen: Iterable[int], known: Sequence[int], key: str) -> Itera
             f"{key}: {strange} are no budgets; K is k latents in each of {known[0]} windows, k "
             f"from 1 to {len(known)}: {known[0]}, {known[1]}, ..., {known[-1]}"
         )
+
+
+def check_grids(
+    where: str, manifest: Manifest, channels: int, side: int, encoder_id: str | None
+) -> None:
+    """Check a folder of grids against the model and the autoencoder that will use it.
+
+    Args:
+        where: Its name, for messages.
+        manifest: Its manifest.
+        channels: Channels of the model's input.
+        side: Latents along a side of the model's input.
+        encoder_id: Hash of the encoder's weights; None leaves the check out.
+
+    Raises: DataError if it has other shapes or another encoder.
+    """
+    found = (manifest.extra.get("channels"), manifest.extra.get("side"))
+    if found != (channels, side):
+        raise DataError(
+            f"{where} holds latents of {found[0]} channels x {found[1]} x {found[1]}, of images of "
+            f"{manifest.image_size} pixels; the model wants {channels} x {side} x {side}. Give the "
+            "model the channels and the image size of the latents, or encode with another "
+            "--image-size or --vae"
+        )
+    made_by = manifest.extra.get("encoder_id")
+    if encoder_id is not None and made_by != encoder_id:
+        raise DataError(
+            f"{where} was encoded by encoder {str(made_by)[:12]}, but that of the configured "
+            f"autoencoder is {encoder_id[:12]}: its decoder does not know these latents. Encode "
+            "again with this autoencoder, or configure the one that was used (another decoder to "
+            "the same encoder will do)"
+        )
+
+
+def vae_file(folder: str | Path, name: str) -> Path:
+    """A file of an autoencoder's folder. Raises: CheckpointError with what is there instead."""
+    folder = Path(folder)
+    if (folder / name).is_file():
+        return folder / name
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}: the folder of an autoencoder is needed. {GET_VAE}")
+    names = sorted(child.name for child in folder.iterdir())
+    listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    hint = ""
+    if (folder / "vae" / name).is_file():
+        hint = f" Did you mean {folder / 'vae'}?"
+    elif name == WEIGHTS_NAME and any(other.endswith((".bin", ".ckpt", ".pt")) for other in names):
+        hint = " A pickle is never read: it could run anything."
+    raise CheckpointError(f"{folder} has no {name}, but: {listed or 'nothing'}.{hint} {GET_VAE}")

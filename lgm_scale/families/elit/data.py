@@ -18,10 +18,9 @@ from torch import Tensor
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.data.images import ImageDataset
-from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.mixture import check_one_maker
 from lgm_scale.errors import DataError
-from lgm_scale.families.elit.config import ELITRun
+from lgm_scale.families.elit.config import ELITRun, check_grids
 from lgm_scale.families.elit.sd_vae import encoder_id, latent_scale
 
 

@@ -10,14 +10,19 @@ from typing_extensions import override
 
 from lgm_scale.bundle import model_config
 from lgm_scale.config.loading import to_dict
+from lgm_scale.errors import CheckpointError
 from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily
 from lgm_scale.families.elit.config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
     ELITModelConfig,
     ELITRun,
     SpaceConfig,
+    check_grids,
     elit_rules,
     length_rules,
     token_lengths,
+    vae_file,
 )
 
 if TYPE_CHECKING:
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lgm_scale.data.epochs import EpochDataset, StreamOptions
+    from lgm_scale.data.manifest import Manifest
     from lgm_scale.families.elit.network import SiT
     from lgm_scale.families.elit.training import ELITTrainingModel
     from lgm_scale.sampling.config import SamplerConfig
@@ -62,6 +68,23 @@ class ELITFamily(GeneratorFamily):
     def rules(self, run: ELITRun) -> Iterator[str]:
         yield from elit_rules(run)
         yield from super().rules(run)
+
+    @override
+    def data_kind(self, run: ELITRun) -> str:
+        return "images" if run.space.kind == "pixels" else "spatial_latents"
+
+    @override
+    def check_data(self, run: ELITRun, where: str, manifest: Manifest) -> None:
+        if run.space.kind == "sd_vae":  # which encoder it was, the data set itself finds out
+            check_grids(where, manifest, run.space.channels, run.space.side, None)
+
+    @override
+    def missing_files(self, run: ELITRun) -> Iterator[str]:
+        try:
+            for name in (CONFIG_NAME, WEIGHTS_NAME) if run.space.vae is not None else ():
+                vae_file(run.space.vae or "", name)
+        except CheckpointError as error:
+            yield f"space.vae: {error}"
 
     @override
     def dataset(self, run: ELITRun, batch_size: int, options: StreamOptions) -> EpochDataset:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.families.elit.config import CONFIG_NAME, GET_VAE, WEIGHTS_NAME, vae_file
 from lgm_scale.frozen import read_weights
 
 CONFIG_NAME = "config.json"
@@ -30,7 +31,6 @@ _GET = (
     "downloaded"
 )
 _ENCODER = ("encoder.", "quant_conv.")
-_MAX_LISTED = 6
 _PUBLISHED_SCALE = 0.18215
 """What diffusers takes where config.json names none, as those of sd-vae-ft-mse and -ema."""
 # Older releases of diffusers, and so the published files, call the parts of attention otherwise.
@@ -160,52 +160,35 @@ def latent_scale(folder: str | Path) -> float:
 
 def save_sd_vae(vae_folder: str | Path, to: str | Path) -> None:
     """Copy what `load_sd_vae` needs. Raises: CheckpointError if it is not there."""
-    files = [_file(vae_folder, name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    files = [vae_file(vae_folder, name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
     Path(to).mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copyfile(file, Path(to) / file.name)
 
 
-def _file(folder: str | Path, name: str) -> Path:
-    """A file of the folder. Raises: CheckpointError with what is there instead."""
-    folder = Path(folder)
-    if (folder / name).is_file():
-        return folder / name
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}: the folder of an autoencoder is needed. {_GET}")
-    names = sorted(child.name for child in folder.iterdir())
-    listed = ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
-    hint = ""
-    if (folder / "vae" / name).is_file():
-        hint = f" Did you mean {folder / 'vae'}?"
-    elif name == WEIGHTS_NAME and any(other.endswith((".bin", ".ckpt", ".pt")) for other in names):
-        hint = " A pickle is never read: it could run anything."
-    raise CheckpointError(f"{folder} has no {name}, but: {listed or 'nothing'}.{hint} {_GET}")
-
-
 def _read_config(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     """Path and settings of a folder's network. Raises: CheckpointError."""
-    path = _file(folder, CONFIG_NAME)
+    path = vae_file(folder, CONFIG_NAME)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. {_GET}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}. {GET_VAE}") from error
     found = config.get("_class_name") if isinstance(config, dict) else None
     if found != "AutoencoderKL":
         raise CheckpointError(
-            f"{path} is of {found or 'something unnamed'}, but an AutoencoderKL is needed. {_GET}"
+            f"{path} is of {found or 'something unnamed'}, but an AutoencoderKL is needed. "
+            f"{GET_VAE}"
         )
     return path, {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def _read_weights(folder: str | Path) -> dict[str, Tensor]:
     """Weights under today's names, as stored."""
-    path = _file(folder, WEIGHTS_NAME)
+    path = vae_file(folder, WEIGHTS_NAME)
     weights = {_todays_name(name): weight for name, weight in read_weights(path).items()}
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
-            raise CheckpointError(f"{path}: {name} is not finite: the file is damaged. {_GET}")
+            raise CheckpointError(f"{path}: {name} is not finite: the file is damaged. {GET_VAE}")
     return weights
 
 
@@ -222,7 +205,7 @@ def _build(config: dict[str, Any], path: Path) -> Any:
             net = _network(config)
     except Exception as error:  # diffusers checks little, so a wrong value fails anywhere
         raise CheckpointError(
-            f"{path} describes no autoencoder that diffusers can build: {error}. {_GET}"
+            f"{path} describes no autoencoder that diffusers can build: {error}. {GET_VAE}"
         ) from error
     full = net.config
     if (full["in_channels"], full["out_channels"]) != (3, 3):
@@ -233,7 +216,7 @@ def _build(config: dict[str, Any], path: Path) -> Any:
         if full[key] is not None:
             raise CheckpointError(
                 f"{path}: {key} is {full[key]}; latents are scaled here and never shifted, so this "
-                f"autoencoder cannot be used. {_GET}"
+                f"autoencoder cannot be used. {GET_VAE}"
             )
     scale = full["scaling_factor"]
     if not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):

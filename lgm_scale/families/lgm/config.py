@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
+from lgm_scale.data.manifest import Manifest
+from lgm_scale.errors import DataError
 from lgm_scale.families.base import NOT_COMPILED
 from lgm_scale.families.tokenizer.config import outside_choices
 
@@ -107,4 +109,34 @@ def lgm_rules(config: LGMRun) -> Iterator[str]:
         yield (
             f"model.num_base_tokens: {model.num_base_tokens} is not divisible by num_blocks "
             f"{model.num_blocks}"
+        )
+
+
+def check_latents(
+    where: str, manifest: Manifest, num_base_tokens: int, latent_dim: int, tokenizer_id: str | None
+) -> None:
+    """Check a latent folder against the model and the tokenizer that will use it.
+
+    Args:
+        where: Its name, for messages.
+        manifest: Its manifest.
+        num_base_tokens: N of the model.
+        latent_dim: D of the model.
+        tokenizer_id: Hash of the tokenizer's weights; None leaves the check out.
+
+    Raises: DataError if it has other shapes or another tokenizer.
+    """
+    found = (manifest.extra.get("num_base_tokens"), manifest.extra.get("latent_dim"))
+    if found != (num_base_tokens, latent_dim):
+        raise DataError(
+            f"{where} holds latents of {found[0]} tokens x {found[1]} channels; the model wants "
+            f"{num_base_tokens} x {latent_dim}. Set model.num_base_tokens and model.latent_dim to "
+            "the tokenizer's, or encode with another tokenizer"
+        )
+    made_by = manifest.extra.get("tokenizer_id")
+    if tokenizer_id is not None and made_by != tokenizer_id:
+        raise DataError(
+            f"{where} was encoded by tokenizer {str(made_by)[:12]}, but the configured one is "
+            f"{tokenizer_id[:12]}: its statistics and merge tree belong to another tokenizer. "
+            "Encode again with this tokenizer, or point `tokenizer` to the one that was used"
         )

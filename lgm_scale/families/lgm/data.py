@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from torch import Tensor
 
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
-from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.mixture import check_one_maker
 from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import DataError
+from lgm_scale.families.lgm.config import check_latents
 from lgm_scale.merging.nesting import ContrastStats
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
+from lgm_scale.storage.files import follow_umask
 
 STATS_NAME = "latent_stats.safetensors"
 
@@ -54,6 +56,7 @@ class LatentStats:
             tensors["contrast_mean"] = self.contrasts.mean
             tensors["contrast_std"] = self.contrasts.std
         save_file({name: value.contiguous() for name, value in tensors.items()}, str(path))
+        follow_umask(Path(path))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatentStats:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
+from lgm_scale.bundle import read_info
 from lgm_scale.config.loading import to_dict
 from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily, outside_lengths
-from lgm_scale.families.lgm.config import LGMRun, lgm_rules
+from lgm_scale.families.lgm.config import LGMRun, check_latents, lgm_rules
 from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lgm_scale.data.epochs import StreamOptions
+    from lgm_scale.data.manifest import Manifest
     from lgm_scale.families.lgm.data import LGMLatentDataset
     from lgm_scale.families.lgm.network import MergeDiT
     from lgm_scale.families.lgm.training import LGMTrainingModel
@@ -31,6 +33,7 @@ class LGMFamily(GeneratorFamily):
     task: ClassVar[str] = "generator"
     title: ClassVar[str] = "LGM, on merged tokens"
     schema = LGMRun
+    fixed_keys: ClassVar[tuple[str, ...]] = ("objective.noise_scale",)
     contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
     encoders: ClassVar[dict[str, str]] = {"lgm": "lgm_scale.families.lgm.encoder:TokenizerEncoder"}
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
@@ -53,6 +56,21 @@ class LGMFamily(GeneratorFamily):
     def rules(self, run: LGMRun) -> Iterator[str]:
         yield from lgm_rules(run)
         yield from super().rules(run)
+
+    @override
+    def data_kind(self, run: LGMRun) -> str:
+        return "latents"
+
+    @override
+    def check_data(self, run: LGMRun, where: str, manifest: Manifest) -> None:
+        made_by = read_info(run.tokenizer)["files"].get(RECONSTRUCTION_FILES[0])
+        model = run.model
+        check_latents(where, manifest, model.num_base_tokens, model.latent_dim, made_by)
+
+    @override
+    def bundles(self, run: LGMRun) -> dict[str, tuple[str, str]]:
+        base = {} if run.lora is None else {"lora.base": (run.lora.base, self.task)}
+        return {"tokenizer": (run.tokenizer, "tokenizer")} | base
 
     @override
     def forward_passes(self, run: LGMRun) -> int:

@@ -1,93 +1,27 @@
 """Files of frozen or pretrained networks that the user provides, and the networks made of them.
 
-Nothing is downloaded unless a key asks for it. A missing file is reported before anything else is
-built, with its config key, path, source and purpose.
+Nothing is downloaded unless a key asks for it. Which files a run needs, and what is said where one
+is missing, is in `config`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import timm
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from lgm_scale.errors import MissingAssetError
-from lgm_scale.families.tokenizer.config import TokenizerRun
+from lgm_scale.families.tokenizer.config import TokenizerRun, missing, needed_assets
 from lgm_scale.families.tokenizer.critic import CriticBackbone
-from lgm_scale.frozen import VGG16_URL, Frozen, load_perceptual, load_pretrained, to_imagenet
+from lgm_scale.frozen import Frozen, load_perceptual, load_pretrained, to_imagenet
 
 FROM_HUB = "hub"
 """Value of model.pretrained_encoder that asks for a download."""
 TEACHER_WIDTHS = {"s": 384, "b": 768, "l": 1024}
 """Feature width of each DINOv2 size."""
 _SIZE_NAMES = {"s": "small", "b": "base", "l": "large"}
-_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
-
-
-@dataclass(frozen=True)
-class Asset:
-    """One file: its config key and path there, where it is to be had, and what needs it."""
-
-    key: str
-    path: str | None
-    url: str
-    size: str
-    unlocks: str
-
-    @property
-    def present(self) -> bool:
-        """Whether the file is there."""
-        return self.path is not None and Path(self.path).is_file()
-
-
-def needed_assets(config: TokenizerRun) -> list[Asset]:
-    """The files that this configuration needs; losses of weight 0 need none."""
-    objective, assets, needed = config.objective, config.assets, []
-    if objective.perceptual > 0:
-        unlocks = "the perceptual loss (objective.perceptual)"
-        needed.append(Asset("assets.vgg16", assets.vgg16, VGG16_URL, "528 MB", unlocks))
-    if objective.adversarial > 0:
-        url = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
-        unlocks = "the adversarial loss (objective.adversarial)"
-        needed.append(Asset("assets.dino_critic", assets.dino_critic, url, "87 MB", unlocks))
-    if objective.representation > 0:
-        size = assets.dinov2_size
-        url = f"{_DINOV2}/dinov2_vit{size}14/dinov2_vit{size}14_pretrain.pth"
-        weight = {"s": "88 MB", "b": "346 MB", "l": "1.2 GB"}[size]
-        unlocks = "the representation loss (objective.representation)"
-        needed.append(Asset("assets.dinov2_teacher", assets.dinov2_teacher, url, weight, unlocks))
-    if config.model.pretrained_encoder not in (None, FROM_HUB):
-        size = config.model.size
-        url = f"{_DINOV2}/dinov2_vit{size}14/dinov2_vit{size}14_pretrain.pth"
-        weight = {"s": "88 MB", "b": "346 MB", "l": "1.2 GB"}.get(size, "size unknown")
-        path = config.model.pretrained_encoder
-        unlocks = "the encoder's pretrained start (null: from scratch)"
-        needed.append(Asset("model.pretrained_encoder", path, url, weight, unlocks))
-    return needed
-
-
-def _check(assets: list[Asset], allow_random: bool) -> tuple[str, ...]:
-    """Keys of missing assets, if random ones are allowed. Raises: MissingAssetError naming all."""
-    missing = [asset for asset in assets if not asset.present]
-    if missing and not allow_random:
-        lines = [
-            f"  - {asset.key}: {asset.path or 'no path given'} is not a file; needed for "
-            f"{asset.unlocks}; about {asset.size}, from {asset.url}"
-            for asset in missing
-        ]
-        raise MissingAssetError(
-            "\n".join(
-                [
-                    "files are missing:",
-                    *lines,
-                    "set the keys to where the files are, switch the losses off (weight 0), or, "
-                    "for a trial without meaning, set assets.allow_random_assets: true",
-                ]
-            )
-        )
-    return tuple(asset.key for asset in missing)
 
 
 def load_from_hub(vit: VisionTransformer, size: str) -> None:
@@ -143,7 +77,9 @@ def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:
     Raises: MissingAssetError, CheckpointError.
     """
     assets = {asset.key: asset for asset in needed_assets(config)}
-    random = _check(list(assets.values()), config.assets.allow_random_assets) if read else ()
+    absent = [asset for asset in assets.values() if read and not asset.present]
+    if absent and not config.assets.allow_random_assets:
+        raise MissingAssetError("\n".join(["files are missing:", *missing(absent)]))
 
     def path_of(key: str) -> str | None:
         return assets[key].path if read and assets[key].present else None
@@ -154,7 +90,7 @@ def build_frozen(config: TokenizerRun, read: bool = True) -> FrozenNets:
         if "assets.dinov2_teacher" in assets
         else None,
         critic=_critic(path_of("assets.dino_critic")) if "assets.dino_critic" in assets else None,
-        random_assets=random,
+        random_assets=tuple(asset.key for asset in absent),
     )
 
 

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from lgm_scale.families.base import Companions, Family
-from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES, TokenizerRun, tokenizer_rules
+from lgm_scale.families.tokenizer.config import (
+    FROM_HUB,
+    RECONSTRUCTION_FILES,
+    TokenizerRun,
+    missing,
+    needed_assets,
+    tokenizer_rules,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +47,16 @@ class TokenizerFamily(Family):
     @override
     def rules(self, run: TokenizerRun) -> Iterator[str]:
         yield from tokenizer_rules(run)
+
+    @override
+    def data_kind(self, run: TokenizerRun) -> str:
+        return "images"
+
+    @override
+    def missing_files(self, run: TokenizerRun) -> Iterator[str]:
+        absent = [asset for asset in needed_assets(run) if not asset.present]
+        if absent and not run.assets.allow_random_assets:
+            yield from missing(absent)
 
     @override
     def mixes_lengths(self, run: TokenizerRun) -> bool:
@@ -78,7 +95,7 @@ class TokenizerFamily(Family):
 
     @override
     def training_model(self, run: TokenizerRun, dataset: Any) -> TokenizerTrainingModel:
-        from lgm_scale.families.tokenizer.assets import FROM_HUB, build_frozen, load_from_hub
+        from lgm_scale.families.tokenizer.assets import build_frozen, load_from_hub
         from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
         from lgm_scale.frozen import load_pretrained
         from lgm_scale.parallel.collectives import mean_over_ranks
