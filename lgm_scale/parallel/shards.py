@@ -144,7 +144,7 @@ def flatten_parameters(model: nn.Module) -> None:
 
 def _view(name: str, shape: torch.Size) -> property:
     def get(module: nn.Module) -> Tensor:
-        vector = nn.Module.__getattr__(module, name)  # what is registered
+        vector: Any = nn.Module.__getattr__(module, name)  # what is registered
         return vector if isinstance(vector, DTensor) else vector.view(shape)
 
     return property(get)
