@@ -123,7 +123,9 @@ def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
     peak = config.logging.peak_tflops
     if peak is not None and family_of(config).forward_passes(config) != 3:
         peak = None  # a frozen network's backward pass costs less than the count says
-    flops: Any = model.net.flops
+    net: Any = model.net
+    # Counted now: a network may read sizes off its weights, which FSDP is about to cut.
+    flops = {k: net.flops(k) for k in set(config.lengths.choices)}.__getitem__
     return Throughput(config.logging.interval, flops, None if peak is None else peak * 1e12)
 
 

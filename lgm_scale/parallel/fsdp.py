@@ -23,6 +23,7 @@ from lgm_scale.config.schema import FSDPConfig
 from lgm_scale.errors import ConfigError
 from lgm_scale.parallel.blocks import transformer_blocks
 from lgm_scale.parallel.composer_internals import sync_optimizer_and_model_params
+from lgm_scale.parallel.shards import flatten_parameters
 
 __all__ = ["shard_model", "shard_state"]
 
@@ -59,7 +60,7 @@ def _reduce_dtype(config: FSDPConfig, compute: torch.dtype) -> torch.dtype:
 
 
 def shard_model(model: nn.Module, config: FSDPConfig, compute: torch.dtype) -> None:
-    """Apply FSDP2 in place; afterwards, parameters are DTensors and other objects.
+    """Apply FSDP2 in place; afterwards, parameters are other objects: DTensors, and vectors.
 
     Args:
         model: A shell whose children are networks; they are called through `forward` alone.
@@ -78,6 +79,7 @@ def shard_model(model: nn.Module, config: FSDPConfig, compute: torch.dtype) -> N
     }
     if config.cpu_offload:
         arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+    flatten_parameters(model)
     # From the inside out: a unit takes what no unit inside it has taken.
     for block in transformer_blocks(model):
         fully_shard(block, **arguments)

@@ -96,13 +96,11 @@ def _fsdp(infos: Sequence[ParameterInfo], fsdp: FSDPConfig, world_size: int) -> 
     if fsdp.shard == "hybrid":
         ranks = fsdp.group_size or min(GPUS_PER_NODE, world_size)
 
-    def rows(info: ParameterInfo) -> int:
-        """Elements on the first rank, which has most: whole rows, and ranks need not divide."""
-        if not info.shape:
-            return 1
-        return math.ceil(info.shape[0] / ranks) * math.prod(info.shape[1:])
+    def part(info: ParameterInfo) -> int:
+        """Elements on the first rank, which has most: ranks need not divide them."""
+        return math.ceil(math.prod(info.shape) / ranks)
 
-    planned = _state(*_elements(infos, rows))
+    planned = _state(*_elements(infos, part))
     return replace(planned, on_host=planned.total) if fsdp.cpu_offload else planned
 
 

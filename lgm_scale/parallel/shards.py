@@ -1,8 +1,8 @@
 """Which part of which parameter this rank keeps, told in the same way under every strategy.
 
 A *shard* is a run of elements, [start, start + numel), of a flattened parameter. Under DDP a rank's
-shard is the whole parameter, under FSDP some of its rows, under ZeRO a run that may begin and end
-anywhere. Every rank has one shard of every parameter, maybe an empty one.
+shard is the whole parameter, under FSDP and ZeRO a run that may begin and end anywhere. Every rank
+has one shard of every parameter, maybe an empty one.
 
 The moving average and the resume state know shards and nothing else. That is why they work under
 every strategy without communication, and why a state that was written under one strategy, or on
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
-__all__ = ["ParameterShard", "gather", "local_part", "local_shards", "owned"]
+__all__ = ["ParameterShard", "flatten_parameters", "gather", "local_part", "local_shards", "owned"]
 
 
 class ParameterShard:
@@ -107,25 +107,67 @@ def local_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Par
 
     Call it when the strategy has been applied, for sharding replaces the parameters.
     """
-    shards = []
+    shards, shapes = [], _whole_shapes(model)
     for name, p in model.named_parameters():
-        numel, start = local_part(p).numel(), 0
-        if isinstance(p, DTensor):
-            start = _first_row(p) * (p.numel() // max(len(p), 1))
+        start = _first_element(p) if isinstance(p, DTensor) else 0
         stepped_by = optimizer if p.requires_grad else None
-        shards.append(ParameterShard(name, p.shape, start, numel, p, stepped_by))
+        numel = local_part(p).numel()
+        shards.append(ParameterShard(name, shapes[name], start, numel, p, stepped_by))
     return shards
 
 
-def _first_row(parameter: DTensor) -> int:
-    """Index of the first local row. FSDP cuts the first dimension like torch.chunk."""
-    row, rows = 0, parameter.shape[0] if parameter.ndim else 1
-    for dim, placement in enumerate(parameter.placements):
+def flatten_parameters(model: nn.Module) -> None:
+    """Make a vector of every parameter, in place; its module still reads it in its own shape.
+
+    FSDP2 cuts dimension 0 and pads it until the ranks divide it: of a table [1, 256, 1152], 1,024
+    ranks gather 1,024 times as much, of a matrix with 1,152 rows, 78 % more. Of a vector they pad
+    less than one element each. Another dimension to cut would not help: those are no better.
+
+    What is registered is the vector: names stay, and optimizer, gradients and shards see vectors.
+    What the module's code reads, such as `self.weight`, is a view in the parameter's shape; while
+    FSDP2 has it cut, it is FSDP2's own vector. Like FSDP2, this gives a module a class of its own.
+    """
+    vectors: dict[nn.Parameter, nn.Parameter] = {}  # one for each, also for one with two owners
+    for module in model.modules():
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        tables = {name: p for name, p in own if p.ndim > 1}
+        for name, p in tables.items():
+            if p not in vectors:
+                vectors[p] = nn.Parameter(p.detach().view(-1), p.requires_grad)
+            module.register_parameter(name, vectors[p])
+        if tables:
+            shapes = {name: p.shape for name, p in tables.items()}
+            views = {name: _view(name, shape) for name, shape in shapes.items()}
+            old = type(module)
+            module.__class__ = type(old.__name__, (old,), views | {"table_shapes": shapes})
+
+
+def _view(name: str, shape: torch.Size) -> property:
+    def get(module: nn.Module) -> Tensor:
+        vector: Any = nn.Module.__getattr__(module, name)  # what is registered
+        return vector if isinstance(vector, DTensor) else vector.view(shape)
+
+    return property(get)
+
+
+def _whole_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Shape of every parameter by its name; of a vector of `flatten_parameters`, that of before."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        for name, shape in getattr(module, "table_shapes", {}).items():
+            shapes[f"{prefix}.{name}" if prefix else name] = shape
+    return shapes
+
+
+def _first_element(vector: DTensor) -> int:
+    """Index of the first local element. FSDP cuts like torch.chunk, and all it has are vectors."""
+    assert vector.ndim == 1, "flatten_parameters comes before fully_shard"
+    start = 0
+    for dim, placement in enumerate(vector.placements):
         if isinstance(placement, ShardPlacement):
-            assert placement.dim == 0, "FSDP cuts rows"
-            size = -(-rows // parameter.device_mesh.size(dim))
-            row = min(size * parameter.device_mesh.get_local_rank(dim), rows)
-    return row
+            part = -(-vector.numel() // vector.device_mesh.size(dim))
+            start = min(part * vector.device_mesh.get_local_rank(dim), vector.numel())
+    return start
 
 
 def owned(shards: Sequence[ParameterShard]) -> list[bool]:

@@ -63,7 +63,7 @@ def test_groups_hold_the_same_rows(ranks):
     assert runs[0] == runs[2] != runs[1] == runs[3]
     weights = [name for name, _ in network().named_parameters()]
     first = weights.index("net.blocks.0.weight")
-    assert (runs[0][first], runs[1][first]) == ((0, 12), (12, 6))  # 2 rows and 1 row of 6
+    assert (runs[0][first], runs[1][first]) == ((0, 9), (9, 9))  # halves of 3 rows of 6
 
 
 def test_every_element_has_one_owner(ranks):
