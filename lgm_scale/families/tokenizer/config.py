@@ -61,6 +61,9 @@ class TokenizerModelConfig:
     latent_dim: int = 32
     num_codebooks: int = 4
     codebook_size: int = 8192
+    quantizer: Literal["soft", "none"] = "soft"
+    """`soft` is published. `none` passes the latents on as they are: what a small network from
+    scratch needs in a short run, in which the soft quantizer lets little through (ours)."""
     latent_init: Literal["normal", "aligned"] = "normal"
     length_control: Literal["lgm", "fixed", "tome", "truncate", "none"] = "lgm"
     dropped_tokens: Literal["zero", "learned"] = "zero"
@@ -135,6 +138,7 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
     if config.train.compile:
         yield NOT_COMPILED
     yield from _model(model)
+    yield from _quantizer(config)
     clip_norm = config.optimizer.clip_norm
     two_groups = config.objective.adversarial > 0 and config.parallel.strategy == "deepspeed"
     if two_groups and clip_norm is not None:
@@ -146,6 +150,14 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
     for name, value in vars(config.objective).items():
         if value < 0:
             yield f"objective.{name}: {value} must be 0 or more"
+
+
+def _quantizer(config: TokenizerRun) -> Iterator[str]:
+    if config.model.quantizer == "none" and config.objective.entropy > 0:
+        yield (
+            f"objective.entropy: {config.objective.entropy} is a loss of the codes, of which "
+            "model.quantizer: none has none; set it to 0"
+        )
 
 
 def _model(model: TokenizerModelConfig) -> Iterator[str]:

@@ -38,15 +38,15 @@ class TokenizerOutput(NamedTuple):
     """What the losses read.
 
     Shapes: reconstruction [B, 3, S, S]; z [B, N, D], quantized and not merged;
-    code_logits [num_codebooks, M, codebook_size]; similarity [N, N] of the merge embeddings,
-    None where none are learned;
+    code_logits [num_codebooks, M, codebook_size], None without a quantizer;
+    similarity [N, N] of the merge embeddings, None where none are learned;
     decoded_latents [B, N, D], merged and expanded, what the decoder read;
     last_hidden [B, P, C], the input of the decoder's last layer.
     """
 
     reconstruction: Tensor
     z: Tensor
-    code_logits: Tensor
+    code_logits: Tensor | None
     similarity: Tensor | None
     decoded_latents: Tensor
     last_hidden: Tensor
@@ -205,6 +205,7 @@ class Tokenizer(nn.Module):
         length_control: How it reaches K tokens; a key of `LENGTH_CONTROLS`.
         dropped_tokens: What the decoder reads in place of a token that 'truncate' dropped: 'zero',
             or a 'learned' vector.
+        quantizer: 'soft' (published), or 'none': latents are passed on as they are (ours).
 
     Source: LGM paper, tokenizer and learnable global merging.
     """
@@ -221,6 +222,7 @@ class Tokenizer(nn.Module):
         latent_init: str = "normal",
         length_control: str = "lgm",
         dropped_tokens: str = "zero",
+        quantizer: str = "soft",
     ) -> None:
         super().__init__()
         row = TOKENIZER_SIZES[size]
@@ -230,7 +232,9 @@ class Tokenizer(nn.Module):
         self.latent_dim = latent_dim
         self.encoder = Encoder(row, image_size, patch_size, num_base_tokens)
         self.to_latent = nn.Linear(row.width, latent_dim)  # the bottleneck: C -> D
-        self.quantizer = SoftQuantizer(num_codebooks, codebook_size, latent_dim)
+        self.quantizer = None
+        if quantizer == "soft":
+            self.quantizer = SoftQuantizer(num_codebooks, codebook_size, latent_dim)
         self.merging = build_length_control(
             length_control, num_base_tokens, num_codebooks, latent_dim, dropped_tokens
         )
@@ -256,14 +260,15 @@ class Tokenizer(nn.Module):
         """Quantized latents at full length. Shapes: [B, 3, S, S] in [-1, 1] -> [B, N, D]."""
         return self._encode(images)[0]
 
-    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantized latents [B, N, D] and the logits of their codes. Raises: ConfigError."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             height, width = images.shape[-2:]
             raise ConfigError(
                 f"images of {height}x{width} given to a tokenizer of {self.image_size} pixels"
             )
-        return self.quantizer(self.to_latent(self.encoder(images)))
+        z = self.to_latent(self.encoder(images))
+        return (z, None) if self.quantizer is None else self.quantizer(z)
 
     def decode(self, z: Tensor) -> Tensor:
         """Pixels from (unmerged) latents. Shapes: [B, N, D] -> [B, 3, S, S], about [-1, 1]."""
@@ -348,7 +353,7 @@ class Tokenizer(nn.Module):
         """Operations of encoding and quantizing one image."""
         vit, latents = self.encoder.vit, self.num_base_tokens
         embed = self.decoder.num_patches * 2 * 3 * self.patch_size**2 * vit.embed_dim
-        codes = self.quantizer.codes.shape[1]
+        codes = 0 if self.quantizer is None else self.quantizer.codes.shape[1]
         quantize = latents * 2 * self.latent_dim * (vit.embed_dim + 2 * codes)
         return embed + _vit_flops(vit, 1 + self.decoder.num_patches + latents) + quantize
 
