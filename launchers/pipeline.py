@@ -23,8 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lgm_scale  # noqa: F401  # says so where Python is a wrong one
 
 # isort: split
-from pydantic import ConfigDict
-
 from launchers.cluster import load_cluster
 from launchers.jobs import describe_job
 from launchers.launch import Launch, world_size

@@ -24,34 +24,6 @@ from lgm_scale.families.elit.config import ELITRun, check_grids
 from lgm_scale.families.elit.sd_vae import encoder_id, latent_scale
 
 
-def check_grids(
-    where: str, manifest: Manifest, channels: int, side: int, encoder_id: str | None
-) -> None:
-    """Check a folder of grids against the model and the autoencoder that will use it.
-
-    `where` is for messages; `encoder_id`, the hash of the encoder's weights, may be None:
-    unchecked.
-
-    Raises: DataError if it has other shapes or another encoder.
-    """
-    found = (manifest.extra.get("channels"), manifest.extra.get("side"))
-    if found != (channels, side):
-        raise DataError(
-            f"{where} holds latents of {found[0]} channels x {found[1]} x {found[1]}, of images of "
-            f"{manifest.image_size} pixels; the model wants {channels} x {side} x {side}. Give the "
-            "model the channels and the image size of the latents, or encode with another "
-            "--image-size or --vae"
-        )
-    made_by = manifest.extra.get("encoder_id")
-    if encoder_id is not None and made_by != encoder_id:
-        raise DataError(
-            f"{where} was encoded by encoder {str(made_by)[:12]}, but that of the configured "
-            f"autoencoder is {encoder_id[:12]}: its decoder does not know these latents. Encode "
-            "again with this autoencoder, or configure the one that was used (another decoder to "
-            "the same encoder will do)"
-        )
-
-
 class ELITLatentDataset(EpochDataset):
     """Moments of latents on a grid, of one of the two stored flips per visit.
 

@@ -23,13 +23,6 @@ from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.elit.config import CONFIG_NAME, GET_VAE, WEIGHTS_NAME, vae_file
 from lgm_scale.frozen import read_weights
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_GET = (
-    f"Get {CONFIG_NAME} and {WEIGHTS_NAME} (335 MB) of stabilityai/sd-vae-ft-mse or "
-    "stabilityai/sd-vae-ft-ema from https://huggingface.co and give their folder: nothing is "
-    "downloaded"
-)
 _ENCODER = ("encoder.", "quant_conv.")
 _PUBLISHED_SCALE = 0.18215
 """What diffusers takes where config.json names none, as those of sd-vae-ft-mse and -ema."""

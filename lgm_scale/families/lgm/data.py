@@ -72,31 +72,6 @@ class LatentStats:
             raise DataError(f"{path}: no readable latent statistics ({error})") from error
 
 
-def check_latents(
-    where: str, manifest: Manifest, num_base_tokens: int, latent_dim: int, tokenizer_id: str | None
-) -> None:
-    """Check a latent folder against the model and the tokenizer that will use it.
-
-    `where` is for messages; `tokenizer_id`, the hash of its weights, may be None: unchecked.
-
-    Raises: DataError if it has other shapes or another tokenizer.
-    """
-    found = (manifest.extra.get("num_base_tokens"), manifest.extra.get("latent_dim"))
-    if found != (num_base_tokens, latent_dim):
-        raise DataError(
-            f"{where} holds latents of {found[0]} tokens x {found[1]} channels; the model wants "
-            f"{num_base_tokens} x {latent_dim}. Set model.num_base_tokens and model.latent_dim to "
-            "the tokenizer's, or encode with another tokenizer"
-        )
-    made_by = manifest.extra.get("tokenizer_id")
-    if tokenizer_id is not None and made_by != tokenizer_id:
-        raise DataError(
-            f"{where} was encoded by tokenizer {str(made_by)[:12]}, but the configured one is "
-            f"{tokenizer_id[:12]}: its statistics and merge tree belong to another tokenizer. "
-            "Encode again with this tokenizer, or point `tokenizer` to the one that was used"
-        )
-
-
 def mixed_stats(parts: Sequence[LatentStats], counts: Sequence[int]) -> LatentStats:
     """Statistics of an epoch that takes `counts` samples from data of these statistics.
 

@@ -1,0 +1,116 @@
+"""Turn Fashion-MNIST into MDS shards, ready for training.
+
+    python -m lgm_scale.data.preparation.fashion_mnist --out DATA [--source DIR | --download]
+
+Its four files come from DIR; without it from where the package dataset-fashion-mnist of Debian and
+Ubuntu has them (/usr/share/datasets/fashion-mnist); with --download torchvision gets them, into
+DATA/download, and compares them with their published checksums. DATA/train gets 60,000 images,
+DATA/val 10,000, padded with black to 32 x 32 and stored without loss (PNG), class by class. An
+interrupted command, run again, goes on after the shards that are finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lgm_scale.data.fashion_mnist import (
+    CLASSES,
+    DEBIAN_FOLDER,
+    IMAGE_SIZE,
+    SPLITS,
+    LabelledImages,
+    read_split,
+)
+from lgm_scale.data.manifest import Manifest
+from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
+from lgm_scale.errors import DataError, exit_on_user_error
+
+__all__ = ["convert_split", "download"]
+
+IMAGES_PER_PART = 10_000
+
+
+def download(folder: Path) -> Path:
+    """Get the four files, unless they are there; return where they lie.
+
+    torchvision compares them with their published checksums.
+
+    Raises: DataError if they cannot be had, or are not what was published.
+    """
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        FashionMNIST(str(folder), download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"--download: {error}; or `apt-get install dataset-fashion-mnist` as root (Debian, "
+            "Ubuntu), or name a folder with the four files with --source"
+        ) from error
+    return folder / "FashionMNIST" / "raw"
+
+
+def convert_split(found: LabelledImages, target: Path) -> str:
+    """Write one split as MDS shards, unless `target` is there already.
+
+    Returns: one line to show to the user.
+    Raises: DataError if `target` holds something else.
+    """
+    made_from = {"command": "fashion_mnist", "image_size": IMAGE_SIZE, "sha256": found.sha256}
+    order = np.argsort(found.labels, kind="stable")
+    parts = [order[i : i + IMAGES_PER_PART] for i in range(0, len(order), IMAGES_PER_PART)]
+    work = PartsFolder(str(target), None, "images", made_from, len(parts))
+    if work.already_finished() is not None:
+        return f"{target} is already there, made from the same files: nothing to do"
+    work.open()
+    for part in sorted(set(range(len(parts))) - work.finished()):
+        labels = found.labels[parts[part]].tolist()
+        samples = _samples(found.images[parts[part]], labels)
+        record = PartRecord(labels, {})
+        work.write(part, {"image": "bytes", "label": "int"}, samples, lambda: record)  # noqa: B023
+    counts = np.bincount(found.labels, minlength=len(CLASSES)).tolist()
+    manifest = Manifest(
+        kind="images",
+        num_samples=len(order),
+        classes=CLASSES,
+        class_counts=tuple(counts),
+        image_size=IMAGE_SIZE,
+        extra={"made_from": made_from},
+    )
+    work.join(manifest, work.records(), {})
+    return f"{target}: {len(order)} images of {IMAGE_SIZE} x {IMAGE_SIZE} in {len(CLASSES)} classes"
+
+
+def _samples(images: np.ndarray, labels: list[int]) -> Iterator[dict[str, Any]]:
+    for pixels, label in zip(images, labels, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        yield {"image": buffer.getvalue(), "label": label}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and convert both splits."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lgm_scale.data.preparation.fashion_mnist",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder that gets train/ and val/")
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument("--source", type=Path, default=DEBIAN_FOLDER, help="folder of the files")
+    files.add_argument("--download", action="store_true", help="get the files (30 MB)")
+    options = parser.parse_args(argv)
+    source = download(options.out / "download") if options.download else options.source
+    for split in SPLITS:
+        print(convert_split(read_split(source, split), options.out / split))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
