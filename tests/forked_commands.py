@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 
@@ -27,22 +27,37 @@ import rank_processes
 
 
 class Command:
-    """A running command: `args` as after `python`, with `ranks` as after `composer -n`."""
+    """A running command.
 
-    def __init__(self, args: Sequence[str | Path], cwd: Path, ranks: int = 0) -> None:
+    Args:
+        args: As after `python`: a script, `-m` and a module, or `-c` and a program.
+        cwd: Where it runs.
+        ranks: As after `composer -n`; 0 for no launcher.
+        environment: In place of this process' own.
+        prepare: A function of a module, called in the process before the command.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str | Path],
+        cwd: Path,
+        ranks: int = 0,
+        environment: Mapping[str, str] | None = None,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
         self.args = [str(arg) for arg in args]
         self._said = Path(tempfile.mkdtemp(prefix="command-"))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        everywhere = {key: value for key, value in os.environ.items() if key != "RANK"}
-        everywhere["MASTER_PORT"] = str(port)
+        everywhere = dict(os.environ if environment is None else environment)
         rank_processes._ensure_server()
         self.processes = []
         for rank in range(max(ranks, 1)):
-            environment = everywhere | (_rank_environment(rank, ranks) if ranks else {})
+            own = everywhere | (_rank_environment(rank, ranks, port) if ranks else {})
+            said = self._said / str(rank)
             process = rank_processes._FORKS.Process(
-                target=_become, args=(self.args, cwd, environment, self._said / str(rank))
+                target=_become, args=(self.args, cwd, own, said, prepare)
             )
             process.start()
             self.processes.append(process)
@@ -95,13 +110,20 @@ class Command:
         return [path.read_text() if path.exists() else "" for path in paths]
 
 
-def _rank_environment(rank: int, ranks: int) -> dict[str, str]:
+def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     """As composer's launcher sets it for one node."""
     size = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "NODE_RANK": "0"}
-    return size | {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return size | meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
-def _become(args: list[str], cwd: Path, environment: dict[str, str], said: Path) -> None:
+def _become(
+    args: list[str],
+    cwd: Path,
+    environment: dict[str, str],
+    said: Path,
+    prepare: Callable[[], object] | None,
+) -> None:
     """Run the command here, as the interpreter would."""
     os.setsid()
     for descriptor, end in ((1, "out"), (2, "err")):
@@ -116,12 +138,15 @@ def _become(args: list[str], cwd: Path, environment: dict[str, str], said: Path)
     import torch
 
     torch.set_num_threads(1)
-    what, *rest = args
-    module = rest.pop(0) if what == "-m" else None
-    sys.argv = [what, *rest]
-    if module is not None:
-        sys.path.insert(0, str(cwd))
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if prepare is not None:
+        prepare()
+    kind = args[0] if args[0] in ("-m", "-c") else ""
+    what, *rest = args[1:] if kind else args
+    sys.argv = [kind or what, *rest]
+    sys.path.insert(0, str(cwd if kind else (cwd / what).parent))
+    if kind == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        exec(what, {"__name__": "__main__"})
     else:
-        sys.path.insert(0, str((cwd / what).parent))
         runpy.run_path(str(cwd / what), run_name="__main__")

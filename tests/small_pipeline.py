@@ -19,15 +19,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_command(
-    *args: str | Path, ranks: int = 0, timeout: float = 300, fresh: bool = False
+    *args: str | Path,
+    ranks: int = 0,
+    timeout: float = 300,
+    fresh: bool = False,
+    prepare: Callable[[], object] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run one of the project's commands, plainly or as `ranks` ranks.
 
-    In forked processes that have imported everything, or (`fresh`) in a new interpreter and under
-    composer's launcher.
+    In forked processes that have imported everything and call `prepare` first, or (`fresh`) in a
+    new interpreter and under composer's launcher.
     """
     if not fresh:
-        return Command(args, ROOT, ranks).wait(timeout)
+        return Command(args, ROOT, ranks, prepare=prepare).wait(timeout)
+    assert prepare is None
     launcher = [sys.executable] if ranks == 0 else [composer(), "-n", str(ranks)]
     return subprocess.run(
         [*launcher, *map(str, args)],
