@@ -21,14 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_command(
     *args: str | Path,
     ranks: int = 0,
-    timeout: float = 300,
+    timeout: float = 1200,
     fresh: bool = False,
     prepare: Callable[[], object] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run one of the project's commands, plainly or as `ranks` ranks.
 
     In forked processes that have imported everything and call `prepare` first, or (`fresh`) in a
-    new interpreter and under composer's launcher.
+    new interpreter and under composer's launcher. The timeout ends what hangs, on any machine.
     """
     if not fresh:
         return Command(args, ROOT, ranks, prepare=prepare).wait(timeout)

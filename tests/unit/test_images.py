@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_pipeline import run_command
 from streaming import MDSWriter, StreamingDataLoader
 from torch.utils.data import DataLoader
 
@@ -298,48 +295,30 @@ def test_a_resumed_epoch_repeats_the_augmentation(tmp_path, num_workers):
 
 
 _RANK_PROGRAM = """
-import sys
+import os, sys
 from torch.utils.data import DataLoader
 from lgm_scale.data.images import ImageDataset
 dataset = ImageDataset(sys.argv[1], image_size=16, train=True, seed=7, batch_size=int(sys.argv[2]))
-for batch in DataLoader(dataset, batch_size=int(sys.argv[2])):
-    print(*batch["sample_ids"].tolist(), flush=True)
+with open(f"{sys.argv[3]}/{os.environ['RANK']}.txt", "w") as seen:
+    for batch in DataLoader(dataset, batch_size=int(sys.argv[2])):
+        print(*batch["sample_ids"].tolist(), file=seen)
 """
 
 
-def unused_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def run_ranks(folder: Path, num_ranks: int, global_batch_size: int, port: int) -> list[set[str]]:
+def run_ranks(folder: Path, num_ranks: int, global_batch_size: int, out: Path) -> list[set[str]]:
     """The set of samples of each global batch, from real processes."""
-    ranks = []
-    for rank in range(num_ranks):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-c", _RANK_PROGRAM, str(folder)]
-        command.append(str(global_batch_size // num_ranks))
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120)[0].splitlines() for process in ranks]
-    assert all(process.returncode == 0 for process in ranks)
+    out.mkdir()
+    size = str(global_batch_size // num_ranks)
+    done = run_command("-c", _RANK_PROGRAM, folder, size, out, ranks=num_ranks)
+    assert done.returncode == 0, done.stderr
+    outputs = [(out / f"{rank}.txt").read_text().splitlines() for rank in range(num_ranks)]
     return [set(" ".join(lines).split()) for lines in zip(*outputs, strict=True)]
 
 
-@pytest.mark.slow
 def test_global_batches_do_not_depend_on_the_number_of_ranks(tmp_path):
     folder = write_images(tmp_path / "mds", 24)
-    one = run_ranks(folder, 1, 8, unused_port())
-    two = run_ranks(folder, 2, 8, unused_port())
+    one = run_ranks(folder, 1, 8, tmp_path / "one")
+    two = run_ranks(folder, 2, 8, tmp_path / "two")
     assert len(one) == 3
     assert all(len(batch) == 8 for batch in one)
     assert one == two

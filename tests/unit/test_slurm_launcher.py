@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked_commands import Command
 from small_pipeline import ROOT
 
 from launchers.cluster import CLUSTERS, load_cluster, minutes
@@ -31,10 +32,7 @@ def launch(
 ) -> subprocess.CompletedProcess:
     """Run a launcher with no command in reach but Python."""
     environment = {"PATH": "/nowhere", "PYTHONPATH": str(ROOT), "HOME": os.environ.get("HOME", "/")}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "launchers" / script), *map(str, args)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    result = Command([ROOT / "launchers" / script, *args], cwd, environment=environment).wait(300)
     assert "Traceback" not in result.stderr, result.stderr
     if check:
         assert result.returncode == 0, result.stderr
