@@ -49,7 +49,7 @@ SWEEPS = ("lgm", "elit")
 
 
 def run_at(
-    folder: Path, *args: str | Path, ranks: int = 0, timeout: float = 1200, fresh: bool = False
+    folder: Path, *args: str | Path, ranks: int = 0, timeout: float = 800, fresh: bool = False
 ) -> subprocess.CompletedProcess:
     """A command of this checkout, with paths relative to `folder`; it must succeed.
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run_command(
     *args: str | Path,
     ranks: int = 0,
-    timeout: float = 1200,
+    timeout: float = 800,
     fresh: bool = False,
     prepare: Callable[[], object] | None = None,
 ) -> subprocess.CompletedProcess[str]:

@@ -53,7 +53,7 @@ def free_port() -> str:
 def launch(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(BIN / launcher[0]), *launcher[1:], *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1200,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=800,
         env=os.environ | {"PYTHONPATH": str(ROOT), "DISTURB": "taken"}, check=False,
     )  # fmt: skip
 

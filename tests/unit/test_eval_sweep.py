@@ -430,7 +430,7 @@ def test_the_sweeps_that_come_along_are_well_formed(name):
 
 def test_a_user_error_ends_with_status_two_and_no_traceback(made, tmp_path):
     path = sweep_file(made, tmp_path / "report")
-    done = run_command("eval/sweep.py", path, "batch_size=0", "bundle=gone", fresh=True)
+    done = run_command("eval/sweep.py", path, "batch_size=0", "bundle=gone")
     assert done.returncode == 2
     assert done.stderr.startswith("error: 2 problems in")
     assert "Traceback" not in done.stderr

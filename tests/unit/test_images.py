@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from small_pipeline import run_command
-from streaming import MDSWriter, StreamingDataLoader
+from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from torch.utils.data import DataLoader
 
+from lgm_scale.data import streaming_internals
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import (
@@ -343,6 +344,18 @@ def test_an_unreachable_shard_neither_ends_nor_hangs_an_epoch(tmp_path, num_work
     loader = CheckedLoader(dataset, batch_size=4, num_workers=num_workers, timeout=timeout)
     with pytest.raises(DataError, match=rf"is not complete: .*{shard.name} could not be fetched"):
         list(loader)
+
+
+def test_a_shard_that_another_process_gives_up_at_this_moment_is_named(tmp_path, monkeypatch):
+    dataset = dataset_of(write_images(tmp_path / "mds", 24))
+
+    def meanwhile(self, shard_id, blocking):
+        self._shard_states[shard_id] = streaming_internals._FAILED
+        raise RuntimeError("Invalid shard state: 255")
+
+    monkeypatch.setattr(StreamingDataset, "prepare_shard", meanwhile)
+    with pytest.raises(DataError, match=r"shard\.00000\.mds could not be fetched by another proc"):
+        dataset.prepare_shard(0)
 
 
 # Manifests
