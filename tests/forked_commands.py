@@ -21,93 +21,85 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import rank_processes
 
 
-class Command:
-    """A running command.
+def run_forked(
+    args: Sequence[str | Path],
+    cwd: Path,
+    *,
+    ranks: int = 0,
+    timeout: float = 800,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], object] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end.
 
     Args:
         args: As after `python`: a script, `-m` and a module, or `-c` and a program.
         cwd: Where it runs.
-        ranks: As after `composer -n`; 0 for no launcher.
+        ranks: As after `composer -n`; 0 for no launcher. Once one fails, the others have half a
+            minute.
+        timeout: Seconds until a command that hangs is killed, on any machine.
         environment: In place of this process' own.
         prepare: A function of a module, called in the process before the command.
+
+    Returns: the first status that is not 0, negative for signals, and what rank 0 said; stderr ends
+    with what the others said if one failed. Raises: TimeoutError.
     """
+    words, said = [str(arg) for arg in args], Path(tempfile.mkdtemp(prefix="command-"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank_processes._ensure_server()
+    processes = []
+    for rank in range(max(ranks, 1)):
+        own = dict(os.environ if environment is None else environment)
+        own |= _rank_environment(rank, ranks, port) if ranks else {}
+        target = (words, cwd, own, said / str(rank), prepare)
+        processes.append(rank_processes._FORKS.Process(target=_become, args=target))
+        processes[-1].start()
+    try:
+        status, late = _join(processes, timeout)
+    finally:
+        for process in processes:
+            _kill(process)
+        ends = [said / f"{rank}.{end}" for rank in range(len(processes)) for end in ("out", "err")]
+        texts = [path.read_text() if path.exists() else "" for path in ends]
+        shutil.rmtree(said)
+    if late:
+        raise TimeoutError(f"{words} did not end: {texts}")
+    errors = "".join(texts[1:]) if status else texts[1]
+    return subprocess.CompletedProcess(words, status, texts[0], errors)
 
-    def __init__(
-        self,
-        args: Sequence[str | Path],
-        cwd: Path,
-        ranks: int = 0,
-        environment: Mapping[str, str] | None = None,
-        prepare: Callable[[], object] | None = None,
-    ) -> None:
-        self.args = [str(arg) for arg in args]
-        self._said = Path(tempfile.mkdtemp(prefix="command-"))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        everywhere = dict(os.environ if environment is None else environment)
-        rank_processes._ensure_server()
-        self.processes = []
-        for rank in range(max(ranks, 1)):
-            own = everywhere | (_rank_environment(rank, ranks, port) if ranks else {})
-            said = self._said / str(rank)
-            process = rank_processes._FORKS.Process(
-                target=_become, args=(self.args, cwd, own, said, prepare)
-            )
-            process.start()
-            self.processes.append(process)
 
-    def poll(self) -> int | None:
-        """The status of a rank that ended, None while all run."""
-        return next((p.exitcode for p in self.processes if p.exitcode is not None), None)
-
-    def kill(self) -> None:
-        """SIGKILL to all ranks and to what they started."""
-        for process in self.processes:
-            if process.is_alive():
-                try:
-                    os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:  # has not yet a group of its own
-                    process.kill()
+def _join(processes: Sequence[BaseProcess], timeout: float) -> tuple[int, bool]:
+    """The first status that is not 0, and whether the timeout came before any."""
+    deadline, status, running = time.monotonic() + timeout, 0, list(processes)
+    while running:
+        left = deadline - time.monotonic()
+        if not connection.wait([process.sentinel for process in running], max(left, 0)):
+            return status, status == 0
+        for process in [process for process in running if not process.is_alive()]:
             process.join()
+            running.remove(process)
+            if process.exitcode and status == 0:
+                status = process.exitcode
+                deadline = min(deadline, time.monotonic() + 30)
+    return status, False
 
-    def wait(self, timeout: float) -> subprocess.CompletedProcess[str]:
-        """What it said, rank 0 alone as under the launcher, and the first status that is not 0.
 
-        Once a rank fails, the others have half a minute. Raises: TimeoutError, all killed.
-        """
-        deadline, status, running = time.monotonic() + timeout, 0, list(self.processes)
+def _kill(process: BaseProcess) -> None:
+    """With what it started, if it lives."""
+    if process.is_alive():
         try:
-            while running:
-                left = deadline - time.monotonic()
-                if not connection.wait([p.sentinel for p in running], max(left, 0)):
-                    if status == 0:
-                        raise TimeoutError(f"{self.args} did not end: {self._texts()}")
-                    break
-                for process in [p for p in running if not p.is_alive()]:
-                    process.join()
-                    running.remove(process)
-                    if process.exitcode and status == 0:
-                        status = process.exitcode
-                        deadline = min(deadline, time.monotonic() + 30)
-        finally:
-            self.kill()
-            texts = self._texts()
-            shutil.rmtree(self._said)
-        if status:
-            texts[1] += "".join(texts[2:])
-        return subprocess.CompletedProcess(self.args, status, texts[0], texts[1])
-
-    def _texts(self) -> list[str]:
-        """Of rank 0 stdout and stderr, then those of the others."""
-        names = [f"{rank}.{end}" for rank in range(len(self.processes)) for end in ("out", "err")]
-        paths = [self._said / name for name in names]
-        return [path.read_text() if path.exists() else "" for path in paths]
+            os.killpg(process.pid or 0, signal.SIGKILL)
+        except ProcessLookupError:  # has not yet a group of its own
+            process.kill()
+    process.join()
 
 
 def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from forked_commands import Command
+from forked_commands import run_forked
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -66,7 +66,7 @@ def run_at(
             check=False,
         )
     else:
-        result = Command(_placed(args), folder, ranks).wait(timeout)
+        result = run_forked(_placed(args), folder, ranks=ranks, timeout=timeout)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     return result
 

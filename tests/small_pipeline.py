@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked_commands import Command
+from forked_commands import run_forked
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ def run_command(
     new interpreter and under composer's launcher. The timeout ends what hangs, on any machine.
     """
     if not fresh:
-        return Command(args, ROOT, ranks, prepare=prepare).wait(timeout)
+        return run_forked(args, ROOT, ranks=ranks, timeout=timeout, prepare=prepare)
     assert prepare is None
     launcher = [sys.executable] if ranks == 0 else [composer(), "-n", str(ranks)]
     return subprocess.run(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked_commands import Command
+from forked_commands import run_forked
 from small_pipeline import ROOT
 
 from launchers.cluster import CLUSTERS, load_cluster, minutes
@@ -32,7 +32,7 @@ def launch(
 ) -> subprocess.CompletedProcess:
     """Run a launcher with no command in reach but Python."""
     environment = {"PATH": "/nowhere", "PYTHONPATH": str(ROOT), "HOME": os.environ.get("HOME", "/")}
-    result = Command([ROOT / "launchers" / script, *args], cwd, environment=environment).wait(300)
+    result = run_forked([ROOT / "launchers" / script, *args], cwd, environment=environment)
     assert "Traceback" not in result.stderr, result.stderr
     if check:
         assert result.returncode == 0, result.stderr
