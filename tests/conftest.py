@@ -23,12 +23,10 @@ from typing import Any
 import pytest
 import torch
 from random_weights import save_random_inception, save_random_vgg16
-from rank_processes import call_command, run_calls
-from small_pipeline import SmallPipeline
+from small_pipeline import SmallPipeline, run_command
 from streaming.base.shared.memory import SharedMemory
 
 SHARED_MEMORY = Path("/dev/shm")
-ENCODE = "lgm_scale.data.preparation.encode"
 STARTED = pytest.StashKey[float]()
 
 
@@ -59,6 +57,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False  # the order is that of ROOMS
     return ByServer(config, log)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let garbage collection pass over what was imported: a third of a second after each test."""
+    gc.freeze()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -130,8 +133,8 @@ def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> SmallPipeline:
     net = build_tokenizer(config)
     save_tokenizer_bundle(pipeline.tokenizer, config, net.state_dict(), net.merge_tree(), {})
     options = ("--images", pipeline.images, "--tokenizer", pipeline.tokenizer)
-    command = (ENCODE, [*options, "--out", pipeline.latents])
-    run_calls(1, call_command, *command, log=root / "encode-log")
+    result = run_command("data_tools/encode_latents.py", *options, "--out", pipeline.latents)
+    assert result.returncode == 0, result.stderr
     return pipeline
 
 

@@ -12,12 +12,13 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from forked_commands import run_forked
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -48,27 +49,37 @@ SWEEPS = ("lgm", "elit")
 
 
 def run_at(
-    folder: Path, *args: str | Path, ranks: int = 0, timeout: float = 600
+    folder: Path, *args: str | Path, ranks: int = 0, timeout: float = 800, fresh: bool = False
 ) -> subprocess.CompletedProcess:
-    """A command of this checkout, with paths relative to `folder`; it must succeed."""
-    result = subprocess.run(
-        command(*args, ranks=ranks),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    """A command of this checkout, with paths relative to `folder`; it must succeed.
+
+    In processes that have imported everything, or (`fresh`) in new interpreters.
+    """
+    if fresh:
+        result = subprocess.run(
+            command(*args, ranks=ranks),
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    else:
+        result = run_forked(_placed(args), folder, ranks=ranks, timeout=timeout)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     return result
 
 
 def command(*args: str | Path, ranks: int = 0) -> list[str]:
     """Scripts by their path in the checkout; `-m` stays; ranks under composer's launcher."""
-    script = [str(ROOT / args[0])] if str(args[0]).endswith(".py") else [str(args[0])]
     launcher = [str(Path(sys.executable).with_name("composer")), "-n", str(ranks)]
-    return [*(launcher if ranks else [sys.executable]), *script, *map(str, args[1:])]
+    return [*(launcher if ranks else [sys.executable]), *_placed(args)]
+
+
+def _placed(args: Sequence[str | Path]) -> list[str]:
+    script = str(ROOT / args[0]) if str(args[0]).endswith(".py") else str(args[0])
+    return [script, *map(str, args[1:])]
 
 
 def environment() -> dict[str, str]:

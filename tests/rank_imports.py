@@ -1,4 +1,4 @@
-"""Imported once, by the server from which `rank_processes` forks ranks."""
+"""Imported once, by the server from which ranks and commands are forked (`rank_processes`)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import importlib.util
 
+import pytest  # noqa: F401  (every child imports its parent's main module)
+
 import lgm_scale.build
 import lgm_scale.checkpoint.run
 import lgm_scale.data.preparation.encode
+import lgm_scale.evaluation.commands.reconstruct
 import lgm_scale.evaluation.commands.sweep
 import lgm_scale.evaluation.report.writing
 import lgm_scale.evaluation.sweep.measure
+import lgm_scale.families.elit.family
+import lgm_scale.families.elit.pipeline
+import lgm_scale.families.lgm.family
+import lgm_scale.families.lgm.pipeline
+import lgm_scale.families.tokenizer.training
 import lgm_scale.pipeline
+import lgm_scale.plan
 import lgm_scale.sample
 import lgm_scale.train
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import faulthandler
-import importlib
 import multiprocessing as mp
 import os
 import shutil
@@ -27,11 +26,11 @@ import pytest
 Job = tuple[Path, list[str]]
 """A configuration file and overrides."""
 
-_FORKS = mp.get_context("forkserver")
-_FORKS.set_forkserver_preload(["rank_imports"])
+FORKS = mp.get_context("forkserver")
+FORKS.set_forkserver_preload(["rank_imports"])
 
 
-def _ensure_server() -> None:
+def ensure_server() -> None:
     """Start the server; it looks for what to import in PYTHONPATH alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -51,10 +50,10 @@ def start_calls(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        _FORKS.Process(target=_enter, args=(rank, world_size, port, log, function, args))
+        FORKS.Process(target=_enter, args=(rank, world_size, port, log, function, args))
         for rank in range(world_size)
     ]
-    _ensure_server()
+    ensure_server()
     for process in ranks:
         process.start()
         atexit.register(process.kill)  # no daemons: those may not have data workers
@@ -117,14 +116,6 @@ def run_calls(
     if any(statuses):
         said = "\n".join(path.read_text()[-3000:] for path in log.parent.glob(log.name + "-*.txt"))
         raise AssertionError(f"ranks ended with {statuses}:\n{said}")
-
-
-def call_command(module: str, arguments: Sequence[str | Path]) -> None:
-    """Be `python -m <module> <arguments>`, in a rank: its errors, its exit status."""
-    from lgm_scale.errors import exit_on_user_error
-
-    sys.argv = [module, *map(str, arguments)]
-    exit_on_user_error(importlib.import_module(module).main)
 
 
 def run_strategies(

@@ -12,15 +12,27 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked_commands import run_forked
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_command(
-    *args: str | Path, ranks: int = 0, timeout: float = 300
-) -> subprocess.CompletedProcess:
-    """Run one of the project's commands, plainly or with `ranks` under the composer launcher."""
+    *args: str | Path,
+    ranks: int = 0,
+    timeout: float = 800,
+    fresh: bool = False,
+    prepare: Callable[[], object] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Run one of the project's commands, plainly or as `ranks` ranks.
+
+    In forked processes that have imported everything and call `prepare` first, or (`fresh`) in a
+    new interpreter and under composer's launcher. The timeout ends what hangs, on any machine.
+    """
+    if not fresh:
+        return run_forked(args, ROOT, ranks=ranks, timeout=timeout, prepare=prepare)
+    assert prepare is None
     launcher = [sys.executable] if ranks == 0 else [composer(), "-n", str(ranks)]
     return subprocess.run(
         [*launcher, *map(str, args)],

@@ -201,7 +201,9 @@ class GuardedDataset(StreamingDataset):
             raise self._lost(shard_id)
         try:
             super().prepare_shard(shard_id, blocking)
-        except BaseException:
+        except BaseException as error:
+            if self._shard_states[shard_id] == _FAILED:  # by another process, since the look above
+                raise self._lost(shard_id) from error
             self._shard_states[shard_id] = _FAILED
             raise
         if not self.cache_limit and self._shard_states[shard_id] == _ShardState.LOCAL:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,21 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rank_processes import call_command, run_calls, start_calls, wait_for
+from rank_processes import run_calls, start_calls, wait_for
 from safetensors.numpy import load_file
 from small_elit import make_elit_bundle
 from small_pipeline import run_command
 from small_sweep import make_sweep_inputs, numbers_of, sweep_config, sweep_file
 
+from lgm_scale.errors import exit_on_user_error
+from lgm_scale.evaluation.commands import sweep
 from lgm_scale.evaluation.engine.chunks import ChunkResult, ChunkStore, Job
 from lgm_scale.evaluation.engine.parts import Part, make_missing, missing_tasks
 from lgm_scale.evaluation.sweep.measure import measure
 from lgm_scale.evaluation.sweep.rules import load_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
-
-
-SWEEP = "lgm_scale.evaluation.commands.sweep"
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,15 @@ def same_results(out: Path, other: Path) -> None:
 
 
 def run(path: Path, ranks: int) -> None:
-    run_calls(ranks, call_command, SWEEP, [path], log=path.with_suffix(""))
+    done = run_command("eval/sweep.py", path, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_three_ranks_give_the_same_bits(made, alone, tmp_path):
     """Under the launcher, as a user starts it; the tests below fork their ranks."""
     out = tmp_path / "report"
     path = sweep_file(made, out, **PIXELS | {"batch_size": 7})
-    done = run_command("eval/sweep.py", path, ranks=3)
+    done = run_command("eval/sweep.py", path, ranks=3, fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     same_results(out, alone)
     assert (out / "index.html").is_file()
@@ -107,6 +108,11 @@ def chunk_files(out: Path) -> dict[Path, tuple[int, int]]:
     return found
 
 
+def _sweep_on_a_rank(path: Path) -> None:
+    sys.argv = ["sweep.py", str(path)]
+    exit_on_user_error(sweep.main)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_killed_sweep_goes_on_with_another_number_of_ranks(
     made, alone, tmp_path, seed, monkeypatch
@@ -115,7 +121,7 @@ def test_a_killed_sweep_goes_on_with_another_number_of_ranks(
     out = tmp_path / "report"
     rng = random.Random(seed)
     path = sweep_file(made, out, **PIXELS)
-    ranks = start_calls(2, call_command, SWEEP, [path], log=tmp_path / "log")
+    ranks = start_calls(2, _sweep_on_a_rank, path, log=tmp_path / "log")
     total, wanted = 2 * 31, rng.randrange(1, 50)
     deadline = time.monotonic() + 240
     while len(chunk_files(out)) < wanted and time.monotonic() < deadline:

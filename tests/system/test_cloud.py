@@ -1,23 +1,26 @@
-"""Runs under the launchers of docs/cloud.md, on machines whose disks are lost."""
+"""Runs under the launchers of docs/cloud.md, on machines whose disks are lost.
+
+torchrun, composer and the interpreters that they start are the real ones.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
+from disturbed_train import TAKEN_STEP
 from moto.server import ThreadedMotoServer
-from small_pipeline import ROOT, metrics
+from small_pipeline import ROOT, metrics, run_command
 
 BIN = Path(sys.executable).parent
-STEPS = 150
+TRAIN = "lgm_scale/train.py"
+STEPS = 20
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -47,11 +50,11 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start(launcher: list[str], config: Path, *overrides: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [str(BIN / launcher[0]), *launcher[1:], "lgm_scale/train.py", str(config), *overrides],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+def launch(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(BIN / launcher[0]), *launcher[1:], *map(str, arguments)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=800,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "DISTURB": "taken"}, check=False,
     )  # fmt: skip
 
 
@@ -64,41 +67,29 @@ def test_a_machine_is_taken_away_and_its_disk_with_it(small_pipeline, tmp_path: 
         checkpoint={"interval": f"{STEPS}ba"},
     )
     # Undisturbed, as one machine under torchrun.
-    whole = start(
-        ["torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"],
-        config, f"out={tmp_path}/whole",
-    )  # fmt: skip
-    text, _ = whole.communicate(timeout=180)
-    assert whole.returncode == 0, text
+    torchrun = ["torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    whole = launch(torchrun, TRAIN, config, f"out={tmp_path}/whole")
+    assert whole.returncode == 0, whole.stdout
 
     # A machine under composer, which is told that it will be taken away.
     common = [f"checkpoint.folder={bucket}/cloud"]
-    machine = start(["composer", "-n", "2"], config, f"out={tmp_path}/first", *common)
-    log = tmp_path / "first" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not log.exists() or len(log.read_text().splitlines()) < 10:
-        assert machine.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    machine.send_signal(signal.SIGTERM)
-    text, _ = machine.communicate(timeout=60)
-    assert machine.returncode == 75, text
-    stopped_at = len(log.read_text().splitlines())
-    assert 10 <= stopped_at < STEPS
+    program, out = "tests/system/disturbed_train.py", f"out={tmp_path}/first"
+    machine = launch(["composer", "-n", "2"], program, config, out, *common)
+    assert machine.returncode == 75, machine.stdout
+    stopped_at = len(metrics(tmp_path / "first"))
+    assert TAKEN_STEP < stopped_at < STEPS
 
     # Another machine, with an empty disk.
-    last = start(["composer", "-n", "2"], config, f"out={tmp_path}/second", *common)
-    text, _ = last.communicate(timeout=180)
-    assert last.returncode == 0, text
-    assert f"resumed after step {stopped_at}" in text
+    last = run_command(TRAIN, config, f"out={tmp_path}/second", *common, ranks=2)
+    assert last.returncode == 0, last.stderr
+    assert f"resumed after step {stopped_at}" in last.stdout + last.stderr
     rows = metrics(tmp_path / "second")
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert [row["loss"] for row in rows] == [row["loss"] for row in metrics(tmp_path / "whole")]
     assert (tmp_path / "second" / "bundle" / "bundle.json").is_file()
 
     # And one more, after the end: everything is in the bucket.
-    late = start(["python"], config, f"out={tmp_path}/third", *common)
-    text, _ = late.communicate(timeout=180)
-    assert late.returncode == 0, text
-    assert "is finished" in text
+    late = run_command(TRAIN, config, f"out={tmp_path}/third", *common)
+    assert late.returncode == 0, late.stderr
+    assert "is finished" in late.stdout
     assert (tmp_path / "third" / "bundle" / "bundle.json").is_file()

@@ -1,4 +1,7 @@
-"""A rank that fails or dies ends the whole job within seconds, and the first cause is on top."""
+"""A rank that fails or dies ends the whole job soon, and the first cause is on top.
+
+Under composer's launcher: it tells the others.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,13 @@ import psutil
 from small_pipeline import ROOT, composer, run_command
 
 TRAIN = "lgm_scale/train.py"
-SECONDS = 120  # on a machine with other work
+SECONDS = 120  # on a busy machine; without a look at the others, `parallel.timeout_seconds` = 300
 
 
-def test_the_first_failing_rank_is_on_top(small_pipeline):
+def test_the_first_failing_rank_is_on_top(small_pipeline, monkeypatch):
+    monkeypatch.setenv("DISTURB", "bug")
     config = small_pipeline.generator_config(small_pipeline.root / "bug")
-    result = run_command("tests/system/failing_rank.py", config, ranks=2)
+    result = run_command("tests/system/disturbed_train.py", config, ranks=2, fresh=True)
     assert result.returncode == 1
     said = result.stderr + result.stdout
     top = said.index("rank 1 failed first:")
@@ -40,7 +44,7 @@ def test_a_killed_rank_ends_the_job(small_pipeline):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 800
     while not (out / "metrics.jsonl").exists():
         assert job.poll() is None
         assert time.monotonic() < deadline

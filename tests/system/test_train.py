@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from small_pipeline import ROOT, assert_user_error, metrics, run_command
+from small_pipeline import assert_user_error, metrics, run_command, train_in_process
 
 from lgm_scale.build import build_dataset, build_loggers
 from lgm_scale.bundle import read_bundle
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.training.callbacks import StepKeys
 
 TRAIN = "lgm_scale/train.py"
 
@@ -40,25 +38,27 @@ def test_a_run_records_every_step_and_leaves_a_bundle(undisturbed):
     assert len(info["classes"]) == 17
 
 
+def die_at_step_6() -> None:
+    """Let SIGKILL meet the training command between two resume states."""
+    start = StepKeys.batch_start
+
+    def batch_start(self, state, logger):
+        start(self, state, logger)
+        if state.batch["step"] == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StepKeys.batch_start = batch_start  # type: ignore[method-assign]
+
+
 def test_kill_9_and_the_same_command_again_change_nothing(small_pipeline, undisturbed):
     out = small_pipeline.root / "killed"
     config = small_pipeline.generator_config(out, logging={"interval": 1, "progress_bar": False})
-    process = subprocess.Popen(
-        [sys.executable, TRAIN, config], cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 240
-    first = out / "state" / "ba00000004-a0001" / "manifest.json"
-    while not first.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert run_command(TRAIN, config, prepare=die_at_step_6).returncode == -signal.SIGKILL
+    assert (out / "state" / "ba00000004-a0001" / "manifest.json").exists()
     assert not (out / "bundle").exists()
-    torn = out / "state" / "ba00000008-a0001"  # killed while writing the next one
-    torn.mkdir(exist_ok=True)
+    torn = out / "state" / "ba00000008-a0001"  # as if it had been writing the next one
+    torn.mkdir()
     (torn / "rank-00000.safetensors").write_bytes(b"torn")
-    (torn / "manifest.json").unlink(missing_ok=True)
     result = run_command(TRAIN, config)
     assert result.returncode == 0, result.stderr
     assert [row["loss"] for row in metrics(out)] == [row["loss"] for row in metrics(undisturbed)]
@@ -76,34 +76,24 @@ def test_a_finished_run_says_so(small_pipeline, undisturbed):
     assert (undisturbed / "bundle" / "bundle.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.slow
-def test_two_ranks_give_the_numbers_of_one(small_pipeline, undisturbed):
-    out = small_pipeline.root / "two-ranks"
-    result = run_command(TRAIN, small_pipeline.generator_config(out), ranks=2)
-    assert result.returncode == 0, result.stderr
-    one, two = metrics(undisturbed), metrics(out)
-    assert [row["num_tokens"] for row in one] == [row["num_tokens"] for row in two]
-    for first, second in zip(one, two, strict=True):
-        assert second["loss"] == pytest.approx(first["loss"], abs=1e-6)
-
-
-@pytest.mark.slow
 def test_micro_batches_give_the_numbers_of_whole_batches(small_pipeline, undisturbed):
     out = small_pipeline.root / "micro"
-    config = small_pipeline.generator_config(out)
-    result = run_command(TRAIN, config, "train.device_microbatch_size=2")
-    assert result.returncode == 0, result.stderr
+    train_in_process(small_pipeline.generator_config(out), "train.device_microbatch_size=2")
     for first, second in zip(metrics(undisturbed), metrics(out), strict=True):
         assert second["loss"] == pytest.approx(first["loss"], abs=1e-6)
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_numbers_of_eager_ones(small_pipeline, undisturbed):
-    out = small_pipeline.root / "compiled"
-    result = run_command(TRAIN, small_pipeline.generator_config(out), "train.compile=true")
+def test_compiled_blocks_give_the_numbers_of_eager_ones(small_pipeline):
+    small = ("model.num_blocks=2", "lengths.choices=[8,4]", "train.max_duration=4ba")
+    eager, out = small_pipeline.root / "eager", small_pipeline.root / "compiled"
+    train_in_process(small_pipeline.generator_config(eager), *small)
+    config = small_pipeline.generator_config(out)
+    result = run_command(TRAIN, config, *small, "train.compile=true")
     assert result.returncode == 0, result.stderr
     assert "recompile_limit" not in result.stderr
-    for first, second in zip(metrics(undisturbed), metrics(out), strict=True):
+    assert len(metrics(out)) == 4
+    for first, second in zip(metrics(eager), metrics(out), strict=True):
         assert second["loss"] == pytest.approx(first["loss"], abs=1e-5)
 
 
@@ -121,7 +111,7 @@ def test_a_tokenizer_trains_and_its_bundle_loads(small_pipeline):
 def test_a_config_error_ends_with_status_2(small_pipeline, undisturbed):
     config = undisturbed.with_suffix(".yaml")
     assert_user_error(
-        run_command(TRAIN, config, "model.sise=s", "lengths.choices=[2]", ranks=1),
+        run_command(TRAIN, config, "model.sise=s", "lengths.choices=[2]"),
         "did you mean 'size'?",
         "[2] outside [4, 16]",
     )

@@ -72,8 +72,8 @@ def test_the_flow_ends_at_the_data():
 
 
 def test_a_visit_draws_a_latent_of_the_stored_distribution():
-    batch = latents([1, 2])
-    draws = torch.stack([model().state(batch | {"step": step}) for step in range(1000)]) / SCALE
+    batch, shell = latents([1, 2]), model()
+    draws = torch.stack([shell.state(batch | {"step": step}) for step in range(1000)]) / SCALE
     mean, std = batch["mean"].float(), batch["std"].float()
     error = (draws.mean(0) - mean).abs() / (std / 1000**0.5).clamp_min(1e-3)
     assert error.max() < 5  # of 512 values

@@ -168,6 +168,7 @@ def test_all_metrics_are_those_of_torch_fidelity(sides, theirs, extractor):
     assert f"subsets of {COUNT}" in describe_metrics(chosen, COUNT, reference)["kid"]
 
 
+@pytest.mark.slow
 def test_spatial_distances_are_those_of_torch_fidelity(extractor, inception_file, sides):
     """sFID through the registry, on fewer dimensions: eigenvalues of 2023 take seconds."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric

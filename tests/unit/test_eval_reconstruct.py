@@ -341,7 +341,6 @@ def test_a_given_path_that_is_no_file_is_refused(small_pipeline, tmp_path, monke
     assert "https://" in str(error)
 
 
-@pytest.mark.system
 def test_a_damaged_weights_file_ends_with_status_two(small_pipeline, tmp_path):
     (tmp_path / "weights.pth").write_text("<html>not found</html>")
     done = run_command(

@@ -306,6 +306,7 @@ def dinov2_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_dinov2_features_are_the_class_token_of_antialiased_images(dinov2_file):
     import torch.nn.functional as F
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from small_pipeline import ROOT, run_command
 from small_sweep import (
     CLASSES,
     make_bundles,
@@ -31,8 +29,6 @@ from lgm_scale.evaluation.sweep.config import SweepConfig, expand, with_lists
 from lgm_scale.evaluation.sweep.measure import measure
 from lgm_scale.evaluation.sweep.rules import load_sweep
 from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -432,27 +428,16 @@ def test_the_sweeps_that_come_along_are_well_formed(name):
 # --- the command ------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-
-def run_sweep(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "eval/sweep.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-
-
-@pytest.mark.system
 def test_a_user_error_ends_with_status_two_and_no_traceback(made, tmp_path):
     path = sweep_file(made, tmp_path / "report")
-    done = run_sweep(str(path), "batch_size=0", "bundle=gone")
+    done = run_command("eval/sweep.py", path, "batch_size=0", "bundle=gone")
     assert done.returncode == 2
     assert done.stderr.startswith("error: 2 problems in")
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.system
 def test_a_dry_run_shows_the_work_and_makes_nothing(made, tmp_path):
-    done = run_sweep(str(sweep_file(made, tmp_path / "report")), "--dry-run")
+    done = run_command("eval/sweep.py", sweep_file(made, tmp_path / "report"), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "TFLOPs per image" in done.stdout
     assert "K = 9, w = 1.5, 4 points" in done.stdout

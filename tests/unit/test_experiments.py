@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from small_pipeline import run_command
 
 from experiments import runs
 from experiments.config import Experiment, fill, load_experiment, lookup
@@ -179,8 +179,7 @@ def test_an_unknown_name_and_a_wrong_option_end_with_status_2():
         (["elastic", "--jobs", "0"], "--jobs: 0 must be 1 or more"),
         (["elastic", "modell.size=b"], "modell: unknown key; did you mean 'model'?"),
     ):
-        command = [sys.executable, "-m", "experiments", *given]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_command("-m", "experiments", *given, fresh=given == ["elastik"])
         assert done.returncode == 2
         assert line in done.stderr
         assert "Traceback" not in done.stderr

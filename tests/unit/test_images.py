@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from streaming import MDSWriter, StreamingDataLoader
+from small_pipeline import run_command
+from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from torch.utils.data import DataLoader
 
+from lgm_scale.data import streaming_internals
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import (
@@ -298,48 +296,30 @@ def test_a_resumed_epoch_repeats_the_augmentation(tmp_path, num_workers):
 
 
 _RANK_PROGRAM = """
-import sys
+import os, sys
 from torch.utils.data import DataLoader
 from lgm_scale.data.images import ImageDataset
 dataset = ImageDataset(sys.argv[1], image_size=16, train=True, seed=7, batch_size=int(sys.argv[2]))
-for batch in DataLoader(dataset, batch_size=int(sys.argv[2])):
-    print(*batch["sample_ids"].tolist(), flush=True)
+with open(f"{sys.argv[3]}/{os.environ['RANK']}.txt", "w") as seen:
+    for batch in DataLoader(dataset, batch_size=int(sys.argv[2])):
+        print(*batch["sample_ids"].tolist(), file=seen)
 """
 
 
-def unused_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def run_ranks(folder: Path, num_ranks: int, global_batch_size: int, port: int) -> list[set[str]]:
+def run_ranks(folder: Path, num_ranks: int, global_batch_size: int, out: Path) -> list[set[str]]:
     """The set of samples of each global batch, from real processes."""
-    ranks = []
-    for rank in range(num_ranks):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-c", _RANK_PROGRAM, str(folder)]
-        command.append(str(global_batch_size // num_ranks))
-        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate(timeout=120)[0].splitlines() for process in ranks]
-    assert all(process.returncode == 0 for process in ranks)
+    out.mkdir()
+    size = str(global_batch_size // num_ranks)
+    done = run_command("-c", _RANK_PROGRAM, folder, size, out, ranks=num_ranks)
+    assert done.returncode == 0, done.stderr
+    outputs = [(out / f"{rank}.txt").read_text().splitlines() for rank in range(num_ranks)]
     return [set(" ".join(lines).split()) for lines in zip(*outputs, strict=True)]
 
 
-@pytest.mark.slow
 def test_global_batches_do_not_depend_on_the_number_of_ranks(tmp_path):
     folder = write_images(tmp_path / "mds", 24)
-    one = run_ranks(folder, 1, 8, unused_port())
-    two = run_ranks(folder, 2, 8, unused_port())
+    one = run_ranks(folder, 1, 8, tmp_path / "one")
+    two = run_ranks(folder, 2, 8, tmp_path / "two")
     assert len(one) == 3
     assert all(len(batch) == 8 for batch in one)
     assert one == two
@@ -364,6 +344,18 @@ def test_an_unreachable_shard_neither_ends_nor_hangs_an_epoch(tmp_path, num_work
     loader = CheckedLoader(dataset, batch_size=4, num_workers=num_workers, timeout=timeout)
     with pytest.raises(DataError, match=rf"is not complete: .*{shard.name} could not be fetched"):
         list(loader)
+
+
+def test_a_shard_that_another_process_gives_up_at_this_moment_is_named(tmp_path, monkeypatch):
+    dataset = dataset_of(write_images(tmp_path / "mds", 24))
+
+    def meanwhile(self, shard_id, blocking):
+        self._shard_states[shard_id] = streaming_internals._FAILED
+        raise RuntimeError("Invalid shard state: 255")
+
+    monkeypatch.setattr(StreamingDataset, "prepare_shard", meanwhile)
+    with pytest.raises(DataError, match=r"shard\.00000\.mds could not be fetched by another proc"):
+        dataset.prepare_shard(0)
 
 
 # Manifests

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 from kill_points import KillPoints
 from PIL import Image
+from small_pipeline import run_command
 from streaming import StreamingDataset
 
 from lgm_scale.data.images import ImageDataset, center_crop, decode_image
@@ -271,19 +270,14 @@ def test_bad_arguments_are_named(source, tmp_path):
         convert_folder(source, source / "mds")
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "data_tools.images_to_mds", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.slow
 def test_the_command_fails_in_one_line(source, tmp_path):
     truncate(source / "dog" / "palette.png")
-    damaged = run_command(str(source), "--out", str(tmp_path / "mds"), "--workers", "2")
+    command = ("-m", "data_tools.images_to_mds")
+    damaged = run_command(*command, source, "--out", tmp_path / "mds", "--workers", "2")
     assert damaged.returncode == 2
     assert "dog/palette.png cannot be read" in damaged.stderr
     assert "Traceback" not in damaged.stderr
-    missing = run_command(str(tmp_path / "nowhere"), "--out", str(tmp_path / "mds"))
+    missing = run_command(*command, tmp_path / "nowhere", "--out", tmp_path / "mds")
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: ")
     assert missing.stderr.count("\n") == 1

@@ -249,7 +249,6 @@ def test_a_hostile_file_executes_nothing(files, tokenizer, entry, zipped, monkey
     assert marker.exists()
 
 
-@pytest.mark.system
 def test_the_command_ends_without_a_traceback(files):
     torch.save({"ema": {}, "args": Hostile(files / "marker")}, files / "bad.pt")
     module = ("-m", "lgm_scale.release_import", "tokenizer")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked_commands import run_forked
 from small_pipeline import ROOT
 
 from launchers.cluster import CLUSTERS, load_cluster, minutes
@@ -32,10 +33,7 @@ def launch(
     """Run a launcher with no command in reach but Python, and without data."""
     args = (*args, "--files-elsewhere")
     environment = {"PATH": "/nowhere", "PYTHONPATH": str(ROOT), "HOME": os.environ.get("HOME", "/")}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "launchers" / script), *map(str, args)],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    result = run_forked([ROOT / "launchers" / script, *args], cwd, environment=environment)
     assert "Traceback" not in result.stderr, result.stderr
     if check:
         assert result.returncode == 0, result.stderr

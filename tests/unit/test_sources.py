@@ -6,21 +6,21 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_pipeline import ROOT
+from PIL import Image
+from small_pipeline import run_command
 from test_images_to_mds import digests_of, noise, stored, truncate
 
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.data.preparation.convert import convert_folder
+from lgm_scale.data.preparation.parts import PartsFolder
 from lgm_scale.data.preparation.sources import list_source, read_classes
 from lgm_scale.errors import ConfigError, DataError
 
@@ -216,33 +216,37 @@ def test_a_failed_conversion_goes_on_where_it_was(folder, tmp_path):
     broken.write_bytes(whole)
 
 
+def die_after_five_parts() -> None:
+    """SIGKILL to the command and its workers, once five parts are finished and others begun."""
+    write = PartsFolder.write
+
+    def dying(self, *arguments):
+        write(self, *arguments)
+        if len(self.finished()) >= 5:
+            os.killpg(0, signal.SIGKILL)
+
+    PartsFolder.write = dying  # type: ignore[method-assign]
+
+
 def test_kill_9_leaves_finished_shards_that_are_not_read_again(tmp_path):
     source = tmp_path / "source"
     for label in range(4):
         (source / str(label)).mkdir(parents=True)
-        for i in range(60):
-            pixels = np.random.default_rng([label, i]).integers(0, 256, (160, 160, 3), np.uint8)
-            from PIL import Image
-
+        for i in range(10):
+            pixels = np.random.default_rng([label, i]).integers(0, 256, (80, 80, 3), np.uint8)
             Image.fromarray(pixels).save(source / str(label) / f"{i}.png")
-    options = ("--image-size", "96", "--shard-size", "40000", "--workers", "2")
-    command = [sys.executable, "data_tools/images_to_mds.py", str(source), *options, "--out"]
-    assert subprocess.run([*command, str(tmp_path / "whole")], cwd=ROOT, check=True)
-    process = subprocess.Popen(
-        [*command, str(tmp_path / "killed")], cwd=ROOT, start_new_session=True
-    )
-    aside, deadline = tmp_path / "killed.partial", time.monotonic() + 60
-    while len(list(aside.glob("part.*.json"))) < 5:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    options = ("--image-size", "48", "--shard-size", "8000", "--workers", "2")
+    command = ["data_tools/images_to_mds.py", source, *options, "--out"]
+    assert run_command(*command, tmp_path / "whole").returncode == 0
+    died = run_command(*command, tmp_path / "killed", prepare=die_after_five_parts)
+    assert died.returncode == -signal.SIGKILL
+    aside = tmp_path / "killed.partial"
     finished = {path.name: path.stat().st_mtime_ns for path in aside.glob("shard.*.mds")}
     records = [json.loads(path.read_text()) for path in aside.glob("part.*.json")]
     done = {record["shard"]["raw_data"]["basename"] for record in records}
     assert not (tmp_path / "killed").exists()
-    assert subprocess.run([*command, str(tmp_path / "killed")], cwd=ROOT, check=True)
+    assert 5 <= len(done) < len(list((tmp_path / "whole").glob("shard.*")))
+    assert run_command(*command, tmp_path / "killed").returncode == 0
     killed = tmp_path / "killed"
     assert digests_of(killed) == digests_of(tmp_path / "whole")
     assert all((killed / name).stat().st_mtime_ns == finished[name] for name in done)

@@ -1,0 +1,38 @@
+"""The training command, disturbed: DISTURB=bug in rank 1, or a machine that is taken away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import lgm_scale.train
+from lgm_scale.errors import exit_on_user_error
+from lgm_scale.families.lgm.training import LGMTrainingModel
+from lgm_scale.training.stopping import StopRequest
+
+BUG_STEP, TAKEN_STEP = 3, 10
+
+loss, on_signal = LGMTrainingModel.loss, StopRequest._on_signal
+told = threading.Event()
+
+
+def note_signal(self, number, frame):
+    on_signal(self, number, frame)
+    told.set()
+
+
+def disturbed_loss(self, outputs, batch):
+    if os.environ["DISTURB"] == "bug" and os.environ["RANK"] == "1" and batch["step"] == BUG_STEP:
+        raise ZeroDivisionError("a bug in rank 1")
+    if os.environ["DISTURB"] == "taken" and batch["step"] == TAKEN_STEP:
+        if os.environ["RANK"] == "0":
+            os.kill(os.getppid(), signal.SIGTERM)  # the launcher, which tells all ranks
+        assert told.wait(120)
+    return loss(self, outputs, batch)
+
+
+if __name__ == "__main__":
+    LGMTrainingModel.loss = disturbed_loss  # type: ignore[method-assign]
+    StopRequest._on_signal = note_signal  # type: ignore[method-assign]
+    exit_on_user_error(lgm_scale.train.main)
