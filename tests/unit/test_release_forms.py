@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from release_files import (
 )
 from safetensors.torch import save_file
 
-from lgm_scale.errors import CheckpointError, ConfigError
+from lgm_scale.errors import CheckpointError, ConfigError, exit_on_user_error
 from lgm_scale.families.elit.config import ELITModelConfig, SpaceConfig
 from lgm_scale.families.elit.network import sincos_table
 from lgm_scale.families.elit.release import our_elit_name
@@ -39,6 +40,7 @@ from lgm_scale.families.tokenizer.release import (
     our_tokenizer_name,
 )
 from lgm_scale.merging.tree import MergeTree
+from lgm_scale.release_import.__main__ import main
 
 SIZES: dict[str, Any] = {"num_base_tokens": 16, "latent_dim": 8}
 
@@ -261,6 +263,28 @@ def test_loras_that_do_not_fit_are_refused(generator, around, tmp_path):
     with pytest.raises(CheckpointError, match=text):
         import_lora(path, tmp_path / "out", 12, base)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_lora_command(generator, around, tmp_path, monkeypatch, capsys):
+    path, out = tmp_path / "lora_8.pth", tmp_path / "out"
+    torch.save(lora_content(generator, random_adapter(generator, 5)), path)
+    place = ["--tokenizer", around.tokenizer, "--latent-stats", around.latent_stats]
+    cases: list[tuple[list[Any], str]] = [
+        ([path, out, "--num-tokens", 8, *place], ""),
+        ([path, tmp_path / "both", "--num-tokens", 12, "--base", out], ""),
+        ([path, tmp_path / "no", "--num-tokens", 8], "--tokenizer: missing"),
+        ([path, tmp_path / "no", "--num-tokens", 8, *place[:2]], "--latent-stats: missing"),
+        ([path, tmp_path / "no", "--num-tokens", 6, *place, "--base", out], "leave their options"),
+        ([path, tmp_path / "no", "--num-tokens", 8, *place, "--alpha", "nan"], "--alpha: nan"),
+    ]
+    for arguments, text in cases:
+        monkeypatch.setattr(sys, "argv", ["release_import", "lora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            exit_on_user_error(main)
+        assert (end.value.code or 0) == (2 if text else 0)
+        assert text in capsys.readouterr().err
+    assert sorted(load_lgm_bundle(tmp_path / "both").adapters) == [8, 12]
+    assert not (tmp_path / "no").exists()
 
 
 def test_names_inside_of_peft_go_both_ways(generator):

@@ -7,6 +7,7 @@ adapter is called '256' whatever length it was trained at.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -177,11 +178,13 @@ class LoraImporter:
     @staticmethod
     def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
         """Write the bundle that the command line asks for."""
-        given = ("tokenizer", "latent_stats", "merge_tree", "classes")
-        if args.base is not None and any(getattr(args, name) is not None for name in given):
+        if not (math.isfinite(args.alpha) and args.alpha > 0):
+            raise ConfigError(f"--alpha: {args.alpha:g} must be a positive number")
+        given = (args.tokenizer, args.latent_stats, args.merge_tree, args.classes)
+        if args.base is not None and (any(given) or args.noise_scale != "legacy"):
             raise ConfigError(
-                "--base: that bundle brings tokenizer, statistics, merge tree and classes; leave "
-                "--tokenizer, --latent-stats, --merge-tree and --classes away"
+                "--base: that bundle brings tokenizer, statistics, merge tree, classes and noise "
+                "scale; leave their options away"
             )
         around = surroundings(args) if args.base is None else args.base
         return import_lora(
