@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import shutil
@@ -72,8 +73,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Remove the shared memory that killed ranks have left, once no process has it open."""
     if hasattr(session.config, "workerinput") or not SHARED_MEMORY.is_dir():
         return
-    left = [path for path in SHARED_MEMORY.glob("[0-9]*_*") if path.name.split("_")[0].isdigit()]
-    left = [path for path in left if path.stat().st_mtime >= session.config.stash[STARTED]]
+    left = []
+    for path in SHARED_MEMORY.glob("[0-9]*_*"):
+        with contextlib.suppress(FileNotFoundError):  # another program's, which has just ended
+            if path.stat().st_mtime >= session.config.stash[STARTED]:
+                left.append(path)
     open_now = set()
     for maps in Path("/proc").glob("[0-9]*/maps") if left else ():
         try:
