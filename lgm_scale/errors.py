@@ -120,7 +120,7 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         status = _refuse(f"{where}{error.strerror}; {hint}, and run the same command again")
     finally:
         if listens:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
         if not _has_reader():  # else Python says at its end that it could not write
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
