@@ -20,7 +20,7 @@ from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.sweep.rules import check_sweep, load_sweep
 
-__all__ = ["KINDS", "TOOLS", "Job", "Tool", "describe_job"]
+__all__ = ["KINDS", "TOOLS", "Job", "Tool", "describe_job", "output_of"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,16 @@ def describe_job(
         (*words, *allowed),
         run=run,
     )
+
+
+def output_of(kind: str, config: str | None, words: list[str]) -> list[Path]:
+    """What a job will make, also one with problems; empty where that cannot be told."""
+    config = config or DEFAULT_CONFIG.get(kind)
+    try:
+        values = _pairs(words) if kind in TOOLS or config is None else read_yaml(config, words)
+    except ConfigError:
+        return []
+    return [Path(values["out"])] if isinstance(values.get("out"), str) else []
 
 
 def _sweep(config: str, words: list[str], parts: int | None, to_come: ToCome | None) -> Job:
