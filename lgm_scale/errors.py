@@ -10,6 +10,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -141,9 +142,14 @@ def _has_reader() -> bool:
     """Whether somebody still reads what this process prints."""
     try:
         sys.stdout.flush()
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
     except BrokenPipeError:
         return False
-    return True
+    except (OSError, ValueError):  # it is no file, and nobody can leave
+        return True
+    # Unbuffered, nothing is left to be flushed; but a pipe knows that its other end is closed.
+    return not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _on_first_interrupt(number: int, frame: FrameType | None) -> None:
