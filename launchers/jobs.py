@@ -158,6 +158,16 @@ def describe_job(
     )
 
 
+def output_of(kind: str, config: str | None, words: list[str]) -> list[Path]:
+    """What a job will make, also one with problems; empty where that cannot be told."""
+    config = config or DEFAULT_CONFIG.get(kind)
+    try:
+        values = _pairs(words) if kind in TOOLS or config is None else read_yaml(config, words)
+    except ConfigError:
+        return []
+    return [Path(values["out"])] if isinstance(values.get("out"), str) else []
+
+
 def _sweep(config: str, words: list[str], parts: int | None, to_come: ToCome | None) -> Job:
     values = read_yaml(config, words)
     inputs = [str(values.get(key)) for key in ("bundle", "images", "reference")]

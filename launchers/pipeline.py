@@ -24,7 +24,7 @@ import lgm_scale  # noqa: F401  # says so where Python is a wrong one
 
 # isort: split
 from launchers.cluster import load_cluster
-from launchers.jobs import describe_job
+from launchers.jobs import describe_job, output_of
 from launchers.launch import Launch, world_size
 from launchers.submission import describe, refuse_live, submit, with_join
 from lgm_scale.config.loading import load_config, read_yaml
@@ -175,10 +175,10 @@ def plan(
                 has_gpu=None if place.gpus_per_node else False,
                 to_come=to_come if look else None,
             )
-            made.append(Path(job.out))
             launches[name] = with_join(Launch(job, place, stage.nodes))
         except ConfigError as error:
             problems += [f"stages.{name}: {problem}" for problem in error.problems]
+        made += output_of(stage.job, stage.config, list(stage.overrides))
     if problems:
         raise ConfigError(problems)
     return launches

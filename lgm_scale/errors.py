@@ -10,6 +10,7 @@ import contextlib
 import errno
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -120,7 +121,7 @@ def exit_on_user_error(main: Callable[[], int | None]) -> None:
         status = _refuse(f"{where}{error.strerror}; {hint}, and run the same command again")
     finally:
         if listens:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
         if not _has_reader():  # else Python says at its end that it could not write
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
@@ -141,9 +142,14 @@ def _has_reader() -> bool:
     """Whether somebody still reads what this process prints."""
     try:
         sys.stdout.flush()
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
     except BrokenPipeError:
         return False
-    return True
+    except (OSError, ValueError):  # it is no file, and nobody can leave
+        return True
+    # Unbuffered, nothing is left to be flushed; but a pipe knows that its other end is closed.
+    return not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def _on_first_interrupt(number: int, frame: FrameType | None) -> None:

@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 from streaming import StreamingDataLoader
 
 from lgm_scale.data.config import SourceConfig, as_sources
-from lgm_scale.data.manifest import Manifest, check_columns, check_shards, read_manifest
+from lgm_scale.data.manifest import (
+    INDEX_NAME,
+    Manifest,
+    check_columns,
+    check_shards,
+    read_manifest,
+)
 from lgm_scale.data.mixture import View, draw_passes, samples_per_source, view_sources
 from lgm_scale.data.shards import fill_cache, local_folder
 from lgm_scale.data.streaming_internals import (
@@ -235,5 +241,5 @@ def _look_after_files(sources: Sequence[SourceConfig], patience: Patience) -> No
         fill_cache(source, patience)
         if source.cache is None:
             folder = local_folder(source)
-            if folder.exists():  # otherwise the manifest's own check says more
+            if (folder / INDEX_NAME).is_file():  # otherwise the manifest's own check says more
                 check_shards(folder)

@@ -112,7 +112,7 @@ def test_a_state_that_nobody_sealed_does_not_claim_other_folders_either(small_pi
 def test_the_advice_after_a_wrong_start_works(small_pipeline, tmp_path):
     path = config(small_pipeline, tmp_path / "run", train=STEPS | {"max_duration": "2ba"})
     with pytest.MonkeyPatch.context() as patch:  # found late, as with data in object storage
-        patch.setattr("lgm_scale.checkpoint.run_folder.input_problems", lambda run: ())
+        patch.setattr("lgm_scale.checkpoint.run_folder.input_problems", lambda *args: ())
         said = refusal(main, path, "model.num_classes=10")
     assert "has 17 classes, model.num_classes says 10: make them equal" in said
     assert (tmp_path / "run" / "config.json").exists()

@@ -18,6 +18,7 @@ from lgm_scale.evaluation.engine.statistics import statistics_of
 from lgm_scale.evaluation.features.inception import SPATIAL_DIM
 from lgm_scale.evaluation.images import NpzImages, open_source
 from lgm_scale.evaluation.references.files import Reference, load_reference, save_reference
+from lgm_scale.evaluation.sweep.config import METRIC_KEYS
 from lgm_scale.evaluation.sweep.measure import measure
 
 
@@ -245,7 +246,7 @@ def test_a_missing_statistic_disables_its_metric_with_one_line(made, tmp_path, c
             tmp_path / "out",
             reference=str(tmp_path / "r.safetensors"),
             cells=[{"num_tokens": 4}],
-            metrics=["pixel_frechet", "fid", "kid"],
+            metrics=list(METRIC_KEYS),
         )
     )
     assert results is not None

@@ -25,7 +25,7 @@ from small_sweep import (
 
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
 from lgm_scale.evaluation.sweep import samples as generate
-from lgm_scale.evaluation.sweep.config import SweepConfig, expand, with_lists
+from lgm_scale.evaluation.sweep.config import METRIC_KEYS, SweepConfig, expand, with_lists
 from lgm_scale.evaluation.sweep.measure import measure
 from lgm_scale.evaluation.sweep.rules import load_sweep
 from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME
@@ -301,7 +301,7 @@ def problems_of(made: Path, tmp_path: Path, **changes: Any) -> list[str]:
         ({"sampler": {"timestep_shift": 0.0}}, "cells: timestep_shift"),
         ({"cells": [{"num_tokens": 16, "length_schedule": [[0, 4], [0.1, 8]]}]},
          "cells: length_schedule: it ends at 8"),
-        ({"search": {"num_images": 99}, "metrics": ["fid", "pixel_frechet"]},
+        ({"search": {"num_images": 99}, "metrics": list(METRIC_KEYS)},
          r"search\.num_images: 99 must be between 2 and"),
         ({"search": {"num_images": 5}}, r"search\.metric: fid is not among"),
         ({"num_image": 5}, "num_image: unknown key; did you mean 'num_images'"),

@@ -215,11 +215,16 @@ def test_a_disk_that_takes_nothing_is_told(small_pipeline, tmp_path, monkeypatch
 
 def test_a_disk_that_fills_up_under_way_is_told(small_pipeline, tmp_path, monkeypatch):
     path = small_pipeline.generator_config(tmp_path / "run")
-    out = tmp_path / "run" / "metrics.jsonl"
-    out.parent.mkdir()
-    out.symlink_to("/dev/full")
-    monkeypatch.setattr("lgm_scale.training.callbacks.write_whole", lambda *args: None)
-    assert "No space left on device; make room, and run the same" in refusal(training.main, path)
+    open_as_ever = Path.open
+
+    def full(self, mode="r", *args, **options):
+        if self.name == "metrics.jsonl" and mode == "a":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return open_as_ever(self, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", full)
+    said = refusal(training.main, path)
+    assert "metrics.jsonl: No space left on device; make room, and run the same command" in said
 
 
 def test_links_that_loop_are_told(tmp_path):

@@ -152,7 +152,8 @@ def _cells(config: SweepConfig) -> tuple[list[Cell], list[str]]:
 
 def _metrics(config: SweepConfig) -> Iterator[str]:
     """Metrics that are asked for by name, and that no file of this sweep can give."""
-    if config.metrics == METRIC_KEYS:  # whatever there is
+    nothing = not (config.inception or config.dinov2 or config.num_components)
+    if nothing or config.metrics == METRIC_KEYS:  # told already; whatever there is
         return
     others = {"fd_dinov2": "dinov2", "pixel_frechet": "num_components"}
     for metric in config.metrics:
