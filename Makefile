@@ -11,14 +11,15 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY = passive
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help install quickstart test test-system lint clean
+.PHONY: help install quickstart demo test test-system lint clean
 
 help:
 	@echo "make quickstart   install, then the whole pipeline on demo photographs (minutes, no GPU)"
+	@echo "make demo         the same on Fashion-MNIST (a quarter of an hour); SOURCE=--download gets it"
 	@echo "make test         all tests that this machine can run"
 	@echo "make test-system  tests against real servers, installed through apt (as root)"
 	@echo "make lint         ruff and pyright"
-	@echo "make clean        delete runs/quickstart"
+	@echo "make clean        delete runs/quickstart and runs/demo"
 	@echo "Add VENV=path to use an environment elsewhere, PYTHON=... to choose the interpreter."
 
 install: $(STAMP) $(DEEPSPEED)
@@ -40,6 +41,10 @@ $(DEEPSPEED): $(STAMP)
 quickstart: $(STAMP)
 	@sh quickstart.sh
 
+# SOURCE: options of data_tools/fashion_mnist.py, such as --download.
+demo: $(STAMP)
+	@sh demo.sh $(SOURCE)
+
 # Unit tests in two processes, each file in one; the others start processes of their own.
 test: $(STAMP) $(DEEPSPEED)
 	pytest -n 2 --dist loadfile tests/unit
@@ -54,4 +59,4 @@ lint: $(STAMP) $(DEEPSPEED)
 	pyright
 
 clean:
-	rm -rf runs/quickstart
+	rm -rf runs/quickstart runs/demo

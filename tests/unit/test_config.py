@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SWEEP = ROOT / "yamls/eval_sweep.yaml"  # trains nothing; see test_eval_sweep.py
 PUBLISHED = sorted(set(ROOT.glob("yamls/*.yaml")) - {SWEEP})
 QUICKSTART = [ROOT / f"yamls/quickstart/{name}.yaml" for name in ("tokenizer", "dit", "elit")]
+DEMO = [ROOT / f"yamls/demo/{name}.yaml" for name in ("tokenizer", "dit")]
 TOKENIZER = str(QUICKSTART[0])
 GENERATOR = str(QUICKSTART[1])
 
@@ -51,7 +52,7 @@ def test_there_is_a_recipe_for_every_published_size():
     }
 
 
-@pytest.mark.parametrize("path", PUBLISHED + QUICKSTART, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PUBLISHED + QUICKSTART + DEMO, ids=lambda path: path.stem)
 def test_recipes_build_with_the_expected_size(path):
     config = load_training_run(str(path), [], 1, has_gpu=None)
     with torch.device("meta"):

@@ -11,6 +11,7 @@ import torch
 
 from lgm_scale.evaluation.engine.parts import from_rank_zero
 from lgm_scale.evaluation.features.extraction import FeatureSpace
+from lgm_scale.evaluation.features.fashion_mnist import FashionFeatures
 from lgm_scale.evaluation.features.inception import InceptionFeatures
 from lgm_scale.evaluation.features.pixel_pca import MAX_FITTED, PixelPCA
 from lgm_scale.evaluation.images import ValidationImages, spread
@@ -38,6 +39,7 @@ class Spaces:
         inception: str | None = None,
         dinov2: str | None = None,
         num_components: int = 0,
+        fashion_mnist: bool = False,
     ) -> Spaces:
         """Load the networks whose weights are given, and fit the components, if there are any.
 
@@ -47,6 +49,7 @@ class Spaces:
             inception: File of Inception's weights; None: without it.
             dinov2: File of DINOv2's weights; None: without it.
             num_components: Principal components of the pixels of `images`; 0: none.
+            fashion_mnist: Whether the classifier in the package looks at the images, too.
 
         Raises: CheckpointError, MissingAssetError, DataError.
         """
@@ -57,6 +60,8 @@ class Spaces:
             from lgm_scale.evaluation.features.dinov2 import DINOv2Features
 
             spaces.append(DINOv2Features(dinov2, device))
+        if fashion_mnist:
+            spaces.append(FashionFeatures(device))
         if num_components:
             assert images is not None  # a rule of the configuration
             # One fit, so that all ranks project alike; one reader, for it may be 2048 images.

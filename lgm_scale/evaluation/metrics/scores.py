@@ -17,6 +17,7 @@ __all__ = [
     "IS_SPLITS",
     "KID_SUBSETS",
     "NEIGHBOURS",
+    "class_accuracy",
     "frechet_distance",
     "inception_score",
     "kernel_distance",
@@ -50,6 +51,11 @@ def inception_score(logits: np.ndarray) -> tuple[float, float]:
         torch.from_numpy(logits), splits=IS_SPLITS, shuffle=True, rng_seed=SHUFFLE_SEED
     )
     return found["inception_score_mean"], found["inception_score_std"]
+
+
+def class_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of images that a classifier gives their own class. Shapes: [M, C], [M]."""
+    return float((logits.argmax(axis=1) == labels).mean())
 
 
 def kid_subset_size(*counts: int) -> int:

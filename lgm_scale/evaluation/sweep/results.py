@@ -47,10 +47,11 @@ def gather_results(
     searched: list[Row],
     reconstructions: list[Row],
     losses: dict[int, dict[str, Any]],
+    floor: Row | None,
     run: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that a report needs besides pictures, as JSON values."""
-    return {
+    return ({} if floor is None else {"floor": floor}) | {
         "format": FORMAT,
         "version": VERSION,
         "versions": {"lgm_scale": __version__, "torch": torch.__version__},
