@@ -128,7 +128,8 @@ def test_samples_reconstructions_and_real_images_are_judged(made, training_refer
     assert LABEL in reconstructed["names"]["rfashion_frechet_reference"]
     assert 0 <= reconstructed["metrics"]["fashion_accuracy"] <= 1
     page = write_report(tmp_path / "out").read_text()
-    assert "Real validation images against the same reference: Class accuracy" in page
+    line = page.split("Real validation images against the same reference:")[1].split("</p>")[0]
+    assert line.count("(Fashion-MNIST classifier, not FID), 11 images <b>") == 4
     assert "Real validation images" in (tmp_path / "out" / "results.md").read_text()
     again = measure(config)
     assert again is not None
