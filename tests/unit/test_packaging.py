@@ -58,7 +58,8 @@ def test_the_wheel_holds_the_package_its_recipes_and_nothing_beside(installed):
     expected |= {
         "yamls" / path.relative_to(ROOT / "yamls") for path in ROOT.glob("yamls/**/*.yaml")
     }
-    expected |= {path.relative_to(PACKAGE) for path in PACKAGE.glob("**/templates/*")}
+    for folder in ("templates", "weights"):
+        expected |= {path.relative_to(PACKAGE) for path in PACKAGE.glob(f"**/{folder}/*")}
     expected |= {Path("py.typed")}
     package = installed / "lgm_scale"
     found = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}

@@ -39,6 +39,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, metavar="FILE", help="ends in .safetensors")
     parser.add_argument("--inception", metavar="FILE", help="Inception's weights")
     parser.add_argument("--dinov2", metavar="FILE", help="DINOv2's weights")
+    parser.add_argument(
+        "--fashion-mnist", action="store_true",
+        help="Fashion-MNIST's images, for the metrics of its classifier (no file is needed)",
+    )  # fmt: skip
     parser.add_argument("--image-size", type=int, help="for a folder of images: centre crop")
     parser.add_argument(
         "--keep-features", type=int, default=10_000, metavar="M",

@@ -38,15 +38,14 @@ class FashionClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inputs, outputs, side, stride in (
-            (1, 32, 5, 2), (32, 64, 3, 2), (64, 64, 3, 1), (64, WIDTH, 3, 2),
-        ):  # fmt: skip
+        for inputs, outputs in ((1, 24), (24, 48), (48, 96), (96, WIDTH)):
             layers += [
-                nn.Conv2d(inputs, outputs, side, stride, side // 2, bias=False),
+                nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
                 nn.BatchNorm2d(outputs),
                 nn.ReLU(),
+                nn.MaxPool2d(2),
             ]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*layers[:-1])  # the mean follows the last one, at 4 x 4
         self.classify = nn.Linear(WIDTH, len(CLASSES))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 
 from lgm_scale.evaluation.engine.parts import from_rank_zero
 from lgm_scale.evaluation.features.extraction import FeatureSpace
+from lgm_scale.evaluation.features.fashion_mnist import FashionFeatures
 from lgm_scale.evaluation.features.inception import InceptionFeatures
 from lgm_scale.evaluation.features.pixel_pca import MAX_FITTED, PixelPCA
 from lgm_scale.evaluation.images import ValidationImages, spread
@@ -36,10 +37,12 @@ class Spaces:
         inception: str | None = None,
         dinov2: str | None = None,
         num_components: int = 0,
+        fashion_mnist: bool = False,
     ) -> Spaces:
         """Load the networks whose weights are given, and fit the components, if there are any.
 
         Weights that are None leave their space out. Components are fitted to `images`; 0: none.
+        `fashion_mnist`: the classifier in the package looks at the images, too.
 
         Raises: CheckpointError, MissingAssetError, DataError.
         """
@@ -50,6 +53,8 @@ class Spaces:
             from lgm_scale.evaluation.features.dinov2 import DINOv2Features
 
             spaces.append(DINOv2Features(dinov2, device))
+        if fashion_mnist:
+            spaces.append(FashionFeatures(device))
         if num_components:
             assert images is not None  # a rule of the configuration
             # One fit, so that all ranks project alike; one reader, for it may be 2048 images.

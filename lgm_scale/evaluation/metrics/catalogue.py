@@ -15,6 +15,7 @@ from lgm_scale.evaluation.metrics.scores import (
     IS_SPLITS,
     KID_SUBSETS,
     NEIGHBOURS,
+    class_accuracy,
     describe_inception_score,
     frechet_distance,
     inception_score,
@@ -51,9 +52,17 @@ METRICS = {
         Metric("precision", "Precision", "inception_pool", "features", "higher"),
         Metric("recall", "Recall", "inception_pool", "features", "higher"),
         Metric("fd_dinov2", "FD-DINOv2", "dinov2", "statistics", "lower"),
+        Metric("fashion_accuracy", "Class accuracy", "fashion_logits", "nothing", "higher"),
+        Metric("fashion_frechet", "Classifier distance", "fashion_pool", "statistics", "lower"),
+        Metric("fashion_precision", "Classifier precision", "fashion_pool", "features", "higher"),
+        Metric("fashion_recall", "Classifier recall", "fashion_pool", "features", "higher"),
         Metric("pixel_frechet", "Pixel distance", "pixel_pca", "statistics", "lower"),
     )
 }
+
+FASHION = tuple(key for key in METRICS if key.startswith("fashion_"))
+"""Those of the classifier in the package, which is loaded if one of them is wanted."""
+NEIGHBOURHOODS = (("precision", "recall"), ("fashion_precision", "fashion_recall"))
 
 
 def count_name(count: int) -> str:
@@ -74,6 +83,8 @@ def metric_name(key: str, count: int, space: Mapping[str, Any], prefix: str = ""
             f"Frechet distance in {space['num_components']} principal components of validation "
             f"pixels (not FID), {count_name(count)} images"
         )
+    if key in FASHION:
+        return f"{metric.name} (Fashion-MNIST classifier, not FID), {count_name(count)} images"
     published = metric.feature == "dinov2" or weights.startswith(
         PUBLISHED["inception"].hash_prefix or ""
     )
@@ -142,7 +153,7 @@ def _why_off(
             f"the reference {reference.name} holds no {metric.needs} of {metric.feature}; make "
             "one with `python -m lgm_scale.evaluation.commands.reference`"
         )
-    if metric.key in ("precision", "recall") and count <= NEIGHBOURS:
+    if metric.key.endswith(("precision", "recall")) and count <= NEIGHBOURS:
         return f"{count} images have no {NEIGHBOURS} neighbours each"
     if metric.key == "is" and count < IS_SPLITS:
         return f"{count} images are too few for a score; {IS_SPLITS} are needed"
@@ -166,10 +177,12 @@ def compute(
     features: Callable[[Sequence[str]], Mapping[str, np.ndarray]],
     reference: Reference,
     device: torch.device | str = "cpu",
+    labels: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Compute the selected metrics, and the deviations of those that have one.
 
     `statistics` and `features` (whole ones, in the order of the images) are of the generated side.
+    `labels` [M] are the classes of its images, where class accuracy is selected.
     """
     numbers: dict[str, float] = {}
     for key in selection.on:
@@ -185,11 +198,15 @@ def compute(
     if "kid" in selection.on:
         other = reference.features["inception_pool"]
         numbers["kid"], numbers["kid_std"] = kernel_distance(held["inception_pool"], other)
-    if {"precision", "recall"} & set(selection.on):
-        other = reference.features["inception_pool"]
-        found = precision_recall(held["inception_pool"], other, device)
-        both = dict(zip(("precision", "recall"), found, strict=True))
-        numbers |= {key: value for key, value in both.items() if key in selection.on}
+    if "fashion_accuracy" in selection.on:
+        assert labels is not None
+        numbers["fashion_accuracy"] = class_accuracy(held["fashion_logits"], labels)
+    for pair in NEIGHBOURHOODS:
+        if set(pair) & set(selection.on):
+            name = METRICS[pair[0]].feature
+            found = precision_recall(held[name], reference.features[name], device)
+            both = dict(zip(pair, found, strict=True))
+            numbers |= {key: value for key, value in both.items() if key in selection.on}
     return numbers
 
 
@@ -201,6 +218,6 @@ def describe_metrics(selection: Selection, count: int, reference: Reference) -> 
     if "kid" in selection.on:
         size = kid_subset_size(count, len(reference.features["inception_pool"]))
         described["kid"] = f"{KID_SUBSETS} subsets of {size}"
-    if {"precision", "recall"} & set(selection.on):
+    if any(set(pair) & set(selection.on) for pair in NEIGHBOURHOODS):
         described["precision_recall"] = f"{NEIGHBOURS} neighbours"
     return described

@@ -18,6 +18,7 @@ __all__ = [
     "IS_SPLITS",
     "KID_SUBSETS",
     "NEIGHBOURS",
+    "class_accuracy",
     "describe_inception_score",
     "frechet_distance",
     "inception_score",
@@ -72,6 +73,11 @@ def describe_inception_score(count: int) -> str:
     if count >= IS_SPLITS * IS_SPLIT_SIZE:
         return FIXED_IS_SPLITS
     return f"splits of {IS_SPLIT_SIZE} after a fixed shuffle"
+
+
+def class_accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of images that a classifier gives their own class. Shapes: [M, C], [M]."""
+    return float((logits.argmax(axis=1) == labels).mean())
 
 
 def kid_subset_size(*counts: int) -> int:

@@ -25,15 +25,23 @@ from lgm_scale.evaluation.engine.statistics import FeatureStatistics
 from lgm_scale.evaluation.features.extraction import OriginalFeatures
 from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.images import ValidationImages, spread
-from lgm_scale.evaluation.metrics.catalogue import METRICS, count_name, metric_name
+from lgm_scale.evaluation.metrics.catalogue import (
+    FASHION,
+    METRICS,
+    compute,
+    count_name,
+    describe_metrics,
+    metric_name,
+    select,
+)
 from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
-from lgm_scale.evaluation.metrics.scores import frechet_distance
+from lgm_scale.evaluation.metrics.scores import class_accuracy, frechet_distance
 from lgm_scale.evaluation.reconstructions.images import ReconstructionScores
 from lgm_scale.evaluation.references.files import Reference
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.protocols import ImageTokenizer
 
-DISTANCES = ("fid", "fd_dinov2", "pixel_frechet")
+MEASURED = ("fid", "fd_dinov2", "fashion_accuracy", "fashion_frechet", "pixel_frechet")
 WHERE = "`python -m lgm_scale.evaluation.commands.preflight` says where it is to be had"
 NUM_SHOWN = 8
 PSNR = "mean over images, float64; an identical image counts as if one value were one level off"
@@ -89,14 +97,19 @@ class ReconstructionPlans:
 
     @property
     def on(self) -> tuple[str, ...]:
-        """Distances between images and reconstructions, as keys of METRICS."""
+        """What is measured of reconstructions besides PSNR and SSIM, as keys of METRICS."""
         outputs = self.spaces.outputs
-        return tuple(k for k in DISTANCES if k in self.metrics and METRICS[k].feature in outputs)
+        return tuple(k for k in MEASURED if k in self.metrics and METRICS[k].feature in outputs)
+
+    @property
+    def distances(self) -> tuple[str, ...]:
+        """Those of them that are distances."""
+        return tuple(key for key in self.on if METRICS[key].needs == "statistics")
 
     @property
     def sums(self) -> tuple[str, ...]:
         """Features whose statistics are needed."""
-        return tuple(METRICS[key].feature for key in self.on)
+        return tuple(METRICS[key].feature for key in self.distances)
 
     @property
     def off(self) -> dict[str, str]:
@@ -217,6 +230,9 @@ class ReconstructionPlans:
             raise DataError("reference: missing, and so are validation images; give one of them")
         return self._validation
 
+    def _labels(self, engine: Engine) -> np.ndarray:
+        return engine.features(self._originals(), ["labels"])["labels"]
+
     # --- rows ---------------------------------------------------------------------------------
 
     def plans(self, lengths: Sequence[int]) -> list[RowPlan]:
@@ -224,6 +240,35 @@ class ReconstructionPlans:
         if self.images is None or self.tokenizer is None:
             return []
         return [self._plan(k) for k in lengths]
+
+    def floor_plan(self) -> RowPlan | None:
+        """The validation images themselves, judged like samples by the classifier in the package.
+
+        None where it does not judge, or the samples are compared with these very images.
+        """
+        wanted = [key for key in self.metrics if key in FASHION]
+        if self.reference is None or self.images is None or not wanted:
+            return None
+        reference, job = self.reference, self._originals()
+        selection = select(wanted, self.spaces.outputs, reference, job.count)
+        protocol = {
+            **job.protocol,
+            "num_images": job.count,
+            "reference": reference.description,
+            "metrics": describe_metrics(selection, job.count, reference),
+            "selected": list(selection.on),
+        }
+
+        def finish(plan: RowPlan, engine: Engine) -> tuple[dict[str, Any], dict[str, Any]]:
+            numbers = compute(
+                selection, self.validation.statistics, partial(engine.features, job), reference,
+                engine.device, self._labels(engine),
+            )  # fmt: skip
+            names = {key: metric_name(key, job.count, {}) for key in selection.on}
+            row = {"kind": "real", "num_images": job.count, "metrics": numbers, "names": names}
+            return row, {}
+
+        return RowPlan("validation", job, protocol, (), finish, "real validation images")
 
     def _plan(self, num_tokens: int) -> RowPlan:
         job = self._job(num_tokens)
@@ -254,7 +299,7 @@ class ReconstructionPlans:
         names = {"psnr_db": "PSNR in dB", "ssim": "SSIM", "lpips": "LPIPS (VGG16, rounded pixels)"}
         names = {key: value for key, value in names.items() if key in numbers}
         statistics = engine.statistics(plan.job, plan.sums)
-        for key in self.on:
+        for key in self.distances:
             feature = METRICS[key].feature
             space = self.spaces.described(feature)
             text = metric_name(key, plan.job.count, space, "r")
@@ -268,6 +313,10 @@ class ReconstructionPlans:
                 names[name] = (
                     f"{text}, against {reference.name}{_rank(plan.job.count, statistics[feature])}"
                 )
+        if "fashion_accuracy" in self.on:
+            logits = engine.features(plan.job, ["fashion_logits"])["fashion_logits"]
+            numbers["fashion_accuracy"] = class_accuracy(logits, self._labels(engine))
+            names["fashion_accuracy"] = metric_name("fashion_accuracy", plan.job.count, {})
         seconds, devices = engine.seconds(plan.job)
         row = {
             "kind": "reconstructions",

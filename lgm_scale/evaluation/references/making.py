@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lgm_scale import __version__
+from lgm_scale.data.fashion_mnist import IMAGE_SIZE
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
@@ -16,8 +17,8 @@ from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.images import npz_images_shape, open_source, spread
 from lgm_scale.evaluation.references.files import Reference, load_reference
 
-STATISTICS = ("inception_pool", "inception_spatial", "dinov2")
-FEATURES = ("inception_pool",)
+STATISTICS = ("inception_pool", "inception_spatial", "dinov2", "fashion_pool")
+FEATURES = ("inception_pool", "fashion_pool")
 """Kept vector by vector: what KID, precision and recall read."""
 
 
@@ -27,6 +28,7 @@ def make_reference(
     *,
     inception: str | None = None,
     dinov2: str | None = None,
+    fashion_mnist: bool = False,
     image_size: int | None = None,
     keep_features: int = 10_000,
     name: str | None = None,
@@ -41,6 +43,7 @@ def make_reference(
     `source` is a folder of images (only this one needs `image_size`), MDS shards, `.npz` or `.pkl`,
     and `work` a folder of unfinished work. The features of `keep_features` images are kept, evenly
     spaced. Results call the reference `name`; None: as the source.
+    With `fashion_mnist`, the classifier of Fashion-MNIST looks at the images.
 
     Raises: ConfigError, DataError, CheckpointError.
     """
@@ -55,7 +58,7 @@ def make_reference(
         except DataError:
             if not has_images:  # an npz of samples, say, has no statistics: its images will do
                 raise
-    if not has_images or not (inception or dinov2):
+    if not has_images or not (inception or dinov2 or fashion_mnist):
         if not known.statistics:
             raise ConfigError(
                 f"--inception: missing, and so is --dinov2; {source} holds images and no "
@@ -66,7 +69,12 @@ def make_reference(
     images, identity = open_source(source, image_size)
     if len(images) < 2:
         raise DataError(f"{source} holds {len(images)} images; needs 2 or more")
-    spaces = Spaces.load(device, inception=inception, dinov2=dinov2)
+    if fashion_mnist and identity["image_size"] != IMAGE_SIZE:
+        raise ConfigError(
+            f"--fashion-mnist: {source} holds images of {identity['image_size']} pixels; its "
+            f"classifier looks at {IMAGE_SIZE}: drop the option, or give Fashion-MNIST's images"
+        )
+    spaces = Spaces.load(device, inception=inception, dinov2=dinov2, fashion_mnist=fashion_mnist)
     protocol = {
         "kind": "images",
         "lgm_scale": __version__,

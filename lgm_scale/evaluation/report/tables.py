@@ -100,7 +100,9 @@ def reconstruction_table(rows: Sequence[Row]) -> Table:
     heads = []
     for key in keys:
         head = names.get(key, key).split(", against")[0]
-        if len(head) > 34:
+        if key in METRICS:
+            head = f"{METRICS[key].name}*"
+        elif len(head) > 34:
             against = "validation" if key.endswith("_val") else "reference"
             head = f"{METRICS[key[1:].rsplit('_', 1)[0]].name}*,\nagainst {against}"
         heads.append(head)

@@ -55,7 +55,7 @@ class SearchConfig:
 
     __pydantic_config__ = STRICT
     num_images: int = 10_000
-    metric: Literal["fid", "fd_dinov2", "pixel_frechet"] = "fid"
+    metric: Literal["fid", "fd_dinov2", "pixel_frechet", "fashion_frechet"] = "fid"
     margin: float = 0.1
     """A scale counts as worse when the metric is above the line's best by more than this."""
     patience: int = 3
@@ -81,10 +81,14 @@ class SweepConfig:
     """Samples per cell; image i has class i mod num_classes."""
     search: SearchConfig | None = None
     metrics: tuple[
-        Literal["fid", "sfid", "is", "kid", "precision", "recall", "fd_dinov2", "pixel_frechet"],
+        Literal[
+            "fid", "sfid", "is", "kid", "precision", "recall", "fd_dinov2", "pixel_frechet",
+            "fashion_accuracy", "fashion_frechet", "fashion_precision", "fashion_recall",
+        ],
         ...,
-    ] = METRIC_KEYS
-    """Those without their file or statistics are off, each with one line."""
+    ] = METRIC_KEYS  # fmt: skip
+    """Those without their file or statistics are off, each with one line. Those of Fashion-MNIST
+    need no file: the classifier is in the package, and is loaded if one is named."""
     reference: str | None = None
     """Statistics to compare with: ADM's npz, another npz with mu and sigma, EDM2's pkl, or a file
     of the command `reference`. Null: the images of `images`."""

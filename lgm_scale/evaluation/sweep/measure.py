@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer.utils import dist
 
@@ -24,6 +25,7 @@ from lgm_scale.evaluation.engine.stages import Engine, RowPlan
 from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.images import ValidationImages
 from lgm_scale.evaluation.metrics.catalogue import (
+    FASHION,
     METRICS,
     Selection,
     compute,
@@ -69,7 +71,10 @@ def measure(config: SweepConfig, reduce_only: bool = False) -> dict[str, Any] | 
 def load_spaces(config: SweepConfig, image_size: int, device: torch.device) -> Spaces:
     """Open the validation images and load the feature spaces that a sweep names."""
     images = None if config.images is None else ValidationImages(config.images, image_size)
-    return Spaces.load(device, images, config.inception, config.dinov2, config.num_components)
+    return Spaces.load(
+        device, images, config.inception, config.dinov2, config.num_components,
+        fashion_mnist=bool(set(FASHION) & set(config.metrics)),
+    )  # fmt: skip
 
 
 class Sweep:
@@ -183,8 +188,9 @@ class Sweep:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         statistics = engine.statistics(plan.job, plan.sums)
         numbers = compute(
-            selection, statistics, partial(engine.features, plan.job), self.reference, engine.device
-        )
+            selection, statistics, partial(engine.features, plan.job), self.reference,
+            engine.device, np.arange(plan.job.count) % self.pipe.num_classes,
+        )  # fmt: skip
         seconds, devices = engine.seconds(plan.job)
         making = seconds["sampling"] + seconds["decoding"]
         count = plan.job.count
@@ -268,6 +274,7 @@ class Sweep:
         plans = [*before, *(self.plan(cell, config.num_images) for cell in cells)]
         rows = self._rows(plans, "sweep", may_compute)
         reconstructed, rows = reconstructed + rows[: len(before)], rows[len(before) :]
+        floor = self._floor()
         for line in selection.off.values():
             self._say(line)
         results = {
@@ -285,6 +292,8 @@ class Sweep:
             "reconstructions": reconstructed,
             "run": {"ranks": dist.get_world_size(), "seconds": time.perf_counter() - start},
         }
+        if floor is not None:
+            results["floor"] = floor
         if self.engine.first:
             out = Path(config.out)
             if self.pipe.tree is not None:
@@ -304,6 +313,18 @@ class Sweep:
             "parameters": pipe.parameters(),
             "training_steps": pipe.info["training"].get("steps"),
         }
+
+    def _floor(self) -> dict[str, Any] | None:
+        """Row of the validation images themselves, where the classifier is the judge.
+
+        Against the same reference as the samples: what real images get that nobody trained on.
+        """
+        plan = self.reconstructions.floor_plan()
+        if plan is None:
+            return None
+        (row,) = self.engine.make_rows([plan])
+        self._say(f"{plan.title:32s} {headline(row)}")
+        return row
 
     def _search(
         self, cells: Sequence[Cell], search: SearchConfig, may_compute: bool

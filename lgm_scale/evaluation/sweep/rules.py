@@ -12,6 +12,7 @@ from typing import Any
 
 from lgm_scale.bundle import check_kind, read_info
 from lgm_scale.config.loading import check_config, read_yaml
+from lgm_scale.data.fashion_mnist import CLASSES, IMAGE_SIZE
 from lgm_scale.data.manifest import Manifest, read_manifest
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
 from lgm_scale.evaluation.sweep.config import (
@@ -89,7 +90,7 @@ def broken_rules(config: SweepConfig, info: dict[str, Any] | None = None) -> lis
         facts, classes = _family(info).facts(info, config.bundle), list(info["classes"])
         pairs = [(cell.num_tokens, cell.sampler) for cell in cells]
         problems += _family(info).length_problems(info, config.bundle, pairs)
-        problems += facts.problems
+        problems += [*facts.problems, *_fashion(config, facts, classes)]
         if len(classes) != facts.num_classes:
             problems.append(
                 f"bundle: {config.bundle} names {len(classes)} classes and its generator has "
@@ -209,7 +210,8 @@ def _files(config: SweepConfig) -> Iterator[str]:
         value = getattr(config, key)
         if value is not None and not Path(value).is_file():
             yield f"{key}: {value} is not a file; {hint}"
-    if not (config.inception or config.dinov2 or config.num_components):
+    judged = any(map(_is_fashion, config.metrics))
+    if not (config.inception or config.dinov2 or config.num_components or judged):
         yield (
             "inception: nothing can be measured: give Inception's weights here, DINOv2's as "
             "`dinov2`, or set num_components for a distance of pixels"
@@ -221,6 +223,21 @@ def _files(config: SweepConfig) -> Iterator[str]:
             yield "reference: missing, and so is `images`; samples have nothing to be compared with"
         if config.vgg16:
             yield "images: missing, and vgg16 measures reconstructions of them; or drop vgg16"
+
+
+def _is_fashion(metric: str) -> bool:
+    return metric.startswith("fashion_")
+
+
+def _fashion(config: SweepConfig, facts: GeneratorFacts, classes: list[str]) -> Iterator[str]:
+    """Fashion-MNIST's classifier knows its own images and classes alone."""
+    named = next(filter(_is_fashion, config.metrics), None)
+    if named and (facts.image_size, *classes) != (IMAGE_SIZE, *CLASSES):
+        yield (
+            f"metrics: {named} is for generators of Fashion-MNIST, {IMAGE_SIZE} pixels and the "
+            f"classes {', '.join(CLASSES)}; {config.bundle} makes {facts.image_size} pixels of "
+            f"{', '.join(classes[:3])}...: leave the metrics of fashion_ out"
+        )
 
 
 def repeated_lengths(lengths: Sequence[int]) -> Iterator[str]:
