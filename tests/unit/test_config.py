@@ -89,7 +89,6 @@ def test_recipes_build_with_the_expected_size(path):
         ("optimizer.lr=0", "optimizer.lr: 0.0 must be above 0"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas: [0.9, 1.0] must be in [0, 1)"),
         ("ema.decay=1.0", "ema.decay: 1.0 must be in [0, 1)"),
-        ("model.quantizer=none", "objective.entropy: 0.01 is a loss of the codes"),
         ("objective.pixel=-1", "objective.pixel: -1.0 must be 0 or more"),
         ("seed=-1", "seed: -1 must be 0 or more"),
         ("train.compile=true", "train.compile: true is for generators"),

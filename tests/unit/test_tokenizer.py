@@ -38,19 +38,6 @@ def test_full_length_merges_nothing(images):
     )
 
 
-def test_without_a_quantizer_latents_are_passed_on_as_they_are(images):
-    torch.manual_seed(0)
-    tokenizer = Tokenizer("tiny", 32, 8, 16, 8, quantizer="none")
-    out = tokenizer(images, 8, exploration_noise(0, 0, 16))
-    assert torch.equal(out.z, tokenizer.to_latent(tokenizer.encoder(images)))
-    assert torch.equal(tokenizer.encode(images), out.z)
-    assert out.code_logits is None
-    assert not any("quantizer" in name for name in tokenizer.state_dict())
-    (pixel_loss(out.reconstruction, images) + alignment_loss(out.z, out.similarity, 4)).backward()
-    assert all(p.grad is not None for p in tokenizer.parameters())
-    assert tokenizer.flops(8) < small_tokenizer().flops(8)
-
-
 @pytest.mark.parametrize("num_tokens", [4, 16])
 def test_every_parameter_gets_a_gradient(images, num_tokens):
     tokenizer = small_tokenizer()

@@ -54,9 +54,6 @@ class TokenizerModelConfig:
     """Segments of the quantizer, and blocks within which tokens may merge."""
     codebook_size: int = 8192
     """Codes per segment."""
-    quantizer: Literal["soft", "none"] = "soft"
-    """`soft` is published. `none` passes the latents on as they are: what a small network from
-    scratch needs in a short run, in which the soft quantizer lets little through (ours)."""
     latent_init: Literal["normal", "aligned"] = "normal"
     """normal, as published; or aligned (ours): latents and patches start from one lattice of
     positions, and attention from copying along it, in encoder and decoder. A short run from scratch
@@ -134,7 +131,6 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
     if config.train.compile:
         yield NOT_COMPILED
     yield from _model(model)
-    yield from _quantizer(config)
     clip_norm = config.optimizer.clip_norm
     two_groups = config.objective.adversarial > 0 and config.parallel.strategy == "deepspeed"
     if two_groups and clip_norm is not None:
@@ -146,14 +142,6 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
     for name, value in vars(config.objective).items():
         if value < 0:
             yield f"objective.{name}: {value} must be 0 or more"
-
-
-def _quantizer(config: TokenizerRun) -> Iterator[str]:
-    if config.model.quantizer == "none" and config.objective.entropy > 0:
-        yield (
-            f"objective.entropy: {config.objective.entropy} is a loss of the codes, of which "
-            "model.quantizer: none has none; set it to 0"
-        )
 
 
 def _model(model: TokenizerModelConfig) -> Iterator[str]:

@@ -165,7 +165,6 @@ class TokenizerTrainingModel(TrainingModel):
         """What reads codes, embeddings and latents; names are those of their weights."""
         terms: Terms = {}
         if self.objective.entropy > 0:
-            assert outputs.code_logits is not None  # a rule of the configuration
             terms["entropy"] = entropy_loss(outputs.code_logits, reduce_mean=self.reduce_mean)
         if self.auxiliary is not None:
             assert self.frozen.teacher is not None
