@@ -116,8 +116,9 @@ class VirtualCluster:
     """Name -> leader of a process group of its own."""
 
     def __enter__(self) -> VirtualCluster:
-        # Short: sockets live here, and their paths may have 107 bytes.
-        self.folder = Path(tempfile.mkdtemp(prefix="lgm-slurm-"))
+        # Short: sockets live here, and their paths may have 107 bytes. Not in TMPDIR, which may be
+        # this user's alone: munged wants folders through which everybody may walk.
+        self.folder = Path(tempfile.mkdtemp(prefix="lgm-slurm-", dir="/tmp"))
         try:
             self._start()
         except BaseException:
