@@ -114,6 +114,12 @@ class Family(ABC):
     def dataset(self, run: Any, batch_size: int, options: StreamOptions) -> EpochDataset:
         """The training set of one rank, checked against the model. Raises: DataError."""
 
+    def import_networks(self, run: Any) -> None:
+        """Import the libraries that `network` and `companions` are built with.
+
+        Some cannot be imported while the meta device is the default one.
+        """
+
     @abstractmethod
     def network(self, run: Any) -> nn.Module:
         """The network that is trained, with fresh weights; on the meta device, its shapes alone.

@@ -74,6 +74,11 @@ class LGMFamily(GeneratorFamily):
         )
 
     @override
+    def import_networks(self, run: LGMRun) -> None:
+        if run.lora is not None:
+            import peft  # noqa: F401
+
+    @override
     def network(self, run: LGMRun) -> MergeDiT:
         from lgm_scale.families.lgm.lora import add_adapter
         from lgm_scale.families.lgm.network import build_merge_dit

@@ -65,6 +65,10 @@ class TokenizerFamily(Family):
         )
 
     @override
+    def import_networks(self, run: TokenizerRun) -> None:
+        import timm  # noqa: F401
+
+    @override
     def network(self, run: TokenizerRun) -> Tokenizer:
         from lgm_scale.families.tokenizer.network import build_tokenizer
 
