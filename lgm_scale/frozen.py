@@ -24,15 +24,12 @@ from lgm_scale.errors import CheckpointError
 
 __all__ = [
     "LPIPS",
-    "VGG16_URL",
     "Frozen",
     "load_perceptual",
     "load_pretrained",
     "read_weights",
     "to_imagenet",
 ]
-
-VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 class Frozen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -96,7 +97,8 @@ def _count(module: nn.Module) -> int:
 def describe(config: TrainingRun, world_size: int) -> str:
     """Resolved configuration, sizes, work per step for each K, memory per rank, steps per epoch."""
     family = family_of(config)
-    family.import_networks(config)
+    for library in family.libraries(config):
+        import_module(library)
     with torch.device("meta"), _Unfilled():
         nets = Networks(family.network(config), family.companions(config))
     sections = [

@@ -18,14 +18,14 @@ from streaming import MDSWriter, StreamingDataLoader
 from torch.utils.data import DataLoader
 
 from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.epochs import CheckedLoader
-from lgm_scale.data.images import (
-    ImageDataset,
+from lgm_scale.data.decoding import (
     center_crop,
     decode_image,
     random_flip,
     random_resized_crop,
 )
+from lgm_scale.data.epochs import CheckedLoader
+from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import (
     Manifest,
     check_shards,

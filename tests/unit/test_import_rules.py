@@ -63,6 +63,7 @@ ORDER = [
     "lgm_scale/data/config.py",
     "lgm_scale/storage",
     "lgm_scale/randomness.py",
+    "lgm_scale/published.py",
     "lgm_scale/errors.py",
 ]
 ROOTS = {entry.split("/")[0] for entry in ORDER}

@@ -15,21 +15,16 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lgm_scale.errors import MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
 from lgm_scale.evaluation.commands.preflight import ADM
-from lgm_scale.evaluation.engine.chunks import Job
-from lgm_scale.evaluation.engine.parts import Part, join_ranks
-from lgm_scale.evaluation.engine.stages import Engine
-from lgm_scale.evaluation.features.extraction import OriginalFeatures
-from lgm_scale.evaluation.features.inception import PUBLISHED_HASH, WEIGHTS_URL
-from lgm_scale.evaluation.features.spaces import Spaces
-from lgm_scale.evaluation.images import NpzImages
-from lgm_scale.evaluation.metrics.catalogue import compute, select
-from lgm_scale.evaluation.references.files import Reference
-from lgm_scale.evaluation.references.making import make_reference
+from lgm_scale.published import INCEPTION_HASH, INCEPTION_URL
 from lgm_scale.storage.files import file_hash
+
+if TYPE_CHECKING:
+    from lgm_scale.evaluation.references.files import Reference
 
 __all__ = ["PUBLISHED", "score"]
 
@@ -46,6 +41,15 @@ recall are computed there from distances in half precision."""
 
 def score(samples: Path, reference: Reference, inception: str, work: Path) -> dict[str, float]:
     """Measure an npz of images against a reference; `work` is the folder of unfinished chunks."""
+    # Late, as in `main`: what is wrong with a command line is told before.
+    from lgm_scale.evaluation.engine.chunks import Job
+    from lgm_scale.evaluation.engine.parts import Part, join_ranks
+    from lgm_scale.evaluation.engine.stages import Engine
+    from lgm_scale.evaluation.features.extraction import OriginalFeatures
+    from lgm_scale.evaluation.features.spaces import Spaces
+    from lgm_scale.evaluation.images import NpzImages
+    from lgm_scale.evaluation.metrics.catalogue import compute, select
+
     device = join_ranks()
     source, spaces = NpzImages(samples), Spaces.load(device, inception=inception)
     protocol = {"sha256": file_hash(samples), "features": spaces.describe()}
@@ -66,7 +70,7 @@ def main() -> int:
     )
     parser.add_argument("--samples", required=True, metavar="NPZ")
     parser.add_argument("--reference", required=True, metavar="NPZ", help=f"from {ADM}")
-    parser.add_argument("--inception", required=True, metavar="FILE", help=f"from {WEIGHTS_URL}")
+    parser.add_argument("--inception", required=True, metavar="FILE", help=f"from {INCEPTION_URL}")
     parser.add_argument("--work", help="folder to keep unfinished work in; default: none is kept")
     args = parser.parse_args(sys.argv[1:])
     missing = [
@@ -76,11 +80,13 @@ def main() -> int:
     ]
     if missing:
         raise MissingAssetError("\n".join(missing))
-    if not file_hash(args.inception).startswith(PUBLISHED_HASH):
+    if not file_hash(args.inception).startswith(INCEPTION_HASH):
         raise MissingAssetError(
-            f"--inception: the hash of {args.inception} does not begin with {PUBLISHED_HASH}: "
+            f"--inception: the hash of {args.inception} does not begin with {INCEPTION_HASH}: "
             "these are not the published weights, of which alone published numbers speak"
         )
+    from lgm_scale.evaluation.references.making import make_reference
+
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(args.work or scratch)
         reference = make_reference(

@@ -18,11 +18,7 @@ from lgm_scale.config.loading import read_yaml
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import LGMError, MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
-from lgm_scale.evaluation.features.dinov2 import WEIGHTS_URL as DINOV2_URL
-from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
-from lgm_scale.evaluation.features.inception import WEIGHTS_URL as INCEPTION_URL
-from lgm_scale.evaluation.references.files import load_reference
-from lgm_scale.frozen import VGG16_URL
+from lgm_scale.published import DINOV2_URL, INCEPTION_HASH, INCEPTION_URL, VGG16_URL
 from lgm_scale.storage.files import file_hash
 
 __all__ = ["EvalAsset", "assets", "report"]
@@ -50,7 +46,7 @@ def assets() -> list[EvalAsset]:
     return [
         EvalAsset(
             "inception", INCEPTION_URL, "96 MB", "FID, sFID, IS, KID, precision, recall, rFID",
-            PUBLISHED_HASH,
+            INCEPTION_HASH,
         ),
         EvalAsset("dinov2", DINOV2_URL, "1.2 GB", "FD-DINOv2"),
         EvalAsset("vgg16", VGG16_URL, "528 MB", "LPIPS of reconstructions", "397923af"),
@@ -82,6 +78,9 @@ def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
     megabytes = Path(path).stat().st_size / 1e6
     detail = f"{path}, {megabytes:.1f} MB, sha256 {digest}"
     if asset.key == "reference":
+        # Late: what is in it needs the evaluation with torch, the list of files does not.
+        from lgm_scale.evaluation.references.files import load_reference
+
         try:
             return "there", f"{detail}; {', '.join(load_reference(path).held())}"
         except LGMError as error:

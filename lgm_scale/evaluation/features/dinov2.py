@@ -29,11 +29,11 @@ from lgm_scale.evaluation.features.extraction import (
     run_network,
 )
 from lgm_scale.frozen import read_weights
+from lgm_scale.published import DINOV2_URL
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["WEIGHTS_URL", "DINOv2Features"]
+__all__ = ["DINOv2Features"]
 
-WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 SIDE, PATCH = 224, 14
 _SIZES = {384: "small", 768: "base", 1024: "large"}
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -76,7 +76,7 @@ class DINOv2Features(FeatureSpace):
         if not isinstance(table, Tensor) or table.ndim != 3 or table.shape[-1] not in _SIZES:
             raise CheckpointError(
                 f"{path} is no DINOv2 checkpoint: it has no pos_embed of width "
-                f"{', '.join(map(str, _SIZES))}; get the file from {WEIGHTS_URL}"
+                f"{', '.join(map(str, _SIZES))}; get the file from {DINOV2_URL}"
             )
         self.size = _SIZES[table.shape[-1]]
         state = state | {"pos_embed": resample_positions(table, SIDE // PATCH)}

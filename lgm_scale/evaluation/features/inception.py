@@ -25,14 +25,8 @@ from lgm_scale.evaluation.features.extraction import (
 from lgm_scale.frozen import read_weights
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["NETWORK", "PUBLISHED_HASH", "SPATIAL_DIM", "WEIGHTS_URL", "InceptionFeatures"]
+__all__ = ["NETWORK", "SPATIAL_DIM", "InceptionFeatures"]
 
-WEIGHTS_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-    "weights-inception-2015-12-05-6726825d.pth"
-)
-PUBLISHED_HASH = "6726825d"
-"""First digits of the SHA-256 of the published file: its own name says them."""
 NETWORK = "inception-v3-adm"
 SPATIAL = "spatial_adm"
 SPATIAL_CHANNELS = 7

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from lgm_scale.evaluation.engine.statistics import FeatureStatistics
-from lgm_scale.evaluation.features.inception import PUBLISHED_HASH
 from lgm_scale.evaluation.metrics.scores import (
     IS_SPLITS,
     KID_SUBSETS,
@@ -23,6 +22,7 @@ from lgm_scale.evaluation.metrics.scores import (
     precision_recall,
 )
 from lgm_scale.evaluation.references.files import Reference
+from lgm_scale.published import INCEPTION_HASH
 
 __all__ = ["METRICS", "Metric", "Selection", "compute", "count_name", "select", "warn_few_images"]
 
@@ -78,7 +78,7 @@ def metric_name(key: str, count: int, space: Mapping[str, Any], prefix: str = ""
             f"Frechet distance in {space['num_components']} principal components of validation "
             f"pixels (not FID), {count_name(count)} images"
         )
-    published = metric.feature == "dinov2" or weights.startswith(PUBLISHED_HASH)
+    published = metric.feature == "dinov2" or weights.startswith(INCEPTION_HASH)
     if key == "fd_dinov2" and "(large)" not in space["network"]:
         return f"Frechet distance in {space['network'].split(',')[0]}-{count_name(count)}"
     if published:

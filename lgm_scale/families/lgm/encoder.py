@@ -22,7 +22,7 @@ from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.merging.nesting import contrast_basis
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
-__all__ = ["ENCODER", "LatentNotes", "TokenizerEncoder"]
+__all__ = ["LatentNotes", "TokenizerEncoder"]
 
 
 class RunningMoments:
@@ -87,10 +87,6 @@ class TokenizerEncoder:
     Raises: CheckpointError for a bad bundle; ConfigError for a length control without a merge tree.
     """
 
-    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "--tokenizer": {"metavar": "BUNDLE", "help": "tokenizer bundle"}
-    }
-    needed: ClassVar[Mapping[str, str]] = {"--tokenizer": "a tokenizer bundle"}
     kind: ClassVar[str] = "latents"
     columns: ClassVar[tuple[str, ...]] = ("latents", "latents_flipped")
 
@@ -121,6 +117,3 @@ class TokenizerEncoder:
     def notes(self) -> LatentNotes:
         """Statistics of a shard of which nothing is encoded yet."""
         return LatentNotes(self.tree, self.tokenizer.latent_dim, self.device)
-
-
-ENCODER = TokenizerEncoder

@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from lgm_scale.config.loading import to_dict
-from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily, outside_lengths
+from lgm_scale.families.base import (
+    Evaluated,
+    GeneratorFacts,
+    GeneratorFamily,
+    Tool,
+    outside_lengths,
+)
 from lgm_scale.families.lgm.config import LGMRun, lgm_rules
 from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES
+from lgm_scale.release_import import CLASSES_HELP
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +41,49 @@ class LGMFamily(GeneratorFamily):
     title: ClassVar[str] = "LGM, on merged tokens"
     schema = LGMRun
     contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
-    encoders: ClassVar[dict[str, str]] = {"lgm": "lgm_scale.families.lgm.encoder:ENCODER"}
+    encoders: ClassVar[dict[str, Tool]] = {
+        "lgm": Tool(
+            "lgm_scale.families.lgm.encoder:TokenizerEncoder",
+            options={"--tokenizer": {"metavar": "BUNDLE", "help": "tokenizer bundle"}},
+            needed={"--tokenizer": "a tokenizer bundle"},
+        )
+    }
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
-    importers: ClassVar[dict[str, str]] = {"generator": "lgm_scale.families.lgm.release:IMPORTER"}
+    importers: ClassVar[dict[str, Tool]] = {
+        "generator": Tool(
+            "lgm_scale.families.lgm.release:run_import",
+            "a checkpoint {model, model_ema}",
+            options={
+                "--tokenizer": {
+                    "required": True,
+                    "metavar": "BUNDLE",
+                    "help": "of the tokenizer that made the latents",
+                },
+                "--latent-stats": {
+                    "metavar": "FILE",
+                    "help": "mean and std of the latents it was trained on: the release's "
+                    "latents_stats.pt, or latent_stats.safetensors of a folder of latents encoded "
+                    "here",
+                },
+                "--merge-tree": {
+                    "metavar": "FILE",
+                    "help": "the release's merge dictionary; default: the tokenizer's own tree",
+                },
+                "--classes": {"metavar": "FILE", "help": CLASSES_HELP},
+                "--noise-scale": {
+                    "choices": ["corrected", "legacy"],
+                    "default": "corrected",
+                    "help": "how it was trained to see noise; the checkpoint does not say",
+                },
+            },
+            needed={
+                "--latent-stats": "images cannot be decoded without the mean and std that the "
+                "generator's latents were standardised with. Give the release's latents_stats.pt, "
+                "or encode images with this tokenizer (data_tools/encode_latents.py) and give "
+                "latent_stats.safetensors of that folder"
+            },
+        )
+    }
     pipeline_class: ClassVar[str] = "lgm_scale.families.lgm.pipeline:LGMPipeline"
     about_tokens: ClassVar[str] = (
         "An image is {size} tokens, and a learned tree says which of them to merge. One "
@@ -74,9 +121,8 @@ class LGMFamily(GeneratorFamily):
         )
 
     @override
-    def import_networks(self, run: LGMRun) -> None:
-        if run.lora is not None:
-            import peft  # noqa: F401
+    def libraries(self, run: LGMRun) -> tuple[str, ...]:
+        return () if run.lora is None else ("peft",)
 
     @override
     def network(self, run: LGMRun) -> MergeDiT:

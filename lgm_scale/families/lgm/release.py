@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +24,17 @@ from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.merging.nesting import tree_from_cuts
 from lgm_scale.merging.tree import TREE_NAME, MergeAssignment, MergeTree
-from lgm_scale.release_import import CLASSES_HELP
 from lgm_scale.release_import.names import KeyReport, class_names, fit, provenance, translate
 from lgm_scale.release_import.reading import entries, read_dictionary, shape_of, weights_of
 
 __all__ = [
-    "IMPORTER",
-    "GeneratorImporter",
     "config_from_shapes",
     "import_generator",
     "our_generator_name",
     "read_cuts",
     "read_stats",
     "read_tree",
+    "run_import",
 ]
 
 _ENTRIES = {"ema": "model_ema", "model": "model"}
@@ -294,46 +292,9 @@ def _labels(matrix: Tensor, num_tokens: int, where: str) -> Tensor:
     return member.to(torch.int64).argmax(1)
 
 
-class GeneratorImporter:
-    """The importer behind `python -m lgm_scale.release_import generator`."""
-
-    help: ClassVar[str] = "a checkpoint {model, model_ema}"
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add what the checkpoint does not say: tokenizer, statistics, merge tree, noise scale."""
-        add = parser.add_argument
-        tokenizer_help = "of the tokenizer that made the latents"
-        add("--tokenizer", required=True, metavar="BUNDLE", help=tokenizer_help)
-        add(
-            "--latent-stats", metavar="FILE",
-            help="mean and std of the latents it was trained on: the release's latents_stats.pt, "
-            "or latent_stats.safetensors of a folder of latents encoded here",
-        )  # fmt: skip
-        add(
-            "--merge-tree", metavar="FILE",
-            help="the release's merge dictionary; default: the tokenizer's own tree",
-        )  # fmt: skip
-        add("--classes", metavar="FILE", help=CLASSES_HELP)
-        add(
-            "--noise-scale", choices=["corrected", "legacy"], default="corrected",
-            help="how it was trained to see noise; the checkpoint does not say",
-        )  # fmt: skip
-
-    @staticmethod
-    def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
-        """Write the bundle that the command line asks for."""
-        if args.latent_stats is None:
-            raise ConfigError(
-                "--latent-stats: missing; images cannot be decoded without the mean and std that "
-                "the generator's latents were standardised with. Give the release's "
-                "latents_stats.pt, or encode images with this tokenizer (data_tools/"
-                "encode_latents.py) and give latent_stats.safetensors of that folder"
-            )
-        return import_generator(
-            args.source, args.folder, args.tokenizer, args.latent_stats, args.merge_tree,
-            args.classes, args.noise_scale, args.weights,
-        )  # fmt: skip
-
-
-IMPORTER = GeneratorImporter
+def run_import(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
+    """Do what `python -m lgm_scale.release_import generator` asks for."""
+    return import_generator(
+        args.source, args.folder, args.tokenizer, args.latent_stats, args.merge_tree,
+        args.classes, args.noise_scale, args.weights,
+    )  # fmt: skip

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lgm_scale.errors import MissingAssetError
 from lgm_scale.families.tokenizer.config import TokenizerRun
 from lgm_scale.families.tokenizer.critic import CriticBackbone
-from lgm_scale.frozen import VGG16_URL, Frozen, load_perceptual, load_pretrained, to_imagenet
+from lgm_scale.frozen import Frozen, load_perceptual, load_pretrained, to_imagenet
+from lgm_scale.published import VGG16_URL
 
 __all__ = [
     "FROM_HUB",

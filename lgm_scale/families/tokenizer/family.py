@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from lgm_scale.families.base import Companions, Family
+from lgm_scale.families.base import Companions, Family, Tool
 from lgm_scale.families.tokenizer.config import (
     RECONSTRUCTION_FILES,
     TokenizerRun,
@@ -39,8 +39,10 @@ class TokenizerFamily(Family):
     title: ClassVar[str] = "LGM's tokenizer"
     schema = TokenizerRun
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
-    importers: ClassVar[dict[str, str]] = {
-        "tokenizer": "lgm_scale.families.tokenizer.release:IMPORTER"
+    importers: ClassVar[dict[str, Tool]] = {
+        "tokenizer": Tool(
+            "lgm_scale.families.tokenizer.release:run_import", "a checkpoint {model, ema, args}"
+        )
     }
 
     @override
@@ -65,8 +67,8 @@ class TokenizerFamily(Family):
         )
 
     @override
-    def import_networks(self, run: TokenizerRun) -> None:
-        import timm  # noqa: F401
+    def libraries(self, run: TokenizerRun) -> tuple[str, ...]:
+        return ("timm",)
 
     @override
     def network(self, run: TokenizerRun) -> Tokenizer:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +27,11 @@ from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_
 
 __all__ = [
     "IGNORED",
-    "IMPORTER",
-    "TokenizerImporter",
     "check_args",
     "config_from_shapes",
     "import_tokenizer",
     "our_tokenizer_name",
+    "run_import",
 ]
 
 _PREFIXES = {
@@ -179,19 +178,6 @@ def check_args(args: object, config: TokenizerModelConfig, path: str | Path) -> 
     return list(spoken)
 
 
-class TokenizerImporter:
-    """The importer behind `python -m lgm_scale.release_import tokenizer`."""
-
-    help: ClassVar[str] = "a checkpoint {model, ema, args}"
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """It has no options of its own."""
-
-    @staticmethod
-    def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
-        """Write the bundle that the command line asks for."""
-        return import_tokenizer(args.source, args.folder, args.weights)
-
-
-IMPORTER = TokenizerImporter
+def run_import(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
+    """Do what `python -m lgm_scale.release_import tokenizer` asks for."""
+    return import_tokenizer(args.source, args.folder, args.weights)
