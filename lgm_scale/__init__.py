@@ -4,10 +4,15 @@ Import the part you need from its own module; see the folder map in README.md. T
 the pipelines: `from lgm_scale import load_pipeline`, or `LGMPipeline`, `ELITPipeline`.
 """
 
+import os
+import sys
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+if "torch" not in sys.modules:  # OpenMP reads it once. Threads that spin stall a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def __getattr__(name: str) -> Any:

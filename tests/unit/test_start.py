@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = "lgm_scale.evaluation.commands"
 EVALUATION = [
-    f"lgm_scale.evaluation.commands.{name}"
+    f"{COMMANDS}.{name}"
     for name in (
         *("adaptive", "alignment", "conformance", "preflight"),
         *("reconstruct", "reference", "report", "sweep"),
@@ -40,11 +41,10 @@ MISTAKES = [
     ["lgm_scale.evaluation.commands.sweep", "yamls/dit_xl.yaml"],
     ["lgm_scale.evaluation.commands.report", "nowhere"],
     ["lgm_scale.evaluation.commands.reference", "nowhere", "--out", "a.txt"],
-    ["lgm_scale.evaluation.commands.adaptive", *["--bundle", "a", "--images", "b", "--target-psnr", "1"]],
-    ["lgm_scale.evaluation.commands.alignment", *["--bundle", "a", "--images", "b", "--out", "c"]],
-    ["lgm_scale.evaluation.commands.reconstruct", *["--bundle", "a", "--images", "b", "--out", "c"]],
-    ["lgm_scale.evaluation.commands.conformance",
-     *["--samples", "a", "--reference", "b", "--inception", "c"]],
+    [f"{COMMANDS}.adaptive", *["--bundle", "a", "--images", "b", "--target-psnr", "1"]],
+    [f"{COMMANDS}.alignment", *["--bundle", "a", "--images", "b", "--out", "c"]],
+    [f"{COMMANDS}.reconstruct", *["--bundle", "a", "--images", "b", "--out", "c"]],
+    [f"{COMMANDS}.conformance", *["--samples", "a", "--reference", "b", "--inception", "c"]],
     ["lgm_scale.evaluation.commands.preflight", "nowhere.yaml"],
     ["lgm_scale.data.preparation.convert", "nowhere", "--out", "b"],
     ["lgm_scale.data.preparation.convert", "nowhere", "--out", "b", "--compression", "zip"],
@@ -116,6 +116,22 @@ def test_a_dry_run_imports_torch_and_no_trainer(tmp_path, call_made):
     ((argv, status, words, found),) = call([call_made], slow, tmp_path)
     assert (status, found) == (0, []), (argv, words)
     assert "samples per epoch" in words
+
+
+@pytest.mark.parametrize(
+    ("before", "chosen", "found"),
+    [
+        ("", None, "passive"),
+        ("", "active", "active"),
+        ("sys.modules['torch'] = sys; ", None, "None"),
+    ],
+)
+def test_threads_wait_without_spinning_unless_the_user_chose(before, chosen, found):
+    """Not once torch is there: it has read the variable already."""
+    code = f"import os, sys; {before}import lgm_scale; print(os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {"PYTHONPATH": str(ROOT)} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
+    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert said.strip() == found
 
 
 def test_the_check_can_fail(tmp_path):
