@@ -63,7 +63,6 @@ ORDER = [
     "lgm_scale/config",
     "lgm_scale/data/config.py",
     "lgm_scale/storage",
-    "lgm_scale/published.py",
     "lgm_scale/randomness.py",
     "lgm_scale/published.py",
     "lgm_scale/errors.py",
