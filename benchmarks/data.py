@@ -28,14 +28,14 @@ from torchvision.transforms import v2
 from benchmarks.harness import command_line, print_rates, print_table
 from data_tools.demo_images import DemoArguments, make_demo_images
 from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.epochs import CheckedLoader
-from lgm_scale.data.images import (
-    ImageDataset,
+from lgm_scale.data.decoding import (
     center_crop,
     decode_image,
     random_flip,
     random_resized_crop,
 )
+from lgm_scale.data.epochs import CheckedLoader
+from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.preparation.convert import convert_folder, convert_image, encode_jpeg
 from lgm_scale.data.preparation.parts import PartRecord, PartsFolder

@@ -2,7 +2,7 @@
 
     python launchers/slurm.py --nodes 8
     python launchers/slurm.py --nodes 2 --config yamls/dit_b.yaml train.max_duration=80ep
-    python launchers/slurm.py --job eval --config yamls/sweep.yaml --array 16
+    python launchers/slurm.py --job eval --config yamls/eval_sweep.yaml --array 16
     python launchers/slurm.py --nodes 8 --dry-run
 
 One task of Slurm per GPU. What runs is a copy of the code as it is now. A job is requeued when it

@@ -4,6 +4,7 @@ Import the part you need from its own module; see the folder map in README.md. T
 the pipelines: `from lgm_scale import load_pipeline`, or `LGMPipeline`, `ELITPipeline`.
 """
 
+import os
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,6 +23,9 @@ if sys.version_info < (3, 10) or find_spec("pydantic") is None:
         file=sys.stderr,
     )
     raise SystemExit(2)
+
+if "torch" not in sys.modules:  # OpenMP reads it once. Threads that spin stall a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ def build_optimizer(
 def build_scheduler(config: OptimizerConfig) -> ComposerScheduler:
     """Constant, or cosine to min_lr; linear warm-up over `warmup` steps."""
     warmup = f"{config.warmup}ba"
+    # Composer asks at every start whether 0 is a mistake. Ours is in batches, and the user's.
+    warnings.filterwarnings("ignore", message="The warmup duration is 0")
     if config.schedule == "cosine":
         return CosineAnnealingWithWarmupScheduler(warmup, alpha_f=config.min_lr / config.lr)
     return ConstantWithWarmupScheduler(warmup) if config.warmup else ConstantScheduler()

@@ -1,7 +1,7 @@
 """Networks that are used and never trained, how their files are read, and the perceptual distance.
 
 A `Frozen` is no nn.Module: what it holds is in no parameters(), no state_dict, no checkpoint and
-no bundle, is not sharded, and never leaves eval mode. Nothing is ever downloaded. Files are read as
+no bundle, is not sharded, and never leaves eval mode. Nothing is downloaded here. Files are read as
 safetensors or with `torch.load(weights_only=True)`: reading one executes nothing.
 """
 
@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from lgm_scale.errors import CheckpointError
-
-VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 class Frozen:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import (
@@ -19,8 +21,7 @@ from lgm_scale.config.schema import (
 from lgm_scale.families.base import Companions, family_of
 from lgm_scale.parallel.blocks import transformer_blocks
 from lgm_scale.parallel.memory import ParameterInfo, parameter_infos, planned_bytes
-from lgm_scale.training.batch_scaling import loader_batches, steps_per_epoch
-from lgm_scale.training.length_schedule import LengthSchedule
+from lgm_scale.training.length_schedule import LengthSchedule, loader_batches, steps_per_epoch
 
 __all__ = ["describe"]
 
@@ -75,6 +76,20 @@ class Networks:
         return lines
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves tensors as they are made: filling one on the meta device imports torch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, unless all it does is to draw initial weights."""
+        kwargs = kwargs or {}
+        module = getattr(func, "__module__", None)  # what reads an attribute has none
+        if module == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -82,7 +97,9 @@ def _count(module: nn.Module) -> int:
 def describe(config: TrainingRun, world_size: int) -> str:
     """Resolved configuration, sizes, work per step for each K, memory per rank, steps per epoch."""
     family = family_of(config)
-    with torch.device("meta"):
+    for library in family.libraries(config):
+        import_module(library)
+    with torch.device("meta"), _Unfilled():
         nets = Networks(family.network(config), family.companions(config))
     sections = [
         yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),

@@ -15,8 +15,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
+from lgm_scale.bundle import check_kind, read_info
 from lgm_scale.errors import ConfigError, exit_on_user_error
-from lgm_scale.families.base import add_import_option
+from lgm_scale.families.base import add_import_option, generator_families
 from lgm_scale.sampling.config import SamplerConfig
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def main() -> int:
     if not out.parent.is_dir():
         raise ConfigError(f"--out: {out.parent} is no folder; make it first")
     growth = growth_of(args.grow)
+    check_kind(read_info(args.bundle), args.bundle, *generator_families())
     from lgm_scale.pipeline import load_pipeline
 
     pipe = load_pipeline(args.bundle, device=args.device)

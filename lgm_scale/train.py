@@ -79,6 +79,7 @@ def main() -> int:
         if rank == 0:
             print(describe(config, world_size))
         return 0
+    load_training_run(args.config, args.overrides, launched, has_gpu=None)  # before torch: at once
     import torch
 
     logging.basicConfig(

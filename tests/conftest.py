@@ -8,6 +8,7 @@ import gc
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,7 +26,6 @@ import pytest
 import torch
 from random_weights import save_random_inception, save_random_vgg16
 from small_pipeline import SmallPipeline, run_command
-from streaming.base.shared.memory import SharedMemory
 
 SHARED_MEMORY = Path("/dev/shm")
 STARTED = pytest.StashKey[float]()
@@ -91,15 +91,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Close what streaming opened in a test; it keeps a dozen files per data set to the end."""
-    opened: list[SharedMemory] = []
-    start = SharedMemory.__init__
+    """Close what streaming opened in a test; it keeps a dozen files per data set to the end.
 
-    def noted(self: SharedMemory, *args: object, **options: object) -> None:
-        start(self, *args, **options)  # type: ignore[arg-type]
-        opened.append(self)
+    Streaming is not imported for it, which takes five seconds: what the first test opens that
+    imports it stays open until the process ends.
+    """
+    opened: list[Any] = []
+    memories = sys.modules.get("streaming.base.shared.memory")
+    if memories is not None:
+        start = memories.SharedMemory.__init__
 
-    monkeypatch.setattr(SharedMemory, "__init__", noted)
+        def noted(self: Any, *args: object, **options: object) -> None:
+            start(self, *args, **options)
+            opened.append(self)
+
+        monkeypatch.setattr(memories.SharedMemory, "__init__", noted)
     yield
     if opened:
         gc.collect()  # the data sets, whose arrays lie in this memory

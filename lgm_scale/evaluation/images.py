@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lgm_scale.data.images import ImageDataset, center_crop, decode_image
+from lgm_scale.data.decoding import center_crop, decode_image
+from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.engine.parts import from_rank_zero

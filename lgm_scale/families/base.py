@@ -41,6 +41,7 @@ __all__ = [
     "Family",
     "GeneratorFacts",
     "GeneratorFamily",
+    "Tool",
     "add_import_option",
     "families",
     "family_of",
@@ -51,6 +52,25 @@ __all__ = [
     "register",
     "release_importers",
 ]
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Something of a family that a command calls, and the options that the command has for it.
+
+    Args:
+        target: "module:attribute"; imported when it is called, since it brings torch.
+        help: What it reads, in a few words.
+        options: Options of its own: flag -> arguments of `add_argument`.
+        needed: Options that must be given: flag -> what the message says of them.
+        instead: For importers: flag of a bundle -> options that it stands for, needed ones too.
+    """
+
+    target: str
+    help: str = ""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    needed: Mapping[str, str] = field(default_factory=dict)
+    instead: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,10 +104,11 @@ class Family(ABC):
     """Kinds of bundles that are part of its own."""
     reconstruction_files: ClassVar[tuple[str, ...]] = ()
     """Files of its bundles that reconstructions depend on, the weights first."""
-    encoders: ClassVar[dict[str, str]] = {}
-    """Name -> "module:attribute" of encoders that make its training data out of images."""
-    importers: ClassVar[dict[str, str]] = {}
-    """Name -> "module:attribute" of importers of checkpoints of other projects."""
+    encoders: ClassVar[dict[str, Tool]] = {}
+    """Encoders (`data.preparation.encoders.LatentEncoder`) that make its training data of images;
+    the default of their options is None, so that one given with another encoder is noticed."""
+    importers: ClassVar[dict[str, Tool]] = {}
+    """Functions (`release_import.Importer`) that read checkpoints of other projects."""
 
     # --- free of torch ------------------------------------------------------------------------
 
@@ -135,6 +156,13 @@ class Family(ABC):
     @abstractmethod
     def dataset(self, run: Any, batch_size: int, options: StreamOptions) -> EpochDataset:
         """The training set of one rank, checked against the model. Raises: DataError."""
+
+    def libraries(self, run: Any) -> tuple[str, ...]:
+        """Modules that `network` and `companions` import and that a plan must import before.
+
+        They cannot be imported while torch's default device is the meta device.
+        """
+        return ()
 
     @abstractmethod
     def network(self, run: Any) -> nn.Module:
@@ -328,14 +356,14 @@ def generator_families() -> dict[str, GeneratorFamily]:
     return {k: f for k, f in families().items() if isinstance(f, GeneratorFamily)}
 
 
-def latent_encoders() -> dict[str, str]:
-    """Name -> "module:attribute" of every encoder of training data."""
-    return {name: where for f in families().values() for name, where in f.encoders.items()}
+def latent_encoders() -> dict[str, Tool]:
+    """Every encoder of training data, by name."""
+    return {name: tool for f in families().values() for name, tool in f.encoders.items()}
 
 
-def release_importers() -> dict[str, str]:
-    """Name -> "module:attribute" of every importer of other projects' checkpoints."""
-    return {name: where for f in families().values() for name, where in f.importers.items()}
+def release_importers() -> dict[str, Tool]:
+    """Every importer of other projects' checkpoints, by name."""
+    return {name: tool for f in families().values() for name, tool in f.importers.items()}
 
 
 class _Import(argparse.Action):

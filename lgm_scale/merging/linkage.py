@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-import scipy.cluster.hierarchy
 import torch
 from torch import Tensor
 
@@ -85,9 +84,10 @@ def average_linkage(
         # Drawn for all pairs, whatever the blocks are: noise of a seed does not change with them.
         distances -= exploration[_positions_in_pairs(size, num_blocks)].reshape(distances.shape)
     distances += _DISTANCE_OFFSET
-    return _join_blocks(
-        np.stack([scipy.cluster.hierarchy.linkage(block, "average") for block in distances])
-    )
+    # Late: only training makes trees, and whatever reads one would pay for scipy.
+    from scipy.cluster.hierarchy import linkage
+
+    return _join_blocks(np.stack([linkage(block, "average") for block in distances]))
 
 
 def _join_blocks(linkages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lgm_scale.parallel.torch_internals import allow_recompilations
 
@@ -54,6 +53,9 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], ratio: float) -> None:
 
     The forward of these blocks is replaced in place, and so no parameter changes its name.
     """
+    # Late: it imports sympy, and a dry run recomputes nothing.
+    from torch.utils.checkpoint import checkpoint
+
     for index in chosen_blocks(len(blocks), ratio):
         block = blocks[index]
         block.forward = partial(  # type: ignore[method-assign]

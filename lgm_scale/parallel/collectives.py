@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from composer.utils import dist as composer_dist
 from torch import Tensor
 
 from lgm_scale.errors import LGMError
@@ -58,6 +57,8 @@ def on_rank_zero(decide: Callable[[], Result]) -> Result:
 
     Every rank must call it. The result must be plain data.
     """
+    from composer.utils import dist as composer_dist  # late: dry runs need `mean_over_ranks` alone
+
     outcome: list = [None, None]
     if composer_dist.get_global_rank() == 0:
         try:
@@ -72,6 +73,8 @@ def on_rank_zero(decide: Callable[[], Result]) -> Result:
 
 def raise_everywhere(error: LGMError | None) -> None:
     """Raise the error of the first rank that has one, on all ranks. Every rank must call it."""
+    from composer.utils import dist as composer_dist  # late, as above
+
     for found in composer_dist.all_gather_object(error):
         if found is not None:
             raise found

@@ -9,33 +9,16 @@ is refused.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lgm_scale.release_import.names import KeyReport
 
-__all__ = ["CLASSES_HELP", "ReleaseImporter"]
-
 CLASSES_HELP = "names, one per line, or 'imagenet'; default: indices"
 
-
-class ReleaseImporter(Protocol):
-    """Turns one kind of released checkpoint into a bundle."""
-
-    help: ClassVar[str]
-    """What kind of checkpoint it reads, in a few words."""
-
-    @staticmethod
-    def add_arguments(parser: ArgumentParser) -> None:
-        """Add the options beside SRC, DST and --weights, which every kind has."""
-        ...
-
-    @staticmethod
-    def run(args: Namespace) -> tuple[KeyReport, list[str]]:
-        """Write the bundle `args.folder` from `args.source`, with the weights `args.weights`.
-
-        Returns: what became of every key, and remarks for the user.
-        Raises: CheckpointError, ConfigError, DataError.
-        """
-        ...
+Importer = Callable[[Namespace], "tuple[KeyReport, list[str]]"]
+"""Writes the bundle `args.folder` from the checkpoint `args.source`, with the weights
+`args.weights` ("ema" or "model"). Returns what became of every key, and remarks for the user.
+Raises: CheckpointError, ConfigError, DataError."""

@@ -20,30 +20,7 @@ from composer.loggers import Logger
 from torch import Tensor
 
 from lgm_scale.data.epochs import CheckedLoader
-from lgm_scale.training.length_schedule import LengthSchedule
-
-
-def loader_batches(schedule: LengthSchedule, num_tokens: int) -> int:
-    """Number of the stream's batches that a step at `num_tokens` takes."""
-    return max(schedule.choices) // num_tokens
-
-
-def steps_per_epoch(schedule: LengthSchedule, num_batches: int) -> int:
-    """The most steps that an epoch of `num_batches` of the stream's batches can make.
-
-    An epoch may begin anywhere in the cycle of lengths, and the worst beginning counts. The true
-    number is less by a few steps of one cycle.
-    """
-    cycle = [loader_batches(schedule, k) for k in schedule.choices]
-    rounds, rest = divmod(num_batches, sum(cycle))
-    most = 0
-    for first in range(len(cycle)):
-        left, steps = rest, 0
-        while left > 0:
-            left -= cycle[(first + steps) % len(cycle)]
-            steps += 1
-        most = max(most, steps)
-    return rounds * len(cycle) + most
+from lgm_scale.training.length_schedule import LengthSchedule, loader_batches, steps_per_epoch
 
 
 class ScaledLoader(CheckedLoader):

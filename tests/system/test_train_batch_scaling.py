@@ -12,8 +12,8 @@ from small_pipeline import Steps, metrics, run_command, train_in_process
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError
 from lgm_scale.plan import describe
-from lgm_scale.training.batch_scaling import split_by_tokens, steps_per_epoch
-from lgm_scale.training.length_schedule import LengthSchedule
+from lgm_scale.training.batch_scaling import split_by_tokens
+from lgm_scale.training.length_schedule import LengthSchedule, steps_per_epoch
 
 TRAIN = "lgm_scale/train.py"
 NUM_SAMPLES = 68  # 17 of the stream's batches of 4; a cycle of 16, 8, 4 tokens takes 1 + 2 + 4

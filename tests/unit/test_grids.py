@@ -26,7 +26,7 @@ from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest, read_manifest, write_manifest
-from lgm_scale.data.preparation.encode import LatentWriter
+from lgm_scale.data.preparation.latents import LatentWriter
 from lgm_scale.data.preparation.verify import verify
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
 from lgm_scale.families.elit.data import ELITLatentDataset

@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader
 
 from lgm_scale.data import streaming_internals
 from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.epochs import CheckedLoader
-from lgm_scale.data.images import (
-    ImageDataset,
+from lgm_scale.data.decoding import (
     center_crop,
     decode_image,
     random_flip,
     random_resized_crop,
 )
+from lgm_scale.data.epochs import CheckedLoader
+from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import (
     Manifest,
     check_shards,

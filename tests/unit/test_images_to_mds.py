@@ -14,7 +14,8 @@ from PIL import Image
 from small_pipeline import run_command
 from streaming import StreamingDataset
 
-from lgm_scale.data.images import ImageDataset, center_crop, decode_image
+from lgm_scale.data.decoding import center_crop, decode_image
+from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.data.preparation.convert import convert_folder, encode_jpeg
 from lgm_scale.data.preparation.image_folder import list_image_folder

@@ -63,8 +63,8 @@ ORDER = [
     "lgm_scale/config",
     "lgm_scale/data/config.py",
     "lgm_scale/storage",
-    "lgm_scale/published.py",
     "lgm_scale/randomness.py",
+    "lgm_scale/published.py",
     "lgm_scale/errors.py",
 ]
 ROOTS = {entry.split("/")[0] for entry in ORDER}
@@ -91,6 +91,7 @@ TORCH_FREE = (
     "lgm_scale/errors.py",
     "lgm_scale/families/base.py",
     *(f"lgm_scale/families/{name}/config.py" for name in ("tokenizer", "lgm", "elit")),
+    "lgm_scale/families/lgm/importers.py",
     "lgm_scale/sampling/config.py",
     "lgm_scale/storage/",
     "lgm_scale/data/config.py",

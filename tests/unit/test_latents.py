@@ -13,11 +13,11 @@ from streaming import StreamingDataset
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import read_manifest, write_manifest
-from lgm_scale.data.preparation.encode import (
+from lgm_scale.data.preparation.encode import main
+from lgm_scale.data.preparation.latents import (
     LatentWriter,
     batch_indices,
     check_coverage,
-    main,
     plan_parts,
 )
 from lgm_scale.data.preparation.parts import PartRecord

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from lgm_scale.data.images import center_crop, decode_image
+from lgm_scale.data.decoding import center_crop, decode_image
 from lgm_scale.data.manifest import MANIFEST_NAME, Manifest
 from lgm_scale.data.preparation.image_folder import ImageFile, ImageListing
 from lgm_scale.data.preparation.parquet_images import read_rows

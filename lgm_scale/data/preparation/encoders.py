@@ -40,11 +40,6 @@ class Notes:
 class LatentEncoder(Protocol):
     """Turns images into the arrays that a shard of latents stores."""
 
-    options: ClassVar[Mapping[str, Mapping[str, Any]]]
-    """Command line options of this encoder alone: flag -> arguments of `add_argument`. Their
-    default is None, so that one given with another encoder is noticed."""
-    needed: ClassVar[Mapping[str, str]]
-    """Options that must be given: flag -> what it names, for the message."""
     kind: ClassVar[str]
     """Kind of the data set, a key of `lgm_scale.data.manifest.COLUMNS`."""
     columns: ClassVar[tuple[str, ...]]

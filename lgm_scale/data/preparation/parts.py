@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from streaming import MDSWriter
-from streaming.base.compression import is_compression
 
 from lgm_scale.data.manifest import (
     INDEX_NAME,
@@ -38,6 +36,9 @@ from lgm_scale.storage.transfer import Patience, join, read_remote, shown, store
 
 DEFAULT_SHARD_SIZE = 64 << 20
 LARGEST_SHARD = 1 << 30  # an offset has 32 bits, and a shard is made in memory
+COMPRESSIONS = {"br": range(12), "bz2": range(1, 10), "gz": range(10), "snappy": (),
+                "zstd": range(1, 23)}  # fmt: skip
+"""Algorithms of the streaming library and their levels; a command line is judged without it."""
 PLAN_NAME = "plan.json"
 ASIDE_PREFIX = ".part."  # of the folder of a shard that is being written
 
@@ -47,7 +48,11 @@ def check_shard_options(shard_size: int, compression: str | None) -> None:
     problems = []
     if not 1 <= shard_size <= LARGEST_SHARD:
         problems.append(f"--shard-size is {shard_size}: it must be 1 to {LARGEST_SHARD} bytes")
-    if compression is not None and not is_compression(compression):
+    algorithm, colon, level = (compression or "").partition(":")
+    levels = [str(known) for known in COMPRESSIONS.get(algorithm, ())]
+    if compression is not None and (
+        algorithm not in COMPRESSIONS or (colon and level not in levels)
+    ):
         problems.append(
             f"--compression is {compression!r}: it must be an algorithm, or one with a level, "
             "such as zstd or zstd:7"
@@ -179,6 +184,8 @@ class PartsFolder:
 
         `record` is called when all samples are written; its `shard` is filled in.
         """
+        from streaming import MDSWriter  # late: importing it takes five seconds
+
         aside = self.folder / f"{ASIDE_PREFIX}{part:05}"
         shutil.rmtree(aside, ignore_errors=True)
         # One shard, whatever its size: the parts have been cut to size before.

@@ -24,11 +24,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from streaming.base.compression import decompress
-from streaming.base.format import reader_from_json
 from tqdm import tqdm
 
-from lgm_scale.data.images import decode_image
+from lgm_scale.data.decoding import decode_image
 from lgm_scale.data.manifest import (
     COLUMNS,
     INDEX_NAME,
@@ -159,6 +157,9 @@ def _check_samples(
     labels: list[int],
 ) -> Iterator[str]:
     """Problems of the samples of a shard; their labels are added to `labels`."""
+    from streaming.base.compression import decompress  # late: importing it takes five seconds
+    from streaming.base.format import reader_from_json
+
     name = info["raw_data"]["basename"]
     if info["compression"]:
         raw = folder / name

@@ -17,12 +17,6 @@ from lgm_scale.evaluation.commands.arguments import (
     command_parser,
     open_tokenizer,
 )
-from lgm_scale.evaluation.reconstructions.adaptive import (
-    adaptive_saving,
-    default_lengths,
-    psnr_table,
-    saving_line,
-)
 from lgm_scale.storage.files import write_json
 
 
@@ -39,6 +33,13 @@ def main() -> int:
     """Measure once, compare at each target."""
     args = parse_args(sys.argv[1:])
     tokenizer, _ = open_tokenizer(args)
+    from lgm_scale.evaluation.reconstructions.adaptive import (  # late, like torch
+        adaptive_saving,
+        default_lengths,
+        psnr_table,
+        saving_line,
+    )
+
     size = tokenizer.num_base_tokens
     lengths = sorted({*(args.lengths or default_lengths(tokenizer)), size})
     table = psnr_table(tokenizer, args.images, lengths)

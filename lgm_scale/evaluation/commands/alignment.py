@@ -15,16 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import (
     add_tokenizer_options,
     command_parser,
     open_tokenizer,
 )
-from lgm_scale.evaluation.reconstructions.adaptive import default_lengths
-from lgm_scale.evaluation.reconstructions.alignment import DEFINITIONS, measure_alignment
 from lgm_scale.storage.files import write_whole
 
 __all__ = ["draw_heat_map"]
@@ -32,6 +28,10 @@ __all__ = ["draw_heat_map"]
 
 def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     """Draw the CKNNA matrix of `measure_alignment` with its numbers, and write it as a PNG."""
+    from matplotlib.figure import Figure
+
+    from lgm_scale.evaluation.reconstructions.alignment import DEFINITIONS
+
     lengths, matrix = result["lengths"], result["cknna"]
     side = 1.5 + 0.6 * len(lengths)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -72,6 +72,9 @@ def main() -> int:
     if args.neighbors < 1:
         raise ConfigError(f"--neighbors: {args.neighbors} must be 1 or more")
     tokenizer, files = open_tokenizer(args)
+    from lgm_scale.evaluation.reconstructions.adaptive import default_lengths  # late, like torch
+    from lgm_scale.evaluation.reconstructions.alignment import DEFINITIONS, measure_alignment
+
     weights = next(iter(files.values()))
     lengths = sorted(set(args.lengths or default_lengths(tokenizer)))
     result = measure_alignment(tokenizer, args.images, lengths, args.num_images, args.neighbors)

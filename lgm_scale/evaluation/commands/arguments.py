@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lgm_scale.bundle import read_info
+from lgm_scale.data.manifest import read_manifest
+
 if TYPE_CHECKING:
     from lgm_scale.protocols import ImageTokenizer
 
@@ -31,7 +34,9 @@ def open_tokenizer(args: argparse.Namespace) -> tuple[ImageTokenizer, dict[str, 
 
     Returns: the tokenizer, and the hashes of its files, that of the weights first.
     """
-    import torch  # late: the commands that read a configuration report its errors before
+    read_info(args.bundle)
+    read_manifest(args.images, "images")
+    import torch  # late: what is wrong with a command line is told before
 
     from lgm_scale.pipeline import load_image_tokenizer
 

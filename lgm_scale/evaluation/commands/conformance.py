@@ -15,20 +15,15 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lgm_scale.errors import MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
-from lgm_scale.evaluation.engine.chunks import Job
-from lgm_scale.evaluation.engine.parts import Part, join_ranks
-from lgm_scale.evaluation.engine.stages import Engine
-from lgm_scale.evaluation.features.extraction import OriginalFeatures
-from lgm_scale.evaluation.features.spaces import Spaces
-from lgm_scale.evaluation.images import NpzImages
-from lgm_scale.evaluation.metrics.catalogue import compute, select
-from lgm_scale.evaluation.references.files import Reference
-from lgm_scale.evaluation.references.making import make_reference
 from lgm_scale.published import PUBLISHED as FILES
 from lgm_scale.storage.files import file_hash
+
+if TYPE_CHECKING:
+    from lgm_scale.evaluation.references.files import Reference
 
 PUBLISHED = {
     "is": (215.837, 0.3),
@@ -43,6 +38,15 @@ recall are computed there from distances in half precision."""
 
 def score(samples: Path, reference: Reference, inception: str, work: Path) -> dict[str, float]:
     """Measure an npz of images against a reference; `work` is the folder of unfinished chunks."""
+    # Late, as in `main`: what is wrong with a command line is told before.
+    from lgm_scale.evaluation.engine.chunks import Job
+    from lgm_scale.evaluation.engine.parts import Part, join_ranks
+    from lgm_scale.evaluation.engine.stages import Engine
+    from lgm_scale.evaluation.features.extraction import OriginalFeatures
+    from lgm_scale.evaluation.features.spaces import Spaces
+    from lgm_scale.evaluation.images import NpzImages
+    from lgm_scale.evaluation.metrics.catalogue import compute, select
+
     device = join_ranks()
     source, spaces = NpzImages(samples), Spaces.load(device, inception=inception)
     protocol = {"sha256": file_hash(samples), "features": spaces.describe()}
@@ -83,6 +87,8 @@ def main() -> int:
             f"--inception: the hash of {args.inception} does not begin with {published}: "
             "these are not the published weights, of which alone published numbers speak"
         )
+    from lgm_scale.evaluation.references.making import make_reference
+
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(args.work or scratch)
         reference = make_reference(

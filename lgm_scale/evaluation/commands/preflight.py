@@ -18,7 +18,6 @@ from lgm_scale.config.loading import read_yaml
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import LGMError, MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
-from lgm_scale.evaluation.references.files import load_reference
 from lgm_scale.published import PUBLISHED, PublishedFile
 from lgm_scale.storage.files import file_hash
 
@@ -70,6 +69,9 @@ def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
     megabytes = Path(path).stat().st_size / 1e6
     detail = f"{path}, {megabytes:.1f} MB, sha256 {digest}"
     if asset.key == "reference":
+        # Late: what is in it needs the evaluation with torch, the list of files does not.
+        from lgm_scale.evaluation.references.files import load_reference
+
         try:
             return "there", f"{detail}; {', '.join(load_reference(path).held())}"
         except LGMError as error:

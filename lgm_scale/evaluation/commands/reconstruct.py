@@ -18,13 +18,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from composer.utils import dist
+from typing import TYPE_CHECKING, Any
 
 from lgm_scale import __version__
+from lgm_scale.bundle import read_info
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import (
@@ -33,29 +30,16 @@ from lgm_scale.evaluation.commands.arguments import (
     chunk_problems,
     command_parser,
 )
-from lgm_scale.evaluation.engine.parts import Part, join_ranks
-from lgm_scale.evaluation.engine.stages import Engine
-from lgm_scale.evaluation.features.spaces import Spaces
-from lgm_scale.evaluation.images import ValidationImages
-from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
-from lgm_scale.evaluation.reconstructions.adaptive import (
-    AdaptiveSaving,
-    adaptive_saving,
-    default_lengths,
-    saving_line,
-)
-from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
-from lgm_scale.evaluation.references.files import check_reference, load_reference
-from lgm_scale.evaluation.report.curves import metric_curves
-from lgm_scale.evaluation.report.drawing import LIGHT, to_png
-from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
 from lgm_scale.families.base import outside_lengths
-from lgm_scale.merging.tree import TREE_NAME, MergeTree
-from lgm_scale.pipeline import load_image_tokenizer
-from lgm_scale.protocols import ImageTokenizer
 from lgm_scale.published import PUBLISHED
 from lgm_scale.storage.files import write_json, write_whole
+
+if TYPE_CHECKING:
+    from lgm_scale.evaluation.engine.stages import Engine
+    from lgm_scale.evaluation.reconstructions.adaptive import AdaptiveSaving
+    from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
+    from lgm_scale.protocols import ImageTokenizer
 
 LPIPS_SIDE = 16  # VGG16 halves it four times
 ASSETS = {"vgg16": "LPIPS", "inception": "rFID"}
@@ -127,6 +111,22 @@ def main() -> int:
     """Check, load, reconstruct at each K, write."""
     args = parse_args(sys.argv[1:])
     refuse_missing(args)
+    read_info(args.bundle)
+    read_manifest(args.images, "images")
+    # Late: what is wrong with a command line is told before.
+    from composer.utils import dist
+
+    from lgm_scale.evaluation.engine.parts import join_ranks
+    from lgm_scale.evaluation.engine.stages import Engine
+    from lgm_scale.evaluation.features.spaces import Spaces
+    from lgm_scale.evaluation.images import ValidationImages
+    from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
+    from lgm_scale.evaluation.reconstructions.adaptive import default_lengths
+    from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
+    from lgm_scale.evaluation.references.files import check_reference, load_reference
+    from lgm_scale.merging.tree import TREE_NAME, MergeTree
+    from lgm_scale.pipeline import load_image_tokenizer
+
     tokenizer, files = load_image_tokenizer(args.bundle)
     has_tree = TREE_NAME in files  # truncation and per-image merging have none
     tree = MergeTree.load(Path(args.bundle) / TREE_NAME) if has_tree else None
@@ -167,6 +167,12 @@ def measure(
     plans: ReconstructionPlans, engine: Engine, lengths: list[int], targets: list[float]
 ) -> tuple[list[dict[str, Any]], list[AdaptiveSaving]]:
     """Rows at each K, and what choosing K per image saves at each target."""
+    import numpy as np
+
+    from lgm_scale.evaluation.engine.parts import Part
+    from lgm_scale.evaluation.reconstructions.adaptive import adaptive_saving, saving_line
+    from lgm_scale.evaluation.sweep.results import headline
+
     engine.make_chunks(plans.jobs(lengths), Part(), "reconstruct", may_compute=True)
     plans.reduce(engine)
     row_plans = plans.plans(lengths)
@@ -195,6 +201,11 @@ def write_results(
     run: dict[str, Any],
 ) -> None:
     """reconstruction.json and reconstruction.png."""
+    import torch
+
+    from lgm_scale.evaluation.report.curves import metric_curves
+    from lgm_scale.evaluation.report.drawing import LIGHT, to_png
+
     results = {
         "format": "lgm_scale.reconstruction",
         "version": 2,

@@ -18,16 +18,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from composer.utils import dist
-
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import (
     add_chunk_options,
     chunk_problems,
     command_parser,
 )
-from lgm_scale.evaluation.references.files import save_reference
-from lgm_scale.evaluation.references.making import make_reference
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -73,6 +69,11 @@ def main() -> int:
             )
     if problems:
         raise ConfigError(problems)
+    from composer.utils import dist  # late: what is wrong with a command line is told before
+
+    from lgm_scale.evaluation.references.files import save_reference
+    from lgm_scale.evaluation.references.making import make_reference
+
     work = Path(f"{out}.work")
     reference = make_reference(work=work, **options)
     if dist.get_global_rank() == 0:

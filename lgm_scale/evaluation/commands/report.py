@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
-from lgm_scale.evaluation.report.writing import write_comparison, write_report
+from lgm_scale.evaluation.engine.rows import read_results
 
 
 def main() -> int:
@@ -30,6 +30,11 @@ def main() -> int:
     args = parser.parse_args(sys.argv[1:])
     if (len(args.outs) == 1) != (args.to is None):
         raise ConfigError("--to: goes with two or more sweeps, and they need it")
+    for out in args.outs:
+        read_results(out)
+    # Late: what is wrong with a command line is told before.
+    from lgm_scale.evaluation.report.writing import write_comparison, write_report
+
     if args.to is None:
         print(f"report: {write_report(args.outs[0])}")
     else:

@@ -18,6 +18,9 @@ from safetensors.numpy import load_file, save
 from lgm_scale.errors import DataError
 from lgm_scale.storage.files import digest, write_json, write_whole
 
+FORMAT, VERSION = "lgm_scale.sweep", 2
+"""Of the file results.json, which has all rows of a sweep."""
+
 
 class RowStore:
     """The rows in one folder."""
@@ -61,3 +64,20 @@ class RowStore:
 
     def _pictures(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
+
+
+def read_results(out: Path) -> dict[str, Any]:
+    """Results of a finished sweep. Raises: DataError if the folder holds none."""
+    path = out / "results.json"
+    if not path.is_file():
+        raise DataError(f"{path} is missing: give the `out` folder of a finished sweep")
+    try:
+        results = json.loads(path.read_text())
+        found = results["format"], results["version"]
+        if found != (FORMAT, VERSION):
+            raise ValueError(f"it is {found[0]!r} version {found[1]!r}, not version {VERSION}")
+        if not {"rows", "searched", "reconstructions"} <= results.keys():
+            raise ValueError("its rows are missing")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); run the sweep again") from error
+    return results

@@ -13,14 +13,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.evaluation.engine.rows import RowStore
+from lgm_scale.evaluation.engine.rows import RowStore, read_results
 from lgm_scale.evaluation.report.curves import main_metric, tradeoff_figure
 from lgm_scale.evaluation.report.drawing import DARK, LIGHT, Theme, to_png
 from lgm_scale.evaluation.report.merge_tree import merge_tree_figure
 from lgm_scale.evaluation.report.page import Picture, render_markdown, render_page
 from lgm_scale.evaluation.report.pictures import contact_sheet, image_grid
 from lgm_scale.evaluation.report.tables import to_csv
-from lgm_scale.evaluation.sweep.results import comparable, differences, read_results, tables_of
+from lgm_scale.evaluation.sweep.results import comparable, differences, tables_of
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 from lgm_scale.storage.files import write_whole
 

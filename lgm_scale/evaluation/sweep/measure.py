@@ -21,6 +21,7 @@ from lgm_scale import __version__
 from lgm_scale.config.loading import to_dict
 from lgm_scale.evaluation.engine.chunks import Job
 from lgm_scale.evaluation.engine.parts import Part, join_ranks
+from lgm_scale.evaluation.engine.rows import FORMAT, VERSION
 from lgm_scale.evaluation.engine.stages import Engine, RowPlan
 from lgm_scale.evaluation.features.spaces import Spaces
 from lgm_scale.evaluation.images import ValidationImages
@@ -39,7 +40,7 @@ from lgm_scale.evaluation.metrics.scores import FIXED_IS_SPLITS
 from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
 from lgm_scale.evaluation.references.files import Reference, check_reference, load_reference
 from lgm_scale.evaluation.sweep.config import Cell, SearchConfig, SweepConfig, expand
-from lgm_scale.evaluation.sweep.results import FORMAT, VERSION, headline, loss_per_length
+from lgm_scale.evaluation.sweep.results import headline, loss_per_length
 from lgm_scale.evaluation.sweep.samples import NUM_SHOWN, SampleFeatures, work_of, write_samples
 from lgm_scale.evaluation.sweep.search import next_cells, winners
 from lgm_scale.families.base import families

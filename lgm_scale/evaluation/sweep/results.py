@@ -12,28 +12,10 @@ from typing import Any
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.metrics.catalogue import METRICS
 
-FORMAT, VERSION = "lgm_scale.sweep", 2
 Row = dict[str, Any]
 OWN = ("cell", "weights", "noise_scale", "precision", "pixels_kept", "lgm_scale")
 """What may differ between rows of one table: what is measured, not how."""
 WINDOW = 20
-
-
-def read_results(out: Path) -> dict[str, Any]:
-    """Results of a finished sweep. Raises: DataError if the folder holds none."""
-    path = out / "results.json"
-    if not path.is_file():
-        raise DataError(f"{path} is missing: give the `out` folder of a finished sweep")
-    try:
-        results = json.loads(path.read_text())
-        found = results["format"], results["version"]
-        if found != (FORMAT, VERSION):
-            raise ValueError(f"it is {found[0]!r} version {found[1]!r}, not version {VERSION}")
-        if not {"rows", "searched", "reconstructions"} <= results.keys():
-            raise ValueError("its rows are missing")
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); run the sweep again") from error
-    return results
 
 
 # --- which rows may stand side by side --------------------------------------------------------

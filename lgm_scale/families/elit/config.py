@@ -21,6 +21,9 @@ GET_VAE = (
 )
 """What to do where the autoencoder is missing."""
 
+ENCODED_SIZE = 256
+"""Pixels along a side of the images that are encoded to latents, unless another is asked for."""
+
 
 @dataclass(frozen=True)
 class SiTSize:

@@ -7,17 +7,15 @@ beside the shards: the scale of these latents is a constant.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lgm_scale.data.preparation.encoders import Notes
 from lgm_scale.errors import ConfigError
+from lgm_scale.families.elit.config import ENCODED_SIZE
 from lgm_scale.families.elit.sd_vae import encoder_id, load_sd_vae
-
-DEFAULT_IMAGE_SIZE = 256
 
 
 class AutoencoderEncoder:
@@ -32,19 +30,6 @@ class AutoencoderEncoder:
         even.
     """
 
-    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "--vae": {
-            "metavar": "FOLDER",
-            "help": "autoencoder in the layout of diffusers: a local copy of "
-            "stabilityai/sd-vae-ft-mse or -ema",
-        },
-        "--image-size": {
-            "type": int,
-            "metavar": "PIXELS",
-            "help": f"side of the centre crop (default: {DEFAULT_IMAGE_SIZE})",
-        },
-    }
-    needed: ClassVar[Mapping[str, str]] = {"--vae": "the folder of its autoencoder"}
     kind: ClassVar[str] = "spatial_latents"
     columns: ClassVar[tuple[str, ...]] = ("mean", "std", "mean_flipped", "std_flipped")
 
@@ -70,7 +55,7 @@ class AutoencoderEncoder:
     @classmethod
     def from_options(cls, options: Namespace, device: torch.device | str) -> AutoencoderEncoder:
         """Load the autoencoder that --vae names, for images of --image-size."""
-        size = DEFAULT_IMAGE_SIZE if options.image_size is None else options.image_size
+        size = ENCODED_SIZE if options.image_size is None else options.image_size
         return cls(options.vae, size, device)
 
     def encode(self, images: Tensor) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from typing_extensions import override
 from lgm_scale.bundle import model_config
 from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily
+from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily, Tool
 from lgm_scale.families.elit.config import (
     CONFIG_NAME,
+    ENCODED_SIZE,
     WEIGHTS_NAME,
     ELITModelConfig,
     ELITRun,
@@ -24,6 +25,7 @@ from lgm_scale.families.elit.config import (
     token_lengths,
     vae_file,
 )
+from lgm_scale.release_import import CLASSES_HELP
 
 if TYPE_CHECKING:
     import torch
@@ -42,10 +44,43 @@ class ELITFamily(GeneratorFamily):
     task: ClassVar[str] = "spatial_generator"
     title: ClassVar[str] = "ELIT or SiT, on a grid"
     schema = ELITRun
-    encoders: ClassVar[dict[str, str]] = {
-        "sd-vae": "lgm_scale.families.elit.encoder:AutoencoderEncoder"
+    encoders: ClassVar[dict[str, Tool]] = {
+        "sd-vae": Tool(
+            "lgm_scale.families.elit.encoder:AutoencoderEncoder",
+            options={
+                "--vae": {
+                    "metavar": "FOLDER",
+                    "help": "autoencoder in the layout of diffusers: a local copy of "
+                    "stabilityai/sd-vae-ft-mse or -ema",
+                },
+                "--image-size": {
+                    "type": int,
+                    "metavar": "PIXELS",
+                    "help": f"side of the centre crop (default: {ENCODED_SIZE})",
+                },
+            },
+            needed={"--vae": "the folder of its autoencoder"},
+        )
     }
-    importers: ClassVar[dict[str, str]] = {"elit": "lgm_scale.families.elit.release:IMPORTER"}
+    importers: ClassVar[dict[str, Tool]] = {
+        "elit": Tool(
+            "lgm_scale.families.elit.release:run_import",
+            "a checkpoint {model, ema} of an ELIT, or of its SiT",
+            options={
+                "--classes": {"metavar": "FILE", "help": CLASSES_HELP},
+                "--vae": {
+                    "required": True,
+                    "metavar": "FOLDER",
+                    "help": "autoencoder that decodes",
+                },
+                "--split": {
+                    "choices": ["released", "declared", "paper"],
+                    "default": "released",
+                    "help": "blocks before Read and after Write; the checkpoint does not say",
+                },
+            },
+        )
+    }
     pipeline_class: ClassVar[str] = "lgm_scale.families.elit.pipeline:ELITPipeline"
     about_tokens: ClassVar[str] = (
         "An image is a grid of {size} tokens, and K says how many of them the core of one "

@@ -13,6 +13,7 @@ Source: ELIT (arXiv 2603.12245); SiT (arXiv 2401.08740). Built from a descriptio
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -45,8 +46,10 @@ def sincos_table(width: int, grid: int) -> Tensor:
     Shapes: -> [grid grid, width] float32; width divisible by 4.
     """
     quarter = width // 4  # sine and cosine of column and of row
-    rates = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * rates  # [h, C/4]
+    # With values also where a plan builds on the meta device: there torch would compile `arange`.
+    steps = partial(torch.arange, dtype=torch.float64, device="cpu")
+    rates = 10000.0 ** -(steps(quarter) / quarter)
+    angles = steps(grid)[:, None] * rates  # [h, C/4]
     waves = torch.cat((angles.sin(), angles.cos()), dim=-1)  # [h, C/2]
     columns = waves[None, :, :].expand(grid, -1, -1)
     rows = waves[:, None, :].expand(-1, grid, -1)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from lgm_scale.errors import CheckpointError
 from lgm_scale.families.elit.bundle import save_elit_bundle
 from lgm_scale.families.elit.config import SIT_SIZES, ELITModelConfig, InterfaceConfig, SpaceConfig
 from lgm_scale.families.elit.network import build_elit, sincos_table
-from lgm_scale.release_import import CLASSES_HELP
 from lgm_scale.release_import.names import (
     KeyReport,
     Renaming,
@@ -26,8 +25,6 @@ from lgm_scale.release_import.names import (
     translate,
 )
 from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
-
-__all__ = ["IMPORTER", "ElitImporter", "elit_config_from_shapes", "import_elit", "our_elit_name"]
 
 _READ, _WRITE = "input_token_editor.adapters.0.", "output_token_editor.adapters.0."
 our_elit_name = Renaming(
@@ -86,7 +83,7 @@ def import_elit(
 
     Returns: what became of every key, and remarks for the user.
 
-    Raises: CheckpointError, ConfigError.
+    Raises: CheckpointError.
     """
     found = weights_of(read_dictionary(source), _ENTRIES, weights, source)
     state = found.state
@@ -179,28 +176,6 @@ def _positions(
     )
 
 
-class ElitImporter:
-    """The importer behind `python -m lgm_scale.release_import elit`."""
-
-    help: ClassVar[str] = "a checkpoint {model, ema} of an ELIT, or of its SiT"
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add what the checkpoint does not say: autoencoder, split, names of the classes."""
-        add = parser.add_argument
-        add("--classes", metavar="FILE", help=CLASSES_HELP)
-        add("--vae", required=True, metavar="FOLDER", help="autoencoder that decodes")
-        add(
-            "--split", choices=["released", "declared", "paper"], default="released",
-            help="blocks before Read and after Write; the checkpoint does not say",
-        )  # fmt: skip
-
-    @staticmethod
-    def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
-        """Write the bundle that the command line asks for."""
-        return import_elit(
-            args.source, args.folder, args.vae, args.split, args.classes, args.weights
-        )
-
-
-IMPORTER = ElitImporter
+def run_import(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
+    """Do what `python -m lgm_scale.release_import elit` asks for."""
+    return import_elit(args.source, args.folder, args.vae, args.split, args.classes, args.weights)

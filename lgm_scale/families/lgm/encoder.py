@@ -81,10 +81,6 @@ class TokenizerEncoder:
     Raises: CheckpointError for a bad bundle; ConfigError for a length control without a merge tree.
     """
 
-    options: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "--tokenizer": {"metavar": "BUNDLE", "help": "tokenizer bundle"}
-    }
-    needed: ClassVar[Mapping[str, str]] = {"--tokenizer": "a tokenizer bundle"}
     kind: ClassVar[str] = "latents"
     columns: ClassVar[tuple[str, ...]] = ("latents", "latents_flipped")
 

@@ -10,8 +10,15 @@ from typing_extensions import override
 
 from lgm_scale.bundle import read_info
 from lgm_scale.config.loading import to_dict
-from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily, outside_lengths
+from lgm_scale.families.base import (
+    Evaluated,
+    GeneratorFacts,
+    GeneratorFamily,
+    Tool,
+    outside_lengths,
+)
 from lgm_scale.families.lgm.config import LGMRun, check_latents, lgm_rules
+from lgm_scale.families.lgm.importers import IMPORTERS
 from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES
 
 if TYPE_CHECKING:
@@ -35,12 +42,15 @@ class LGMFamily(GeneratorFamily):
     schema = LGMRun
     fixed_keys: ClassVar[tuple[str, ...]] = ("objective.noise_scale",)
     contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
-    encoders: ClassVar[dict[str, str]] = {"lgm": "lgm_scale.families.lgm.encoder:TokenizerEncoder"}
-    reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
-    importers: ClassVar[dict[str, str]] = {
-        "generator": "lgm_scale.families.lgm.release:IMPORTER",
-        "lora": "lgm_scale.families.lgm.release_lora:IMPORTER",
+    encoders: ClassVar[dict[str, Tool]] = {
+        "lgm": Tool(
+            "lgm_scale.families.lgm.encoder:TokenizerEncoder",
+            options={"--tokenizer": {"metavar": "BUNDLE", "help": "tokenizer bundle"}},
+            needed={"--tokenizer": "a tokenizer bundle"},
+        )
     }
+    reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
+    importers: ClassVar[dict[str, Tool]] = IMPORTERS
     pipeline_class: ClassVar[str] = "lgm_scale.families.lgm.pipeline:LGMPipeline"
     about_tokens: ClassVar[str] = (
         "An image is {size} tokens, and a learned tree says which of them to merge. One "
@@ -91,6 +101,10 @@ class LGMFamily(GeneratorFamily):
             tokenizer_id=tokenizer_id(run.tokenizer),
             options=options,
         )
+
+    @override
+    def libraries(self, run: LGMRun) -> tuple[str, ...]:
+        return () if run.lora is None else ("peft",)
 
     @override
     def network(self, run: LGMRun) -> MergeDiT:

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lgm_scale.bundle import read_bundle
-from lgm_scale.errors import CheckpointError, ConfigError, DataError
+from lgm_scale.errors import CheckpointError, DataError
 from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import DIT_SIZES, LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
@@ -23,7 +23,6 @@ from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.lgm.release_tree import read_tree
 from lgm_scale.families.tokenizer.release import about_ties
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
-from lgm_scale.release_import import CLASSES_HELP
 from lgm_scale.release_import.names import (
     KeyReport,
     Renaming,
@@ -39,20 +38,6 @@ from lgm_scale.release_import.reading import (
     shape_of,
     weights_of,
 )
-
-__all__ = [
-    "ENTRIES",
-    "IMPORTER",
-    "GeneratorImporter",
-    "Surroundings",
-    "add_surroundings",
-    "config_from_shapes",
-    "import_generator",
-    "our_generator_name",
-    "read_stats",
-    "surroundings",
-    "training_of",
-]
 
 ENTRIES = {"ema": "model_ema", "model": "model"}
 our_generator_name = Renaming(
@@ -234,56 +219,13 @@ def read_stats(path: str | Path, latent_dim: int) -> LatentStats:
     return LatentStats(found["mean"], found["std"])
 
 
-def add_surroundings(parser: argparse.ArgumentParser, noise_scale: str) -> None:
-    """Add what the checkpoint does not say: tokenizer, statistics, merge tree, noise scale."""
-    add = parser.add_argument
-    add("--tokenizer", metavar="BUNDLE", help="of the tokenizer that made the latents")
-    add(
-        "--latent-stats", metavar="FILE",
-        help="mean and std of the latents it was trained on: the release's latents_stats.pt, "
-        "or latent_stats.safetensors of a folder of latents encoded here",
-    )  # fmt: skip
-    add(
-        "--merge-tree", metavar="FILE",
-        help="the release's merge dictionary; default: the tokenizer's own tree",
-    )  # fmt: skip
-    add("--classes", metavar="FILE", help=CLASSES_HELP)
-    add(
-        "--noise-scale", choices=["corrected", "legacy"], default=noise_scale,
-        help="how it was trained to see noise; the checkpoint does not say (default %(default)s)",
-    )  # fmt: skip
-
-
 def surroundings(args: argparse.Namespace) -> Surroundings:
-    """What the command line says. Raises: ConfigError naming what is missing."""
-    if args.tokenizer is None:
-        raise ConfigError("--tokenizer: missing; give the bundle of the tokenizer's import")
-    if args.latent_stats is None:
-        raise ConfigError(
-            "--latent-stats: missing; images cannot be decoded without the mean and std that "
-            "the generator's latents were standardised with. Give the release's "
-            "latents_stats.pt, or encode images with this tokenizer (data_tools/"
-            "encode_latents.py) and give latent_stats.safetensors of that folder"
-        )
+    """What the command line says."""
     return Surroundings(
         args.tokenizer, args.latent_stats, args.merge_tree, args.classes, args.noise_scale
     )
 
 
-class GeneratorImporter:
-    """The importer behind `python -m lgm_scale.release_import generator`."""
-
-    help: ClassVar[str] = "a checkpoint {model, model_ema}"
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add what the checkpoint does not say."""
-        add_surroundings(parser, "corrected")
-
-    @staticmethod
-    def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
-        """Write the bundle that the command line asks for."""
-        return import_generator(args.source, args.folder, surroundings(args), args.weights)
-
-
-IMPORTER = GeneratorImporter
+def run_import(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
+    """Do what `python -m lgm_scale.release_import generator` asks for."""
+    return import_generator(args.source, args.folder, surroundings(args), args.weights)

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -21,12 +20,12 @@ from lgm_scale.bundle import model_config, read_bundle
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.lgm.bundle import GENERATOR_NAME, save_adapted_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
+from lgm_scale.families.lgm.importers import RELEASED_ALPHA
 from lgm_scale.families.lgm.lora import TARGETS, Adapter, adapter_shapes
 from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.lgm.release import (
     ENTRIES,
     Surroundings,
-    add_surroundings,
     our_generator_name,
     surroundings,
     training_of,
@@ -35,10 +34,7 @@ from lgm_scale.merging.tree import TREE_NAME, MergeTree
 from lgm_scale.release_import.names import KeyReport, Renaming, fit, translate
 from lgm_scale.release_import.reading import read_dictionary, weights_of
 
-__all__ = ["IMPORTER", "LoraImporter", "PeftRenaming", "import_lora"]
-
 _PREFIX = "base_model.model."
-_RELEASED_ALPHA = 32.0
 
 
 class PeftRenaming(Renaming):
@@ -80,7 +76,7 @@ def import_lora(
     folder: str | Path,
     num_tokens: int,
     around: Surroundings | str | Path,
-    alpha: float = _RELEASED_ALPHA,
+    alpha: float = RELEASED_ALPHA,
     weights: str | None = None,
 ) -> tuple[KeyReport, list[str]]:
     """Write a generator bundle with an adapter for K tokens.
@@ -161,35 +157,11 @@ def _check_base(tensors: dict[str, Tensor], base: str | Path, source: str | Path
         )
 
 
-class LoraImporter:
-    """The importer behind `python -m lgm_scale.release_import lora`."""
-
-    help: ClassVar[str] = "a checkpoint {model} of a LoRA for one token length"
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Add what the checkpoint does not say."""
-        add = parser.add_argument
-        add("--num-tokens", type=int, required=True, metavar="K", help="length it was trained at")
-        add("--alpha", type=float, default=_RELEASED_ALPHA, help="default %(default)g, as released")
-        add("--base", metavar="BUNDLE", help="add the adapter to this import of another length")
-        add_surroundings(parser, "legacy")
-
-    @staticmethod
-    def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
-        """Write the bundle that the command line asks for."""
-        if not (math.isfinite(args.alpha) and args.alpha > 0):
-            raise ConfigError(f"--alpha: {args.alpha:g} must be a positive number")
-        given = (args.tokenizer, args.latent_stats, args.merge_tree, args.classes)
-        if args.base is not None and (any(given) or args.noise_scale != "legacy"):
-            raise ConfigError(
-                "--base: that bundle brings tokenizer, statistics, merge tree, classes and noise "
-                "scale; leave their options away"
-            )
-        around = surroundings(args) if args.base is None else args.base
-        return import_lora(
-            args.source, args.folder, args.num_tokens, around, args.alpha, args.weights
-        )
-
-
-IMPORTER = LoraImporter
+def run_import(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
+    """Do what `python -m lgm_scale.release_import lora` asks for."""
+    if not (math.isfinite(args.alpha) and args.alpha > 0):
+        raise ConfigError(f"--alpha: {args.alpha:g} must be a positive number")
+    if args.base is not None and args.noise_scale != "legacy":
+        raise ConfigError("--base: that bundle brings the noise scale; leave --noise-scale away")
+    around = surroundings(args) if args.base is None else args.base
+    return import_lora(args.source, args.folder, args.num_tokens, around, args.alpha, args.weights)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from lgm_scale.families.base import Companions, Family
+from lgm_scale.families.base import Companions, Family, Tool
 from lgm_scale.families.tokenizer.config import (
     FROM_HUB,
     RECONSTRUCTION_FILES,
@@ -40,8 +40,10 @@ class TokenizerFamily(Family):
     title: ClassVar[str] = "LGM's tokenizer"
     schema = TokenizerRun
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
-    importers: ClassVar[dict[str, str]] = {
-        "tokenizer": "lgm_scale.families.tokenizer.release:IMPORTER"
+    importers: ClassVar[dict[str, Tool]] = {
+        "tokenizer": Tool(
+            "lgm_scale.families.tokenizer.release:run_import", "a checkpoint {model, ema, args}"
+        )
     }
 
     @override
@@ -74,6 +76,10 @@ class TokenizerFamily(Family):
             batch_size=batch_size,
             options=options,
         )
+
+    @override
+    def libraries(self, run: TokenizerRun) -> tuple[str, ...]:
+        return ("timm",)
 
     @override
     def network(self, run: TokenizerRun) -> Tokenizer:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +19,6 @@ from lgm_scale.families.tokenizer.network import build_tokenizer
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.release_import.names import KeyReport, Renaming, fit, provenance, translate
 from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
-
-__all__ = [
-    "IGNORED",
-    "IMPORTER",
-    "TokenizerImporter",
-    "about_ties",
-    "check_args",
-    "config_from_shapes",
-    "import_tokenizer",
-    "our_tokenizer_name",
-]
 
 our_tokenizer_name = Renaming(
     {
@@ -191,19 +180,6 @@ def check_args(args: object, config: TokenizerModelConfig, path: str | Path) -> 
     return list(spoken)
 
 
-class TokenizerImporter:
-    """The importer behind `python -m lgm_scale.release_import tokenizer`."""
-
-    help: ClassVar[str] = "a checkpoint {model, ema, args}"
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """It has no options of its own."""
-
-    @staticmethod
-    def run(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
-        """Write the bundle that the command line asks for."""
-        return import_tokenizer(args.source, args.folder, args.weights)
-
-
-IMPORTER = TokenizerImporter
+def run_import(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
+    """Do what `python -m lgm_scale.release_import tokenizer` asks for."""
+    return import_tokenizer(args.source, args.folder, args.weights)

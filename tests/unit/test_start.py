@@ -1,0 +1,140 @@
+"""What commands import before they have anything to compute: their start is told in modules.
+
+One fresh interpreter per group of commands: each command is called in it with `--help`, or with a
+mistake, and must leave the slow modules alone. No time is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = "lgm_scale.evaluation.commands"
+EVALUATION = [
+    f"{COMMANDS}.{name}"
+    for name in (
+        *("adaptive", "alignment", "conformance", "preflight"),
+        *("reconstruct", "reference", "report", "sweep"),
+    )
+]
+PREPARATION = [f"lgm_scale.data.preparation.{name}" for name in ("convert", "encode", "verify")]
+LAUNCHERS = ["launchers.slurm", "launchers.status", "launchers.pipeline"]
+SCRIPTS = ["lgm_scale.train", "lgm_scale.sample", "lgm_scale.release_import.__main__"]
+MODULES = [*SCRIPTS, *EVALUATION, *PREPARATION, *LAUNCHERS, "data_tools.demo_images"]
+SLOW = {
+    *("torch", "composer", "streaming", "deepspeed", "scipy", "sklearn", "torchvision", "timm"),
+    *("pandas", "boto3", "botocore", "transformers", "torchmetrics", "matplotlib", "pyarrow"),
+    *("peft", "diffusers", "torch_fidelity", "skimage"),
+}
+MISTAKES = [
+    ["lgm_scale.train", "yamls/dit_xl.yaml", "optimizer.lrr=1", "train.precision=fp32"],
+    ["lgm_scale.train", "yamls/dit_xl.yaml", "optimizer.lr=-1"],
+    ["lgm_scale.train", "yamls/nothing.yaml", "--dry-run"],
+    ["lgm_scale.sample", "nowhere", "--classes", "1", "--out", "a.png"],
+    ["lgm_scale.sample", "nowhere", "--classes", "1", "--out", "a.txt"],
+    ["lgm_scale.release_import.__main__", "generator", "a.pt", "b", "--tokenizer", "c"],
+    ["lgm_scale.evaluation.commands.sweep", "yamls/dit_xl.yaml"],
+    ["lgm_scale.evaluation.commands.report", "nowhere"],
+    ["lgm_scale.evaluation.commands.reference", "nowhere", "--out", "a.txt"],
+    [f"{COMMANDS}.adaptive", *["--bundle", "a", "--images", "b", "--target-psnr", "1"]],
+    [f"{COMMANDS}.alignment", *["--bundle", "a", "--images", "b", "--out", "c"]],
+    [f"{COMMANDS}.reconstruct", *["--bundle", "a", "--images", "b", "--out", "c"]],
+    [f"{COMMANDS}.conformance", *["--samples", "a", "--reference", "b", "--inception", "c"]],
+    ["lgm_scale.evaluation.commands.preflight", "nowhere.yaml"],
+    ["lgm_scale.data.preparation.convert", "nowhere", "--out", "b"],
+    ["lgm_scale.data.preparation.convert", "nowhere", "--out", "b", "--compression", "zip"],
+    ["lgm_scale.data.preparation.encode", "--images", "a", "--out", "b"],
+    ["lgm_scale.data.preparation.verify", "nowhere"],
+    ["launchers.slurm", "--nodes", "0"],
+]  # fmt: skip
+DRY_RUNS = [["lgm_scale.train", f"yamls/{name}.yaml", "--dry-run"] for name in ("dit_xl", "sit_xl")]
+
+CALL = """
+import contextlib, io, json, sys
+from importlib import import_module
+from lgm_scale.errors import LGMError
+
+calls, names = json.load(sys.stdin)
+slow = set(names)
+for module, *argv in calls:
+    sys.argv = [module, *argv]
+    said, status = io.StringIO(), None
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            status = import_module(module).main()
+        except SystemExit as end:
+            status = end.code
+        except LGMError as error:
+            status = "user error"
+    print(json.dumps([sys.argv, status, said.getvalue(), sorted(slow & sys.modules.keys())]))
+"""
+
+
+def call(calls: list[list[str]], slow: set[str], folder: Path) -> list[list]:
+    """Make the calls one after the other: (argv, status, words, slow modules that are there)."""
+    (folder / "yamls").symlink_to(ROOT / "yamls")
+    done = subprocess.run(
+        [sys.executable, "-c", CALL],
+        input=json.dumps([calls, sorted(slow)]), cwd=folder, capture_output=True, text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_help_of_every_command_imports_nothing_slow(tmp_path):
+    for argv, status, words, slow in call([[name, "--help"] for name in MODULES], SLOW, tmp_path):
+        assert (status, slow) == (0, []), argv
+        assert words.startswith("usage: "), argv
+
+
+def test_every_command_of_the_package_is_among_them():
+    mains = {
+        str(path.relative_to(ROOT).with_suffix("")).replace("/", ".")
+        for folder in ("lgm_scale", "launchers", "data_tools")
+        for path in (ROOT / folder).rglob("*.py")
+        if "exit_on_user_error(main)" in path.read_text()
+    }
+    scripts = {f"data_tools.{name}" for name in ("encode_latents", "images_to_mds", "verify_mds")}
+    assert mains - scripts <= {*MODULES}
+
+
+def test_mistakes_are_told_before_anything_slow_is_imported(tmp_path):
+    for argv, status, words, slow in call(MISTAKES, SLOW, tmp_path):
+        assert status in ("user error", 2), (argv, status, words)
+        assert slow == [], argv
+
+
+@pytest.mark.parametrize("call_made", DRY_RUNS, ids=lambda call: Path(call[1]).stem)
+def test_a_dry_run_imports_torch_and_no_trainer(tmp_path, call_made):
+    slow = (SLOW - {"torch"}) | {"torch._dynamo", "sympy"}
+    ((argv, status, words, found),) = call([call_made], slow, tmp_path)
+    assert (status, found) == (0, []), (argv, words)
+    assert "samples per epoch" in words
+
+
+@pytest.mark.parametrize(
+    ("before", "chosen", "found"),
+    [
+        ("", None, "passive"),
+        ("", "active", "active"),
+        ("sys.modules['torch'] = sys; ", None, "None"),
+    ],
+)
+def test_threads_wait_without_spinning_unless_the_user_chose(before, chosen, found):
+    """Not once torch is there: it has read the variable already."""
+    code = f"import os, sys; {before}import lgm_scale; print(os.environ.get('OMP_WAIT_POLICY'))"
+    environment = {"PYTHONPATH": str(ROOT)} | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
+    said = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert said.strip() == found
+
+
+def test_the_check_can_fail(tmp_path):
+    call_made = ["lgm_scale.evaluation.commands.report", "--help"]
+    ((_, _, _, found),) = call([call_made], {"argparse", "numpy", "torch"}, tmp_path)
+    assert found == ["argparse", "numpy"]
