@@ -19,6 +19,7 @@ from lgm_scale.families.elit.config import SIT_SIZES
 from lgm_scale.families.elit.network import ELIT
 from lgm_scale.families.lgm.config import DIT_SIZES
 from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.blocks import transformer_blocks
@@ -50,7 +51,7 @@ def tokenizer() -> tuple[nn.Module, Run]:
         outputs = net(torch.randn(1, 3, 256, 256), 256)
         return outputs.reconstruction.float().sum() + outputs.similarity.sum()
 
-    net = Tokenizer("l", 256, 16, 256, 32)
+    net = Tokenizer(TokenizerModelConfig(size="l"))
     for part in (net.encoder, net.decoder):
         del part.vit.blocks[1:]
     return net, run
