@@ -42,7 +42,7 @@ def missing_paths(text: str) -> list[str]:
 
 def missing_modules(text: str) -> list[str]:
     """Modules that `-m` names and that are not there."""
-    named = {name.rstrip(".") for name in MODULE.findall(text)}
+    named = {name.rstrip(".") for name in MODULE.findall(text) if not name.endswith(".NAME")}
     return sorted(name for name in named if importlib.util.find_spec(name) is None)
 
 

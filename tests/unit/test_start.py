@@ -22,7 +22,8 @@ EVALUATION = [
         *("reconstruct", "reference", "report", "sweep"),
     )
 ]
-PREPARATION = [f"lgm_scale.data.preparation.{name}" for name in ("convert", "encode", "verify")]
+PREPARED = ("convert", "encode", "fashion_mnist", "verify")
+PREPARATION = [f"lgm_scale.data.preparation.{name}" for name in PREPARED]
 LAUNCHERS = ["launchers.slurm", "launchers.status", "launchers.pipeline"]
 SCRIPTS = ["lgm_scale.train", "lgm_scale.sample", "lgm_scale.release_import.__main__"]
 MODULES = [*SCRIPTS, *EVALUATION, *PREPARATION, *LAUNCHERS, "data_tools.demo_images"]
@@ -38,6 +39,11 @@ MISTAKES = [
     ["lgm_scale.sample", "nowhere", "--classes", "1", "--out", "a.png"],
     ["lgm_scale.sample", "nowhere", "--classes", "1", "--out", "a.txt"],
     ["lgm_scale.release_import.__main__", "generator", "a.pt", "b", "--tokenizer", "c"],
+    ["lgm_scale.release_import.__main__", "lora", "a.pt", "b", "--num-tokens", "8"],
+    [
+        "lgm_scale.release_import.__main__",
+        *("lora", "a.pt", "b", "--num-tokens", "8", "--base", "c", "--classes", "d"),
+    ],
     ["lgm_scale.evaluation.commands.sweep", "yamls/dit_xl.yaml"],
     ["lgm_scale.evaluation.commands.report", "nowhere"],
     ["lgm_scale.evaluation.commands.reference", "nowhere", "--out", "a.txt"],
@@ -100,7 +106,8 @@ def test_every_command_of_the_package_is_among_them():
         for path in (ROOT / folder).rglob("*.py")
         if "exit_on_user_error(main)" in path.read_text()
     }
-    scripts = {f"data_tools.{name}" for name in ("encode_latents", "images_to_mds", "verify_mds")}
+    names = ("encode_latents", "fashion_mnist", "images_to_mds", "verify_mds")
+    scripts = {f"data_tools.{name}" for name in names}
     assert mains - scripts <= {*MODULES}
 
 
