@@ -49,8 +49,9 @@ def start_calls(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    own = dict(os.environ)  # the server's is that of the first test
     ranks = [
-        FORKS.Process(target=_enter, args=(rank, world_size, port, log, function, args))
+        FORKS.Process(target=_enter, args=(own, rank, world_size, port, log, function, args))
         for rank in range(world_size)
     ]
     ensure_server()
@@ -132,6 +133,7 @@ def run_strategies(
 
 
 def _enter(
+    environment: dict[str, str],
     rank: int,
     world_size: int,
     port: int,
@@ -142,6 +144,8 @@ def _enter(
     import torch
 
     torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ |= environment
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
