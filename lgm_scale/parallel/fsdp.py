@@ -5,7 +5,8 @@ What is left of each network is one more. Sharding is applied here and not throu
 FSDP2Config has no CPU offload, and which replaces the mesh by a flat one, so that hybrid sharding
 would silently be full sharding.
 
-Parameters, moments and gradients stay float32; weights are gathered in the trainer's precision.
+Parameters, moments and gradients stay float32; weights are gathered in the trainer's precision, and
+those of a network whose `full_precision` is True as they are.
 """
 
 from __future__ import annotations
@@ -70,21 +71,22 @@ def shard_model(model: nn.Module, config: FSDPConfig, compute: torch.dtype) -> N
     arguments: dict[str, Any] = {
         "mesh": _mesh(config),
         "reshard_after_forward": config.shard != "grad_op",
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=None if compute == torch.float32 else compute,
-            reduce_dtype=_reduce_dtype(config, compute),
-            # A timestep in bfloat16 has three digits. Autocast casts where it does no harm.
-            cast_forward_inputs=False,
-        ),
     }
     if config.cpu_offload:
         arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     flatten_parameters(model)
-    # From the inside out: a unit takes what no unit inside it has taken.
-    for block in transformer_blocks(model):
-        fully_shard(block, **arguments)
     for network in model.children():
-        fully_shard(network, **arguments)
+        # Under autocast it computes in float32, and a gathered bfloat16 would not fit its inputs.
+        own = torch.float32 if getattr(network, "full_precision", False) else compute
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if own == torch.float32 else own,
+            reduce_dtype=_reduce_dtype(config, own),
+            # A timestep in bfloat16 has three digits. Autocast casts where it does no harm.
+            cast_forward_inputs=False,
+        )
+        # From the inside out: a unit takes what no unit inside it has taken.
+        for unit in (*transformer_blocks(network), network):
+            fully_shard(unit, mp_policy=policy, **arguments)
 
 
 def shard_state(state: State, config: FSDPConfig, compute: torch.dtype) -> None:

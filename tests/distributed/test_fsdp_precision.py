@@ -11,6 +11,7 @@ from torch import nn
 
 from lgm_scale.config.schema import FSDPConfig
 from lgm_scale.families.lgm.network import MergeDiT
+from lgm_scale.families.tokenizer.critic import CriticHeads
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.fsdp import shard_model
 
@@ -44,3 +45,21 @@ def compare_with_autocast() -> None:
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
     assert gradients[1].dtype == torch.float32
     assert seen == [torch.float32]
+
+
+def test_the_critic_is_gathered_as_it_computes(tmp_path):
+    run_calls(1, judge_under_autocast, log=tmp_path / "log")
+
+
+def judge_under_autocast() -> None:
+    dist.initialize_dist(get_device("cpu"))
+    torch.manual_seed(0)
+    heads = CriticHeads(channels=8, num_depths=2)
+    plain, model = copy.deepcopy(heads), nn.ModuleDict({"critic": heads})
+    shard_model(model, FSDPConfig(), torch.bfloat16)
+    features = [torch.randn(2, 8, 16) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, expected = model["critic"](features), plain(features)
+    assert torch.equal(logits, expected)
+    logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in heads.parameters())

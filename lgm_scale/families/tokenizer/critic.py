@@ -104,6 +104,8 @@ class CriticHeads(nn.Module):
     Shapes: num_depths times [B, C, L] -> logits [B, num_depths * L].
     """
 
+    full_precision = True
+
     def __init__(
         self, channels: int = 384, num_depths: int = 5, reduce_mean: ReduceMean = one_rank
     ) -> None:
