@@ -38,7 +38,7 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 
 
-ROOMS = ("tests/system/slurm", "tests/system/s3", "tests/distributed", "tests/system", "tests/unit")
+ROOMS = ("tests/system/slurm", "tests/system/s3", "tests/distributed", "tests/system", "")
 """Longest waits first: with several workers, short files then fill the gaps at the end."""
 
 
