@@ -79,21 +79,22 @@ def main() -> int:
         if rank == 0:
             print(describe(config, world_size))
         return 0
-    load_training_run(args.config, args.overrides, launched, has_gpu=None)  # before torch: at once
+
+    def folder_of(config: TrainingRun) -> RunFolder:
+        return RunFolder(Path(config.out), config, args.allow_change)
+
+    # At once, before torch; what can be told of GPUs comes after it.
+    load_training_run(
+        *(args.config, args.overrides, launched, None),
+        more=lambda config: folder_of(config).start_problems() if rank == 0 else (),
+    )
     import torch
 
     logging.basicConfig(
         level=logging.WARNING, format=f"%(asctime)s rank {rank} %(message)s", datefmt="%H:%M:%S"
     )
     log.setLevel(logging.INFO)
-
-    def folder_of(config: TrainingRun) -> RunFolder:
-        return RunFolder(Path(config.out), config, args.allow_change)
-
-    config = load_training_run(
-        *(args.config, args.overrides, launched, torch.cuda.is_available()),
-        more=lambda config: folder_of(config).start_problems() if rank == 0 else (),
-    )
+    config = load_training_run(args.config, args.overrides, launched, torch.cuda.is_available())
     folder = folder_of(config)
     if folder.finished():
         if rank == 0:

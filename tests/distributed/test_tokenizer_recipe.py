@@ -6,18 +6,17 @@ import io
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from small_pipeline import run_command
 from streaming import MDSWriter
 
 from lgm_scale.data.manifest import Manifest, write_manifest
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "data.num_samples=16",
     "data.num_workers=0",
@@ -51,18 +50,19 @@ def write_images(folder: Path) -> None:
     write_manifest(folder, Manifest("images", 16, ("a", "b"), (8, 8)))
 
 
-def train(folder: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+def train(
+    folder: Path, ranks: int, *overrides: str, fresh: bool
+) -> subprocess.CompletedProcess[str]:
     write_images(folder / "images")
     places = [f"out={folder / 'out'}", f"data.path={folder / 'images'}"]
-    command = [str(Path(sys.executable).parent / "composer"), "-n", str(ranks)]
-    command += ["lgm_scale/train.py", "yamls/tokenizer_b.yaml", *places, *SMALL, *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["lgm_scale/train.py", "yamls/tokenizer_b.yaml", *places, *SMALL, *overrides]
+    return run_command(*command, ranks=ranks, fresh=fresh)
 
 
 @pytest.mark.slow
 @pytest.mark.system
 def test_two_ranks_train_with_every_loss_on(tmp_path):
-    done = train(tmp_path, 2, "assets.allow_random_assets=true")
+    done = train(tmp_path, 2, "assets.allow_random_assets=true", fresh=False)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "RANDOM WEIGHTS" in output
@@ -83,7 +83,7 @@ def test_two_ranks_train_with_every_loss_on(tmp_path):
 @pytest.mark.slow
 @pytest.mark.system
 def test_missing_assets_end_the_command_with_status_2(tmp_path):
-    done = train(tmp_path, 1)
+    done = train(tmp_path, 1, fresh=True)
     output = done.stdout + done.stderr
     assert done.returncode == 2, output
     assert "assets.vgg16: assets/vgg16-397923af.pth is not a file" in output

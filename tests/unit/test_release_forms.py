@@ -274,7 +274,7 @@ def test_the_lora_command(generator, around, tmp_path, monkeypatch, capsys):
         ([path, tmp_path / "both", "--num-tokens", 12, "--base", out], ""),
         ([path, tmp_path / "no", "--num-tokens", 8], "--tokenizer: missing"),
         ([path, tmp_path / "no", "--num-tokens", 8, *place[:2]], "--latent-stats: missing"),
-        ([path, tmp_path / "no", "--num-tokens", 6, *place, "--base", out], "leave their options"),
+        ([path, tmp_path / "no", "--num-tokens", 6, *place, "--base", out], "leave them away"),
         ([path, tmp_path / "no", "--num-tokens", 8, *place, "--alpha", "nan"], "--alpha: nan"),
     ]
     for arguments, text in cases:

@@ -150,7 +150,7 @@ def test_other_launchers_with_explicit_node_ranks(desk: Desk, undisturbed: list[
 
 
 def test_a_config_error_is_told_once_and_not_requeued(desk: Desk):
-    job = desk.train("runs/wrong", "data.path=/nowhere")
+    job = desk.train("runs/wrong", "data.path=/nowhere", "--files-elsewhere")
     assert job.wait() == "FAILED", job.log()
     log = job.log()
     assert len(re.findall(r"^error: ", log, re.M)) == 1, log
