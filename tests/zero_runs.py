@@ -35,6 +35,7 @@ from lgm_scale.parallel.composer_internals import ShardingTrainer
 from lgm_scale.parallel.deepspeed_internals import live_gradients, zero_shards
 from lgm_scale.parallel.shards import ParameterShard, gather, local_shards
 
+OLD_TORCH = torch.__version__.startswith("2.7.")
 BATCH, STEPS = 8, 12
 LENGTHS = (8, 16)
 EMA_DECAY = 0.9
@@ -71,8 +72,8 @@ VARIANTS = [
     Case(2, offload="optimizer"),
     Case(3, clip=0.1, offload="all"),
     Case(3, checkpointing=True),
-    Case(1, compile=True),
-    Case(2, compile=True),
+    # Refused with a newer torch, with which they train wrongly (parallel.rules).
+    *(Case(stage, compile=True) for stage in (1, 2) if OLD_TORCH),
 ]
 CASES = {
     2: PLAIN + CLIPPED + VARIANTS,

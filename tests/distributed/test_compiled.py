@@ -8,7 +8,9 @@ from rank_processes import run_ranks
 from small_pipeline import metrics
 from test_strategies import FSDP, ZERO
 
-STRATEGIES = {"ddp": [], "fsdp": FSDP, "zero2": ZERO[2]}
+STRATEGIES = {"ddp": [], "fsdp": FSDP}
+if torch.__version__.startswith("2.7."):  # refused with a newer one (parallel.rules)
+    STRATEGIES["zero2"] = ZERO[2]
 COMPILED = ["train.compile=true", "parallel.activation_checkpointing=0.5"]
 
 

@@ -23,6 +23,7 @@ from lgm_scale.families.tokenizer.config import (
     TokenizerObjectiveConfig,
     TokenizerRun,
 )
+from lgm_scale.parallel import rules
 from lgm_scale.parallel.rules import parallel_rules
 
 COMMON = {
@@ -61,13 +62,20 @@ def test_it_must_be_installed(monkeypatch):
     assert problem.startswith("parallel.strategy: deepspeed, but it is not installed")
 
 
-def test_compiled_blocks_need_whole_weights():
+def test_compiled_blocks_need_whole_weights(monkeypatch):
+    monkeypatch.setattr(rules, "version", lambda _: "2.7.0+cpu")
     compiled = dataclasses.replace(
         GENERATOR, train=dataclasses.replace(GENERATOR.train, compile=True)
     )
     assert problems(compiled, stage=1) == problems(compiled, stage=2) == problems(compiled) == []
     (problem,) = problems(compiled, stage=3)
     assert problem.startswith("train.compile: true has no use with parallel.deepspeed.stage: 3")
+    monkeypatch.setattr(rules, "version", lambda _: "2.11.0")
+    (problem,) = problems(compiled, stage=2)
+    assert "trains wrongly under parallel.strategy: deepspeed" in problem
+    assert (
+        "and 2.11.0 is here; set it to false, use parallel.strategy: fsdp, or torch 2.7" in problem
+    )
 
 
 def clipping_problems(config, strategy="deepspeed") -> list[str]:
