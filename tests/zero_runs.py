@@ -72,7 +72,7 @@ VARIANTS = [
     Case(2, offload="optimizer"),
     Case(3, clip=0.1, offload="all"),
     Case(3, checkpointing=True),
-    # Refused with a newer torch, with which they train wrongly (parallel.rules).
+    # Refused with a newer torch, with which they gave wrong losses (parallel.rules).
     *(Case(stage, compile=True) for stage in (1, 2) if OLD_TORCH),
 ]
 CASES = {

@@ -72,9 +72,8 @@ def test_compiled_blocks_need_whole_weights(monkeypatch):
     assert problem.startswith("train.compile: true has no use with parallel.deepspeed.stage: 3")
     monkeypatch.setattr(rules, "version", lambda _: "2.11.0")
     (problem,) = problems(compiled, stage=2)
-    assert "trains wrongly under parallel.strategy: deepspeed" in problem
-    assert (
-        "and 2.11.0 is here; set it to false, use parallel.strategy: fsdp, or torch 2.7" in problem
+    assert "gave wrong losses under parallel.strategy: deepspeed" in problem
+    assert "torch 2.11.0 is here; set it to false, use parallel.strategy: fsdp" in problem
     )
 
 
