@@ -63,7 +63,10 @@ def reference(small_pipeline, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("fsdp", "zero2"))],
+)
 def test_kill_9_at_random_moments(small_pipeline, folder, reference, strategy):
     out, log = folder / strategy, folder / f"{strategy}-killed-log"
     job = (config(small_pipeline, out), STRATEGIES[strategy])

@@ -74,7 +74,6 @@ def test_compiled_blocks_need_whole_weights(monkeypatch):
     (problem,) = problems(compiled, stage=2)
     assert "gave wrong losses under parallel.strategy: deepspeed" in problem
     assert "torch 2.11.0 is here; set it to false, use parallel.strategy: fsdp" in problem
-    )
 
 
 def clipping_problems(config, strategy="deepspeed") -> list[str]:
