@@ -34,8 +34,22 @@ from torch import Tensor, nn
 from lgm_scale.families.elit.network import ELIT, SiT
 from lgm_scale.families.lgm.lora import TARGETS, Adapter
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.families.tokenizer.network import Tokenizer
+from lgm_scale.families.tokenizer.config import TokenizerModelConfig
+from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
 from lgm_scale.merging.tree import MergeTree
+
+SMALL_TOKENIZER = TokenizerModelConfig(
+    size="tiny", image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32
+)
+
+
+def small_tokenizer() -> Tokenizer:
+    """A tokenizer of `SMALL_TOKENIZER` with random weights everywhere."""
+    torch.manual_seed(0)
+    net = build_tokenizer(SMALL_TOKENIZER)
+    shuffle(net, 1)
+    return net.eval()
+
 
 # --- names: written anew, not read from the importers ---------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from release_files import (
+    SMALL_TOKENIZER,
     averaged,
     elit_names,
     generator_content,
@@ -17,6 +18,7 @@ from release_files import (
     lora_content,
     random_adapter,
     shuffle,
+    small_tokenizer,
     tokenizer_content,
 )
 from safetensors.torch import save_file
@@ -32,8 +34,7 @@ from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.families.lgm.release import Surroundings, import_generator, our_generator_name
 from lgm_scale.families.lgm.release_lora import PeftRenaming, import_lora
 from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
-from lgm_scale.families.tokenizer.config import TokenizerModelConfig
-from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
+from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.families.tokenizer.release import (
     about_ties,
     import_tokenizer,
@@ -47,13 +48,7 @@ SIZES: dict[str, Any] = {"num_base_tokens": 16, "latent_dim": 8}
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    torch.manual_seed(0)
-    small = TokenizerModelConfig(
-        size="tiny", image_size=32, patch_size=8, codebook_size=32, **SIZES
-    )
-    net = build_tokenizer(small)
-    shuffle(net, 1)
-    return net.eval()
+    return small_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +61,8 @@ def generator() -> MergeDiT:
 @pytest.fixture
 def around(tmp_path: Path, tokenizer: Tokenizer) -> Surroundings:
     """A tokenizer's bundle and statistics of latents, for a generator trained on plain noise."""
-    config = TokenizerModelConfig(
-        size="tiny", image_size=32, patch_size=8, codebook_size=32, **SIZES
-    )
-    weights = tokenizer.state_dict()
-    save_tokenizer_bundle(tmp_path / "tokenizer", config, weights, tokenizer.merge_tree(), {})
+    weights, tree = tokenizer.state_dict(), tokenizer.merge_tree()
+    save_tokenizer_bundle(tmp_path / "tokenizer", SMALL_TOKENIZER, weights, tree, {})
     stats = {"mean": torch.zeros(1, 1, 8), "std": torch.ones(1, 1, 8)}
     torch.save(stats, tmp_path / "stats.pt")
     return Surroundings(tmp_path / "tokenizer", tmp_path / "stats.pt", noise_scale="legacy")

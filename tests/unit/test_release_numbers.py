@@ -16,32 +16,23 @@ import torch
 from release_files import (
     modules,
     save_tokenizer,
-    shuffle,
+    small_tokenizer,
     tokenizer_content,
     yaml_numbers,
 )
 
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.tokenizer.bundle import load_tokenizer
-from lgm_scale.families.tokenizer.config import TokenizerModelConfig
-from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
+from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.families.tokenizer.release import (
     import_tokenizer,
 )
 from lgm_scale.release_import.reading import read_dictionary
 
-SIZES: dict[str, Any] = {"num_base_tokens": 16, "latent_dim": 8}
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    torch.manual_seed(0)
-    small = TokenizerModelConfig(
-        size="tiny", image_size=32, patch_size=8, codebook_size=32, **SIZES
-    )
-    net = build_tokenizer(small)
-    shuffle(net, 1)
-    return net.eval()
+    return small_tokenizer()
 
 
 # --- numbers of other packages' types -------------------------------------------------------------
