@@ -58,8 +58,10 @@ def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
     os.kill(job.trainer_on(job.nodes()[1]), signal.SIGKILL)
     assert job.wait() == "COMPLETED", job.log()
     assert job.losses() == undisturbed
-    first, last = sorted(end.time for end in job.starts()[4].ends)
-    assert last - first < 60  # seconds in which the other rank is told, however busy the machine
+    # The other rank is told at once, and may be killed by Slurm before it could note its own end.
+    killed, resumed = job.starts()[4].first_failure(), job.starts()[5]
+    assert killed is not None
+    assert resumed.time - killed.time < 120  # seconds, however busy the machine
     status = desk.status(job.out)
     assert "restarts   5" in status, status
     for words in ("SIGUSR2, state saved", "SIGTERM, state saved", "ended first: signal 9"):
