@@ -55,7 +55,9 @@ class LengthsConfig:
 
     __pydantic_config__ = STRICT
     choices: tuple[int, ...] = required([64, 32])
+    """K of the steps, in turn; with `weights` the values that are drawn."""
     weights: tuple[float, ...] | None = None
+    """How often each of `choices` is drawn, relative to the others; null: in turn."""
     per_sample: bool = False
     """One draw per image instead of one per step; for `length_control: truncate` alone."""
 
@@ -66,12 +68,14 @@ class OptimizerConfig:
 
     __pydantic_config__ = STRICT
     lr: float = 2e-4
+    """Learning rate, after the warmup."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr: float = 0.0
     warmup: int = 0
     clip_norm: float | None = None
+    """Largest norm of a step's gradient; null: any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +95,13 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
     max_duration: str = required("400ep")
+    """When the run is done."""
     global_batch_size: int = required(256)
+    """Samples per step, of all ranks together."""
     device_microbatch_size: int | None = None
+    """Samples that a rank computes at once; null: all of its share of the batch."""
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
+    """Type of the networks' matrix products; weights are float32."""
     compile: bool = False
     """Compile a generator's blocks, one graph per token length."""
     batch_scaling: Literal["constant_samples", "constant_tokens"] = "constant_samples"
@@ -163,6 +171,7 @@ class ParallelConfig:
 
     __pydantic_config__ = STRICT
     strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """A copy on every rank (ddp), or shares of one, by torch or by DeepSpeed."""
     fsdp: FSDPConfig | None = None
     """null: the defaults, with `strategy: fsdp`."""
     deepspeed: DeepSpeedConfig | None = None
@@ -180,6 +189,7 @@ class FlowObjectiveConfig:
 
     __pydantic_config__ = STRICT
     timestep_mean: float = 0.0
+    """Of the normal whose sigmoid is t; above 0, more is trained near the data."""
     timestep_std: float = 1.0
     label_dropout: float = 0.1
     """Share of samples that train the unconditional branch."""

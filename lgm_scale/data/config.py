@@ -37,6 +37,7 @@ class DataConfig:
 
     __pydantic_config__ = _STRICT
     path: str | None = None
+    """The one source; this and the next three are as in `mixture`."""
     cache: str | None = None
     classes: tuple[str, ...] | None = None
     rename: dict[str, str] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class DataConfig:
     num_samples: int | None = None
     """How many samples an epoch must have; data of another size are refused."""
     num_workers: int = 2
+    """Processes per rank that read and decode; 0: the rank itself."""
     cache_limit: str | None = None
     """Limit of all caches of a node together, such as `200gb`; null for no limit."""
     predownload: int | None = None

@@ -55,7 +55,9 @@ class SearchConfig:
 
     __pydantic_config__ = STRICT
     num_images: int = 10_000
+    """Samples per cell of the search."""
     metric: Literal["fid", "fd_dinov2", "pixel_frechet", "fashion_frechet"] = "fid"
+    """What is searched for; lower is better."""
     margin: float = 0.1
     """A scale counts as worse when the metric is above the line's best by more than this."""
     patience: int = 3

@@ -46,10 +46,15 @@ class TokenizerModelConfig:
 
     __pydantic_config__ = STRICT
     size: Literal["tiny", "s", "b", "l"] = "b"
+    """Width, layers and heads of encoder and decoder."""
     image_size: int = 256
+    """Pixels along a side."""
     patch_size: int = 16
+    """Pixels along the side of what becomes one patch."""
     num_base_tokens: int = 256
+    """N, tokens of an image that is not merged."""
     latent_dim: int = 32
+    """D, channels of a token."""
     num_codebooks: int = 4
     """Segments of the quantizer, and blocks within which tokens may merge."""
     codebook_size: int = 8192
@@ -59,6 +64,8 @@ class TokenizerModelConfig:
     positions, and attention from copying along it, in encoder and decoder. A short run from scratch
     needs it; a pretrained encoder does not."""
     length_control: Literal["lgm", "fixed", "tome", "truncate", "none"] = "lgm"
+    """How N tokens become K: along the learned tree, a random one, per image (ToMe), by keeping
+    the first K, or not at all."""
     dropped_tokens: Literal["zero", "learned"] = "zero"
     """What the decoder reads in place of a token that `length_control: truncate` dropped."""
     pretrained_encoder: str | None = None
@@ -72,8 +79,11 @@ class TokenizerObjectiveConfig:
 
     __pydantic_config__ = STRICT
     pixel: float = 1.0
+    """Mean squared error."""
     entropy: float = 0.01
+    """Codes: certain per token, diverse over the batch. It is wanted negative."""
     alignment: float = 0.25
+    """Embeddings as similar as the latents that they stand for."""
     perceptual: float = 0.0
     """LPIPS on VGG16; needs `assets.vgg16`."""
     perceptual_warmup: int = 10_000
@@ -89,6 +99,7 @@ class TokenizerObjectiveConfig:
     adversarial loss."""
     consistency: float = 4.0
     exploration_noise: float = 0.1
+    """Standard deviation of the noise on similarities, of which a step's tree is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +173,8 @@ def _model(model: TokenizerModelConfig) -> Iterator[str]:
         )
     elif model.num_base_tokens <= model.num_codebooks:
         yield f"model.num_base_tokens: {model.num_base_tokens} leaves nothing to merge"
-    if model.latent_init == "aligned" and round(model.num_base_tokens**0.5) ** 2 != (
-        model.num_base_tokens
-    ):
+    side = round(max(model.num_base_tokens, 0) ** 0.5)
+    if model.latent_init == "aligned" and side**2 != model.num_base_tokens:
         yield (
             f"model.latent_init: aligned needs a square num_base_tokens, not "
             f"{model.num_base_tokens}; use normal"
