@@ -186,6 +186,20 @@ def test_targets_of_make_that_are_named_exist(page):
     assert named - targets == set()
 
 
+def test_the_facts_under_the_name_are_those_of_the_project():
+    facts = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[2].split(" \u00b7 ")
+    project = (ROOT / "pyproject.toml").read_text()
+    low, high = re.findall(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', project)[0]
+    torch = re.findall(r'"torch==(\d+\.\d+)\.', project)[0]
+    others = [path.stem.removeprefix("torch-") for path in (ROOT / "constraints").glob("torch-*")]
+    assert facts[:4] == [
+        f"Python 3.{low} to 3.{int(high) - 1}",
+        f"torch {torch} (or {', '.join(others)})",
+        f"Composer {re.findall(r'mosaicml==([0-9.]+)', project)[0]}",
+        re.findall(r'license = "(.+)"', project)[0],
+    ]
+
+
 def test_something_wrong_is_seen():
     assert missing_paths("see yamls/nothing.yaml and yamls/dit_xl.yaml") == ["yamls/nothing.yaml"]
     assert missing_modules("python -m lgm_scale.nothing") == ["lgm_scale.nothing"]
