@@ -178,8 +178,9 @@ def _model(model: TokenizerModelConfig) -> Iterator[str]:
         )
     elif model.num_base_tokens <= model.num_codebooks:
         yield f"model.num_base_tokens: {model.num_base_tokens} leaves nothing to merge"
-    side = round(max(model.num_base_tokens, 0) ** 0.5)
-    if model.latent_init == "aligned" and side**2 != model.num_base_tokens:
+    if model.latent_init == "aligned" and round(model.num_base_tokens**0.5) ** 2 != (
+        model.num_base_tokens
+    ):
         yield (
             f"model.latent_init: aligned needs a square num_base_tokens, not "
             f"{model.num_base_tokens}; use normal"
