@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launchers.cluster import Cluster, load_cluster
+from launchers.cluster import SBATCH_OPTIONS, Cluster, load_cluster
 from launchers.pipeline import Stage
 from lgm_scale.config.loading import RECIPES, check_config, read_yaml
 from lgm_scale.config.rules import broken_rules
@@ -151,7 +151,7 @@ def table(
                 continue
         kind = type_name(hint)
         default = default_of(entry)
-        what = said.get(entry.name) or entry.metadata.get("help", "")
+        what = said.get(entry.name) or entry.metadata.get("help") or instead(entry.name, section)
         rules = "; ".join(dict.fromkeys(r for p in probes(hint) for r in refusals(key, p)))
         lines.append("| " + " | ".join(
             text.replace("|", "\\|") for text in (f"`{key}`", kind, default, what, rules)
@@ -159,6 +159,17 @@ def table(
     yield "\n".join(lines)
     for section, name in inner:
         yield from table(section, name, refusals)
+
+
+def instead(name: str, section: type | None) -> str:
+    """What is said of a key that has no words of its own."""
+    if section is not None:
+        return docstrings(section)[""].split("\n\n")[0].replace("\n", " ")
+    if name == "task":
+        return "Says which family is trained."
+    if name in (*SBATCH_OPTIONS, "time"):
+        return "`sbatch`'s option of this name."
+    return ""
 
 
 def refused(check: Callable[[], object], key: str) -> list[str]:

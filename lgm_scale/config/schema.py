@@ -65,10 +65,15 @@ class OptimizerConfig:
     lr: float = 2e-4
     """Learning rate, after the warmup."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two moments."""
     weight_decay: float = 0.0
+    """Of matrices, decoupled from the gradient; vectors have none."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """How the learning rate goes on after the warmup."""
     min_lr: float = 0.0
+    """Where `cosine` ends."""
     warmup: int = 0
+    """Steps over which the learning rate grows from 0."""
     clip_norm: float | None = None
     """Largest norm of a step's gradient; null: any."""
 
@@ -110,7 +115,9 @@ class CheckpointConfig:
 
     __pydantic_config__ = STRICT
     interval: str = "1ep"
+    """A time string, such as 500ba or 1ep."""
     keep: int = 2
+    """How many states are kept."""
     folder: str | None = None
     """Where resume state goes; default `<out>/state`. May be object storage (`s3://...`)."""
 
@@ -123,8 +130,11 @@ class LoggingConfig:
     interval: int = 50
     """Steps between console lines; one host-device synchronisation each."""
     progress_bar: bool = True
+    """Show one on the console."""
     tensorboard: bool = False
+    """Also write to `<out>/tensorboard`."""
     wandb_project: str | None = None
+    """Also report to this project of Weights & Biases; needs the extra `wandb`."""
     peak_tflops: float | None = None
     """Peak of one device at the run's precision; then loggers get model FLOPs utilisation, too."""
 
@@ -186,6 +196,7 @@ class FlowObjectiveConfig:
     timestep_mean: float = 0.0
     """Of the normal whose sigmoid is t; above 0, more is trained near the data."""
     timestep_std: float = 1.0
+    """Of the same normal."""
     label_dropout: float = 0.1
     """Share of samples that train the unconditional branch."""
 
@@ -210,12 +221,14 @@ class TrainingRun:
     task: str
     """Which family of models is trained."""
     run_name: str = required("my-run")
+    """Its name in logs and messages."""
     out: str = required("runs/my-run")
     """Folder that receives everything the run writes."""
     data: DataConfig
     lengths: LengthsConfig
     train: TrainConfig
     seed: int = 0
+    """Of initial weights, the order of data, and everything that is drawn."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -41,8 +41,11 @@ class DataConfig:
     path: str | None = None
     """The one source; this and the next three are as in `mixture`."""
     cache: str | None = None
+    """As in `mixture`."""
     classes: tuple[str, ...] | None = None
+    """As in `mixture`."""
     rename: dict[str, str] = field(default_factory=dict)
+    """As in `mixture`."""
     mixture: tuple[SourceConfig, ...] = ()
     """Several sources in place of `path`."""
     num_samples: int | None = None

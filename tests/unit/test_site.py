@@ -57,6 +57,9 @@ def test_every_key_of_every_file_has_its_row(rows):
     assert {f"sampler.{entry.name}" for entry in dataclasses.fields(SamplerConfig)} <= rows.keys()
     assert set(keys_of(Cluster)) <= rows.keys()
     assert {"stages.NAME.job", "stages.NAME.array"} <= rows.keys()
+    assert [key for key, row in rows.items() if not (row[1] and row[2] and row[3])] == [], (
+        "no words"
+    )
 
 
 def test_types_defaults_words_and_rules_are_those_of_the_schema(rows):

@@ -105,6 +105,7 @@ class SweepConfig:
     num_components: int = 0
     """Principal components of the validation pixels, for a distance without any weights; 0: off."""
     seed: int = 0
+    """Of the noise."""
     quantise: Literal["round", "truncate"] = "round"
     """How pixels become 8 bits; `truncate` is how the release and ADM stored their samples."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -98,6 +98,7 @@ class TokenizerObjectiveConfig:
     """A weight of the critic's loss, and so is `consistency`; both have no effect without an
     adversarial loss."""
     consistency: float = 4.0
+    """A weight of the critic's loss: the same answer to an augmented image."""
     exploration_noise: float = 0.1
     """Standard deviation of the noise on similarities, of which a step's tree is made."""
 
@@ -108,9 +109,11 @@ class AssetsConfig:
 
     __pydantic_config__ = STRICT
     vgg16: str | None = None
+    """For LPIPS."""
     dino_critic: str | None = None
     """DINO ViT-S/16."""
     dinov2_teacher: str | None = None
+    """DINOv2, of `dinov2_size`."""
     dinov2_size: Literal["s", "b", "l"] = "l"
     """Size of the teacher: ViT-S, ViT-B, ViT-L (published)."""
     allow_random_assets: bool = False
