@@ -88,7 +88,7 @@ lint: $(STAMP) $(DEEPSPEED)
 # Silent about what the theme's authors plan for other versions.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
-	@echo "Open build/site/index.html"
+	@echo "Open build/site/index.html; to search it, serve it: python -m http.server --directory build/site"
 
 clean:
 	rm -rf runs/quickstart
