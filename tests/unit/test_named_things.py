@@ -28,6 +28,9 @@ COMMANDS = [
 ]
 FOLDERS = "yamls|docs|eval|data_tools|launchers|experiments|benchmarks|tests|lgm_scale"
 PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*\w")
+ROOMS = "config|families|merging|sampling|storage|training|parallel|checkpoint|evaluation"
+INNER = re.compile(rf"`((?:{ROOMS})/[\w/]+\.py)`")
+PLACE = re.compile(r"`(\w+)`\s+in\s+`([\w/]+\.py)`")
 MODULE = re.compile(r"-m ((?:lgm_scale|eval|data_tools|launchers|experiments|benchmarks)[\w.]*)")
 SECTIONS = "data|train|optimizer|parallel|lengths|objective|logging|checkpoint|ema|evaluation|lora"
 KEY = re.compile(rf"(?<![\w/.])(?:{SECTIONS})\.[a-z_]+(?:\.[a-z_]+)*(?![\w/(]|\.py)")
@@ -42,7 +45,8 @@ def missing_paths(text: str) -> list[str]:
     """Files of the checkout that a text names and that are not there."""
     named = {name for name in PATH.findall(text) if "..." not in name} - YOURS
     named -= {name for name in named if name.endswith("_")}  # the beginning of several
-    return sorted(name for name in named if not (ROOT / name).exists())
+    inner = {name for name in INNER.findall(text) if not (ROOT / "lgm_scale" / name).exists()}
+    return sorted({name for name in named if not (ROOT / name).exists()} | inner)
 
 
 def missing_modules(text: str) -> list[str]:
@@ -77,6 +81,14 @@ def test_files_and_modules_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")
     assert missing_paths(text) == []
     assert missing_modules(text) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_functions_are_where_a_page_says(page):
+    for name, path in PLACE.findall(page.read_text(encoding="utf-8")):
+        places = [folder / path for folder in (ROOT, ROOT / "lgm_scale")]
+        source = next(place for place in places if place.exists()).read_text()
+        assert re.search(rf"\b(?:def|class) {name}\b|^{name} = ", source, re.M), (name, path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -146,7 +158,7 @@ def unknown_options(text: str) -> list[str]:
     for line in code_of(text):
         command = command_in(line)
         if command is None:
-            foreign = re.match(r"(composer|torchrun|pip|kubectl|sky|py-spy) ", line)
+            foreign = re.match(r"(composer|torchrun|pip|kubectl|sky|py-spy|tensorboard) ", line)
             named = set() if foreign else {*OPTION.findall(line)} - OTHERS
             wrong += [f"{option} of no command" for option in named - every_option()]
             continue
@@ -202,10 +214,12 @@ def test_the_facts_under_the_name_are_those_of_the_project():
 
 def test_something_wrong_is_seen():
     assert missing_paths("see yamls/nothing.yaml and yamls/dit_xl.yaml") == ["yamls/nothing.yaml"]
+    assert missing_paths("`merging/nothing.py` and `merging/tree.py`") == ["merging/nothing.py"]
     assert missing_modules("python -m lgm_scale.nothing") == ["lgm_scale.nothing"]
     assert missing_keys("`train.durations` and `train.max_duration`") == ["train.durations"]
     assert sum(len(PATH.findall(page.read_text())) for page in PAGES) > 100
     assert sum(len(KEY.findall(page.read_text())) for page in PAGES) > 20
+    assert len(PLACE.findall((ROOT / "docs" / "method.md").read_text())) > 3
     wrong = unknown_options(
         "`composer lgm_scale/train.py a.yaml --dryrun`, `--num-token`, `--num-tokens`\n"
         "```sh\npython -m lgm_scale.release_import lora a b \\\n    --merge-trees c\n```\n"
