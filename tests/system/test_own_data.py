@@ -21,7 +21,7 @@ SHORTER = {
     "data_tools/images_to_mds.py": ["--workers", "0"],
     "data_tools/encode_latents.py": ["--workers", "0"],
     "lgm_scale/train.py": ["train.max_duration=2ba", "data.num_workers=0"],
-    "eval/sweep.py": ["num_images=20", "sampler.num_steps=3"],
+    "eval/sweep.py": ["num_images=20", "sampler.num_steps=3", "cells=[{num_tokens: 16}]"],
 }
 """What the test adds: the page's run takes minutes."""
 
