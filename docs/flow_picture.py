@@ -1,7 +1,7 @@
 """The picture of the flow in method.md, after `make quickstart`: `python docs/flow_picture.py`.
 
-One photograph's tokens on their way from noise to data, at four K, with the package's own functions.
-A token is a square of the grid; its colour are three directions of its 16 channels.
+One photograph's tokens on their way from noise to data, at four K, by the package's own functions.
+A token is a square of the grid; its colour is three directions of its 16 channels.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.evaluation.report.drawing import LIGHT, to_png
 from lgm_scale.evaluation.report.pictures import image_grid
+from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.flow import NoiseScale, interpolate, merged_noise
 from lgm_scale.randomness import Purpose, stream_keys
 
