@@ -84,7 +84,7 @@ def test_missing_weights_are_told_with_the_rest_and_claim_nothing(small_pipeline
     out = tmp_path / "run"
     path = small_pipeline.tokenizer_config(out, objective={"perceptual": 1.0})
     said = refusal(main, path, "data.path=nowhere", "optimizer.lr=-1")
-    for text in ("assets.vgg16: no path given", "data.path: nowhere does not", "optimizer.lr: -1"):
+    for text in ("assets.vgg16: assets/vgg16-397923af.pth is not a file", "data.path: nowhere does not", "optimizer.lr: -1"):
         assert text in said
     assert not out.exists()
 

@@ -15,6 +15,7 @@ from lgm_scale.config.loading import check_config, read_yaml
 from lgm_scale.data.fashion_mnist import CLASSES, IMAGE_SIZE
 from lgm_scale.data.manifest import Manifest, read_manifest
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
+from lgm_scale.evaluation.features.files import REFERENCE, weights_of
 from lgm_scale.evaluation.sweep.config import (
     METRIC_KEYS,
     Cell,
@@ -23,6 +24,7 @@ from lgm_scale.evaluation.sweep.config import (
     with_lists,
 )
 from lgm_scale.families.base import GeneratorFacts, GeneratorFamily, generator_families
+from lgm_scale.published import COMMAND, PUBLISHED, missing_lines
 from lgm_scale.sampling.config import SamplerConfig
 
 _COMMANDS = "lgm_scale.evaluation.commands"
@@ -199,17 +201,16 @@ def _files(config: SweepConfig) -> Iterator[str]:
         yield f"out: {config.out} is a file; choose a folder"
     hints = {
         "metrics_log": "give the metrics.jsonl of the generator's training, or leave the key out",
-        "reference": f"make one with `python -m {_COMMANDS}.reference`, or leave the key out",
-        **dict.fromkeys(
-            ("inception", "dinov2", "vgg16"),
-            f"`python -m {_COMMANDS}.preflight` says where it is to be had; or leave the key out, "
-            "and its metrics are off",
-        ),
+        "reference": f"make one with `python -m {_COMMANDS}.reference SOURCE --out "
+        f"{config.reference} --inception {config.inception}`, where SOURCE is "
+        f"{PUBLISHED[REFERENCE[0]].path} (`{COMMAND} --fetch {REFERENCE[0]}`) or images of yours; "
+        "or leave the key out",
     }
     for key, hint in hints.items():
         value = getattr(config, key)
         if value is not None and not Path(value).is_file():
             yield f"{key}: {value} is not a file; {hint}"
+    yield from missing_weights(config)
     judged = any(map(_is_fashion, config.metrics))
     if not (config.inception or config.dinov2 or config.num_components or judged):
         yield (
@@ -223,6 +224,12 @@ def _files(config: SweepConfig) -> Iterator[str]:
             yield "reference: missing, and so is `images`; samples have nothing to be compared with"
         if config.vgg16:
             yield "images: missing, and vgg16 measures reconstructions of them; or drop vgg16"
+
+
+def missing_weights(config: SweepConfig) -> Iterator[str]:
+    """Lines about weights of others that are named and not there."""
+    for line in missing_lines(weights_of(vars(config))):
+        yield f"{line}; or leave the key out, and its metrics are off"
 
 
 def _is_fashion(metric: str) -> bool:
