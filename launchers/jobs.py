@@ -19,6 +19,7 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.sweep.rules import broken_rules, check_sweep, load_sweep
+from lgm_scale.published import COMMAND, names_at
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def _tool(kind: str, tool: Tool, words: list[str], to_come: ToCome | None) -> Jo
     if kind == "encode":
         problems += _encoder(values)
     problems += [
-        f"{key}: {values[key]} is not there; name what {kind} reads, or make it first"
+        f"{key}: {values[key]} is not there; {_how_to_get(values[key], kind)}"
         for key in tool.inputs
         if to_come is not None and key in values and not _is_there(values[key], to_come)
     ]
@@ -234,6 +235,13 @@ def _tool(kind: str, tool: Tool, words: list[str], to_come: ToCome | None) -> Jo
     arguments = (*(values[key] for key in tool.positional), *options)
     name = f"{kind}-{Path(out).name}"
     return Job(kind, name, out, tool.script, None, arguments, ranks=tool.ranks)
+
+
+def _how_to_get(path: str, kind: str) -> str:
+    names = names_at(path)
+    if names:
+        return f"`{COMMAND} --fetch {' '.join(names)}` gets it"
+    return f"name what {kind} reads, or make it first"
 
 
 def _is_there(path: str, to_come: ToCome) -> bool:

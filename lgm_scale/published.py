@@ -169,3 +169,10 @@ PUBLISHED = {
     ),
 }
 """By the words that `--fetch` takes."""
+
+
+def names_at(path: str) -> list[str]:
+    """Names of the published files that belong at a path, or into it where it is a folder."""
+    here = Path(path)
+    places = {name: Path(file.path) for name, file in PUBLISHED.items()}
+    return [n for n, place in places.items() if here in (place, place.parent) and path != FOLDER]
