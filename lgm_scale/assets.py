@@ -143,7 +143,7 @@ def fetch_all(names: Sequence[str], yes: bool) -> None:
             f"{FOLDER}: {size_text(total)} are needed and {size_text(free)} free; make room, or "
             f"link {FOLDER} to a larger disk"
         )
-    if not yes and not _agreed(f"Download {len(wanted)} files, {size_text(total)}, into {FOLDER}/"):
+    if not yes and not _agreed(f"Download {size_text(total)} into {FOLDER}/"):
         raise MissingAssetError("nothing was downloaded; the same command with --yes does not ask")
     failed = []
     for name, file in wanted.items():

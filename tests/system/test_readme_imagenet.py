@@ -35,7 +35,7 @@ SHRUNK = {
     ],
     "yamls/dit_xl.yaml": [*TINY, *SHORT, f"model.num_classes={len(CLASSES)}"],
     "yamls/eval_sweep.yaml": [
-        "cells=[{num_tokens: 8, cfg_scale: 1.5}]", "sampler.num_steps=3", "num_images=4",
+        "cells=[{num_tokens: 8, cfg_scale: 1.5}]", "sampler.num_steps=3", "num_images=10",
         "precision=fp32", "metrics=[fid,is]",
     ],
     "data_tools/images_to_mds.py": ["--image-size", str(SIDE), "--workers", "1"],
