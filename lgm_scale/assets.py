@@ -63,10 +63,16 @@ def main() -> int:
             [f"{name}: no file of this name; files: {', '.join(PUBLISHED)}" for name in unknown]
         )
     needs = {name: needs_of(name) for name in configs}
-    chosen = {asset.published for assets in needs.values() for asset in assets}
+    named = [asset for assets in needs.values() for asset in assets]
+    chosen = {asset.published for asset in named}
     names = [name for name in PUBLISHED if name in chosen or name in args.names]
     if args.fetch:
-        fetch_all(names, args.yes)
+        elsewhere = {a.published for a in named if a.present and not a.in_folder}
+        fetch_all([name for name in names if name not in elsewhere], args.yes)
+        for asset in named:
+            if not asset.present:
+                path = PUBLISHED[asset.published].path
+                print(f"{asset.key}: {asset.path} is not there; set it to {path}")
     elif args.check:
         check(names if args.names else list(PUBLISHED))
     else:
@@ -111,7 +117,7 @@ def listing(names: Iterable[str], needs: Needs) -> list[str]:
         ]
         state = "there" if Path(file.path).is_file() else "missing"
         uses = dict.fromkeys(asset.unlocks for _, asset in users)
-        keys = dict.fromkeys(f"{config} ({asset.key})" for config, asset in users)
+        keys = dict.fromkeys(f"{config} ({_place(asset)})" for config, asset in users)
         lines += [
             f"{name:15s} {state:8s} {file.path}",
             f"    unlocks   {'; '.join(uses) or 'nothing that these configurations use'}",
@@ -123,6 +129,12 @@ def listing(names: Iterable[str], needs: Needs) -> list[str]:
         ]
     lines.append(f"To get some: {COMMAND} --fetch NAME ...")
     return lines
+
+
+def _place(asset: Asset) -> str:
+    """The key, and where it looks if that is another place."""
+    there = "there" if asset.present else "missing"
+    return asset.key if asset.in_folder else f"{asset.key}: {asset.path}, {there}"
 
 
 def fetch_all(names: Sequence[str], yes: bool) -> None:

@@ -93,11 +93,16 @@ class Asset:
         return Path(self.path).is_file()
 
     @property
+    def in_folder(self) -> bool:
+        """Whether it is looked for where `--fetch` puts it."""
+        return Path(self.path) == Path(PUBLISHED[self.published].path)
+
+    @property
     def missing_line(self) -> str:
         """What to say where it is not there: key, value, use, and the command that gets it."""
         file = PUBLISHED[self.published]
         get = f"`{COMMAND} --fetch {self.published}` gets it (about {file.size}, from {file.url})"
-        if Path(self.path) != Path(file.path):
+        if not self.in_folder:
             get += f" as {file.path}; then set {self.key} to that"
         return f"{self.key}: {self.path} is not a file; needed for {self.unlocks}; {get}"
 

@@ -205,16 +205,34 @@ def test_the_list_says_of_every_file_what_it_is_and_who_needs_it():
     assert vae.count("(space.vae)") == len(grids) > 5
 
 
-def test_the_list_of_one_configuration_is_what_it_needs(tmp_path):
-    own = tmp_path / "mine.yaml"
-    own.write_text(
+def own_config(path: Path, **keys: str) -> Path:
+    """A tokenizer's configuration that needs VGG16 alone."""
+    lines = "".join(f"{key}: {value}\n" for key, value in keys.items())
+    path.write_text(
         "task: tokenizer\nrun_name: a\nout: b\nmodel: {size: b}\nobjective: {perceptual: 1.0}\n"
         "data: {path: c}\nlengths: {choices: [256]}\n"
-        "train: {max_duration: 1ep, global_batch_size: 8}\n"
+        f"train: {{max_duration: 1ep, global_batch_size: 8}}\n{lines}"
     )
+    return path
+
+
+def test_the_list_of_one_configuration_is_what_it_needs(tmp_path):
+    own = own_config(tmp_path / "mine.yaml")
     said = typed(assets.main, own).out
     assert re.findall(r"^(\w+) +(?:there|missing)", said, re.M) == ["vgg16"]
     assert f"needed by {own} (assets.vgg16)" in said
+
+
+def test_a_file_at_another_place_is_not_fetched_and_one_that_is_not_there_is(served, tmp_path):
+    there = own_config(tmp_path / "mine.yaml", assets=f"{{vgg16: {__file__}}}")
+    assert f"(assets.vgg16: {__file__}, there)" in typed(assets.main, there).out
+    assert typed(assets.main, "--fetch", there, "--yes") == (0, "", "")
+    assert served.asked == []
+    gone = own_config(tmp_path / "mine.yaml", assets="{vgg16: gone.pth}")
+    said = typed(assets.main, "--fetch", gone, "--yes")
+    path = PUBLISHED["vgg16"].path
+    assert Path(path).is_file()
+    assert f"assets.vgg16: gone.pth is not there; set it to {path}" in said.out
 
 
 @pytest.mark.parametrize(
