@@ -44,14 +44,14 @@ def fetch(url: str, path: Path, sha256: str | None = None, timeout: float = 60) 
             raise StorageError(f"{part}: another process downloads it; wait for it") from error
         try:
             _complete(url, file, note, timeout)
-        except HTTPError as error:
-            raise StorageError(f"{url} was refused: {error.code} {error.reason}") from error
         except (HTTPException, URLError, TimeoutError, ConnectionError, SSLError) as error:
-            reason = getattr(error, "reason", None) or error or type(error).__name__
-            raise StorageError(
-                f"{url}: {reason}; {file.tell() / 1e6:.1f} MB are there, and the same command "
-                "again goes on after them"
-            ) from error
+            refused = isinstance(error, HTTPError) and f"{error.code} {error.reason}"
+            reason = refused or getattr(error, "reason", None) or error or type(error).__name__
+            again = "; the same command again goes on where it was, if the server lets it"
+            if not file.tell():
+                part.unlink()
+                again = ""
+            raise StorageError(f"{url}: {reason}{again}") from error
         found = file_hash(part)
         note.unlink(missing_ok=True)
         if not found.startswith(sha256 or ""):
