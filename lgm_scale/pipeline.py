@@ -230,7 +230,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
         config = self.config(num_tokens, cfg_scale, **settings)
         if output not in ("numpy", "pil"):
             raise ConfigError(f"output: {output!r} is neither 'numpy' nor 'pil'")
-        size = self._batch_size(num_tokens) if batch_size is None else batch_size
+        size = self.batch_size(num_tokens) if batch_size is None else batch_size
         if size < 1:
             raise ConfigError(f"batch_size: {size} must be 1 or more")
         chunks = []
@@ -272,7 +272,8 @@ class Pipeline(ABC, Generic[AnyBundle]):
             )
         return int(label)
 
-    def _batch_size(self, num_tokens: int) -> int:
+    def batch_size(self, num_tokens: int) -> int:
+        """Images at once that fit the device comfortably at K tokens."""
         rows = _BATCH_ROWS.get(self.device.type, _BATCH_ROWS["cpu"])
         return max(1, min(rows, rows * 256 // max(self.bundle.net.block_lengths(num_tokens))))
 
