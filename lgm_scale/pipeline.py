@@ -89,7 +89,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
 
         Raises: CheckpointError if it is none, damaged, or of another format version.
         """
-        device = _device(device)
+        device = usable_device(device)
         return cls(cls.load(folder, device), _dtype(device, dtype), str(folder))
 
     # --- what a family says -------------------------------------------------------------------
@@ -291,7 +291,8 @@ class Pipeline(ABC, Generic[AnyBundle]):
         return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device of this name; by default a CUDA device if there is one. Raises: ConfigError."""
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:

@@ -237,7 +237,8 @@ def _make_many(args: argparse.Namespace, out: Path, growth: list[tuple[float, in
     labels = class_labels(pipe, args.classes, args.num_images)
     (num_tokens,) = args.num_tokens or [pipe.num_base_tokens]
     refuse_without_effect(args.uncond_num_tokens, growth, num_tokens)
-    chosen = settings_of(args) | {"length_schedule": schedule_for(growth, num_tokens)}
+    schedule = schedule_for(growth, num_tokens)
+    chosen: dict[str, Any] = settings_of(args) | {"length_schedule": schedule}
     batch_size = args.batch_size or pipe.batch_size(num_tokens)
     images = ImageSet(
         pipe, out, num_tokens, pipe.config(num_tokens, **chosen), args.seed, labels, batch_size,

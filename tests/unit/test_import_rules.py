@@ -29,6 +29,7 @@ ORDER = [
     "lgm_scale/plan.py",
     "lgm_scale/build.py",
     "lgm_scale/sample.py",
+    "lgm_scale/web.py",
     "lgm_scale/evaluation/commands",
     "lgm_scale/evaluation/report",
     "lgm_scale/evaluation/sweep",
