@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lgm_scale.bundle import check_kind, read_info
+from lgm_scale.bundle import check_kind, local_bundle, read_info
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
 from lgm_scale.families.base import families, generator_families
 from lgm_scale.merging.tree import MergeTree
@@ -325,13 +325,19 @@ def load_pipeline(
     folder: str | Path,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
 ) -> Pipeline[Any]:
     """The pipeline of whatever generator a bundle holds.
+
+    `folder` may be owner/name of a repository of the model hub, if there is no such folder; it is
+    downloaded then, at `revision` (a branch, tag or commit).
 
     Default: a CUDA device if there is one, and bfloat16 where a GPU computes it natively.
 
     Raises: CheckpointError if it is no generator bundle, damaged, or of another format version.
     """
+    folder = local_bundle(folder, revision)
     info = read_info(folder)
     check_kind(info, folder, *generator_families())
     return generator_families()[info["kind"]].pipeline().from_bundle(folder, device, dtype)
@@ -342,8 +348,11 @@ def load_image_tokenizer(
 ) -> tuple[ImageTokenizer, dict[str, str]]:
     """What reconstructs images in a bundle, and the hashes of the files that it depends on.
 
+    `folder` may be a repository of the model hub, as in `load_pipeline`.
+
     Raises: CheckpointError; ConfigError if the bundle's family has none.
     """
+    folder = local_bundle(folder)
     info = read_info(folder)
     family = families().get(info["kind"])
     if family is None:

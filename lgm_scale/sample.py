@@ -21,7 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-from lgm_scale.bundle import check_kind, read_info
+from lgm_scale.bundle import check_kind, local_bundle, read_info
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.base import add_import_option, generator_families
 from lgm_scale.sampling.config import SamplerConfig
@@ -40,7 +40,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         description="Draw a labelled grid of images from a generator bundle, or make many images "
         "(--num-images). The same command again makes those that are missing.",
     )
-    parser.add_argument("bundle", help="generator bundle of any family")
+    parser.add_argument(
+        "bundle", help="generator bundle of any family, or owner/name on the model hub"
+    )
     parser.add_argument(
         "--classes", nargs="+",
         help="indices or names; with --num-images in turn, or CLASS=COUNT each (default: all)",
@@ -175,6 +177,7 @@ def main() -> int:
     out = Path(args.out)
     _check_place(out, many=args.num_images is not None)
     growth = growth_of(args.grow)
+    args.bundle = local_bundle(args.bundle)
     check_kind(read_info(args.bundle), args.bundle, *generator_families())
     return _make_many(args, out, growth) if args.num_images else _make_grid(args, out, growth)
 

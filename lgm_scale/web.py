@@ -17,7 +17,7 @@ import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from lgm_scale.bundle import read_info
+from lgm_scale.bundle import local_bundle, read_info
 from lgm_scale.errors import ConfigError, LGMError, MissingAssetError, exit_on_user_error
 from lgm_scale.families.base import add_import_option, generator_families
 from lgm_scale.sampling.config import SamplerConfig
@@ -42,7 +42,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         prog="python -m lgm_scale.web",
         description="Serve a page that samples from a bundle, or reconstructs pictures with it.",
     )
-    parser.add_argument("bundle", help="generator or tokenizer bundle")
+    parser.add_argument("bundle", help="generator or tokenizer bundle, or owner/name on the hub")
     parser.add_argument("--device", help="default: a CUDA device if there is one")
     parser.add_argument(
         "--host", default="127.0.0.1",
@@ -241,7 +241,8 @@ def application(page: Any) -> Any:
 def main() -> int:
     """Load a bundle, and serve its page until Ctrl-C."""
     args = parse_args(sys.argv[1:])
-    kind = read_info(args.bundle)["kind"]
+    bundle = local_bundle(args.bundle)
+    kind = read_info(bundle)["kind"]
     if find_spec("gradio") is None:
         raise MissingAssetError(
             "the page needs Gradio, which is not installed: pip install 'lgm-scale[web]' (in the "
@@ -253,11 +254,11 @@ def main() -> int:
 
         from lgm_scale.pipeline import load_image_tokenizer, load_pipeline, usable_device
 
-        pipe = load_pipeline(args.bundle, args.device) if kind in generator_families() else None
+        pipe = load_pipeline(bundle, args.device) if kind in generator_families() else None
         if pipe is not None:
             tokenizer = pipe.tokenizer
         else:
-            tokenizer, _ = load_image_tokenizer(args.bundle, usable_device(args.device))
+            tokenizer, _ = load_image_tokenizer(bundle, usable_device(args.device))
         page = application(build_page(f"{kind}: {args.bundle}", pipe, tokenizer))
         host, port = server.getsockname()[:2]
         print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
