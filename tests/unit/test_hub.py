@@ -154,6 +154,18 @@ def test_nothing_but_the_bundles_files_is_taken(made, hub):
     assert names == {"bundle.json", *read_info(made / "dit")["files"]}
 
 
+def test_files_in_folders_keep_their_place(made, hub):
+    files = {path.name: path.read_bytes() for path in (made / "elit").iterdir()}
+    info = json.loads(files["bundle.json"])
+    info["files"]["vae/config.json"] = "0" * 64
+    repository = hub.repositories[NAME] = Repository()
+    changed = {"bundle.json": json.dumps(info).encode(), "vae/config.json": b"{}"}
+    repository.commit(files | changed)
+    folder = local_bundle(NAME)
+    assert (folder / "vae" / "config.json").read_bytes() == b"{}"
+    assert folder.name == repository.branches["main"]
+
+
 def test_what_was_downloaded_is_verified_as_a_local_bundle_is(made, hub):
     published(made / "dit")
     damaged = bytearray((made / "dit" / "generator.safetensors").read_bytes())

@@ -20,6 +20,7 @@ from typed_commands import refusal, typed
 
 from lgm_scale import sample
 from lgm_scale.errors import exit_on_user_error
+from lgm_scale.evaluation.images import open_source
 from lgm_scale.evaluation.sweep import image_set
 from lgm_scale.pipeline import load_pipeline
 
@@ -69,6 +70,10 @@ def test_both_forms_hold_the_images_of_the_pipeline(made, tmp_path, kind):
     expected = pipe([i % 3 for i in range(11)], 8, num_steps=3, progress_bar=False)
     assert np.abs(np.asarray(expected).astype(int) - found["arr_0"]).max() <= 1
     assert not (tmp_path / "images.npz.chunks").exists()
+    for made_now in (folder, packed):  # as the evaluator reads files of others
+        source, _ = open_source(made_now, 16)
+        read, _ = source.read(range(len(source)))
+        assert np.array_equal(read.permute(0, 2, 3, 1).numpy(), found["arr_0"])
 
 
 @pytest.mark.parametrize("batch_size", ["1", "7"])
