@@ -176,6 +176,19 @@ def _training(training: dict[str, Any]) -> Iterator[str]:
         yield f"Changed on the way: {change['changes']}"
 
 
+def _refuse_no_png(path: Path) -> None:
+    """Raises: ConfigError."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["png"]) as image:
+            image.load()
+    except (OSError, SyntaxError) as error:
+        raise ConfigError(
+            f"--picture: {path} is no PNG file ({type(error).__name__}); name one, or leave it out"
+        ) from error
+
+
 def main() -> int:
     """Check everything here, then upload."""
     args = parse_args(sys.argv[1:])
@@ -195,8 +208,8 @@ def main() -> int:
         drawn = "samples.png" if info["kind"] in generator_families() else "reconstructions.png"
         if picture is None and (sweep / drawn).is_file():
             picture = str(sweep / drawn)
-    if picture is not None and not Path(picture).is_file():
-        raise ConfigError(f"--picture: {picture} is not there; name a PNG file, or leave it out")
+    if picture is not None:
+        _refuse_no_png(Path(picture))
     pictures = {} if picture is None else {"pictures.png": Path(picture)}
     card = model_card(
         args.bundle, args.name, args.license, args.data_license, results, next(iter(pictures), None)

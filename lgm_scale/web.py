@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lgm_scale.bundle import local_bundle, read_info
@@ -248,8 +249,9 @@ def main() -> int:
             "the page needs Gradio, which is not installed: pip install 'lgm-scale[web]' (in the "
             "checkout: pip install -e '.[web]')"
         )
-    with listening(args.host, args.port) as server:
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+    with listening(args.host, args.port) as server, TemporaryDirectory() as seen:
+        # Read when Gradio is imported. Pictures of the page, and yours, go when it is closed.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": seen}
         import uvicorn
 
         from lgm_scale.pipeline import load_image_tokenizer, load_pipeline, usable_device

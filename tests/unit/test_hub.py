@@ -275,7 +275,10 @@ def test_faults_of_publishing(made, hub, monkeypatch):
         ([NAME, *WORDS, "--license", "My Own"], "--license: 'My Own' is no identifier of the hub"),
         ([NAME, *WORDS, "--data-license", " "], "--data-license: it is empty"),
         ([NAME, *WORDS, "--results", "nowhere"], "nowhere/results.json is missing"),
-        ([NAME, *WORDS, "--picture", "a.png"], "--picture: a.png is not there"),
+        (
+            [NAME, *WORDS, "--picture", "a.png"],
+            "--picture: a.png is no PNG file (FileNotFoundError)",
+        ),
         (["-some/.one", *WORDS], "no name of a repository"),
     ],
 )

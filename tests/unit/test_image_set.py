@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lgm_scale import sample
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.evaluation.images import open_source
 from lgm_scale.evaluation.sweep import image_set
+from lgm_scale.evaluation.sweep.samples import write_npz
 from lgm_scale.pipeline import load_pipeline
 
 SHORT = ("--num-steps", "3", "--num-tokens", "8", "--chunk-size", "4")
@@ -80,6 +82,19 @@ def test_both_forms_hold_the_images_of_the_pipeline(made, tmp_path, kind):
 def test_files_are_the_same_bytes_at_every_batch_size(made, whole, tmp_path, batch_size):
     many(made / "dit", tmp_path / "images", "--batch-size", batch_size)
     assert files(tmp_path / "images") == files(whole)
+
+
+def test_an_npz_is_written_part_by_part(tmp_path):
+    part = np.arange(2**20, dtype=np.uint8).reshape(256, 64, 64, 1)
+    tracemalloc.start()
+    try:
+        write_npz(tmp_path / "a.npz", 64 * 256, (part + np.uint8(i) for i in range(64)))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 8 * part.nbytes < (tmp_path / "a.npz").stat().st_size / 4
+    found = np.load(tmp_path / "a.npz")["arr_0"]
+    assert np.array_equal(found[-256:], part + np.uint8(63))
 
 
 def test_an_npz_has_the_same_bytes_whenever_it_is_made(made, tmp_path):
