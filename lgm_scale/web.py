@@ -95,9 +95,10 @@ def sample(
     config = pipe.config(num_tokens, **settings)
     images = pipe([name] * count, num_tokens, seed=seed, progress_bar=False, **settings)
     work, most = (pipe.image_flops(config, k) for k in (num_tokens, pipe.num_base_tokens))
+    decoder = " and the decoder" if pipe.decoder_flops() else ""
     return images, (  # type: ignore[return-value]  # arrays are the default
         f"**{work / 1e9:.4g} GFLOPs per image** at K = {num_tokens}: {config.num_forwards()} "
-        f"network rows and the decoder; {work / most:.0%} of the operations at K = "
+        f"network rows{decoder}; {work / most:.0%} of the operations at K = "
         f"{pipe.num_base_tokens} with these settings"
     )
 
@@ -264,8 +265,10 @@ def main() -> int:
         page = application(build_page(f"{kind}: {args.bundle}", pipe, tokenizer))
         host, port = server.getsockname()[:2]
         print(f"http://{host}:{port}  (Ctrl-C ends it)", flush=True)
+        # An open page keeps its connection for ever; Ctrl-C does not wait for it.
+        settings = uvicorn.Config(page, log_level="error", timeout_graceful_shutdown=1)
         try:
-            uvicorn.Server(uvicorn.Config(page, log_level="warning")).run(sockets=[server])
+            uvicorn.Server(settings).run(sockets=[server])
         except KeyboardInterrupt:
             print("closed")
     return 0

@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ def _serve(temporary: Path, *words: str) -> None:
 
 
 @contextmanager
-def served(bundle: Path, log: Path) -> Iterator[str]:
-    """The address of a bundle's page; at the end Ctrl-C closes it with status 0."""
+def served(bundle: Path, log: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The address of a bundle's page, and Ctrl-C, which closes it with status 0."""
     temporary = log.with_name("temporary")
     temporary.mkdir()
     (server,) = start_calls(1, _serve, temporary, str(bundle), "--port", "0", log=log)
@@ -68,8 +68,7 @@ def served(bundle: Path, log: Path) -> Iterator[str]:
         assert server.is_alive(), said.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    yield found.group(0)
-    os.kill(server.pid or 0, signal.SIGINT)
+    yield found.group(0), lambda: os.kill(server.pid or 0, signal.SIGINT)
     assert wait_for([server]) == [0], said.read_text()
     assert said.read_text().endswith("closed\n")
     assert "Traceback" not in said.read_text()
@@ -112,7 +111,10 @@ def pictures(page: Any, count: int) -> list[np.ndarray]:
 
 
 def test_a_generator_in_the_browser(made, browser, tmp_path):
-    with served(made / "dit", tmp_path / "log") as address, opened(browser, address) as page:
+    with (
+        served(made / "dit", tmp_path / "log") as (address, close),
+        opened(browser, address) as page,
+    ):
         move(page, "K, number of tokens", 9)
         scale = page.get_by_label("number input for guidance").first
         page.wait_for_function("([e, v]) => e.value === v", arg=[scale.element_handle(), "1.89"])
@@ -126,10 +128,16 @@ def test_a_generator_in_the_browser(made, browser, tmp_path):
         page.get_by_role("tab", name="Reconstruct").click()
         page.get_by_role("button", name="Reconstruct").click()
         page.get_by_text("Choose a picture first.").wait_for()
+        other = page.request.get(f"{address}/gradio_api/file={made / 'dit' / 'bundle.json'}")
+        assert other.status == 403  # files of this machine are no business of the page
+        close()  # while it is open
 
 
 def test_a_tokenizer_in_the_browser(made, browser, tmp_path):
-    with served(made / "tokenizer", tmp_path / "log") as address, opened(browser, address) as page:
+    with (
+        served(made / "tokenizer", tmp_path / "log") as (address, close),
+        opened(browser, address) as page,
+    ):
         page.get_by_role("tab", name="Reconstruct").wait_for()
         assert page.get_by_role("tab").count() == 1
         page.set_input_files("input[type=file]", made / "picture.png")
@@ -141,3 +149,4 @@ def test_a_tokenizer_in_the_browser(made, browser, tmp_path):
         assert np.array_equal(uploaded, seen)
         assert seen.shape == result.shape
         assert not np.array_equal(seen, result)
+        close()

@@ -231,7 +231,7 @@ def _sample_on_a_rank(*words: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.system
-@pytest.mark.parametrize("name", ["images", "images.npz"])
+@pytest.mark.parametrize("name", ["images", pytest.param("images.npz", marks=pytest.mark.thorough)])
 def test_killed_ranks_lose_the_chunk_in_work_and_no_more(made, tmp_path, name):
     """Two ranks, killed with -9; three go on; the bytes are those of one process."""
     words = ["--num-images", "60", "--num-steps", "3", "--num-tokens", "8", "--chunk-size", "1"]
