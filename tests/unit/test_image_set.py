@@ -221,6 +221,40 @@ def test_images_that_are_not_finite_are_no_images(made, tmp_path, monkeypatch):
     assert list(files(out)) == [f"{i:08d}_class{i % 3:04d}.png" for i in range(4)]
 
 
+def test_a_start_that_made_nothing_claims_nothing(made, whole, tmp_path, monkeypatch):
+    def broken(pipe, indices, *rest, **options):
+        return torch.zeros(len(indices), 3, 16, 16, dtype=torch.uint8), indices < 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_set, "sample_images", broken)
+        words = ("--num-images", "11", "--out", tmp_path / "images", *SHORT, "--seed", "1")
+        assert "are not finite" in refusal(sample.main, made / "dit", *words)
+    many(made / "dit", tmp_path / "images")  # another seed
+    assert files(tmp_path / "images") == files(whole)
+
+
+def test_other_pictures_in_the_folder_are_told(made, tmp_path):
+    out = tmp_path / "images"
+    many(made / "dit", out)
+    (out / "mine.png").touch()
+    words = (made / "dit", "--num-images", "11", "--out", out, *SHORT)
+    assert "holds mine.png, which is none of these images" in refusal(sample.main, *words)
+
+
+@pytest.mark.parametrize("name", ["images", "images.npz"])
+def test_what_a_killed_process_was_writing_goes(made, tmp_path, name):
+    out = tmp_path / name
+    inside = (out if name == "images" else tmp_path) / f".{name}.12345678.partial"
+    many(made / "dit", out)
+    inside.write_bytes(b"half")
+    if name == "images":
+        many(made / "dit", out)
+    else:
+        out.unlink()
+        many(made / "dit", out)
+    assert not inside.exists()
+
+
 # --- several processes ------------------------------------------------------------------------
 
 

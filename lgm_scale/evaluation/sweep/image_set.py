@@ -35,7 +35,7 @@ from lgm_scale.evaluation.features.extraction import chunk_batches, refuse_broke
 from lgm_scale.evaluation.sweep.samples import sample_images, write_npz
 from lgm_scale.pipeline import Pipeline
 from lgm_scale.sampling.config import SamplerConfig
-from lgm_scale.storage.files import digest, file_hash, write_json, write_whole
+from lgm_scale.storage.files import digest, file_hash, is_partial, write_json, write_whole
 
 FORMAT = "lgm_scale.images"
 
@@ -151,15 +151,21 @@ class ImageSet:
         made = engine.make_chunks([job], Part(), f"K = {self.num_tokens}", True)
         if self.packed:
             self._pack(engine, job)
+        if engine.first:  # what killed processes were writing
+            folder, own = (self.out.parent, self.out.name) if self.packed else (self.out, "")
+            for path in folder.glob(f".{own}*"):
+                if is_partial(path.name):
+                    path.unlink()
         return made
 
     def _enter(self) -> tuple[list[str], bool]:
         """Claim the place: what is wrong with what is there, and whether it is this, finished."""
-        asked, note, found = self.settings(), self.work / "settings.json", None
+        asked, note = self.settings(), self.work / "settings.json"
         finished = self.packed and self.out.exists()
-        if finished or note.is_file():
-            found = _settings_in(self.out if finished else note)
-        elif not self.work.is_dir() or not any(self.work.iterdir()):
+        begun = finished or any(self.work.rglob("*.safetensors")) or any(self.work.glob("*.png"))
+        found = _settings_in(self.out if finished else note)
+        empty = not self.work.is_dir() or not any(self.work.iterdir())
+        if not begun and (empty or found is not None):  # a start that made nothing claims nothing
             write_json(note, asked)
             return [], False
         if found is None:
@@ -173,6 +179,13 @@ class ImageSet:
             return [
                 f"--out: {self.out} holds images of other settings: {'; '.join(differing)}; give "
                 "the same settings to go on, or name another place"
+            ], False
+        names = {self.name(index) for index in range(len(self.labels))}
+        others = sorted({path.name for path in self.work.glob("*.png")} - names)
+        if others:
+            return [
+                f"--out: {self.out} holds {others[0]}, which is none of these images, and would "
+                "be taken for one; move it away, or name another place"
             ], False
         if finished:  # a kill may have left the chunks
             shutil.rmtree(self.work, ignore_errors=True)
