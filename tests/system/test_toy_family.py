@@ -131,6 +131,10 @@ def test_its_bundle_makes_pictures(root, trained):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert out.stat().st_size > 1000
+    many = ("--num-images", "5", "--num-tokens", "1", "--out", root / "many")
+    result = run_command("-m", "lgm_scale.sample", trained / "bundle", *many, *IMPORT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(list((root / "many").glob("*.png"))) == 5
 
 
 def test_its_sweep_and_report(root, trained):
