@@ -214,17 +214,20 @@ def initial_weights(run: TrainingRun, whole: bool = False) -> InitialWeights:
     Raises: CheckpointError for what is no bundle, or one of another kind.
     """
     folder = str(run.init_from)
-    if is_remote(folder):
-        raise CheckpointError(f"{folder}: a bundle is read from a local folder; copy it here")
-    if Path(folder).is_file():
-        raise CheckpointError(
-            f"{folder} is a file; the folder of a bundle is needed. `python -m "
-            "lgm_scale.release_import` makes one from a checkpoint of the methods' authors"
-        )
-    info = read_bundle(folder, run.task) if whole else read_info(folder)
-    check_kind(info, folder, run.task)
-    kind: type[InitialWeights] = imported(family_of(run).initial_weights)
-    return kind(run, folder, info)
+    try:
+        if is_remote(folder):
+            raise CheckpointError(f"{folder}: a bundle is read from a local folder; copy it here")
+        if Path(folder).is_file():
+            raise CheckpointError(
+                f"{folder} is a file; the folder of a bundle is needed. `python -m "
+                "lgm_scale.release_import` makes one from a checkpoint of the methods' authors"
+            )
+        info = read_bundle(folder, run.task) if whole else read_info(folder)
+        check_kind(info, folder, run.task)
+        kind: type[InitialWeights] = imported(family_of(run).initial_weights)
+        return kind(run, folder, info)
+    except LGMError as error:
+        raise CheckpointError(f"init_from: {error}") from error
 
 
 def is_absent(folder: str) -> bool:
@@ -242,7 +245,7 @@ def init_problems(run: TrainingRun, to_come: Callable[[str], bool]) -> Iterator[
     try:
         yield from initial_weights(run).refused()
     except LGMError as error:
-        yield f"init_from: {error}"
+        yield str(error)
 
 
 def planned_lines(run: TrainingRun, net: nn.Module) -> list[str]:

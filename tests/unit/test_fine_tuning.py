@@ -15,6 +15,7 @@ from small_pipeline import SmallPipeline, losses, train_in_process
 from torch import nn
 from typed_commands import refusal, typed
 
+from lgm_scale.checkpoint.run_folder import RunFolder
 from lgm_scale.config.inputs import input_problems
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.families.elit.bundle import load_elit_bundle, save_elit_bundle
@@ -29,6 +30,7 @@ from lgm_scale.families.lgm.release import Surroundings, import_generator
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.families.tokenizer.bundle import load_tokenizer
 from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
+from lgm_scale.storage.stores import Storage
 from lgm_scale.train import main
 from lgm_scale.training.model import TrainingModel
 
@@ -207,6 +209,36 @@ def test_a_resume_reads_no_bundle_and_the_key_cannot_change(small_pipeline, trai
     assert "--allow-change init_from: it cannot change within a run" in said
     fresh = tuned(small_pipeline, tmp_path / "fresh", bundle)
     assert f"init_from: {bundle} is no bundle" in refusal(main, fresh)
+
+
+def test_another_machine_goes_on_without_the_bundle(small_pipeline, trained, tmp_path, monkeypatch):
+    bundle = Path(shutil.copytree(trained, tmp_path / "bundle"))
+    bucket = Bucket(tmp_path / "bucket")
+    monkeypatch.setattr("lgm_scale.checkpoint.run.open_storage", lambda *args: bucket)
+    common = {"checkpoint": {"interval": "1ba", "folder": "s3://bucket/states"}}
+    path = tuned(small_pipeline, tmp_path / "one", bundle, **common)
+    assert typed(main, path).status == 0
+    shutil.rmtree(bundle)
+    path = tuned(small_pipeline, tmp_path / "two", bundle, **common)
+    assert "4 steps done" in typed(main, path, "train.max_duration=4ba").out
+    assert start_of(tmp_path / "two") == start_of(tmp_path / "one")
+    shutil.rmtree(tmp_path / "bucket")
+    new = tuned(small_pipeline, tmp_path / "three", bundle, **common)
+    assert f"init_from: {bundle} is no bundle" in refusal(main, new)
+
+
+class Bucket(Storage):
+    """A folder that stands for object storage."""
+
+    remote = True
+
+
+def test_a_bundle_that_an_earlier_job_makes_is_not_looked_for(small_pipeline, tmp_path):
+    path = tuned(small_pipeline, tmp_path / "run", tmp_path / "bundle")
+    config = load_training_run(str(path), [], 1, has_gpu=False)
+    folder = RunFolder(tmp_path / "run", config)
+    assert folder.start_problems(lambda path: path == str(tmp_path / "bundle")) == []
+    assert "no bundle" in "".join(folder.start_problems())
 
 
 def test_a_run_from_before_the_key_goes_on(small_pipeline, trained, tmp_path):

@@ -226,16 +226,24 @@ def test_an_elit_for_larger_images_and_windows(tmp_path):
     )
 
 
-def test_a_sit_becomes_an_elit_that_starts_as_it(tmp_path):
+def test_a_sit_becomes_an_elit_whose_core_has_no_effect_yet(tmp_path):
     sit = dataclasses.replace(ELIT, interface=None)
     folder = make_elit_bundle(tmp_path / "bundle", sit)
     net, old = build_elit(ELIT, PIXELS), build_elit(sit, PIXELS)
     elit_start(folder, sit, PIXELS).load(old, data())
     lines = elit_start(folder, ELIT, PIXELS).load(net, data())
-    assert lines[-1] == "interface: the bundle is a SiT; Read and Write start new"
+    assert lines[-1].startswith("interface: the bundle is a SiT; Read and Write start new, so ")
     state = net.state_dict()
     assert all(torch.equal(state[name], value) for name, value in old.state_dict().items())
-    back = elit_start(make_elit_bundle(tmp_path / "elit"), sit, PIXELS).load(old, data())
+    with torch.no_grad():
+        for offset in (net.read.offset, net.write.offset):  # type: ignore[attr-defined]
+            offset.zero_()
+        inputs = (torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3]))
+        old.blocks = torch.nn.ModuleList([old.blocks[0], old.blocks[-1]])  # the core writes nothing
+        torch.testing.assert_close(net(*inputs, 16), old(*inputs, 16))
+        assert old(*inputs, 16).abs().max() > 0.01
+    again = build_elit(sit, PIXELS)
+    back = elit_start(make_elit_bundle(tmp_path / "elit"), sit, PIXELS).load(again, data())
     assert "the blocks between them have only seen latents" in back[-1]
 
 

@@ -70,7 +70,10 @@ class ELITInitialWeights(GeneratorInitialWeights):
     def _interface(self) -> Iterator[str]:
         here, there = self.here.interface, self.there.interface
         if there is None and here is not None:
-            yield "interface: the bundle is a SiT; Read and Write start new"
+            yield (
+                "interface: the bundle is a SiT; Read and Write start new, so the blocks between "
+                "them have no effect at the first step"
+            )
         elif here is None and there is not None:
             yield (
                 "interface: the bundle is an ELIT; Read and Write are left out, and the blocks "
