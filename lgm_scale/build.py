@@ -29,11 +29,11 @@ from lgm_scale.config.inputs import count_problems
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import OptimizerConfig, TrainingRun
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
-from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.errors import CheckpointError, ConfigError, DataError, LGMError
 from lgm_scale.families.base import family_of
 from lgm_scale.initial_weights import initial_weights
 from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
-from lgm_scale.parallel.collectives import on_rank_zero
+from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
 from lgm_scale.parallel.trainers import start_trainer
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
@@ -73,9 +73,19 @@ def take_initial_weights(
     if config.init_from is None:
         on_rank_zero(lambda: folder.record_start(None))
         return
-    files = on_rank_zero(lambda: initial_weights(config, whole=True).info["files"])
-    start = initial_weights(config)
-    lines = start.load(model.net, dataset)
+    files = on_rank_zero(lambda: initial_weights(config).info["files"])
+    lines, error = [], None
+    try:
+        start = initial_weights(config, whole=dist.get_local_rank() == 0)  # hashed once per node
+        if start.info["files"] != files:
+            raise CheckpointError(
+                f"init_from: {config.init_from} is another bundle on rank {dist.get_global_rank()} "
+                "than on rank 0; put it where every node sees it"
+            )
+        lines = start.load(model.net, dataset)
+    except LGMError as problem:
+        error = problem
+    raise_everywhere(error)
 
     def record() -> None:
         folder.record_start({"init_from": config.init_from, "files": files, "taken": lines})

@@ -182,10 +182,9 @@ class GeneratorInitialWeights(InitialWeights):
         kept = len(names) - len(new)
         unused = len(self.classes) - kept
         if not new and not unused:
-            how = "names" if tuple(names) != self.classes else "classes"
-            if set(names) != set(self.classes):
-                how = "numbers, for the bundle knows no names"
-            yield f"labels: all {kept} rows and the null row are kept, by their {how}"
+            known = set(names) == set(self.classes)
+            how = "name" if known else "number, for the bundle knows no names"
+            yield f"labels: all {kept} rows and the null row are kept, by {how}"
         elif kept:
             text = f"labels: {kept} of {len(names)} rows are kept, by name"
             text += f"; new: {_listed(new)}" if new else ""

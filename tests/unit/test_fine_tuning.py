@@ -113,7 +113,7 @@ def test_the_first_loss_of_a_generator_is_that_of_the_bundle(small_pipeline, tra
     assert start["taken"] == [
         f"{trained}: averaged weights (EMA) after 70 steps; optimizer, step, schedule and "
         "average start new",
-        "labels: all 17 rows and the null row are kept, by their classes",
+        "labels: all 17 rows and the null row are kept, by name",
     ]
     training = json.loads((out / "bundle" / "bundle.json").read_text())["training"]
     assert training["start"] == start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from small_elit import CLASSES, ELIT, PIXELS, make_elit_bundle
 from timm.layers import resample_abs_pos_embed
 
 from lgm_scale.bundle import read_info
+from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.elit.config import ELITModelConfig, InterfaceConfig, SpaceConfig
 from lgm_scale.families.elit.initial_weights import ELITInitialWeights
@@ -245,6 +247,22 @@ def test_a_sit_becomes_an_elit_whose_core_has_no_effect_yet(tmp_path):
     again = build_elit(sit, PIXELS)
     back = elit_start(make_elit_bundle(tmp_path / "elit"), sit, PIXELS).load(again, data())
     assert "the blocks between them have only seen latents" in back[-1]
+
+
+def test_another_autoencoder_and_kept_positions_are_told(monkeypatch):
+    space = SpaceConfig(kind="sd_vae", image_size=64, vae="new")
+    models = {"generator": to_dict(ELIT), "space": to_dict(space)}
+    info = {"kind": "spatial_generator", "models": models, "classes": list(CLASSES)}
+    info |= {"files": {"positions.safetensors": ""}, "training": {}}
+    run: Any = SimpleNamespace(task="spatial_generator", model=ELIT, space=space)
+    start = ELITInitialWeights(run, "bundle", info)
+    vae = SimpleNamespace(encoder_id=lambda folder: f"id of {folder}", latent_scale=lambda _: 0.2)
+    monkeypatch.setitem(sys.modules, "lgm_scale.families.elit.sd_vae", vae)
+    latents = data()
+    latents.manifest.extra = {"encoder_id": "id of bundle/vae", "scale": 0.2}
+    assert "positions: the computed ones, not those that" in list(start.stated(latents))[-1]
+    latents.manifest.extra["encoder_id"] = "another"
+    assert "autoencoder: new makes other latents" in list(start.stated(latents))[-1]
 
 
 # --- a family without a class of its own ----------------------------------------------------------

@@ -94,7 +94,8 @@ class ELITInitialWeights(GeneratorInitialWeights):
         from lgm_scale.families.elit.sd_vae import encoder_id, latent_scale
 
         folder, extra = Path(self.folder) / "vae", dataset.manifest.extra
-        if (encoder_id(folder), latent_scale(folder)) != (extra["encoder_id"], extra["scale"]):
+        found = encoder_id(folder), latent_scale(folder)
+        if found != (extra.get("encoder_id"), extra.get("scale")):
             yield (
                 f"autoencoder: {self.space.vae} makes other latents than the bundle's; the weights "
                 "do not know them"
