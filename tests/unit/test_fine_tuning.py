@@ -15,9 +15,11 @@ from small_pipeline import SmallPipeline, losses, train_in_process
 from torch import nn
 from typed_commands import refusal, typed
 
+from lgm_scale.build import take_initial_weights
 from lgm_scale.checkpoint.run_folder import RunFolder
 from lgm_scale.config.inputs import input_problems
 from lgm_scale.config.rules import load_training_run
+from lgm_scale.errors import CheckpointError
 from lgm_scale.families.elit.bundle import load_elit_bundle, save_elit_bundle
 from lgm_scale.families.elit.config import ELITModelConfig, SpaceConfig
 from lgm_scale.families.elit.network import build_elit
@@ -329,6 +331,14 @@ def test_a_damaged_bundle_is_refused(small_pipeline, trained, tmp_path):
         file.write(b"\x7f")
     said = refusal(main, tuned(small_pipeline, tmp_path / "run", bundle))
     assert "generator.safetensors is missing or differs from its hash" in said
+
+
+def test_nodes_with_different_bundles_are_refused(small_pipeline, trained, tmp_path, monkeypatch):
+    path = tuned(small_pipeline, tmp_path / "run", trained)
+    config = load_training_run(str(path), [], 1, has_gpu=False)
+    monkeypatch.setattr("lgm_scale.build.on_rank_zero", lambda decide: {"of another": "bundle"})
+    with pytest.raises(CheckpointError, match="is another bundle on rank 0 than on rank 0; put"):
+        take_initial_weights(config, None, None, None)  # type: ignore[arg-type]
 
 
 def test_a_pretrained_encoder_and_a_bundle_exclude_each_other(small_pipeline, tmp_path):
