@@ -70,10 +70,10 @@ class InitialWeights:
         what = _KINDS.get(training.get("weights"), "weights")
         if self.info["kind"] != self.run.task:
             what = f"the {self.run.task} in a {self.info['kind']} bundle"
-        elif isinstance(training.get("steps"), int):
-            what += f" after {training['steps']:,} steps"
-        if "imported" in training:
+        elif "imported" in training:
             what += f", imported from {training['imported']['file']}"
+        elif "steps" in training:
+            what += f" after {training['steps']:,} steps"
         yield f"{self.folder}: {what}; optimizer, step, schedule and average start new"
         if training.get("random_assets"):
             names = ", ".join(training["random_assets"])
