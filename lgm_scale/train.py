@@ -42,7 +42,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="validate, print configuration, sizes, work and memory, and stop: no data, no GPU",
+        help="validate, print configuration, sizes, work, memory, and the files and data that are "
+        "missing here, and stop: needs neither them nor a GPU",
     )
     parser.add_argument(
         "--world-size",
@@ -72,6 +73,10 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
+
+    def folder_of(config: TrainingRun) -> RunFolder:
+        return RunFolder(Path(config.out), config, args.allow_change)
+
     if args.dry_run:
         world_size = args.world_size or launched
         config = load_training_run(
@@ -81,11 +86,8 @@ def main() -> int:
         from lgm_scale.plan import describe
 
         if rank == 0:
-            print(describe(config, world_size))
+            print(f"{describe(config, world_size)}\n\n{preflight(folder_of(config))}")
         return 0
-
-    def folder_of(config: TrainingRun) -> RunFolder:
-        return RunFolder(Path(config.out), config, args.allow_change)
 
     # At once, before torch; what can be told of GPUs comes after it.
     load_training_run(
@@ -106,6 +108,16 @@ def main() -> int:
         return 0
     with first_failure_on_top(folder.path / "failures"):
         return train(config, folder)
+
+
+def preflight(folder: RunFolder) -> str:
+    """What a start on this machine would miss, for the end of a dry run, which needs none of it."""
+    problems = folder.start_problems()
+    if not problems:
+        return "files and data   all here: this run can start"
+    return "\n".join(
+        ["files and data   a start here would be refused:", *(f"  - {line}" for line in problems)]
+    )
 
 
 def train(config: TrainingRun, folder: RunFolder) -> int:

@@ -29,6 +29,7 @@ ORDER = [
     "lgm_scale/plan.py",
     "lgm_scale/build.py",
     "lgm_scale/sample.py",
+    "lgm_scale/assets.py",
     "lgm_scale/evaluation/commands",
     "lgm_scale/evaluation/report",
     "lgm_scale/evaluation/sweep",
@@ -104,6 +105,8 @@ TORCH_FREE = (
     "lgm_scale/checkpoint/attempts.py",
     "lgm_scale/checkpoint/manifest.py",
     "lgm_scale/checkpoint/run_folder.py",
+    "lgm_scale/assets.py",
+    "lgm_scale/evaluation/features/files.py",
     "lgm_scale/evaluation/sweep/config.py",
     "lgm_scale/evaluation/sweep/rules.py",
 )

@@ -25,7 +25,7 @@ import launchers.slurm
 import launchers.status
 from data_tools import demo_images
 from experiments.__main__ import main as experiments_main
-from lgm_scale import sample, train
+from lgm_scale import assets, sample, train
 from lgm_scale.data.preparation import convert, encode, fashion_mnist, verify
 from lgm_scale.evaluation.commands import (
     adaptive,
@@ -53,7 +53,7 @@ COMMANDS = (
     "sample", "encode", "convert", "verify", "fashion_mnist", "demo_images", "reconstruct",
     "adaptive", "alignment", "conformance", "reference", "report", "status", "preflight", "sweep",
     "train", "slurm", "pipeline", "experiments", "import tokenizer", "import generator",
-    "import lora", "import elit",
+    "import lora", "import elit", "assets",
 )  # fmt: skip
 MANY = {"train": 800, "sweep": 100, "commands": 350, "damaged": 45}
 """So many at least, or the generator has stopped to make them."""
@@ -181,6 +181,7 @@ def commands(made: Path, out: Path) -> dict[str, Command]:
             {"source": "folder", "--classes": "file"}, ("--out",),
             {"--compression": "rar"},
         ),
+        "assets": Command(assets.main, {}, words={"--import": "no_module", "names": "nothing"}),
         "verify": Command(verify.main, {"folder": mds}, {"folder": "folder"}),
         "fashion_mnist": Command(
             fashion_mnist.main, {"--out": to}, {"--source": "folder"}, ("--out",)

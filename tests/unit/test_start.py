@@ -25,7 +25,10 @@ EVALUATION = [
 PREPARED = ("convert", "encode", "fashion_mnist", "verify")
 PREPARATION = [f"lgm_scale.data.preparation.{name}" for name in PREPARED]
 LAUNCHERS = ["launchers.slurm", "launchers.status", "launchers.pipeline"]
-SCRIPTS = ["lgm_scale.train", "lgm_scale.sample", "lgm_scale.release_import.__main__"]
+SCRIPTS = [
+    *("lgm_scale.train", "lgm_scale.sample", "lgm_scale.assets"),
+    "lgm_scale.release_import.__main__",
+]
 MODULES = [*SCRIPTS, *EVALUATION, *PREPARATION, *LAUNCHERS, "data_tools.demo_images"]
 SLOW = {
     *("torch", "composer", "streaming", "deepspeed", "scipy", "sklearn", "torchvision", "timm"),
@@ -44,6 +47,7 @@ MISTAKES = [
         "lgm_scale.release_import.__main__",
         *("lora", "a.pt", "b", "--num-tokens", "8", "--base", "c", "--classes", "d"),
     ],
+    ["lgm_scale.assets", "nothing"],
     ["lgm_scale.evaluation.commands.sweep", "yamls/dit_xl.yaml"],
     ["lgm_scale.evaluation.commands.report", "nowhere"],
     ["lgm_scale.evaluation.commands.reference", "nowhere", "--out", "a.txt"],

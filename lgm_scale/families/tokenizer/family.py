@@ -19,6 +19,7 @@ from lgm_scale.families.tokenizer.config import (
     needed_assets,
     tokenizer_rules,
 )
+from lgm_scale.published import Asset
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,10 @@ class TokenizerFamily(Family):
     @override
     def data_kind(self, run: TokenizerRun) -> str:
         return "images"
+
+    @override
+    def assets(self, run: TokenizerRun) -> list[Asset]:
+        return needed_assets(run)
 
     @override
     def missing_files(self, run: TokenizerRun) -> Iterator[str]:
