@@ -21,6 +21,7 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.base import add_import_option, family_of
+from lgm_scale.initial_weights import init_problems, is_absent
 from lgm_scale.parallel.first_failure import first_failure_on_top
 
 log = logging.getLogger("lgm_scale")
@@ -78,7 +79,10 @@ def main() -> int:
 
     if args.dry_run:
         world_size = args.world_size or launched
-        config = load_training_run(args.config, args.overrides, world_size, has_gpu=None)
+        config = load_training_run(
+            *(args.config, args.overrides, world_size, None),
+            more=lambda config: init_problems(config, is_absent),
+        )
         from lgm_scale.plan import describe
 
         if rank == 0:
@@ -120,7 +124,12 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
     """Run (or resume) to the end and write the bundle, or stop when asked; the exit status."""
     from composer.utils import dist, get_device, reproducibility
 
-    from lgm_scale.build import build_dataset, build_trainer, export_bundle
+    from lgm_scale.build import (
+        build_dataset,
+        build_trainer,
+        export_bundle,
+        take_initial_weights,
+    )
     from lgm_scale.checkpoint.checkpointer import Checkpointer
     from lgm_scale.checkpoint.run import apply_changes, enter_run, leave_result
     from lgm_scale.parallel.collectives import on_rank_zero
@@ -140,6 +149,8 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
         checkpointer = Checkpointer(
             run.storage, run.run_id, config.parallel.strategy, config.checkpoint.keep
         )
+        if not checkpointer.candidates:
+            take_initial_weights(config, model, dataset, folder)
         trainer = build_trainer(config, model, dataset, ema, checkpointer, stop)
         checkpointer.begin(trainer.state)
         apply_changes(run, folder, trainer.state)

@@ -18,6 +18,7 @@ from lgm_scale.data.mixture import samples_per_source, view_sources
 from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import LGMError
 from lgm_scale.families.base import family_of
+from lgm_scale.initial_weights import init_problems
 from lgm_scale.storage.clients import is_remote
 
 __all__ = ["ToCome", "count_problems", "input_problems", "nothing_to_come"]
@@ -40,6 +41,7 @@ def input_problems(run: TrainingRun, to_come: ToCome = nothing_to_come) -> Itera
     """
     family = family_of(run)
     yield from family.missing_files(run)
+    yield from init_problems(run, to_come)
     broken = False
     for key, (folder, kind) in family.bundles(run).items():
         try:

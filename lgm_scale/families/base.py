@@ -110,6 +110,8 @@ class Family(ABC):
     the default of their options is None, so that one given with another encoder is noticed."""
     importers: ClassVar[dict[str, Tool]] = {}
     """Functions (`release_import.Importer`) that read checkpoints of other projects."""
+    initial_weights: ClassVar[str] = "lgm_scale.initial_weights:InitialWeights"
+    """ "module:class" of what its runs take from the bundle in `init_from`, and adapt."""
 
     # --- free of torch ------------------------------------------------------------------------
 

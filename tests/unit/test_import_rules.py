@@ -49,6 +49,7 @@ ORDER = [
     "lgm_scale/families/tokenizer",
     "lgm_scale/release_import",
     "lgm_scale/data/preparation",
+    "lgm_scale/initial_weights.py",
     "lgm_scale/pipeline.py",
     "lgm_scale/bundle.py",
     "lgm_scale/families/base.py",
@@ -115,7 +116,9 @@ TORCH_FREE = (
 )
 TORCH_LATER = (
     "lgm_scale/train.py",
+    "lgm_scale/initial_weights.py",
     *(f"lgm_scale/families/{name}/family.py" for name in ("tokenizer", "lgm", "elit")),
+    *(f"lgm_scale/families/{name}/initial_weights.py" for name in ("tokenizer", "lgm", "elit")),
 )
 
 # Words of one family: its module, its networks, and whatever is called after it.

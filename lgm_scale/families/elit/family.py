@@ -82,6 +82,7 @@ class ELITFamily(GeneratorFamily):
             },
         )
     }
+    initial_weights: ClassVar[str] = "lgm_scale.families.elit.initial_weights:ELITInitialWeights"
     pipeline_class: ClassVar[str] = "lgm_scale.families.elit.pipeline:ELITPipeline"
     about_tokens: ClassVar[str] = (
         "An image is a grid of {size} tokens, and K says how many of them the core of one "

@@ -146,6 +146,11 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
         )
     if config.train.compile:
         yield NOT_COMPILED
+    if config.init_from is not None and model.pretrained_encoder is not None:
+        yield (
+            f"model.pretrained_encoder: {model.pretrained_encoder}; the encoder starts from the "
+            "bundle in init_from; set it to null, or remove init_from"
+        )
     yield from _model(model)
     clip_norm = config.optimizer.clip_norm
     two_groups = config.objective.adversarial > 0 and config.parallel.strategy == "deepspeed"

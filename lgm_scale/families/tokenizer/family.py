@@ -40,6 +40,9 @@ class TokenizerFamily(Family):
     task: ClassVar[str] = "tokenizer"
     title: ClassVar[str] = "LGM's tokenizer"
     schema = TokenizerRun
+    initial_weights: ClassVar[str] = (
+        "lgm_scale.families.tokenizer.initial_weights:TokenizerInitialWeights"
+    )
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
     importers: ClassVar[dict[str, Tool]] = {
         "tokenizer": Tool(
