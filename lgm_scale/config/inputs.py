@@ -47,6 +47,7 @@ def input_problems(run: TrainingRun, to_come: ToCome = nothing_to_come) -> Itera
         except LGMError as error:
             broken = True
             yield f"{key}: {error}"
+    yield from _watched_problems(run, to_come)
     kind, sources = family.data_kind(run), run.data.sources
     if kind is None or any(is_remote(s.path) or to_come(s.path) for s in sources):
         return
@@ -67,6 +68,17 @@ def input_problems(run: TrainingRun, to_come: ToCome = nothing_to_come) -> Itera
         yield from count_problems(run, sum(samples_per_source(sources, views)), together)
     except LGMError as error:
         yield str(error)
+
+
+def _watched_problems(run: TrainingRun, to_come: ToCome) -> Iterator[str]:
+    """Lines about the images on which reconstructions are measured."""
+    watched = family_of(run).reconstructions(run)
+    if watched is not None and not to_come(watched.images):
+        try:
+            read_manifest(watched.images, "images")
+            check_shards(watched.images)
+        except LGMError as error:
+            yield f"evaluation.images: {error}"
 
 
 def _keys(run: TrainingRun, sources: tuple[SourceConfig, ...]) -> list[tuple[str, SourceConfig]]:

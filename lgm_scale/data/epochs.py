@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,6 +187,8 @@ class CheckedLoader(StreamingDataLoader):
     def __init__(self, dataset: EpochDataset, *, batch_size: int, **options: Any) -> None:
         super().__init__(dataset, batch_size=batch_size, drop_last=True, **options)
         self.epochs = dataset
+        self.waited = 0.0
+        """Seconds that whoever asked for batches has waited for them, since the start."""
 
     @property
     def _global_batch(self) -> int:
@@ -202,8 +205,14 @@ class CheckedLoader(StreamingDataLoader):
         Raises: DataError if batches are missing, with what a worker said.
         """
         count, planned, epoch = 0, -1, -1
+        batches = super().__iter__()
         try:
-            for batch in super().__iter__():
+            while True:
+                asked = time.perf_counter()
+                batch = next(batches, None)
+                self.waited += time.perf_counter() - asked
+                if batch is None:
+                    return
                 if planned < 0:
                     epoch, planned = self._plan()
                 if count < planned:

@@ -30,6 +30,7 @@ ORDER = [
     "lgm_scale/build.py",
     "lgm_scale/sample.py",
     "lgm_scale/evaluation/commands",
+    "lgm_scale/evaluation/during_training",
     "lgm_scale/evaluation/report",
     "lgm_scale/evaluation/sweep",
     "lgm_scale/evaluation/reconstructions",
