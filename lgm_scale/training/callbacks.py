@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -228,6 +229,20 @@ def _line(rows: list[dict[str, Any]], steps_per_second: float) -> str:
     return f"step {rows[-1]['step'] + 1} | loss at K={means} | {steps_per_second:.2f} steps/s"
 
 
+class _Bar(tqdm):
+    """A bar that falls silent when nobody reads it any more (`2>&1 | head`): a run goes on."""
+
+    def display(self, *args: Any, **options: Any) -> None:
+        try:
+            super().display(*args, **options)
+        except BrokenPipeError:
+            self.disable = True
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            super().close()
+
+
 def _bar(state: State) -> tqdm:
     """A bar in steps (or, with a duration in epochs, the steps of all epochs).
 
@@ -238,7 +253,7 @@ def _bar(state: State) -> tqdm:
     if limit is not None and limit.unit is TimeUnit.EPOCH:
         per_epoch = state.dataloader_len
         total = limit.value * per_epoch.value if per_epoch is not None else None
-    return tqdm(
+    return _Bar(
         total=total,
         initial=state.timestamp.batch.value,
         desc="train",

@@ -27,6 +27,7 @@ from lgm_scale.evaluation.during_training.watching import Watch, record
 from lgm_scale.evaluation.engine.parts import from_rank_zero
 from lgm_scale.evaluation.sweep.config import SweepConfig
 from lgm_scale.evaluation.sweep.measure import Sweep, load_spaces
+from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import broken_rules, check_sweep
 from lgm_scale.families.base import family_of, generator_families
 
@@ -79,7 +80,8 @@ class EvaluationDuringTraining(Watch):
         with self.subject.average() as average:
             self.subject.info["training"]["steps"] = step
             rows = self._sweep(step, {"ema_sha256": _hash(average)}).run({})["rows"]
-        record(self.out, step, rows, logger)
+        lines = [f"{row['label']} | {headline(row)}" for row in rows]
+        record(self.out, step, rows, lines, logger)
         return rows
 
     def _sweep(self, step: int, weights: dict[str, Any]) -> Sweep:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from PIL import Image
+from tqdm.contrib.logging import logging_redirect_tqdm
 from typing_extensions import override
 
 from lgm_scale.errors import LGMError
@@ -31,7 +33,6 @@ from lgm_scale.evaluation.during_training.subjects import (
 from lgm_scale.evaluation.images import spread
 from lgm_scale.evaluation.report.drawing import LIGHT, to_png
 from lgm_scale.evaluation.report.pictures import image_grid
-from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.parallel.collectives import raise_everywhere
 from lgm_scale.pixels import psnr
 from lgm_scale.storage.files import write_whole
@@ -89,18 +90,23 @@ class Reconstructions(Watch):
     def look(self, step: int, logger: Logger | None = None) -> list[dict[str, Any]]:
         """Rows of the average as it is now. Every rank must call it."""
         starts = range(0, len(self.indices), BATCH_SIZE)
-        found, rows = _shared(self.subject, lambda: self._measured(starts)), []
-        for i, num_tokens in enumerate(self.subject.lengths):
-            values = np.array([value for start in starts for value in found[start][i]])
+        found = _shared(self.subject, lambda: self._measured(starts))
+        lengths, rows = self.subject.lengths, []
+        for i, num_tokens in enumerate(lengths):
+            db = [value for start in starts for value in found[start][i]]
             rows.append(
                 {
                     "label": f"K = {num_tokens}",
-                    "num_images": len(values),
-                    "metrics": {"psnr_db": float(values.mean())},
+                    "num_images": len(db),
+                    "metrics": {"psnr_db": math.fsum(db) / len(db)},
                     "names": {"psnr_db": "PSNR in dB"},
                 }
             )
-        record(Path(self.subject.run.out), step, rows, logger)
+        at = "  ".join(
+            f"{k}: {row['metrics']['psnr_db']:.2f}" for k, row in zip(lengths, rows, strict=True)
+        )
+        line = f"PSNR in dB of {len(self.indices)} reconstructions at K={at}"
+        record(Path(self.subject.run.out), step, rows, [line], logger)
         return rows
 
     def _measured(self, starts: range) -> dict[int, list[list[float]]]:
@@ -147,7 +153,8 @@ class Pictures(Watch):
                     image, f"pictures/{subject.title}", channels_last=True, step=step,
                     use_table=False,
                 )  # fmt: skip
-            log.info("picture after step %d | %s", step, path)
+            with logging_redirect_tqdm():
+                log.info("picture after step %d | %s", step, path)
         return path
 
 
@@ -163,7 +170,9 @@ def _shared(subject: Subject, work: Callable[[], dict[int, Any]]) -> dict[int, A
     return {key: value for part in dist.all_gather_object(made) for key, value in part.items()}
 
 
-def record(out: Path, step: int, rows: list[dict[str, Any]], logger: Logger | None) -> None:
+def record(
+    out: Path, step: int, rows: list[dict[str, Any]], lines: list[str], logger: Logger | None
+) -> None:
     """Write the rows of a step: a line each in `<run>/evaluation.jsonl`, and to the loggers.
 
     Lines of this step and later ones, which are from before a kill, are replaced.
@@ -172,22 +181,23 @@ def record(out: Path, step: int, rows: list[dict[str, Any]], logger: Logger | No
         out: Folder of the run.
         step: Steps that the average has.
         rows: Each with label, num_images, metrics and names.
+        lines: What the console says.
         logger: Gets `evaluation/<label>/<metric>`.
     """
-    for row in rows:
-        label = row["label"]
-        if logger is not None:
-            metrics = {f"evaluation/{label}/{k}": v for k, v in row["metrics"].items()}
-            logger.log_metrics(metrics, step=step)
-        if dist.get_global_rank() == 0:
-            log.info("evaluation after step %d | %s | %s", step, label, headline(row))
+    if logger is not None:
+        named = {(row["label"], k): v for row in rows for k, v in row["metrics"].items()}
+        metrics = {f"evaluation/{label}/{k}": value for (label, k), value in named.items()}
+        logger.log_metrics(metrics, step=step)
     if dist.get_global_rank() == 0:
+        with logging_redirect_tqdm():
+            for line in lines:
+                log.info("evaluation after step %d | %s", step, line)
         path = out / "evaluation.jsonl"
         kept = path.read_text().splitlines(keepends=True) if path.is_file() else []
         kept = [line for line in kept if json.loads(line)["step"] < step]
-        lines = [
+        new = [
             json.dumps({key: row[key] for key in ("label", "num_images", "metrics", "names")}
                        | {"step": step}) + "\n"
             for row in rows
         ]  # fmt: skip
-        write_whole(path, "".join([*kept, *lines]))
+        write_whole(path, "".join([*kept, *new]))

@@ -1,0 +1,213 @@
+"""What a run reports, and where: loggers, resources, the console; what cannot be watched."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer.core import Time
+from small_tokenizer import small_model
+
+from lgm_scale.config.rules import load_training_run
+from lgm_scale.errors import ConfigError
+from lgm_scale.evaluation.during_training.subjects import shown_lengths
+from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
+from lgm_scale.training.callbacks import MetricsLog, _bar
+from lgm_scale.training.loggers import STEP, StepAxisWandB
+from lgm_scale.training.record import LossRecord
+from lgm_scale.training.throughput import Resources
+
+TOKENIZER, GENERATOR = "yamls/quickstart/tokenizer.yaml", "yamls/quickstart/dit.yaml"
+
+
+class Log:
+    """A logger that keeps what it is told, by step."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[int | None, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.setdefault(step, {}).update(metrics)
+
+
+# --- Weights & Biases -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> Any:
+    """A module in the place of wandb, which keeps rows as wandb does: by a step that only grows."""
+    module: Any = ModuleType("wandb")
+    module.rows, module.axes, module.row = [], {}, {}
+
+    def log(values: dict[str, Any], step: int | None = None, commit: bool = True) -> None:
+        assert step is None, "wandb drops values of a step before its last one"
+        module.row |= values
+        if commit:
+            module.rows.append(module.row)
+            module.row = {}
+
+    def define_metric(name: str, step_metric: str | None = None) -> None:
+        module.axes[name] = step_metric
+
+    def init(**settings: Any) -> None:
+        module.settings = settings
+        module.run = SimpleNamespace(dir="run", entity="me", project="p", get_url=lambda: "")
+
+    module.log, module.define_metric, module.init = log, define_metric, init
+    module.Image = lambda image: image
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_keeps_numbers_of_earlier_steps(wandb):
+    """The numbers of an interval come when the trainer has told later steps already."""
+    logger = StepAxisWandB(project="p", name="run")
+    logger.init(SimpleNamespace(run_name="run"), Log())  # type: ignore[arg-type]
+    assert wandb.settings == {"project": "p", "name": "run"}
+    assert wandb.axes == {STEP: None, "*": STEP}
+    logger.log_metrics({"time/batch": 3}, step=3)
+    for step in range(3):
+        logger.log_metrics({"train/loss": 1.0 - step}, step=step)
+    losses = [(row[STEP], row["train/loss"]) for row in wandb.rows if "train/loss" in row]
+    assert losses == [(0, 1.0), (1, 0.0), (2, -1.0)]
+    picture = np.zeros((4, 6, 3), np.uint8)
+    logger.log_images(picture, "pictures/samples", channels_last=True, step=3)
+    assert wandb.rows[-1].keys() == {STEP, "pictures/samples"}
+    assert wandb.rows[-1][STEP] == 3
+    assert wandb.rows[-1]["pictures/samples"][0].shape == (4, 6, 3)
+
+
+# --- numbers and lines ------------------------------------------------------------------------
+
+
+def log_of(tmp_path, record: LossRecord, interval: int, **options: Any) -> MetricsLog:
+    return MetricsLog(tmp_path / "metrics.jsonl", interval, record, **options)
+
+
+def state_at(step: int) -> Any:
+    """A trainer's state at the end of a step, whose timestamp has advanced."""
+    return SimpleNamespace(
+        batch={"num_tokens": 8},
+        timestamp=SimpleNamespace(batch=Time(step + 1, "ba")),
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.5**step}])],
+    )
+
+
+def run_steps(callback: MetricsLog, record: LossRecord, losses: list[float]) -> Log:
+    log: Any = Log()
+    callback.fit_start(state_at(-1), log)
+    for step, loss in enumerate(losses):
+        record.add(4, {"loss": torch.tensor(loss), "entropy": torch.tensor(-3.0)})
+        record.note("gradient_norm_generator", torch.tensor(2.0 + step))
+        callback.batch_end(state_at(step), log)
+    return log
+
+
+def test_loggers_get_every_number_of_every_step_at_the_end_of_an_interval(tmp_path):
+    record = LossRecord()
+    log = run_steps(log_of(tmp_path, record, 2), record, [1.0, 0.5, 0.25])
+    assert log.metrics == {
+        step: {
+            "loss/K=8": loss, "train/loss": loss, "train/entropy": -3.0, "train/lr": 0.5**step,
+            "train/gradient_norm_generator": 2.0 + step,
+        }
+        for step, loss in enumerate([1.0, 0.5])
+    }  # fmt: skip
+
+
+def test_the_console_says_once_what_a_negative_loss_means(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="lgm_scale")
+    record, said = LossRecord(), "a loss below 0 is no error"
+    callback = log_of(tmp_path, record, 1, below_zero=said)
+    run_steps(callback, record, [0.5, -0.1, -0.2])
+    lines = [entry.getMessage() for entry in caplog.records]
+    assert lines.count(said) == 1
+    assert lines.index(said) == 2, "after the line of the step where it happened"
+
+
+def test_a_tokenizer_names_the_terms_that_may_be_negative():
+    said = small_model().below_zero()
+    assert "entropy (from -" in said
+    assert "representation (a cosine, from -1 on)" in said
+    assert "adversarial" in said
+    plain = TokenizerObjectiveConfig(entropy=0.0)
+    assert small_model(plain).below_zero() == ""
+
+
+def test_waiting_and_memory_are_reported_once_an_interval(monkeypatch):
+    waits, clock = iter([5.0, 5.5]), iter([100.0, 110.0])
+    monkeypatch.setattr("lgm_scale.training.throughput.time.perf_counter", lambda: next(clock))
+    callback, log = Resources(4, lambda: next(waits)), Log()
+    state: Any = None
+    callback.fit_start(state, log)  # type: ignore[arg-type]
+    for _ in range(4):
+        assert log.metrics == {}
+        callback.batch_end(state, log)  # type: ignore[arg-type]
+    report = log.metrics[None]
+    assert report["data/wait_seconds"] == pytest.approx(0.5 / 4)
+    assert report["data/wait_share"] == pytest.approx(0.05)
+    assert 0.05 < report["memory/host_gib"] < 64
+    assert ("memory/gpu_peak_gib" in report) == torch.cuda.is_available()
+
+
+def test_a_bar_that_nobody_reads_does_not_end_a_run(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = os.fdopen(writer, "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", stream)
+    limit = Time(100, "ba")
+    state: Any = SimpleNamespace(max_duration=limit, timestamp=SimpleNamespace(batch=Time(0, "ba")))
+    bar = _bar(state)
+    for _ in range(100):
+        bar.update()
+    bar.close()
+    assert bar.disable
+    monkeypatch.undo()
+    with pytest.raises(BrokenPipeError):  # the pipe was broken indeed
+        stream.close()
+
+
+# --- what is shown, and what cannot be ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shown"),
+    [
+        ([64], [64]),
+        ([8, 64], [8, 64]),
+        ([8, 16, 32, 64], [8, 16, 32, 64]),
+        ([32, 48, 64, 96, 128, 196, 256], [32, 64, 128, 256]),
+        (list(range(16, 257, 16)), [16, 96, 176, 256]),
+    ],
+)
+def test_pictures_show_four_lengths_from_the_smallest_to_the_largest(lengths, shown):
+    assert shown_lengths(lengths) == shown
+
+
+def problems(path: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_training_run(path, list(overrides), 1, has_gpu=False)
+    return caught.value.problems
+
+
+def test_what_cannot_be_watched_is_told_with_a_fix():
+    (problem,) = problems(TOKENIZER, "logging.pictures=100ba")
+    assert problem.startswith("logging.pictures: 100ba asks for pictures of validation images")
+    fix = ["evaluation.images=x", "evaluation.interval=100ba"]
+    load_training_run(TOKENIZER, ["logging.pictures=100ba", *fix], 1, has_gpu=False)
+    (problem,) = problems(TOKENIZER, *fix, "evaluation.num_images=0")
+    assert problem.startswith("evaluation.num_images: 0 must be")
+    found = problems(TOKENIZER, "evaluation.images=x", "evaluation.interval=often")
+    assert [line.split(":")[0] for line in found] == ["evaluation.interval"]
+    found = problems(GENERATOR, "logging.pictures=often")
+    assert [line.split(":")[0] for line in found] == ["logging.pictures"]
+    lora = ["lora.base=x", "lengths.choices=[64]"]
+    (problem,) = problems(GENERATOR, *lora, "logging.pictures=1ep")
+    assert problem.startswith("logging.pictures: is for runs that train a whole generator")
+    load_training_run(GENERATOR, lora, 1, has_gpu=False)
