@@ -19,7 +19,7 @@ from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.during_training.subjects import shown_lengths
 from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
 from lgm_scale.training.callbacks import MetricsLog, _bar
-from lgm_scale.training.loggers import STEP, StepAxisWandB
+from lgm_scale.training.loggers import STEP, WandB
 from lgm_scale.training.record import LossRecord
 from lgm_scale.training.throughput import Resources
 
@@ -39,48 +39,62 @@ class Log:
 # --- Weights & Biases -------------------------------------------------------------------------
 
 
-@pytest.fixture
-def wandb(monkeypatch) -> Any:
-    """A module in the place of wandb, which keeps rows as wandb does: by a step that only grows."""
-    module: Any = ModuleType("wandb")
-    module.rows, module.axes, module.row = [], {}, {}
+class Run:
+    """A run of wandb, which keeps rows as wandb does: a row for each call."""
 
-    def log(values: dict[str, Any], step: int | None = None, commit: bool = True) -> None:
+    def __init__(self, **settings: Any) -> None:
+        self.settings, self.rows, self.axes, self.finished = settings, [], {}, 0
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
         assert step is None, "wandb drops values of a step before its last one"
-        module.row |= values
-        if commit:
-            module.rows.append(module.row)
-            module.row = {}
+        self.rows.append(values)
 
-    def define_metric(name: str, step_metric: str | None = None) -> None:
-        module.axes[name] = step_metric
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
 
-    def init(**settings: Any) -> None:
-        module.settings = settings
-        module.run = SimpleNamespace(dir="run", entity="me", project="p", get_url=lambda: "")
+    def finish(self) -> None:
+        self.finished += 1
 
-    module.log, module.define_metric, module.init = log, define_metric, init
+
+@pytest.fixture
+def runs(monkeypatch) -> list[Run]:
+    """Runs that a module in the place of wandb has begun."""
+    module: Any = ModuleType("wandb")
+    begun: list[Run] = []
+    module.init = lambda **settings: begun.append(Run(**settings)) or begun[-1]
     module.Image = lambda image: image
     monkeypatch.setitem(sys.modules, "wandb", module)
-    return module
+    return begun
 
 
-def test_wandb_keeps_numbers_of_earlier_steps(wandb):
+def test_wandb_keeps_numbers_of_earlier_steps(runs):
     """The numbers of an interval come when the trainer has told later steps already."""
-    logger = StepAxisWandB(project="p", name="run")
-    logger.init(SimpleNamespace(run_name="run"), Log())  # type: ignore[arg-type]
-    assert wandb.settings == {"project": "p", "name": "run"}
-    assert wandb.axes == {STEP: None, "*": STEP}
+    logger, nothing = WandB("p", "run"), SimpleNamespace()
+    logger.init(nothing, nothing)  # type: ignore[arg-type]
+    (run,) = runs
+    assert run.settings == {"project": "p", "name": "run"}
+    assert run.axes == {STEP: None, "*": STEP}
     logger.log_metrics({"time/batch": 3}, step=3)
     for step in range(3):
         logger.log_metrics({"train/loss": 1.0 - step}, step=step)
-    losses = [(row[STEP], row["train/loss"]) for row in wandb.rows if "train/loss" in row]
+    losses = [(row[STEP], row["train/loss"]) for row in run.rows if "train/loss" in row]
     assert losses == [(0, 1.0), (1, 0.0), (2, -1.0)]
-    picture = np.zeros((4, 6, 3), np.uint8)
-    logger.log_images(picture, "pictures/samples", channels_last=True, step=3)
-    assert wandb.rows[-1].keys() == {STEP, "pictures/samples"}
-    assert wandb.rows[-1][STEP] == 3
-    assert wandb.rows[-1]["pictures/samples"][0].shape == (4, 6, 3)
+    logger.log_images(np.zeros((4, 6, 3), np.uint8), "pictures/samples", True, 3, None, None, False)
+    assert run.rows[-1].keys() == {STEP, "pictures/samples"}
+    assert run.rows[-1][STEP] == 3
+    assert run.rows[-1]["pictures/samples"].shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+def test_a_run_that_failed_is_not_said_to_be_finished(runs, fitted):
+    """wandb's own hook at the end of the process says that it failed, and with which status."""
+    logger, nothing = WandB("p", "run"), SimpleNamespace()
+    logger.init(nothing, nothing)  # type: ignore[arg-type]
+    if fitted:
+        logger.fit_end(nothing, nothing)  # type: ignore[arg-type]
+    logger.post_close()
+    logger.post_close()  # at the end of the process once more
+    assert runs[0].finished == int(fitted)
 
 
 # --- numbers and lines ------------------------------------------------------------------------
