@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from composer.core import Time
-from small_tokenizer import small_model
+from small_tokenizer import small_batch, small_model
 
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError
@@ -23,6 +24,7 @@ from lgm_scale.training.loggers import STEP, WandB
 from lgm_scale.training.record import LossRecord
 from lgm_scale.training.throughput import Resources
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER, GENERATOR = "yamls/quickstart/tokenizer.yaml", "yamls/quickstart/dit.yaml"
 
 
@@ -143,6 +145,15 @@ def test_the_console_says_once_what_a_negative_loss_means(tmp_path, caplog):
     lines = [entry.getMessage() for entry in caplog.records]
     assert lines.count(said) == 1
     assert lines.index(said) == 2, "after the line of the step where it happened"
+
+
+def test_the_page_on_watching_explains_every_term_of_a_tokenizer():
+    model, page = small_model(), (ROOT / "docs" / "watching.md").read_text()
+    batch = small_batch(step=3)
+    model.loss(model.forward(batch), batch)
+    terms = set(model.record.take())
+    assert {"critic_lecam", "adaptive_weight", "representation", "perceptual"} <= terms
+    assert [name for name in terms if f"`train/{name}`" not in page] == []
 
 
 def test_a_tokenizer_names_the_terms_that_may_be_negative():

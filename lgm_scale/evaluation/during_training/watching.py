@@ -96,7 +96,7 @@ class Reconstructions(Watch):
             db = [value for start in starts for value in found[start][i]]
             rows.append(
                 {
-                    "label": f"K = {num_tokens}",
+                    "label": f"K={num_tokens}",
                     "num_images": len(db),
                     "metrics": {"psnr_db": math.fsum(db) / len(db)},
                     "names": {"psnr_db": "PSNR in dB"},
