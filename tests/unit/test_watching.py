@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from composer.core import Time
+from composer.core import Time, Timestamp
 from small_tokenizer import small_batch, small_model
 
+from lgm_scale.build import build_scheduler
 from lgm_scale.config.rules import load_training_run
+from lgm_scale.config.schema import OptimizerConfig
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.during_training.subjects import shown_lengths
 from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
@@ -196,6 +199,21 @@ def test_a_bar_that_nobody_reads_does_not_end_a_run(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(BrokenPipeError):  # the pipe was broken indeed
         stream.close()
+
+
+def test_no_warm_up_is_no_mistake():
+    """Composer warns of it at every start and every resume."""
+    state: Any = SimpleNamespace(
+        timestamp=Timestamp(batch=3),
+        max_duration=Time(10, "ba"),
+        dataloader_len=Time(5, "ba"),
+        stop_training=False,
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        schedule = build_scheduler(OptimizerConfig(schedule="cosine", warmup=0))
+        assert 0 < schedule(state) < 1
+    assert told == []
 
 
 # --- what is shown, and what cannot be ----------------------------------------------------------
