@@ -12,9 +12,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict
-
-from lgm_scale.data.config import DataConfig
+from lgm_scale.data.config import STRICT, DataConfig
 
 __all__ = [
     "STRICT",
@@ -35,9 +33,6 @@ __all__ = [
     "TrainingRun",
     "required",
 ]
-
-STRICT = ConfigDict(extra="forbid", strict=True)
-"""For every section: an unknown key is an error, and a string is no number."""
 
 
 def required(example: Any) -> Any:

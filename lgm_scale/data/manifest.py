@@ -106,7 +106,7 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> Manifest:
             f"{path} is missing: the folder holds MDS shards of {kind} but not the names of their "
             f"classes. {fix}"
         )
-    manifest = parse_manifest(path.read_text(), str(path), fix)
+    manifest = parse_manifest(path.read_text(errors="replace"), str(path), fix)
     if manifest.kind != kind:
         raise DataError(f"{path} says kind {manifest.kind!r}, but {kind!r} is needed here. {fix}")
     num_indexed = sum(int(shard["samples"]) for shard in shards)
@@ -224,7 +224,7 @@ def read_labels(folder: str | os.PathLike[str], manifest: Manifest) -> np.ndarra
         raise DataError(f"{path} is missing: without it no class can be chosen. {fix}")
     try:
         labels = np.load(path, allow_pickle=False).astype(np.int64)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is damaged ({error}). {fix}") from error
     if (
         labels.ndim == 1

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lgm_scale.config.loading import read_yaml
 from lgm_scale.data.manifest import read_manifest
-from lgm_scale.errors import LGMError, MissingAssetError, exit_on_user_error
+from lgm_scale.errors import ConfigError, LGMError, MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
+from lgm_scale.evaluation.sweep.config import SweepConfig
 from lgm_scale.published import PUBLISHED, PublishedFile
 from lgm_scale.storage.files import file_hash
 
@@ -113,6 +114,8 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="status 2 if a file is not in order")
     args = parser.parse_intermixed_args(sys.argv[1:])
     values = read_yaml(args.config, args.overrides) if args.config else {}
+    if args.config and not values.keys() & {entry.name for entry in fields(SweepConfig)}:
+        raise ConfigError(f"config: {args.config} has no key of a sweep; give the file of one")
     text, bad = report(values)
     print(text)
     if args.strict and bad:

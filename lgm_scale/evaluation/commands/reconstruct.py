@@ -27,8 +27,8 @@ from lgm_scale.errors import ConfigError, MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import (
     add_chunk_options,
     add_tokenizer_options,
-    chunk_problems,
     command_parser,
+    not_positive,
 )
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
 from lgm_scale.families.base import outside_lengths
@@ -89,7 +89,7 @@ def problems_of(args: argparse.Namespace, tokenizer: ImageTokenizer, least: int)
     ):
         yield f"--lengths: {text}"
     yield from (f"--{text}" for text in wrong_image_size(args.images, manifest, side))
-    yield from chunk_problems(args)
+    yield from not_positive(args, "batch_size", "chunk_size", "target_psnr")
     if args.inception is not None and manifest.num_samples < 2:
         yield f"--images: {args.images} holds {manifest.num_samples} image; rFID needs 2 or more"
     if args.vgg16 is not None and side < LPIPS_SIDE:

@@ -21,8 +21,8 @@ from pathlib import Path
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import (
     add_chunk_options,
-    chunk_problems,
     command_parser,
+    not_positive,
 )
 
 
@@ -57,7 +57,9 @@ def main() -> int:
     problems = []
     if out.suffix != ".safetensors":
         problems.append(f"--out: {out} must end in .safetensors")
-    problems += chunk_problems(args)
+    problems += not_positive(args, "batch_size", "chunk_size")
+    if args.image_size is not None:
+        problems += not_positive(args, "image_size")
     if args.keep_features < 0:
         problems.append(f"--keep-features: {args.keep_features} must be 0 or more")
     for key in ("inception", "dinov2"):

@@ -188,6 +188,8 @@ def _search(config: SweepConfig) -> Iterator[str]:
         )
     if search.patience < 1:
         yield f"search.patience: {search.patience} must be 1 or more"
+    if search.max_is is not None and search.max_is <= 0:
+        yield f"search.max_is: {search.max_is} must be above 0; null: no score ends a line"
     if search.margin < 0:
         yield f"search.margin: {search.margin} must be 0 or more"
     if search.metric not in config.metrics:

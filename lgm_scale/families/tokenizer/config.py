@@ -153,12 +153,17 @@ def _model(model: TokenizerModelConfig) -> Iterator[str]:
             f"model.dropped_tokens: {model.dropped_tokens} has no effect with length_control: "
             f"{model.length_control}, which drops no tokens; remove it"
         )
-    if model.image_size < 1 or model.patch_size < 1 or model.image_size % model.patch_size != 0:
+    sizes = ("image_size", "patch_size", "num_base_tokens", "latent_dim", "num_codebooks")
+    below = [key for key in (*sizes, "codebook_size") if getattr(model, key) < 1]
+    if below:
+        yield from (f"model.{key}: {getattr(model, key)} must be 1 or more" for key in below)
+        return
+    if model.image_size % model.patch_size != 0:
         yield (
             f"model.image_size: {model.image_size} is not divisible by patch_size "
             f"{model.patch_size}"
         )
-    if model.num_codebooks < 1 or model.num_base_tokens % max(model.num_codebooks, 1) != 0:
+    if model.num_base_tokens % model.num_codebooks != 0:
         yield (
             f"model.num_base_tokens: {model.num_base_tokens} is not divisible by num_codebooks "
             f"{model.num_codebooks}; tokens merge within equal segments only"
