@@ -18,6 +18,7 @@ from small_pipeline import (
     ROOT,
     SmallPipeline,
     assert_same_run,
+    losses,
     metrics,
     run_command,
     train_in_process,
@@ -26,6 +27,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.commands import reconstruct
+from lgm_scale.evaluation.report.drawing import LIGHT, to_png
+from lgm_scale.evaluation.report.pictures import image_grid
+from lgm_scale.pipeline import load_pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.system]
 
@@ -63,6 +67,10 @@ def pair(small_pipeline, tmp_path_factory) -> Callable[[str], tuple[Path, Path]]
 def events_of(out: Path) -> EventAccumulator:
     (folder,) = (out / "tensorboard").iterdir()
     return EventAccumulator(str(folder), {"scalars": 0, "images": 0}).Reload()
+
+
+def evaluated(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "evaluation.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,10 +123,24 @@ def test_pictures_have_a_row_per_length_and_change(pair, kind):
     assert [(event.height, event.width) for event in events] == [p.shape[:2] for p in pictures]
 
 
+def test_the_last_picture_is_of_the_result(pair):
+    """The averaged weights, one noise in each column: what the bundle samples, pixel for pixel."""
+    watched, _ = pair("generator")
+    pipe = load_pipeline(watched / "bundle", "cpu", torch.float32)
+    classes = [0, 2, 4, 6, 8, 10, 12, 14]  # eight of 17, evenly spaced
+    rows = [
+        np.asarray(pipe(classes, k, seed=0, progress_bar=False)).transpose(0, 3, 1, 2)
+        for k in (4, 8, 16)
+    ]
+    names = [pipe.classes[label] for label in classes]
+    drawn = to_png(image_grid(rows, ["K = 4", "K = 8", "K = 16"], names, LIGHT), LIGHT)
+    assert (watched / "pictures" / "samples-00000010.png").read_bytes() == drawn
+
+
 def test_the_last_psnr_is_that_of_the_result(small_pipeline, pair, tmp_path, monkeypatch):
     """The command for bundles measures the same, to the bit."""
     watched, _ = pair("tokenizer")
-    lines = [json.loads(line) for line in (watched / "evaluation.jsonl").read_text().splitlines()]
+    lines = evaluated(watched)
     assert [(line["step"], line["label"]) for line in lines] == [
         (step, f"K={k}") for step in (5, 10) for k in (4, 8, 16)
     ]
@@ -135,6 +157,19 @@ def test_the_last_psnr_is_that_of_the_result(small_pipeline, pair, tmp_path, mon
     assert [event.value for event in found] == [
         np.float32(line["metrics"]["psnr_db"]) for line in lines if line["label"] == "K=4"
     ]
+
+
+@pytest.mark.thorough
+def test_ranks_share_the_images(small_pipeline, tmp_path, pair):
+    watched, plain = pair("tokenizer")
+    out = tmp_path / "shared"
+    done = run_command(
+        "lgm_scale/train.py", config_of(small_pipeline, "tokenizer", out, True), ranks=2
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    torch.testing.assert_close(losses(out, 10), losses(plain, 10), rtol=0, atol=1e-5)
+    found, wanted = ([line["metrics"] for line in evaluated(run)] for run in (out, watched))
+    assert found == [{"psnr_db": pytest.approx(row["psnr_db"], abs=1e-3)} for row in wanted]
 
 
 @pytest.mark.parametrize(

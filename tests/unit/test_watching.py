@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import torch
 from composer.core import Time, Timestamp
+from composer.utils import dist
 from small_tokenizer import small_batch, small_model
 
 from lgm_scale.build import build_scheduler
+from lgm_scale.config.inputs import input_problems
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import OptimizerConfig
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.during_training.subjects import shown_lengths
+from lgm_scale.evaluation.during_training.watching import BATCH_SIZE, Reconstructions, Watch
 from lgm_scale.families.tokenizer.config import TokenizerObjectiveConfig
+from lgm_scale.pixels import psnr
 from lgm_scale.training.callbacks import MetricsLog, _bar
 from lgm_scale.training.loggers import STEP, WandB
 from lgm_scale.training.record import LossRecord
@@ -233,10 +237,81 @@ def test_pictures_show_four_lengths_from_the_smallest_to_the_largest(lengths, sh
     assert shown_lengths(lengths) == shown
 
 
+class Looks(Watch):
+    """Notes the steps at which it looks."""
+
+    def __init__(self, interval: str) -> None:
+        super().__init__(interval)
+        self.steps: list[int] = []
+
+    def look(self, step: int, logger: Any = None) -> None:
+        self.steps.append(step)
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps"), [("4ba", [4, 8, 12]), ("1ep", [5, 10]), ("2ep", [10])]
+)
+def test_looks_come_at_whole_intervals(interval, steps):
+    looks, log = Looks(interval), Log()
+    for step in range(1, 13):  # five steps an epoch
+        state: Any = SimpleNamespace(timestamp=Timestamp(batch=step, epoch=step // 5))
+        looks.batch_end(state, log)  # type: ignore[arg-type]
+        if step % 5 == 0:
+            looks.epoch_end(state, log)  # type: ignore[arg-type]
+    assert looks.steps == steps
+
+
+class Stored:
+    """Images in memory."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: list[int]) -> tuple[torch.Tensor, None]:
+        return self.images[indices], None
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_measure_every_image_once(monkeypatch, world_size):
+    """Whatever the number of ranks, the PSNR is that of the images in their order."""
+    images = torch.randint(0, 256, (37, 3, 4, 4), dtype=torch.uint8)
+    subject: Any = SimpleNamespace(
+        lengths=[4, 8],
+        images=Stored(images),
+        tree=lambda: None,
+        reconstructed=lambda batch, tree, lengths: [batch // 2, batch],
+    )
+    looks = Reconstructions("1ep", subject, 37)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+    found = {}
+    for rank in range(world_size):
+        monkeypatch.setattr(dist, "get_global_rank", lambda rank=rank: rank)
+        part = looks._measured(range(0, 37, BATCH_SIZE))
+        assert not found.keys() & part.keys()
+        found |= part
+    measured = [value for start in sorted(found) for value in found[start][0]]
+    assert measured == psnr(images, images // 2).tolist()
+
+
 def problems(path: str, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         load_training_run(path, list(overrides), 1, has_gpu=False)
     return caught.value.problems
+
+
+def test_images_that_are_not_there_are_told_with_all_else(tmp_path):
+    watched = [f"evaluation.images={tmp_path}/none", "evaluation.interval=1ep"]
+    overrides = [*watched, f"data.path={tmp_path}/gone"]
+    run = load_training_run(TOKENIZER, overrides, 1, has_gpu=False)
+    told = list(input_problems(run))
+    assert [line.split(":")[0] for line in told] == ["evaluation.images", "data.path"]
+    to_come = f"{tmp_path}/none"
+    assert [line.split(":")[0] for line in input_problems(run, lambda path: path == to_come)] == [
+        "data.path"
+    ]
 
 
 def test_what_cannot_be_watched_is_told_with_a_fix():
