@@ -205,14 +205,8 @@ class CheckedLoader(StreamingDataLoader):
         Raises: DataError if batches are missing, with what a worker said.
         """
         count, planned, epoch = 0, -1, -1
-        batches = super().__iter__()
         try:
-            while True:
-                asked = time.perf_counter()
-                batch = next(batches, None)
-                self.waited += time.perf_counter() - asked
-                if batch is None:
-                    return
+            for batch in self._timed(super().__iter__()):
                 if planned < 0:
                     epoch, planned = self._plan()
                 if count < planned:
@@ -231,6 +225,14 @@ class CheckedLoader(StreamingDataLoader):
                 "says why. Run again, from the last resume state"
             )
         self.epochs.completed = epoch
+
+    def _timed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The same batches; counts how long each was waited for."""
+        asked = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
     def _plan(self) -> tuple[int, int]:
         """The epoch, and its batches from where it was begun, or resumed, to its end."""
