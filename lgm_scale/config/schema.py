@@ -223,6 +223,10 @@ class TrainingRun:
     lengths: LengthsConfig
     train: TrainConfig
     seed: int = 0
+    init_from: str | None = None
+    """Bundle whose weights a new run starts from: a local folder that a training or
+    `lgm_scale.release_import` has written. Optimizer, step, schedule and average start new. Once
+    the run has a state of its own, the bundle is not read again, and the key cannot change."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
