@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lgm_scale.config.loading import to_dict
-from lgm_scale.config.schema import EvaluationConfig, TrainingRun
+from lgm_scale.config.schema import EvaluationConfig, ReconstructionsConfig, TrainingRun
 from lgm_scale.errors import ConfigError
 from lgm_scale.published import Asset, missing_lines
 
@@ -124,7 +124,15 @@ class Family(ABC):
         return None
 
     def evaluation(self, run: Any) -> EvaluationConfig | None:
-        """How the run is evaluated while it trains; None: it is not."""
+        """How samples of the run are evaluated while it trains; None: they are not."""
+        return None
+
+    def reconstructions(self, run: Any) -> ReconstructionsConfig | None:
+        """How reconstructions of the run are measured while it trains; None: they are not.
+
+        Where it says something, `network` gives a `protocols.ImageTokenizer`, which has a
+        `merge_tree()` where its merging says `has_tree`.
+        """
         return None
 
     def data_kind(self, run: Any) -> str | None:
