@@ -74,7 +74,7 @@ def main() -> int:
     if args.dry_run:
         world_size = args.world_size or launched
         config = load_training_run(args.config, args.overrides, world_size, has_gpu=None)
-        from lgm_scale.plan import describe
+        from lgm_scale.planning.plan import describe
 
         if rank == 0:
             print(describe(config, world_size))

@@ -41,6 +41,7 @@ __all__ = [
     "Family",
     "GeneratorFacts",
     "GeneratorFamily",
+    "Rehearsal",
     "Tool",
     "add_import_option",
     "families",
@@ -83,6 +84,21 @@ class Companions:
     """
 
     trained: Mapping[str, nn.Module] = field(default_factory=dict)
+    frozen: Sequence[nn.Module] = ()
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A training step without data: what is needed to simulate one.
+
+    Args:
+        model: In its Composer shell, with fresh weights, on the meta device where that is default.
+        batch: What the data set gives of a batch besides `sample_ids`: shapes and dtypes count.
+        frozen: Networks that losses look through and that are no part of `model`.
+    """
+
+    model: TrainingModel
+    batch: Mapping[str, Tensor]
     frozen: Sequence[nn.Module] = ()
 
 
@@ -174,6 +190,20 @@ class Family(ABC):
     def companions(self, run: Any) -> Companions:
         """What else the training holds; on the meta device, shapes alone."""
         return Companions()
+
+    def rehearsal(self, run: Any, num_samples: int, num_tokens: int) -> Rehearsal | None:
+        """A step of `num_samples` samples at K tokens; None: this family's cannot be simulated.
+
+        Called with torch's meta device as default. Nothing may be read: no data, no bundle.
+        """
+        return None
+
+    def sample_bytes(self, run: Any) -> int | None:
+        """Bytes of one sample of the training data; None where that is known from the data alone.
+
+        Free of torch.
+        """
+        return None
 
     @abstractmethod
     def training_model(self, run: Any, dataset: Any) -> TrainingModel:

@@ -26,7 +26,7 @@ ORDER = [
     "launchers",
     "experiments",
     "lgm_scale/train.py",
-    "lgm_scale/plan.py",
+    "lgm_scale/planning",
     "lgm_scale/build.py",
     "lgm_scale/sample.py",
     "lgm_scale/evaluation/commands",

@@ -8,7 +8,7 @@ import pytest
 
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.families.tokenizer.config import TOKENIZER_SIZES
-from lgm_scale.plan import describe
+from lgm_scale.planning.plan import describe
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 RECIPE = YAMLS / "tokenizer_b.yaml"

@@ -14,6 +14,7 @@ from lgm_scale.families.base import (
     Evaluated,
     GeneratorFacts,
     GeneratorFamily,
+    Rehearsal,
     Tool,
     outside_lengths,
 )
@@ -115,6 +116,29 @@ class LGMFamily(GeneratorFamily):
         if run.lora is not None:
             add_adapter(net, run.lora.rank, run.lora.alpha)
         return net
+
+    @override
+    def rehearsal(self, run: LGMRun, num_samples: int, num_tokens: int) -> Rehearsal:
+        import torch
+
+        from lgm_scale.families.lgm.data import LatentStats
+        from lgm_scale.families.lgm.training import LGMTrainingModel
+        from lgm_scale.merging.tree import MergeTree
+
+        tokens, dim = run.model.num_base_tokens, run.model.latent_dim
+        with torch.device("cpu"):  # any tree will do, but its cuts are numbers
+            tree = MergeTree.from_embeddings(torch.randn(tokens, 8), run.model.num_blocks)
+            tree.assignment(num_tokens)  # kept
+        stats = LatentStats(torch.empty(dim), torch.empty(dim))
+        model = LGMTrainingModel(self.network(run), tree, stats, run.objective, run.seed)
+        latents = torch.empty(num_samples, tokens, dim, dtype=torch.float16)
+        return Rehearsal(
+            model, {"latents": latents, "labels": torch.empty(num_samples, dtype=torch.int64)}
+        )
+
+    @override
+    def sample_bytes(self, run: LGMRun) -> int:
+        return 2 * 2 * run.model.num_base_tokens * run.model.latent_dim  # two flips, float16
 
     @override
     def training_model(self, run: LGMRun, dataset: LGMLatentDataset) -> LGMTrainingModel:
