@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lgm_scale.data.epochs import EpochDataset, StreamOptions
     from lgm_scale.data.manifest import Manifest
     from lgm_scale.sampling.config import SamplerConfig
-    from lgm_scale.training.model import TrainingModel
+    from lgm_scale.training.model import Rehearsal, TrainingModel
 
 __all__ = [
     "NOT_COMPILED",
@@ -41,7 +41,6 @@ __all__ = [
     "Family",
     "GeneratorFacts",
     "GeneratorFamily",
-    "Rehearsal",
     "Tool",
     "add_import_option",
     "families",
@@ -84,21 +83,6 @@ class Companions:
     """
 
     trained: Mapping[str, nn.Module] = field(default_factory=dict)
-    frozen: Sequence[nn.Module] = ()
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """A training step without data: what is needed to simulate one.
-
-    Args:
-        model: In its Composer shell, with fresh weights, on the meta device where that is default.
-        batch: What the data set gives of a batch besides `sample_ids`: shapes and dtypes count.
-        frozen: Networks that losses look through and that are no part of `model`.
-    """
-
-    model: TrainingModel
-    batch: Mapping[str, Tensor]
     frozen: Sequence[nn.Module] = ()
 
 
@@ -192,17 +176,11 @@ class Family(ABC):
         return Companions()
 
     def rehearsal(self, run: Any, num_samples: int, num_tokens: int) -> Rehearsal | None:
-        """A step of `num_samples` samples at K tokens; None: this family's cannot be simulated.
-
-        Called with torch's meta device as default. Nothing may be read: no data, no bundle.
-        """
+        """A step without data, at K tokens, on the meta device; None: it cannot be simulated."""
         return None
 
     def sample_bytes(self, run: Any) -> int | None:
-        """Bytes of one sample of the training data; None where that is known from the data alone.
-
-        Free of torch.
-        """
+        """Bytes of a sample of the training data, without torch; None: the data alone tell."""
         return None
 
     @abstractmethod

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from lgm_scale.parallel.torch_internals import TorchDispatchMode, schema_of, tree_leaves
 
 __all__ = ["Traffic", "Transfer", "moved_bytes"]
 
@@ -54,7 +54,7 @@ class Traffic(TorchDispatchMode):
         """Note, and go on."""
         if DTensor in types:
             return NotImplemented  # let it come apart: what it moves is seen then
-        space, name = str(func._schema.name).split("::")
+        space, name = str(schema_of(func).name).split("::")
         name = name.strip("_")
         if space in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "barrier"):
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

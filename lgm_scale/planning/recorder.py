@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from lgm_scale.parallel.shards import local_part
+from lgm_scale.parallel.torch_internals import TorchDispatchMode, schema_of, tree_leaves
 
 __all__ = ["Product", "Recorder", "Work"]
 
@@ -149,7 +148,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(tensor, Tensor) and not isinstance(tensor, DTensor):
                 serial = self._storage(tensor)
                 read[serial] = max(read.get(serial, 0), _bytes(tensor))
-        names = {a.name: i for i, a in enumerate(func._schema.arguments) if _writes(a)}
+        names = {a.name: i for i, a in enumerate(schema_of(func).arguments) if _writes(a)}
         changed = [kwargs.get(name, args[i] if i < len(args) else ()) for name, i in names.items()]
         written: dict[int, int] = {}
         for tensor in (*tree_leaves(changed), *outputs):
@@ -157,7 +156,7 @@ class Recorder(TorchDispatchMode):
                 serial = self._storage(tensor)
                 if names or serial not in read:
                     written[serial] = max(written.get(serial, 0), _bytes(tensor))
-        name = func._schema.name
+        name = schema_of(func).name
         if not written or "::empty" in name or "::new_empty" in name:  # a view, or nothing done
             return
         self.work.kernels += 1
@@ -195,7 +194,8 @@ def _writes(argument: Any) -> bool:
 
 def _product(func: Any, args: Any, kwargs: Any, result: Any) -> tuple[str | None, int]:
     """Kind and operations of a product; None for anything else."""
-    packet, name = func._overloadpacket, func._schema.name
+    space, name = schema_of(func).name.split("::")
+    packet = getattr(getattr(torch.ops, space), name)
     if "scaled_dot_product" in name:
         backward = "backward" in name
         shapes = [x.shape for x in args[: 4 if backward else 3]]

@@ -22,22 +22,22 @@ import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # makes them known to fake tensors
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lgm_scale import layers
 from lgm_scale.build import build_optimizer
 from lgm_scale.config.schema import FSDPConfig, TrainingRun
-from lgm_scale.families.base import Rehearsal, family_of
+from lgm_scale.families.base import family_of
 from lgm_scale.parallel.blocks import checkpoint_blocks, transformer_blocks
 from lgm_scale.parallel.fsdp import shard_model
 from lgm_scale.parallel.shards import local_shards
+from lgm_scale.parallel.torch_internals import fake_tensors, join_fake_ranks
 from lgm_scale.parallel.traffic import Traffic, Transfer
 from lgm_scale.planning.recorder import Recorder, Work
 from lgm_scale.training.clipping import GroupClipping
 from lgm_scale.training.ema import EMA
+from lgm_scale.training.model import Rehearsal
 
-__all__ = ["Simulated", "fake_ranks", "fake_tensors", "simulate"]
+__all__ = ["Part", "Simulated", "fake_ranks", "simulate"]
 
 GPUS_PER_NODE = 8
 """Assumed wherever a plan must know nodes."""
@@ -50,18 +50,13 @@ def fake_ranks(world_size: int) -> Iterator[None]:
     """Let this process be rank 0 of `world_size`; an earlier process group ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    join_fake_ranks(world_size)
     try:
         # Composer compares the group with the environment, where it may have left its own words.
         with patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": str(world_size)}):
             yield
     finally:
         dist.destroy_process_group()
-
-
-def fake_tensors() -> FakeTensorMode:
-    """A context whose tensors are fake; real ones may be mixed in, where their numbers count."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @dataclass(frozen=True)

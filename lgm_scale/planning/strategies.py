@@ -187,8 +187,11 @@ def _zero(
     state = planned.total - planned.on_host - planned.gradients + frozen + standing
     working = int(simulated.activations.max()) + bucket + gathered * FLOAT
     stepping = math.ceil(trained / world_size) * FLOAT  # one more copy of a rank's gradients
+    work = step.update.work
+    work = replace(work, eager_bytes=work.eager_bytes // world_size)  # each steps its part
     return replace(
         *(step,), state=state, peak=state + planned.gradients + max(working, stepping), moved=moved,
+        update=Part(work, step.update.transfers),
         derived="activations simulated, state and collectives by DeepSpeed's rule",
     )  # fmt: skip
 

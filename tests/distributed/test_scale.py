@@ -23,8 +23,9 @@ from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.blocks import transformer_blocks
 from lgm_scale.parallel.fsdp import shard_model
+from lgm_scale.parallel.torch_internals import fake_tensors
 from lgm_scale.parallel.traffic import Traffic, Transfer
-from lgm_scale.planning.simulation import fake_ranks, fake_tensors
+from lgm_scale.planning.simulation import fake_ranks
 
 WORLDS = (8, 64, 1024)
 Run = Callable[[nn.Module], Tensor]

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lgm_scale.bundle import model_config
 from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily, Rehearsal, Tool
+from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily, Tool
 from lgm_scale.families.elit.config import (
     CONFIG_NAME,
     ENCODED_SIZE,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lgm_scale.families.elit.network import SiT
     from lgm_scale.families.elit.training import ELITTrainingModel
     from lgm_scale.sampling.config import SamplerConfig
+    from lgm_scale.training.model import Rehearsal
 
 
 class ELITFamily(GeneratorFamily):
@@ -138,6 +139,7 @@ class ELITFamily(GeneratorFamily):
         import torch
 
         from lgm_scale.families.elit.training import ELITTrainingModel
+        from lgm_scale.training.model import Rehearsal
 
         space, labels = run.space, torch.empty(num_samples, dtype=torch.int64)
         shape, pixels = (num_samples, space.channels, space.side, space.side), torch.uint8

@@ -14,7 +14,6 @@ from lgm_scale.families.base import (
     Evaluated,
     GeneratorFacts,
     GeneratorFamily,
-    Rehearsal,
     Tool,
     outside_lengths,
 )
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from lgm_scale.families.lgm.training import LGMTrainingModel
     from lgm_scale.families.tokenizer.network import Tokenizer
     from lgm_scale.sampling.config import SamplerConfig
+    from lgm_scale.training.model import Rehearsal
 
 
 class LGMFamily(GeneratorFamily):
@@ -124,6 +124,7 @@ class LGMFamily(GeneratorFamily):
         from lgm_scale.families.lgm.data import LatentStats
         from lgm_scale.families.lgm.training import LGMTrainingModel
         from lgm_scale.merging.tree import MergeTree
+        from lgm_scale.training.model import Rehearsal
 
         tokens, dim = run.model.num_base_tokens, run.model.latent_dim
         with torch.device("cpu"):  # any tree will do, but its cuts are numbers

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from lgm_scale.families.base import Companions, Family, Rehearsal, Tool
+from lgm_scale.families.base import Companions, Family, Tool
 from lgm_scale.families.tokenizer.config import (
     FROM_HUB,
     RECONSTRUCTION_FILES,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lgm_scale.families.tokenizer.critic import CriticHeads
     from lgm_scale.families.tokenizer.network import Decoder, Tokenizer
     from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
+    from lgm_scale.training.model import Rehearsal
 
 log = logging.getLogger("lgm_scale")
 
@@ -106,6 +107,7 @@ class TokenizerFamily(Family):
         from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
         from lgm_scale.merging.tree import MergeTree
         from lgm_scale.parallel.collectives import mean_over_ranks
+        from lgm_scale.training.model import Rehearsal
 
         net, frozen = self.network(run), build_frozen(run, read=False)
         model = TokenizerTrainingModel(
