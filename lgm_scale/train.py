@@ -22,6 +22,7 @@ from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.base import add_import_option, family_of
 from lgm_scale.parallel.first_failure import first_failure_on_top
+from lgm_scale.planning.options import PlanOptions, add_plan_options, plan_options
 
 log = logging.getLogger("lgm_scale")
 
@@ -57,12 +58,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="go on with a run though this key has a new value (optimizer.lr, objective.*, ...); "
         "its history records it. train.max_duration may grow without this",
     )
+    add_plan_options(parser)
     add_import_option(parser)
     args = parser.parse_intermixed_args(argv)
     if args.world_size is not None and args.world_size < 1:
         parser.error(f"--world-size: {args.world_size} must be 1 or more")
     if args.world_size is not None and not args.dry_run:
         parser.error("--world-size goes with --dry-run; the launcher's -n sets the ranks of a run")
+    args.plan = plan_options(args, parser)
     return args
 
 
@@ -74,11 +77,7 @@ def main() -> int:
     if args.dry_run:
         world_size = args.world_size or launched
         config = load_training_run(args.config, args.overrides, world_size, has_gpu=None)
-        from lgm_scale.planning.plan import describe
-
-        if rank == 0:
-            print(describe(config, world_size))
-        return 0
+        return dry_run(config, world_size, args.plan) if rank == 0 else 0
 
     def folder_of(config: TrainingRun) -> RunFolder:
         return RunFolder(Path(config.out), config, args.allow_change)
@@ -102,6 +101,18 @@ def main() -> int:
         return 0
     with first_failure_on_top(folder.path / "failures"):
         return train(config, folder)
+
+
+def dry_run(config: TrainingRun, world_size: int, options: PlanOptions) -> int:
+    """Print what the run would take; the exit status."""
+    from lgm_scale.planning.plan import describe
+
+    print(describe(config, world_size, options), flush=True)
+    if options.simulate or options.advise:
+        from lgm_scale.planning.report import print_simulation
+
+        return print_simulation(config, world_size, options)
+    return 0
 
 
 def train(config: TrainingRun, folder: RunFolder) -> int:

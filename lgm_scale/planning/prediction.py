@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lgm_scale.parallel.memory import GPUS_PER_NODE
 from lgm_scale.planning.hardware import GPU
 from lgm_scale.planning.recorder import Work
-from lgm_scale.planning.simulation import GPUS_PER_NODE
 from lgm_scale.planning.strategies import Moved, PlannedStep
 
 __all__ = ["StepTime", "collective_seconds", "predict"]

@@ -39,8 +39,6 @@ from lgm_scale.training.model import Rehearsal
 
 __all__ = ["Part", "Simulated", "fake_ranks", "simulate"]
 
-GPUS_PER_NODE = 8
-"""Assumed wherever a plan must know nodes."""
 LATE = 10**6
 """A step in which every loss is on, whatever comes in later than others."""
 

@@ -13,11 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig, TrainingRun
-from lgm_scale.parallel.memory import FLOAT, PERSISTENT, ParameterInfo, planned_bytes
+from lgm_scale.parallel.memory import (
+    FLOAT,
+    GPUS_PER_NODE,
+    PERSISTENT,
+    ParameterInfo,
+    planned_bytes,
+)
 from lgm_scale.parallel.traffic import Transfer
-from lgm_scale.planning.simulation import GPUS_PER_NODE, Part, Simulated, simulate
+from lgm_scale.planning.simulation import Part, Simulated, simulate
 
-__all__ = ["Moved", "PlannedStep", "StepShape", "plan_step", "strategy_label"]
+__all__ = ["Moved", "PlannedStep", "StepShape", "plan_step", "shard_ranks"]
 
 REUSE = 500_000_000
 """ZeRO-3 keeps gathered what is needed again within 1e9 elements, forward and backward: so many."""
@@ -60,17 +66,6 @@ class PlannedStep:
     passes: Sequence[Part]
     update: Part
     derived: str = ""
-
-
-def strategy_label(parallel: ParallelConfig) -> str:
-    """What a strategy is called in tables."""
-    if parallel.strategy == "fsdp":
-        fsdp = parallel.fsdp or FSDPConfig()
-        return f"fsdp2 {fsdp.shard}{' offload' if fsdp.cpu_offload else ''}"
-    if parallel.strategy == "deepspeed":
-        zero = parallel.deepspeed or DeepSpeedConfig()
-        return f"zero-{zero.stage}{'' if zero.offload == 'none' else ' offload'}"
-    return "ddp"
 
 
 def shard_ranks(parallel: ParallelConfig, world_size: int) -> int:

@@ -100,6 +100,8 @@ TORCH_FREE = (
     "lgm_scale/parallel/first_failure.py",
     "lgm_scale/published.py",
     "lgm_scale/parallel/rules.py",
+    "lgm_scale/planning/hardware.py",
+    "lgm_scale/planning/options.py",
     "lgm_scale/checkpoint/attempts.py",
     "lgm_scale/checkpoint/manifest.py",
     "lgm_scale/checkpoint/run_folder.py",
