@@ -44,6 +44,8 @@ class Networks:
 
     network: nn.Module
     companions: Companions
+    passes: int
+    """What a training step costs, in forward passes."""
 
     def infos(self) -> list[ParameterInfo]:
         """Parameters of all that is not a frozen network."""
@@ -108,7 +110,8 @@ def networks(config: TrainingRun) -> Networks:
     for library in family.libraries(config):
         import_module(library)
     with torch.device("meta"), _Unfilled():
-        return Networks(family.network(config), family.companions(config))
+        nets = family.network(config), family.companions(config)
+    return Networks(*nets, family.forward_passes(config))
 
 
 def describe(config: TrainingRun, world_size: int, options: PlanOptions | None = None) -> str:
@@ -117,7 +120,7 @@ def describe(config: TrainingRun, world_size: int, options: PlanOptions | None =
     sections = [
         yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
         "\n".join(nets.lines()),
-        _work(config, nets.network),
+        _work(config, nets),
         _memory(config, nets, world_size),
         _epoch(config),
         cost_line(config, nets, world_size, options or PlanOptions()),
@@ -130,15 +133,15 @@ def describe(config: TrainingRun, world_size: int, options: PlanOptions | None =
     return "\n\n".join(sections)
 
 
-def _work(config: TrainingRun, network: Any) -> str:
+def _work(config: TrainingRun, nets: Networks) -> str:
     """One line per K: its share of the steps, tokens and FLOPs of a step."""
-    passes = family_of(config).forward_passes(config)
+    network: Any = nets.network
     lines = [
         "   K   share of steps   tokens per step   TFLOPs per step (network, forward and backward)"
     ]
     for k, share in length_shares(config).items():
         samples = samples_of_step(config, k)
-        work = passes * samples * network.flops(k) / 1e12
+        work = nets.passes * samples * network.flops(k) / 1e12
         lines.append(f"{k:4d}   {share:14.1%}   {samples * k:15,}   {work:.4g}")
     return "\n".join(lines)
 
