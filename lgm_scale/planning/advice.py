@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from lgm_scale.config.rules import broken_rules
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig, TrainingRun
 from lgm_scale.errors import ConfigError
 from lgm_scale.parallel.memory import planned_bytes
+from lgm_scale.planning.hardware import GPU
 from lgm_scale.planning.options import PlanOptions
 from lgm_scale.planning.plan import Networks
 from lgm_scale.planning.prediction import StepTime, predict
@@ -25,7 +25,7 @@ from lgm_scale.planning.simulation import Simulated, simulate
 from lgm_scale.planning.strategies import PlannedStep, StepShape, plan_step, shard_ranks
 from lgm_scale.planning.workload import samples_of_step, strategy_label
 
-__all__ = ["advise"]
+__all__ = ["GIB", "Search", "advise"]
 
 RESERVE = 1.5 * 2**30
 """Bytes that the driver, NCCL and the libraries take, and a plan does not see: our estimate."""
@@ -93,14 +93,18 @@ class Search:
     ) -> None:
         self.config, self.nets, self.world_size = config, nets, world_size
         self.infos = nets.infos()
-        self.gpu = options.gpus[0]
-        self.memory = options.memory or int(self.gpu.memory_gib * GIB)
+        self.use(options.gpus[0], options.memory)
         self.num_tokens = max(config.lengths.choices)
         self.per_rank = samples_of_step(config, self.num_tokens) // world_size
         self._lines: dict[tuple[str, float], tuple[Simulated, Simulated]] = {}
         self._works: dict[tuple[float, int], PlannedStep] = {}
 
-    @cached_property
+    def use(self, gpu: GPU, memory: int | None = None) -> None:
+        """Look for what fits into this GPU from now on, or into a stated memory."""
+        self.gpu = gpu
+        self.memory = memory or int(gpu.memory_gib * GIB)
+
+    @property
     def usable(self) -> int:
         """Bytes that a step may take."""
         return int(self.memory * (1 - FRAGMENTATION) - RESERVE)
@@ -110,7 +114,6 @@ class Search:
 
         The least is yielded where none does.
         """
-        sizes = [n for n in range(self.per_rank, 0, -1) if self.per_rank % n == 0]
         for parallel in STRATEGIES:
             for ratio in RATIOS:
                 own = replace(parallel, activation_checkpointing=ratio)
@@ -122,15 +125,21 @@ class Search:
                     continue
                 if broken_rules(config, self.world_size, None):
                     continue
-                fitting = None
-                for size in sizes:
-                    fitting = self._choice(config, size)
-                    if fitting.step.peak <= self.usable:
-                        break
-                assert fitting is not None
+                fitting = self.largest(config)
                 yield fitting
                 if fitting.shape.num_samples == self.per_rank:
                     break  # computing again would only cost
+
+    def largest(self, config: TrainingRun) -> Choice:
+        """The configuration at the largest micro-batch that fits; at one sample if none does."""
+        sizes = [n for n in range(self.per_rank, 0, -1) if self.per_rank % n == 0]
+        choices = (self._choice(config, size) for size in sizes)
+        last = None
+        for last in choices:
+            if last.step.peak <= self.usable:
+                break
+        assert last is not None
+        return last
 
     def timed(self, choice: Choice) -> Choice:
         """The same with its predicted time."""
@@ -148,7 +157,7 @@ class Search:
         network: Any = self.nets.network
         flops = self.nets.passes * self.per_rank * network.flops(self.num_tokens)
         times = choice.shape.micro_batches
-        time = predict(step, times, self.gpu, self.config.train.compile, flops)
+        time = predict(step, times, self.gpu, choice.config.train.compile, flops)
         return replace(choice, time=time)
 
     def _choice(self, config: TrainingRun, size: int) -> Choice:

@@ -20,6 +20,9 @@ from lgm_scale.planning.strategies import Moved, PlannedStep
 
 __all__ = ["StepTime", "collective_seconds", "predict"]
 
+BACKWARD = 2 / 3
+"""Share of the passes behind which collectives hide: gradients come in the backward pass alone."""
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -103,6 +106,7 @@ def collective_seconds(moved: Moved, gpu: GPU) -> float:
 
 
 def _exposed(moved: Sequence[Moved], gpu: GPU, computing: float) -> float:
-    """What is left over: at least the last collective, behind which nothing is computed."""
-    seconds = [collective_seconds(each, gpu) for each in moved]
-    return max(sum(seconds) - computing, seconds[-1] if seconds else 0.0)
+    """What is left over when the backward passes have hidden what they can."""
+    hidden = sum(collective_seconds(each, gpu) for each in moved if each.overlaps)
+    open_ = sum(collective_seconds(each, gpu) for each in moved if not each.overlaps)
+    return open_ + max(0.0, hidden - BACKWARD * computing)

@@ -40,7 +40,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Moved:
-    """A collective of a step, among `ranks` ranks. `overlaps`: hides behind computation."""
+    """A collective of a step, among `ranks` ranks; `overlaps`: beside the passes, not after."""
 
     transfer: Transfer
     ranks: int
@@ -170,7 +170,7 @@ def _zero(
     if zero.stage < 3:
         times = 1 if zero.stage == 1 else times
         transfers += [Transfer("all-reduce", trained, FLOAT)] * times
-        transfers += [Transfer("all-gather", trained, FLOAT)]
+        after = [Moved(Transfer("all-gather", trained, FLOAT), world_size, overlaps=False)]
     else:
         small = sum(n for n in map(_numel, infos) if n <= PERSISTENT)
         large = every - small
@@ -178,7 +178,8 @@ def _zero(
         transfers += [Transfer("reduce-scatter", trained, FLOAT)] * times
         transfers += [Transfer("all-gather", large + max(0, large - REUSE), FLOAT)] * times
         transfers += [Transfer("all-gather", small, FLOAT)]
-    moved = [*step.moved, *(Moved(t, world_size) for t in transfers if t.numel)]
+        after = []
+    moved = [*step.moved, *(Moved(t, world_size) for t in transfers if t.numel), *after]
     state = planned.total - planned.on_host - planned.gradients + frozen + standing
     working = int(simulated.activations.max()) + bucket + gathered * FLOAT
     stepping = math.ceil(trained / world_size) * FLOAT  # one more copy of a rank's gradients
