@@ -2,7 +2,7 @@
 
 Memory is that of simulated steps. A step's operations do not change with the size of a
 micro-batch, and each storage grows with it along a straight line: two simulated sizes give the
-peak of every other one exactly.
+peak of every other one, but for frees that change places (a test finds less than 0.5 %).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ RESERVE = 1.5 * 2**30
 FRAGMENTATION = 0.05
 """Share of the memory that an allocator cannot give out: our estimate."""
 RATIOS = (0.0, 0.5, 1.0)
+LOW, HIGH = 8, 16
+"""Samples of the two micro-batches that are simulated."""
 STRATEGIES = (
     ParallelConfig(),
     ParallelConfig(strategy="fsdp", fsdp=FSDPConfig()),
@@ -96,7 +98,7 @@ class Search:
         self.use(options.gpus[0], options.memory)
         self.num_tokens = max(config.lengths.choices)
         self.per_rank = samples_of_step(config, self.num_tokens) // world_size
-        self._lines: dict[tuple[str, float], tuple[Simulated, Simulated]] = {}
+        self._lines: dict[tuple[bool, float], tuple[Simulated, Simulated]] = {}
         self._works: dict[tuple[float, int], PlannedStep] = {}
 
     def use(self, gpu: GPU, memory: int | None = None) -> None:
@@ -176,30 +178,28 @@ class Search:
 
     def _simulated(self, config: TrainingRun, size: int, micro_batches: int) -> Simulated:
         parallel = config.parallel
-        kind = "fsdp" if parallel.strategy == "fsdp" else "alone"
-        key = (kind, parallel.activation_checkpointing)
-        low, high = 8, 16
+        key = (parallel.strategy == "fsdp", parallel.activation_checkpointing)
         if key not in self._lines:
-            own = replace(parallel, fsdp=None, deepspeed=None)
-            ranks = self.world_size if kind == "fsdp" else 1
-            pair = [
-                simulate(replace(config, parallel=own), ranks, n, self.num_tokens)
-                for n in (low, high)
-            ]
-            assert pair[0] is not None
-            assert pair[1] is not None
-            self._lines[key] = (pair[0], pair[1])
+            self._lines[key] = (self._simulate(config, LOW), self._simulate(config, HIGH))
         first, second = self._lines[key]
-        assert len(first.live) == len(second.live), "a step's operations depend on its size"
-        part = (size - low) / (high - low)
+        if len(first.live) != len(second.live):  # other operations at another size
+            first = second = self._simulate(config, size)
+        part = (size - LOW) / (HIGH - LOW)
         live = first.live + (second.live - first.live) * part
         activations = first.activations + (second.activations - first.activations) * part
         if micro_batches > 1:  # gradients of the first are there in the passes of the others
-            kept = planned_bytes(self.infos, parallel, self.world_size).gradients
-            if kind == "alone":
-                kept = planned_bytes(self.infos, ParallelConfig(), 1).gradients
+            sharded = parallel if parallel.strategy == "fsdp" else ParallelConfig()
+            kept = planned_bytes(self.infos, sharded, self.world_size).gradients
             live = np.maximum(live, first.state + kept + activations.max())
         return replace(first, live=live, activations=activations)
+
+    def _simulate(self, config: TrainingRun, size: int) -> Simulated:
+        """One micro-batch under FSDP2 over all ranks, or alone."""
+        own = replace(config.parallel, fsdp=None, deepspeed=None)
+        ranks = self.world_size if own.strategy == "fsdp" else 1
+        found = simulate(replace(config, parallel=own), ranks, size, self.num_tokens)
+        assert found is not None  # asked before
+        return found
 
 
 def _is_hybrid(parallel: ParallelConfig) -> bool:

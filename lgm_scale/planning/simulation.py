@@ -216,7 +216,7 @@ def _batch(
 ) -> dict[str, Any]:
     """One batch as the loader and `training.callbacks.StepKeys` make it, without numbers."""
     batch: dict[str, Any] = {
-        name: torch.empty_like(value, device="cpu") for name, value in rehearsal.batch.items()
+        name: torch.empty(value.shape, dtype=value.dtype) for name, value in rehearsal.batch.items()
     }
     batch["sample_ids"] = torch.empty(num_samples, dtype=torch.int64)
     lengths = torch.full((num_samples,), num_tokens) if config.lengths.per_sample else num_tokens
