@@ -7,6 +7,7 @@ Nothing is measured: training steps are simulated (`lgm_scale.planning`), and ti
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from lgm_scale.config.rules import load_training_run
@@ -20,14 +21,14 @@ RANKS, SAMPLES = 8, 256
 LENGTHS = (32, 64, 128, 256)
 
 
-def table() -> str:
+def table(lengths: Iterable[int] = LENGTHS) -> str:
     """The table in Markdown."""
     rows = [
         "| K | GPU | micro-batch | peak GiB | uncompiled: images/s, of 989 | compiled: images/s, "
         "of 989 |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for k in LENGTHS:
+    for k in lengths:
         changes = [f"lengths.choices=[{k}]", f"train.global_batch_size={SAMPLES * RANKS}"]
         run = load_training_run("yamls/dit_xl.yaml", changes, RANKS, has_gpu=None)
         search = Search(run, networks(run), RANKS, PlanOptions())

@@ -9,7 +9,6 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import importlib.util
 
-import lgm_scale.plan
 import pytest  # noqa: F401  (every child imports its parent's main module)
 
 import lgm_scale.build
@@ -25,6 +24,7 @@ import lgm_scale.families.lgm.family
 import lgm_scale.families.lgm.pipeline
 import lgm_scale.families.tokenizer.training
 import lgm_scale.pipeline
+import lgm_scale.planning.plan
 import lgm_scale.sample
 import lgm_scale.train
 

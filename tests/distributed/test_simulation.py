@@ -13,12 +13,21 @@ import pytest
 import torch
 from rank_processes import run_ranks
 from test_strategies import FSDP, ZERO
+from torch import nn
 from torch.autograd.profiler import profile
 
+from benchmarks.plan_xl import table
 from lgm_scale.config.rules import load_training_run
-from lgm_scale.families.lgm.network import build_merge_dit
+from lgm_scale.config.schema import FSDPConfig
+from lgm_scale.families.lgm.config import DIT_SIZES
+from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
+from lgm_scale.merging.tree import MergeTree
+from lgm_scale.parallel.fsdp import shard_model
 from lgm_scale.parallel.memory import parameter_infos, planned_bytes
+from lgm_scale.parallel.torch_internals import fake_tensors
 from lgm_scale.parallel.traffic import Traffic, Transfer, moved_bytes
+from lgm_scale.planning.recorder import Recorder
+from lgm_scale.planning.simulation import fake_ranks
 from lgm_scale.planning.strategies import StepShape, plan_step
 from lgm_scale.training.callbacks import StepKeys
 from lgm_scale.training.ema import EMA
@@ -123,3 +132,45 @@ def test_memory_is_what_the_allocator_was_asked_for(small_pipeline, recorded, na
     if name.startswith("zero"):  # makes gradients once, and keeps their memory
         expected -= planned_bytes(parameters(run), run.parallel, 2).gradients
     assert expected == pytest.approx(recorded[name]["peak"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "gib"),
+    [
+        pytest.param(32, 20.1, marks=pytest.mark.slow),
+        pytest.param(64, 39.4, marks=pytest.mark.thorough),
+        pytest.param(128, 77.9, marks=pytest.mark.thorough),
+    ],
+)
+def test_xl_on_1024_ranks_takes_what_another_tracker_found(num_tokens, gib):
+    """Found by torch's own, when each rank still gathered 593 MiB for one padded table."""
+    cut = MergeTree.from_embeddings(torch.randn(256, 8), 4).assignment(num_tokens)
+    row = DIT_SIZES["xl"]
+    with torch.device("meta"):
+        net = MergeDiT(row.width, row.depth, row.num_heads, 32, 256, 1000)
+    model = nn.ModuleDict({"net": net})
+    with fake_ranks(1024):
+        shard_model(model, FSDPConfig(), torch.bfloat16, gpu=True)
+        with fake_tensors(), Recorder() as recorder:
+            model.to_empty(device="cpu")
+            optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+            z = torch.randn(256, num_tokens, 32, dtype=torch.bfloat16)
+            t, labels = torch.rand(256), torch.zeros(256).long()
+            net(z, t, labels, cut).float().square().mean().backward()
+            optimizer.step()
+    assert recorder.timeline().max() / 2**30 == pytest.approx(gib - 593 / 1024, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param((32,), marks=pytest.mark.slow),
+        pytest.param((64, 128, 256), marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
+def test_the_page_has_the_table_that_the_command_gives(lengths):
+    page = (Path(__file__).resolve().parents[2] / "docs/planning.md").read_text()
+    rows = table(lengths).splitlines()
+    assert len(rows) == 2 + 2 * len(lengths)
+    assert [row for row in rows if row not in page] == []
