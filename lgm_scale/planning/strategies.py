@@ -78,6 +78,13 @@ def shard_ranks(parallel: ParallelConfig, world_size: int) -> int:
     return world_size
 
 
+def _inside_a_group(parallel: ParallelConfig) -> ParallelConfig:
+    """`hybrid` without its copies, whose average torch 2.7 cannot do on a CPU: `full`."""
+    if parallel.fsdp is None or parallel.fsdp.shard != "hybrid":
+        return parallel
+    return replace(parallel, fsdp=replace(parallel.fsdp, shard="full", group_size=None))
+
+
 def plan_step(
     config: TrainingRun,
     infos: Sequence[ParameterInfo],
@@ -98,8 +105,9 @@ def plan_step(
     """
     ranks = shard_ranks(config.parallel, world_size)
     if simulated is None:
+        inner = replace(config, parallel=_inside_a_group(config.parallel))
         simulated = simulate(
-            *(config, ranks, shape.num_samples, shape.num_tokens, shape.micro_batches, as_gpu)
+            *(inner, ranks, shape.num_samples, shape.num_tokens, shape.micro_batches, as_gpu)
         )
     if simulated is None:
         return None

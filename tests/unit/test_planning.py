@@ -17,6 +17,7 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import ParallelConfig
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.base import family_of
+from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.parallel.traffic import Transfer
 from lgm_scale.planning import advice
 from lgm_scale.planning.advice import GIB, Search, advise
@@ -35,7 +36,11 @@ H100 = GPUS["h100"]
 
 
 def tiny(*overrides: str):
-    return load_training_run(str(YAMLS / "dit_xl.yaml"), [*TINY, *overrides], 8, None)
+    return load_training_run(str(YAMLS / "dit_xl.yaml"), [*TINY, *overrides], 64, None)
+
+
+def fsdp(*overrides: str):
+    return tiny("parallel.strategy=fsdp", "train.global_batch_size=64", *overrides)
 
 
 # --- what is recorded ---------------------------------------------------------------------------
@@ -279,7 +284,37 @@ def test_a_family_that_cannot_say_what_a_step_is_gets_a_line(monkeypatch, capsys
     run = tiny()
     monkeypatch.setattr(type(family_of(run)), "rehearsal", lambda *_: None)
     assert print_simulation(run, 8, PlanOptions(simulate=True)) == 0
-    assert "not simulated: the family of task generator" in capsys.readouterr().out
+    assert "not simulated: task generator does not say what a step is" in capsys.readouterr().out
+
+
+def test_a_step_that_reads_numbers_gets_a_line(monkeypatch, capsys):
+    run = tiny()
+    monkeypatch.setattr(LGMTrainingModel, "loss", lambda self, outputs, _: outputs.t.sum().item())
+    assert print_simulation(run, 8, PlanOptions(simulate=True)) == 0
+    assert "task generator has a step that shapes alone do not run (" in capsys.readouterr().out
+
+
+def test_hybrid_averages_the_shards_of_its_copies():
+    full = plan_step(fsdp(), networks(fsdp()).infos(), 8, StepShape(8, 64))
+    run = fsdp("parallel.fsdp.shard=hybrid", "parallel.fsdp.group_size=8")
+    hybrid = plan_step(run, networks(run).infos(), 64, StepShape(8, 64))
+    assert full is not None
+    assert hybrid is not None
+    assert list(hybrid.moved[: len(full.moved)]) == list(full.moved)
+    reduced = [m.transfer for m in full.moved if m.transfer.operation == "reduce-scatter"]
+    copies = [Moved(Transfer("all-reduce", t.numel // 8, t.itemsize), 8) for t in reduced]
+    assert list(hybrid.moved[len(full.moved) :]) == copies
+    assert hybrid.peak == full.peak
+
+
+def test_grad_op_gathers_once():
+    once = plan_step(fsdp("parallel.fsdp.shard=grad_op"), [], 8, StepShape(8, 64))
+    twice = plan_step(fsdp(), [], 8, StepShape(8, 64))
+    assert once is not None
+    assert twice is not None
+    count = [sum(m.transfer.operation == "all-gather" for m in s.moved) for s in (once, twice)]
+    assert count == [5, 9]  # four blocks and the rest, which stays gathered either way
+    assert once.peak > twice.peak
 
 
 @pytest.mark.slow
