@@ -14,6 +14,7 @@ configuration is wrong (status 2), or when it fails three times in a row at the 
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from pathlib import Path
@@ -61,6 +62,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.allow_change and args.job not in ("train", "tokenizer"):
         parser.error(f"--allow-change: is for trainings, not for {args.job}")
+    for job_id in args.after:
+        if not re.fullmatch(r"\d+(_\d+)?", job_id):
+            parser.error(f"--after: {job_id!r} is no id of a job, such as 1234 or 1234_5")
     if args.nodes < 1:
         parser.error(f"--nodes: {args.nodes} must be 1 or more")
     return args

@@ -39,6 +39,8 @@ def main() -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run, such as runs/x")
     parser.add_argument("--lines", type=int, default=8, metavar="N", help="of the log (8)")
     args = parser.parse_args()
+    if args.lines < 1:
+        raise ConfigError(f"--lines: {args.lines} must be 1 or more")
     print("\n".join(status(args.run, args.lines)))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -84,8 +85,8 @@ def check_save_interval(launch: Launch, seconds_per_step: float | None) -> None:
     if seconds_per_step is None:
         speed = last_speed(launch.folder)
         seconds_per_step = 1 / speed if speed else None
-    elif seconds_per_step <= 0:
-        raise ConfigError(f"--seconds-per-step: {seconds_per_step} must be above 0")
+    elif not 0 < seconds_per_step < math.inf:
+        raise ConfigError(f"--seconds-per-step: {seconds_per_step} must be a finite number above 0")
     steps = interval_steps(run)
     if seconds_per_step is None or steps is None:
         return

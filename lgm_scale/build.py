@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from functools import partial
 from pathlib import Path
@@ -22,15 +23,17 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from lgm_scale.checkpoint.checkpointer import Checkpointer
-from lgm_scale.checkpoint.run_folder import RunFolder
+from lgm_scale.checkpoint.run_folder import HISTORY_NAME, METRICS_NAME, RunFolder
 from lgm_scale.checkpoint.saver import StateSaver
 from lgm_scale.config.inputs import count_problems
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import OptimizerConfig, TrainingRun
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
-from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.errors import CheckpointError, ConfigError, DataError, LGMError
 from lgm_scale.families.base import family_of
+from lgm_scale.initial_weights import initial_weights
 from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
+from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
 from lgm_scale.parallel.trainers import start_trainer
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
@@ -41,6 +44,8 @@ from lgm_scale.training.length_schedule import LengthSchedule
 from lgm_scale.training.model import TrainingModel
 from lgm_scale.training.stopping import StopRequest, ignore_stop_signals
 from lgm_scale.training.throughput import Throughput
+
+log = logging.getLogger("lgm_scale")
 
 
 def build_dataset(config: TrainingRun) -> EpochDataset:
@@ -53,6 +58,41 @@ def build_dataset(config: TrainingRun) -> EpochDataset:
     if problems:
         raise DataError("\n".join(problems))
     return dataset
+
+
+def take_initial_weights(
+    config: TrainingRun, model: TrainingModel, dataset: EpochDataset, folder: RunFolder
+) -> None:
+    """Copy the weights of the bundle in `init_from`, if there is one; say and record what is taken.
+
+    For a run without a state. On all ranks, before a strategy is applied: each holds the network
+    as it does without a bundle, and one more weight at a time.
+
+    Raises: CheckpointError; ConfigError for a weight that does not fit.
+    """
+    if config.init_from is None:
+        on_rank_zero(lambda: folder.record_start(None))
+        return
+    files = on_rank_zero(lambda: initial_weights(config).info["files"])
+    lines, error = [], None
+    try:
+        start = initial_weights(config, whole=dist.get_local_rank() == 0)  # hashed once per node
+        if start.info["files"] != files:
+            raise CheckpointError(
+                f"init_from: {config.init_from} is another bundle on rank {dist.get_global_rank()} "
+                "than on rank 0; put it where every node sees it"
+            )
+        lines = start.load(model.net, dataset)
+    except LGMError as problem:
+        error = problem
+    raise_everywhere(error)
+
+    def record() -> None:
+        folder.record_start({"init_from": config.init_from, "files": files, "taken": lines})
+        for line in lines:
+            log.info("init_from: %s", line)
+
+    on_rank_zero(record)
 
 
 def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedule) -> DataSpec:
@@ -151,7 +191,8 @@ def build_trainer(
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
     if config.train.compile:
         compile_blocks(model.net, config.lengths.choices)
-    metrics = Path(config.out) / "metrics.jsonl"
+    metrics, history = (Path(config.out) / name for name in (METRICS_NAME, HISTORY_NAME))
+    beside = {path.name: path for path in (metrics, history)}
     callbacks: list[Callback] = [
         StepKeys(lengths, config.lengths.per_sample),
         FiniteGuard(model.record, advice),  # before the EMA moves
@@ -166,7 +207,7 @@ def build_trainer(
         ),
         _throughput(config, model),
         stop,
-        StateSaver(checkpointer, config.checkpoint.interval, stop, {metrics.name: metrics}),
+        StateSaver(checkpointer, config.checkpoint.interval, stop, beside),
     ]
     if family_of(config).evaluation(config) is not None:
         from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
@@ -216,7 +257,9 @@ def export_bundle(
     """
     folder = Path(config.out) / "bundle"
     training = {"steps": steps, "weights": "ema", "config": to_dict(config)}
-    changes = [entry for entry in RunFolder(folder.parent, config).history() if "changes" in entry]
+    run = RunFolder(folder.parent, config)
+    changes = [entry for entry in run.history() if "changes" in entry]
     training |= {"changes": changes} if changes else {}
+    training |= {"start": run.start()} if config.init_from is not None else {}
     family_of(config).export(config, folder, model, dataset, average, training)
     return folder

@@ -12,9 +12,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import ConfigDict
-
-from lgm_scale.data.config import DataConfig
+from lgm_scale.data.config import STRICT, DataConfig
 
 __all__ = [
     "STRICT",
@@ -34,9 +32,6 @@ __all__ = [
     "TrainingRun",
     "required",
 ]
-
-STRICT = ConfigDict(extra="forbid", strict=True)
-"""For every section: an unknown key is an error, and a string is no number."""
 
 
 def required(example: Any) -> Any:
@@ -211,6 +206,10 @@ class TrainingRun:
     lengths: LengthsConfig
     train: TrainConfig
     seed: int = 0
+    init_from: str | None = None
+    """Bundle whose weights a new run starts from: a local folder that a training or
+    `lgm_scale.release_import` has written. Optimizer, step, schedule and average start new. Once
+    the run has a state of its own, the bundle is not read again, and the key cannot change."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

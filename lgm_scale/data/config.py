@@ -11,14 +11,16 @@ from pydantic import ConfigDict
 from lgm_scale.storage.clients import is_remote
 from lgm_scale.storage.transfer import Patience
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1)
+"""For every section of a configuration: an unknown key is an error, a string is no number, a number
+is finite, and no text is empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One MDS folder of images (tokenizer) or latents (generator)."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     path: str
     """A folder, or object storage: `s3://bucket/folder`, `gs://...`, whatever streaming reads."""
     cache: str | None = None
@@ -35,7 +37,7 @@ class SourceConfig:
 class DataConfig:
     """What a run trains on: one source (`path`), or several (`mixture`)."""
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
     path: str | None = None
     cache: str | None = None
     classes: tuple[str, ...] | None = None
@@ -89,8 +91,9 @@ def broken_data_rules(data: DataConfig) -> Iterator[str]:
         yield from broken_source(source, name)
     yield from _unique([(name, source.cache or source.path) for name, source in named])
     positive = {"timeout": data.timeout, "retry_seconds": data.retry_seconds}
-    if data.predownload is not None:
-        positive["predownload"] = data.predownload
+    for key in ("predownload", "num_samples"):
+        if getattr(data, key) is not None:
+            positive[key] = getattr(data, key)
     for key, value in positive.items():
         if value <= 0:
             yield f"data.{key}: {value} must be above 0"

@@ -32,8 +32,10 @@ COLUMNS = {
 }
 _MAKE = {
     "images": "python data_tools/images_to_mds.py SRC --out {folder}",
-    "latents": "composer data_tools/encode_latents.py (see its --help)",
-    "spatial_latents": "composer data_tools/encode_latents.py --encoder sd-vae (see its --help)",
+    "latents": "composer data_tools/encode_latents.py --tokenizer BUNDLE --images MDS "
+    "--out {folder}",
+    "spatial_latents": "composer data_tools/encode_latents.py --encoder sd-vae --vae FOLDER "
+    "--images MDS --out {folder}",
 }
 # What to do about one kind (second) where another one (first) is needed.
 _INSTEAD = {
@@ -106,7 +108,7 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> Manifest:
             f"{path} is missing: the folder holds MDS shards of {kind} but not the names of their "
             f"classes. {fix}"
         )
-    manifest = parse_manifest(path.read_text(), str(path), fix)
+    manifest = parse_manifest(path.read_text(errors="replace"), str(path), fix)
     if manifest.kind != kind:
         raise DataError(f"{path} says kind {manifest.kind!r}, but {kind!r} is needed here. {fix}")
     num_indexed = sum(int(shard["samples"]) for shard in shards)
@@ -224,7 +226,7 @@ def read_labels(folder: str | os.PathLike[str], manifest: Manifest) -> np.ndarra
         raise DataError(f"{path} is missing: without it no class can be chosen. {fix}")
     try:
         labels = np.load(path, allow_pickle=False).astype(np.int64)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} is damaged ({error}). {fix}") from error
     if (
         labels.ndim == 1

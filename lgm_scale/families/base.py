@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import EvaluationConfig, TrainingRun
 from lgm_scale.errors import ConfigError
+from lgm_scale.published import Asset, missing_lines
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,8 @@ class Family(ABC):
     the default of their options is None, so that one given with another encoder is noticed."""
     importers: ClassVar[dict[str, Tool]] = {}
     """Functions (`release_import.Importer`) that read checkpoints of other projects."""
+    initial_weights: ClassVar[str] = "lgm_scale.initial_weights:InitialWeights"
+    """ "module:class" of what its runs take from the bundle in `init_from`, and adapt."""
 
     # --- free of torch ------------------------------------------------------------------------
 
@@ -139,9 +142,13 @@ class Family(ABC):
         """Bundles that the run reads: key -> folder and kind."""
         return {}
 
+    def assets(self, run: Any) -> Sequence[Asset]:
+        """Files of other people that the run reads, whether they are there or not."""
+        return ()
+
     def missing_files(self, run: Any) -> Iterator[str]:
         """Lines `key: value; rule; fix` about files of other people that are not there."""
-        yield from ()
+        yield from missing_lines(self.assets(run))
 
     def mixes_lengths(self, run: Any) -> bool:
         """Whether one batch may hold samples at different token counts."""

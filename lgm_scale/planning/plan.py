@@ -19,6 +19,7 @@ from lgm_scale.config.schema import (
     TrainingRun,
 )
 from lgm_scale.families.base import Companions, family_of
+from lgm_scale.initial_weights import planned_lines
 from lgm_scale.parallel.blocks import transformer_blocks
 from lgm_scale.parallel.memory import ParameterInfo, parameter_infos, planned_bytes
 from lgm_scale.planning.options import PlanOptions
@@ -119,7 +120,7 @@ def describe(config: TrainingRun, world_size: int, options: PlanOptions | None =
     nets = networks(config)
     sections = [
         yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
-        "\n".join(nets.lines()),
+        "\n".join([*nets.lines(), *planned_lines(config, nets.network)]),
         _work(config, nets),
         _memory(config, nets, world_size),
         _epoch(config),

@@ -202,14 +202,14 @@ def test_numbers_are_those_of_the_reconstructions(
 def test_a_target_says_what_choosing_k_per_image_saves(
     small_pipeline, tmp_path, monkeypatch, capsys
 ):
-    options = ("--lengths", 4, 8, "--target-psnr", -100, 100)
+    options = ("--lengths", 4, 8, "--target-psnr", 0.01, 100)
     results = measured(monkeypatch, small_pipeline, tmp_path / "out", *options)
     assert [row["num_tokens"] for row in results["rows"]] == [4, 8, 16]  # N is always measured
     easy, hard = results["adaptive"]
     assert (easy["reached"], easy["mean_tokens"]) == (1.0, 4.0)
     assert (hard["reached"], hard["mean_tokens"]) == (0.0, 16.0)
     assert easy["mean_psnr"] == pytest.approx(results["rows"][0]["metrics"]["psnr_db"])
-    assert "target -100.00 dB, reached by 100.0%: mean K 4.0" in capsys.readouterr().out
+    assert "target 0.01 dB, reached by 100.0%: mean K 4.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("control", ["truncate", "tome", "none"])

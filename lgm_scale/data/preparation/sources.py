@@ -58,10 +58,13 @@ def read_classes(path: Path) -> tuple[str, ...]:
     Raises: DataError if `path` is neither, or names no class, or one twice.
     """
     if (path / MANIFEST_NAME).is_file():
-        return parse_manifest((path / MANIFEST_NAME).read_text(), str(path)).classes
+        return parse_manifest((path / MANIFEST_NAME).read_text(errors="replace"), str(path)).classes
     if not path.is_file():
         raise DataError(f"--classes: {path} is neither a text file nor a finished MDS folder")
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise DataError(f"--classes: {path} is no text file; one name per line") from None
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not names:
         what = f"names {twice[0]!r} twice" if twice else "is empty"

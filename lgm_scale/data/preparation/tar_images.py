@@ -131,7 +131,11 @@ def read_labels_file(path: Path, classes: tuple[str, ...] | None) -> dict[str, s
     """
     if not path.is_file():
         raise DataError(f"--labels: {path} is no file")
-    rows = [re.split(r"[,\s]+", line.strip()) for line in path.read_text().splitlines() if line]
+    rows = [
+        re.split(r"[,\s]+", line.strip())
+        for line in path.read_text(errors="replace").splitlines()
+        if line
+    ]
     if rows and rows[0][0].lower() in ("imageid", "file", "filename"):
         rows = rows[1:]
     if not rows:

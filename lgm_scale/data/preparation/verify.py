@@ -97,7 +97,7 @@ def _beside(location: str, local: Path) -> tuple[Manifest, list[str]]:
     elif not (local / MANIFEST_NAME).is_file():
         raise DataError(f"{local} has no {MANIFEST_NAME}: give a finished MDS folder")
     where = f"{shown(location)}/{MANIFEST_NAME}"
-    manifest = parse_manifest((local / MANIFEST_NAME).read_text(), where)
+    manifest = parse_manifest((local / MANIFEST_NAME).read_text(errors="replace"), where)
     for name in {INDEX_NAME: None, **manifest.files}:
         try:
             if is_remote(location):

@@ -15,6 +15,7 @@ from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import (
     add_tokenizer_options,
     command_parser,
+    not_positive,
     open_tokenizer,
 )
 from lgm_scale.storage.files import write_json
@@ -32,6 +33,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     """Measure once, compare at each target."""
     args = parse_args(sys.argv[1:])
+    if problems := list(not_positive(args, "target_psnr")):
+        raise ConfigError(problems)
     tokenizer, _ = open_tokenizer(args)
     from lgm_scale.evaluation.reconstructions.adaptive import (  # late, like torch
         adaptive_saving,

@@ -19,6 +19,7 @@ from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import (
     add_tokenizer_options,
     command_parser,
+    not_positive,
     open_tokenizer,
 )
 from lgm_scale.storage.files import write_whole
@@ -69,8 +70,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     """Measure, write, draw."""
     args = parse_args(sys.argv[1:])
-    if args.neighbors < 1:
-        raise ConfigError(f"--neighbors: {args.neighbors} must be 1 or more")
+    if problems := list(not_positive(args, "neighbors", "num_images")):
+        raise ConfigError(problems)
     tokenizer, files = open_tokenizer(args)
     from lgm_scale.evaluation.reconstructions.adaptive import default_lengths  # late, like torch
     from lgm_scale.evaluation.reconstructions.alignment import DEFINITIONS, measure_alignment

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lgm_scale.bundle import read_info
 from lgm_scale.data.manifest import read_manifest
+from lgm_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from lgm_scale.protocols import ImageTokenizer
@@ -44,7 +46,10 @@ def open_tokenizer(args: argparse.Namespace) -> tuple[ImageTokenizer, dict[str, 
         args.bundle, "cuda" if torch.cuda.is_available() else "cpu"
     )
     for k in args.lengths or ():
-        tokenizer.merging.check(k)
+        try:
+            tokenizer.merging.check(k)
+        except ConfigError as error:
+            raise ConfigError(error.problems[0].replace("num_tokens", "--lengths", 1)) from None
     return tokenizer, files
 
 
@@ -54,8 +59,10 @@ def add_chunk_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk-size", type=int, default=250, help="images per file of work")
 
 
-def chunk_problems(args: argparse.Namespace) -> Iterator[str]:
-    """What is wrong with the values of `add_chunk_options`."""
-    for key in ("batch_size", "chunk_size"):
-        if getattr(args, key) < 1:
-            yield f"--{key.replace('_', '-')}: {getattr(args, key)} must be 1 or more"
+def not_positive(args: argparse.Namespace, *keys: str) -> Iterator[str]:
+    """Lines about options, of one number or several, that are not finite and above 0."""
+    for key in keys:
+        value = getattr(args, key)
+        for number in value if isinstance(value, list) else [value]:
+            if not 0 < number < math.inf:
+                yield f"--{key.replace('_', '-')}: {number} must be a finite number above 0"

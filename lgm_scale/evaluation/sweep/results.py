@@ -82,7 +82,7 @@ def loss_per_length(path: str | Path) -> dict[int, dict[str, Any]]:
     Raises: DataError naming the line that is not a step, or the step whose loss is not finite.
     """
     losses: dict[int, list[tuple[int, float]]] = defaultdict(list)
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line)
             step, num_tokens, loss = int(row["step"]), int(row["num_tokens"]), float(row["loss"])

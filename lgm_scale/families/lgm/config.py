@@ -81,6 +81,11 @@ class LGMRun(GeneratorRun):
 def _lora(config: LGMRun) -> Iterator[str]:
     if config.lora is None:
         return
+    if config.init_from is not None:
+        yield (
+            f"init_from: {config.init_from}; an adapter starts from lora.base alone; remove "
+            "init_from, or lora"
+        )
     if config.train.compile:
         yield NOT_COMPILED
     if config.evaluation is not None:

@@ -161,6 +161,8 @@ def run_import(args: argparse.Namespace) -> tuple[KeyReport, list[str]]:
     """Do what `python -m lgm_scale.release_import lora` asks for."""
     if not (math.isfinite(args.alpha) and args.alpha > 0):
         raise ConfigError(f"--alpha: {args.alpha:g} must be a positive number")
+    if args.num_tokens < 1:
+        raise ConfigError(f"--num-tokens: {args.num_tokens} must be 1 or more")
     if args.base is not None and args.noise_scale != "legacy":
         raise ConfigError("--base: that bundle brings the noise scale; leave --noise-scale away")
     around = surroundings(args) if args.base is None else args.base

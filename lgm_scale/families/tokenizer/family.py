@@ -19,6 +19,7 @@ from lgm_scale.families.tokenizer.config import (
     needed_assets,
     tokenizer_rules,
 )
+from lgm_scale.published import Asset
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,9 @@ class TokenizerFamily(Family):
     task: ClassVar[str] = "tokenizer"
     title: ClassVar[str] = "LGM's tokenizer"
     schema = TokenizerRun
+    initial_weights: ClassVar[str] = (
+        "lgm_scale.families.tokenizer.initial_weights:TokenizerInitialWeights"
+    )
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
     importers: ClassVar[dict[str, Tool]] = {
         "tokenizer": Tool(
@@ -54,6 +58,10 @@ class TokenizerFamily(Family):
     @override
     def data_kind(self, run: TokenizerRun) -> str:
         return "images"
+
+    @override
+    def assets(self, run: TokenizerRun) -> list[Asset]:
+        return needed_assets(run)
 
     @override
     def missing_files(self, run: TokenizerRun) -> Iterator[str]:
