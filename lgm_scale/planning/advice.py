@@ -109,7 +109,7 @@ class Search:
     @property
     def usable(self) -> int:
         """Bytes that a step may take."""
-        return int(self.memory * (1 - FRAGMENTATION) - RESERVE)
+        return max(0, int(self.memory * (1 - FRAGMENTATION) - RESERVE))
 
     def choices(self) -> Iterator[Choice]:
         """For each strategy and ratio that the rules allow, the largest micro-batch that fits.
@@ -215,9 +215,10 @@ def advise(config: TrainingRun, nets: Networks, world_size: int, options: PlanOp
     if not fitting:
         least = min(found, key=lambda choice: choice.step.peak)
         need = (least.step.peak + RESERVE) / (1 - FRAGMENTATION) / GIB
+        words = " ".join(least.words(world_size).split())
         raise ConfigError(
-            f"--gpu-memory: nothing fits into {limit}; the least is {least.words(world_size)}: "
-            f"a GPU with {need:.1f} GiB, more ranks, or a smaller train.global_batch_size"
+            f"--gpu-memory: nothing fits into {limit}; the least is {words}: it needs a GPU with "
+            f"{need:.1f} GiB; use more ranks, or a smaller model"
         )
     ranked = sorted(map(search.timed, fitting), key=lambda choice: -choice.speed)
     best = ranked[0]

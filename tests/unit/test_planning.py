@@ -244,7 +244,8 @@ def test_a_file_that_is_no_calibration_is_told(tmp_path, text, said):
 
 @pytest.mark.slow
 def test_advice_validates_fits_and_is_the_fastest(monkeypatch):
-    monkeypatch.setattr(advice, "RATIOS", (0.0, 1.0))
+    monkeypatch.setattr(advice, "RATIOS", (0.0,))
+    monkeypatch.setattr(advice, "STRATEGIES", advice.STRATEGIES[:3])
     run = tiny()
     memory = int(3.2 * GIB)
     text = advise(run, networks(run), 8, PlanOptions(gpus=(H100,), memory=memory))
