@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.core import Algorithm, Callback, DataSpec
-from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.optim import (
     ComposerScheduler,
     ConstantScheduler,
@@ -29,7 +27,7 @@ from lgm_scale.config.inputs import count_problems
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import OptimizerConfig, TrainingRun
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
-from lgm_scale.errors import CheckpointError, ConfigError, DataError, LGMError
+from lgm_scale.errors import CheckpointError, DataError, LGMError
 from lgm_scale.families.base import family_of
 from lgm_scale.initial_weights import initial_weights
 from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
@@ -41,9 +39,10 @@ from lgm_scale.training.clipping import GroupClipping, parameters_of
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
+from lgm_scale.training.loggers import build_loggers
 from lgm_scale.training.model import TrainingModel
 from lgm_scale.training.stopping import StopRequest, ignore_stop_signals
-from lgm_scale.training.throughput import Throughput
+from lgm_scale.training.throughput import Resources, Throughput
 
 log = logging.getLogger("lgm_scale")
 
@@ -139,21 +138,6 @@ def build_scheduler(config: OptimizerConfig) -> ComposerScheduler:
     return ConstantWithWarmupScheduler(warmup) if config.warmup else ConstantScheduler()
 
 
-def build_loggers(config: TrainingRun) -> list[LoggerDestination]:
-    """Composer's own loggers, as configured."""
-    loggers: list[LoggerDestination] = []
-    if config.logging.tensorboard:
-        loggers.append(TensorboardLogger(log_dir=str(Path(config.out) / "tensorboard")))
-    if config.logging.wandb_project:
-        if importlib.util.find_spec("wandb") is None:
-            raise ConfigError(
-                "logging.wandb_project: set, but wandb is not installed; "
-                "pip install 'lgm-scale[wandb]', or set it to null"
-            )
-        loggers.append(WandBLogger(project=config.logging.wandb_project, name=config.run_name))
-    return loggers
-
-
 def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
     threshold = config.optimizer.clip_norm
     if threshold is None or config.parallel.strategy == "deepspeed":  # the engine clips
@@ -170,6 +154,29 @@ def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
     # Counted now: a network may read sizes off its weights, which FSDP is about to cut.
     flops = {k: net.flops(k) for k in set(config.lengths.choices)}.__getitem__
     return Throughput(config.logging.interval, flops, None if peak is None else peak * 1e12)
+
+
+def _watching(config: TrainingRun, dataset: EpochDataset, ema: EMA) -> list[Callback]:
+    """What looks at the average of the weights while the run trains. Every rank must call it."""
+    family, pictures = family_of(config), config.logging.pictures
+    reconstructions = family.reconstructions(config)
+    sweeps = family.evaluation(config) is not None
+    if reconstructions is None and not sweeps and pictures is None:
+        return []
+    # Late: the evaluator's imports are for those who ask for it.
+    from lgm_scale.evaluation.during_training.subjects import GeneratorSubject, TokenizerSubject
+    from lgm_scale.evaluation.during_training.sweeps import EvaluationDuringTraining
+    from lgm_scale.evaluation.during_training.watching import Pictures, Reconstructions, Watch
+
+    looks: list[Watch] = []
+    if reconstructions is not None:
+        subject = TokenizerSubject(config, reconstructions, ema)
+        count = reconstructions.num_images
+        looks.append(Reconstructions(reconstructions.interval, subject, count))
+    else:
+        subject = GeneratorSubject(config, dataset, ema)
+        looks += [EvaluationDuringTraining(config, subject)] if sweeps else []
+    return [*looks, *([] if pictures is None else [Pictures(pictures, subject)])]
 
 
 def build_trainer(
@@ -203,19 +210,19 @@ def build_trainer(
             model.record,
             config.logging.progress_bar,
             model.labels(),
+            model.below_zero(),
             checkpointer.attempts.check,
         ),
         _throughput(config, model),
         stop,
         StateSaver(checkpointer, config.checkpoint.interval, stop, beside),
     ]
-    if family_of(config).evaluation(config) is not None:
-        from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
-
-        callbacks.append(EvaluationDuringTraining(config, dataset, ema))  # after the EMA moved
+    callbacks += _watching(config, dataset, ema)  # after the EMA moved
     data = build_data(config, dataset, lengths)
-    if isinstance(data.dataloader, ScaledLoader):
-        callbacks.append(LoaderStep(data.dataloader))
+    loader: Any = data.dataloader
+    callbacks.append(Resources(config.logging.interval, lambda: loader.waited))
+    if isinstance(loader, ScaledLoader):
+        callbacks.append(LoaderStep(loader))
     batch_size = config.train.global_batch_size // dist.get_world_size()
     trainer, shards, reload = start_trainer(
         config,

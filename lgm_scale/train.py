@@ -11,6 +11,7 @@ on such a signal, 2 for anything the user must mend, others for what is no user'
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -191,7 +192,8 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
 def _say(line: str) -> int:
     """Once, not once per rank. Returns: success."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # `| head`: what is done is done
+            print(line, flush=True)
     return 0
 
 

@@ -51,6 +51,7 @@ def input_problems(run: TrainingRun, to_come: ToCome = nothing_to_come) -> Itera
             broken = True
             train = f", or make it: composer lgm_scale/train.py CONFIG, with task: {kind} there"
             yield f"{key}: {error}" + ("" if (Path(folder) / INFO_NAME).is_file() else train)
+    yield from _watched_problems(run, to_come)
     kind, sources = family.data_kind(run), run.data.sources
     if kind is None or any(is_remote(s.path) or to_come(s.path) for s in sources):
         return
@@ -71,6 +72,17 @@ def input_problems(run: TrainingRun, to_come: ToCome = nothing_to_come) -> Itera
         yield from count_problems(run, sum(samples_per_source(sources, views)), together)
     except LGMError as error:
         yield str(error)
+
+
+def _watched_problems(run: TrainingRun, to_come: ToCome) -> Iterator[str]:
+    """Lines about the images on which reconstructions are measured."""
+    watched = family_of(run).reconstructions(run)
+    if watched is not None and not to_come(watched.images):
+        try:
+            read_manifest(watched.images, "images")
+            check_shards(watched.images)
+        except LGMError as error:
+            yield f"evaluation.images: {error}"
 
 
 def _keys(run: TrainingRun, sources: tuple[SourceConfig, ...]) -> list[tuple[str, SourceConfig]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lgm_scale.config.loading import to_dict
-from lgm_scale.config.schema import EvaluationConfig, TrainingRun
+from lgm_scale.config.schema import EvaluationConfig, ReconstructionsConfig, TrainingRun
 from lgm_scale.errors import ConfigError
 from lgm_scale.published import Asset, missing_lines
 
@@ -49,7 +49,6 @@ __all__ = [
     "generator_families",
     "imported",
     "latent_encoders",
-    "outside_lengths",
     "register",
     "release_importers",
 ]
@@ -124,7 +123,15 @@ class Family(ABC):
         return None
 
     def evaluation(self, run: Any) -> EvaluationConfig | None:
-        """How the run is evaluated while it trains; None: it is not."""
+        """How samples of the run are evaluated while it trains; None: they are not."""
+        return None
+
+    def reconstructions(self, run: Any) -> ReconstructionsConfig | None:
+        """How reconstructions of the run are measured while it trains; None: they are not.
+
+        Where it says something, `network` gives a `protocols.ImageTokenizer`, which has a
+        `merge_tree()` where its merging says `has_tree`.
+        """
         return None
 
     def data_kind(self, run: Any) -> str | None:
@@ -307,16 +314,6 @@ class GeneratorFamily(Family):
 
 NOT_COMPILED = "train.compile: true is for generators without lora, so far; set it to false"
 """The line that a family yields whose networks are not compiled."""
-
-
-def outside_lengths(lengths: Iterable[int], low: int, high: int) -> Iterator[str]:
-    """The problem of K that a merge tree of `high` tokens and `low` blocks does not have."""
-    outside = [k for k in lengths if not low <= k <= high]
-    if outside:
-        yield (
-            f"lengths {outside} outside [{low}, {high}], the range of this bundle's merge tree "
-            f"({low} blocks that never merge, {high} base tokens)"
-        )
 
 
 # --- the registry ---------------------------------------------------------------------------------

@@ -39,6 +39,10 @@ class TrainingModel(ComposerModel):
         """What every row of metrics says about the run, besides its numbers."""
         return {}
 
+    def below_zero(self) -> str:
+        """What a loss below 0 means, for the console; nothing where none can be."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Rehearsal:

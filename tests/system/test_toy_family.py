@@ -80,11 +80,12 @@ def test_its_rules_and_its_plan(root):
 
 @pytest.fixture(scope="module")
 def trained(root) -> Path:
-    """Under DDP, evaluated while it trains."""
+    """Under DDP, evaluated and drawn while it trains."""
     sweep = {k: v for k, v in sweep_values(root).items() if k not in ("bundle", "out")}
     (root / "during.yaml").write_text(yaml.safe_dump(sweep))
     evaluation = {"sweep": str(root / "during.yaml"), "interval": "3ba"}
-    result = train(config(root, "ddp", evaluation=evaluation))
+    watched = {"progress_bar": False, "pictures": "3ba"}
+    result = train(config(root, "ddp", evaluation=evaluation, logging=watched))
     assert result.returncode == 0, result.stderr[-3000:]
     return root / "ddp"
 
@@ -132,6 +133,8 @@ def test_it_starts_from_a_bundle_whose_every_weight_fits(root, trained):
 def test_it_was_evaluated_while_it_trained(trained):
     rows = [json.loads(line) for line in (trained / "evaluation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 3, 6, 6]
+    names = sorted(path.name for path in (trained / "pictures").iterdir())
+    assert names == ["samples-00000003.png", "samples-00000006.png"]
 
 
 def test_its_bundle_makes_pictures(root, trained):

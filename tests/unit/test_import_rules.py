@@ -33,6 +33,7 @@ ORDER = [
     "lgm_scale/publish.py",
     "lgm_scale/assets.py",
     "lgm_scale/evaluation/commands",
+    "lgm_scale/evaluation/during_training",
     "lgm_scale/evaluation/report",
     "lgm_scale/evaluation/sweep",
     "lgm_scale/evaluation/reconstructions",

@@ -93,6 +93,11 @@ def _lora(config: LGMRun) -> Iterator[str]:
             "evaluation: is for runs that train a whole generator, so far; leave it out with lora, "
             "and run eval/sweep.py on the result"
         )
+    if config.logging.pictures is not None:
+        yield (
+            "logging.pictures: is for runs that train a whole generator, so far; set it to null "
+            "with lora, and run python -m lgm_scale.sample on the result"
+        )
     if len(set(config.lengths.choices)) > 1:
         lengths = ", ".join(map(str, sorted(set(config.lengths.choices))))
         yield f"lengths.choices: {lengths}; an adapter (lora) is for one token length, name one"

@@ -15,11 +15,11 @@ from lgm_scale.families.base import (
     GeneratorFacts,
     GeneratorFamily,
     Tool,
-    outside_lengths,
 )
 from lgm_scale.families.lgm.config import LGMRun, check_latents, lgm_rules
 from lgm_scale.families.lgm.importers import IMPORTERS
 from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES
+from lgm_scale.sampling.config import outside_lengths
 
 if TYPE_CHECKING:
     import torch

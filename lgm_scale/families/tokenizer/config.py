@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lgm_scale.config.schema import STRICT, TrainingRun
+from lgm_scale.config.schema import STRICT, ReconstructionsConfig, TrainingRun
 from lgm_scale.families.base import NOT_COMPILED
 from lgm_scale.published import COMMAND, PUBLISHED, Asset, missing_lines
 
@@ -117,6 +117,7 @@ class TokenizerRun(TrainingRun):
     model: TokenizerModelConfig
     objective: TokenizerObjectiveConfig = field(default_factory=TokenizerObjectiveConfig)
     assets: AssetsConfig = field(default_factory=AssetsConfig)
+    evaluation: ReconstructionsConfig | None = None
 
 
 def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
@@ -146,6 +147,8 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
             "parallel.strategy: deepspeed knows the norm of all gradients alone; set it to null, "
             "or use fsdp or ddp"
         )
+    if config.evaluation is not None and config.evaluation.num_images < 1:
+        yield f"evaluation.num_images: {config.evaluation.num_images} must be 1 or more"
     for name, value in vars(config.objective).items():
         if value < 0:
             yield f"objective.{name}: {value} must be 0 or more"

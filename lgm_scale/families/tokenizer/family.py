@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
+from lgm_scale.config.schema import ReconstructionsConfig
 from lgm_scale.families.base import Companions, Family, Tool
 from lgm_scale.families.tokenizer.config import (
     FROM_HUB,
@@ -54,6 +55,10 @@ class TokenizerFamily(Family):
     @override
     def rules(self, run: TokenizerRun) -> Iterator[str]:
         yield from tokenizer_rules(run)
+
+    @override
+    def reconstructions(self, run: TokenizerRun) -> ReconstructionsConfig | None:
+        return run.evaluation
 
     @override
     def data_kind(self, run: TokenizerRun) -> str:
