@@ -83,6 +83,7 @@ def logged(tmp_path, monkeypatch):
         reductions = []
         if other is not None:
             monkeypatch.setattr(callbacks.dist, "get_world_size", lambda: 2)
+            monkeypatch.setattr(callbacks, "on_rank_zero", lambda work: work())  # no group is there
             monkeypatch.setattr(
                 callbacks.dist,
                 "all_reduce",
@@ -106,8 +107,11 @@ def test_a_part_without_samples_is_left_out(logged):
     assert (rows[0]["loss/t=lo"], rows[0]["loss/t=hi"]) == (1.5, 6.0)
     assert "loss/t=lo" not in rows[1]
     assert rows[1]["loss/t=hi"] == 2.0
-    assert sent[0] == {"step": 0, "loss/K=8": 3.0, "loss/K=8/t=lo": 1.5, "loss/K=8/t=hi": 6.0}
-    assert sent[1] == {"step": 1, "loss/K=8": 2.0, "loss/K=8/t=hi": 2.0}
+    parts = {"loss/K=8/t=lo": 1.5, "loss/K=8/t=hi": 6.0}
+    whole = {"loss/K=8": 3.0, "train/loss": 3.0, "train/lr": 0.1}
+    assert sent[0] == {"step": 0, **whole, **parts}
+    whole = {"loss/K=8": 2.0, "train/loss": 2.0, "train/lr": 0.1}
+    assert sent[1] == {"step": 1, **whole, "loss/K=8/t=hi": 2.0}
 
 
 def test_ranks_add_sums_and_counts_not_means(logged):
