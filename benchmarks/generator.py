@@ -36,6 +36,20 @@ def build_network(size: str) -> MergeDiT:
     return MergeDiT.from_size(size, LATENT_DIM, NUM_BASE_TOKENS, NUM_CLASSES)
 
 
+def halving_tree(num_base_tokens: int, num_blocks: int = 4) -> MergeTree:
+    """A tree that joins neighbours again and again; N is num_blocks times a power of two.
+
+    What is computed does not depend on which tokens are merged, and no tree has to be learned.
+    """
+    nodes, merges = list(range(num_base_tokens)), list[tuple[int, int]]()
+    while len(nodes) > 1:
+        pairs = list(zip(nodes[::2], nodes[1::2], strict=True))
+        nodes = [num_base_tokens + len(merges) + place for place in range(len(pairs))]
+        merges += pairs
+    heights = torch.arange(len(merges), dtype=torch.float64)
+    return MergeTree(torch.tensor(merges), heights, num_blocks)
+
+
 def random_batch(tree: MergeTree, num_tokens: int, batch_size: int, device: torch.device) -> Batch:
     """Random noisy latents [B, K, D], times [B] and labels [B], and the cut at K."""
     z_t = torch.randn(batch_size, num_tokens, LATENT_DIM, device=device)
@@ -95,7 +109,7 @@ def main() -> int:
     if args.reference:
         networks["reference"] = load_reference(args.reference)
     steps = {name: Step(network, args) for name, network in networks.items()}
-    tree = MergeTree.from_embeddings(torch.randn(NUM_BASE_TOKENS, 64))
+    tree = halving_tree(NUM_BASE_TOKENS)
     for num_tokens in args.num_tokens:
         tree.assignment(num_tokens)  # a length outside the tree is told before the first minute
     others = [name for name in steps if name != "eager"]
