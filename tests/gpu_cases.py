@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from benchmarks.generator import halving_tree
 from torch import Tensor, nn
 
+from benchmarks.generator import halving_tree
 from lgm_scale.families.elit.network import ELIT, SiT
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig
