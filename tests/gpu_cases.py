@@ -5,7 +5,8 @@ Composer and streaming are not imported: a GPU machine may lack them. Weights ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,3 +115,17 @@ def distances(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str
         name: (found[name] - value).norm().item() / max(value.norm().item(), 1e-3 * longest)
         for name, value in expected.items()
     }
+
+
+@contextlib.contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """An error for whatever makes the host wait for the GPU; events may be waited for."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
