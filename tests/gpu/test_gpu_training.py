@@ -57,6 +57,8 @@ def used(device) -> torch.device:
 @pytest.fixture
 def one_rank(used) -> Iterator[torch.device]:
     """A process group of this process alone."""
+    if dist.is_initialized():  # by an earlier test's trainer
+        dist.destroy_process_group()
     backend = "nccl" if used.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield used
