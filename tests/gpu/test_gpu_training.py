@@ -7,6 +7,7 @@ Composer's own loop waits for the loss once in every step; our part of the step 
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -30,13 +31,16 @@ pytest.importorskip("streaming", reason=f"streaming {WHEELS}", exc_type=ImportEr
 from small_pipeline import SmallPipeline, Steps, losses, train_in_process
 
 from lgm_scale.build import build_optimizer
+from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, OptimizerConfig
 from lgm_scale.errors import DivergenceError
+from lgm_scale.families.base import family_of
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.parallel.fsdp import shard_model
 from lgm_scale.parallel.shards import ParameterShard, gather, local_shards
+from lgm_scale.planning.simulation import simulate
 from lgm_scale.training.clipping import GroupClipping
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
@@ -199,6 +203,59 @@ def test_zero_on_one_rank_is_no_strategy(one_rank, monkeypatch):
 def _engine_step(engine: Any, loss: Tensor) -> None:
     loss.backward()
     engine.step()
+
+
+def run_of(tmp_path: Path, big: bool) -> Any:
+    """A run of ELIT on pixels: of size S in bfloat16 on a GPU, else tiny."""
+    interface = {"split": "declared", "group_size": 4, "position_rows": 256}
+    path = SmallPipeline(tmp_path).elit_config(
+        tmp_path / "run",
+        model={"size": "s" if big else "tiny", "patch_size": 2, "interface": interface},
+        lengths={"choices": [256, 128]},
+        train={
+            "max_duration": "1ba", "global_batch_size": 64,
+            "precision": "amp_bf16" if big else "fp32",
+        },
+    )  # fmt: skip
+    return load_training_run(str(path), [], 1, has_gpu=big)
+
+
+def test_a_step_takes_the_memory_that_was_planned(used, tmp_path):
+    """What tensors take. What the driver, libraries and an allocator's gaps take is no part of it.
+
+    On a CPU nothing counts memory: there, plan and step are seen to run.
+    """
+    on_gpu = used.type == "cuda"
+    config, num_tokens = run_of(tmp_path, on_gpu), 128
+    samples = 64 if on_gpu else 2
+    plan = simulate(config, 1, samples, num_tokens, as_gpu=on_gpu)
+    assert plan is not None
+    assert plan.peak > plan.state > 0
+    gc.collect()
+    before = torch.cuda.memory_allocated(used) if on_gpu else 0
+    rehearsal = family_of(config).rehearsal(config, samples, num_tokens)
+    assert rehearsal is not None
+    model = rehearsal.model.to(used)
+    optimizer = build_optimizer(config.optimizer, model.parameter_groups())
+    ema = EMA(config.ema.decay)
+    ema.start(local_shards(model, optimizer))
+    given = {name: torch.zeros_like(value, device=used) for name, value in rehearsal.batch.items()}
+    given["sample_ids"] = torch.arange(samples, device=used)
+    everything: Any = None
+    for step in range(3):
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(used)
+        whole_batch = given | {"step": step, "num_tokens": num_tokens}
+        with torch.autocast(used.type, torch.bfloat16, enabled=on_gpu):
+            loss = model.loss(model(whole_batch), whole_batch)
+        loss.backward()
+        optimizer.step()
+        ema.batch_end(now(step + 1), everything)
+        optimizer.zero_grad()
+    assert torch.isfinite(loss)
+    if on_gpu:
+        taken = torch.cuda.max_memory_allocated(used) - before
+        assert taken == pytest.approx(plan.peak, rel=0.1)
 
 
 @pytest.fixture
