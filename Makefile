@@ -23,7 +23,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 JOBS ?= 3
 PYTEST := pytest -n $(JOBS)
 
-.PHONY: help install quickstart check test test-all test-torch test-fidelity coverage lint docs clean
+.PHONY: help install quickstart check test test-all test-torch test-fidelity wheels-gpu test-gpu \
+	coverage lint docs clean
 
 help:
 	@echo "make quickstart   install, then the whole pipeline on demo photographs (minutes, no GPU)"
@@ -31,6 +32,8 @@ help:
 	@echo "make test         all tests but those of the next line: before a merge"
 	@echo "make test-all     everything: real servers, installed through apt (as root), and random kills"
 	@echo "make test-torch TORCH=2.11   a selection on another torch, in an environment of its own"
+	@echo "make wheels-gpu   wheels for Python 3.12 that a GPU machine without network may lack (docs/gpu.md)"
+	@echo "make test-gpu     tests/gpu on such a machine, with the wheels that lie in build/wheels-gpu"
 	@echo "make coverage     lines and branches that 'make test' reaches"
 	@echo "make test-fidelity  imports at full size against the releases' code: LGM_RELEASE=path ELIT_RELEASE=path"
 	@echo "make lint         ruff and pyright"
@@ -72,6 +75,23 @@ test-torch: $(STAMP) $(DEEPSPEED)
 	$(PYTEST) -m 'not servers' tests/distributed/test_strategies.py tests/distributed/test_kill.py \
 		tests/distributed/test_compiled.py tests/distributed/test_deepspeed.py tests/unit/test_private_names*.py \
 		tests/unit/test_merging.py tests/unit/test_sampling.py tests/unit/test_checkpoint.py
+
+# No $(VENV): a GPU machine brings its own torch, and what it lacks lies beside it.
+WHEELS := build/wheels-gpu
+CARRIED := build/gpu-packages
+
+wheels-gpu: $(STAMP)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12) and "a GPU machine has Python 3.12, $(PYTHON) is another; set PYTHON=...")'
+	rm -rf $(WHEELS)
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) -r constraints/gpu-machine.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps \
+		--wheel-dir $(WHEELS) 'deepspeed==0.19.8'
+	du -sh $(WHEELS)
+
+test-gpu:
+	test -d $(CARRIED) || ! test -d $(WHEELS) || $(PYTHON) -m pip install --quiet --no-index --no-deps \
+		--target $(CARRIED) $(WHEELS)/*.whl
+	PYTHONPATH=$(CARRIED):. timeout 480 $(PYTHON) -m pytest -m '' tests/gpu
 
 coverage: $(STAMP) $(DEEPSPEED)
 	$(PYTEST) -m 'not thorough and not servers' --cov --cov-report=term:skip-covered

@@ -3,19 +3,19 @@
     python -m benchmarks.generator --size s --batch-size 4
     python -m benchmarks.generator --size xl --reference my_models.py:build
 
-A reference is a callable without arguments that gives a module with the signature of `MergeDiT`
-(z_t [B, K, D], t [B], labels [B], assignment) -> [B, K, D]; it is timed in the same rounds, so
-the ratio holds on a machine that others use, too.
+A reference is FILE.py:CALLABLE or MODULE:CALLABLE, called without arguments; it gives a module with
+the signature of `MergeDiT`, (z_t [B, K, 32], t [B], labels [B], assignment) -> [B, K, 32]. It is
+timed in the same rounds, so the ratio holds on a machine that others use, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import itertools
 import runpy
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,20 @@ def build_network(size: str) -> MergeDiT:
     return MergeDiT.from_size(size, LATENT_DIM, NUM_BASE_TOKENS, NUM_CLASSES)
 
 
+def halving_tree(num_base_tokens: int, num_blocks: int = 4) -> MergeTree:
+    """A tree that joins neighbours again and again; N is num_blocks times a power of two.
+
+    What is computed does not depend on which tokens are merged, and no tree has to be learned.
+    """
+    nodes, merges = list(range(num_base_tokens)), list[tuple[int, int]]()
+    while len(nodes) > 1:
+        pairs = list(zip(nodes[::2], nodes[1::2], strict=True))
+        nodes = [num_base_tokens + len(merges) + place for place in range(len(pairs))]
+        merges += pairs
+    heights = torch.arange(len(merges), dtype=torch.float64)
+    return MergeTree(torch.tensor(merges), heights, num_blocks)
+
+
 def random_batch(tree: MergeTree, num_tokens: int, batch_size: int, device: torch.device) -> Batch:
     """Random noisy latents [B, K, D], times [B] and labels [B], and the cut at K."""
     z_t = torch.randn(batch_size, num_tokens, LATENT_DIM, device=device)
@@ -43,15 +57,43 @@ def random_batch(tree: MergeTree, num_tokens: int, batch_size: int, device: torc
     return z_t, torch.rand(batch_size, device=device), labels, tree.assignment(num_tokens, device)
 
 
-def load_reference(text: str) -> nn.Module:
-    """Build the network that PATH:ATTR names. Raises: ConfigError."""
-    path, _, attribute = text.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise ConfigError(f"--reference: {text!r} is not PATH:ATTR with an existing Python file")
-    found = runpy.run_path(path)
-    if attribute not in found:
-        raise ConfigError(f"--reference: {path} has no {attribute!r}")
-    return found[attribute]()
+def load_reference(text: str, device: torch.device) -> nn.Module:
+    """Build the network that FILE.py:CALLABLE or MODULE:CALLABLE names, and see that it fits.
+
+    Raises: ConfigError if it cannot be found, built or called.
+    """
+    where, _, name = text.rpartition(":")
+    if not where or not name:
+        raise ConfigError(f"--reference: {text!r}; write FILE.py:CALLABLE or MODULE:CALLABLE")
+    try:
+        is_file = where.endswith(".py")
+        found = runpy.run_path(where) if is_file else vars(importlib.import_module(where))
+    except (ImportError, OSError, SyntaxError) as error:
+        raise ConfigError(
+            f"--reference: {where} cannot be imported ({error}); name an existing Python file, or "
+            "put the module's folder on PYTHONPATH"
+        ) from error
+    if not callable(found.get(name)):
+        raise ConfigError(f"--reference: {where} has no callable {name!r}")
+    try:
+        net = found[name]().to(device)
+        batch = random_batch(halving_tree(NUM_BASE_TOKENS), 32, 2, device)
+        with torch.no_grad():
+            out = net(*batch)
+        problem = None if out.shape == batch[0].shape else f"it gave {list(out.shape)}"
+    except Exception as error:  # whatever another's code may raise
+        raise _unfit(text, f"{type(error).__name__}: {error}") from error
+    if problem:
+        raise _unfit(text, problem)
+    return net
+
+
+def _unfit(text: str, problem: str) -> ConfigError:
+    return ConfigError(
+        f"--reference: {text} does not fit ({problem}); without arguments it must give a module "
+        f"that takes z_t [2, 32, {LATENT_DIM}], t [2], labels [2] and the cut at K = 32, and "
+        f"answers with [2, 32, {LATENT_DIM}]"
+    )
 
 
 class Step:
@@ -85,7 +127,7 @@ def main() -> int:
     parser.add_argument("--size", choices=list(DIT_SIZES), default="s")
     parser.add_argument("--num-tokens", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--no-compile", action="store_true", help="time the eager form alone")
-    parser.add_argument("--reference", metavar="PATH:ATTR", help="another network to time")
+    parser.add_argument("--reference", metavar="WHERE:CALLABLE", help="another network to time")
     args = parse_device(parser, gpu_batch=128, cpu_batch=4)
     net = build_network(args.size)
     networks: dict[str, nn.Module] = {"eager": net}
@@ -93,9 +135,9 @@ def main() -> int:
         networks["compiled"] = copy.deepcopy(net)  # equal weights
         compile_blocks(networks["compiled"], args.num_tokens)
     if args.reference:
-        networks["reference"] = load_reference(args.reference)
+        networks["reference"] = load_reference(args.reference, args.device)
     steps = {name: Step(network, args) for name, network in networks.items()}
-    tree = MergeTree.from_embeddings(torch.randn(NUM_BASE_TOKENS, 64))
+    tree = halving_tree(NUM_BASE_TOKENS)
     for num_tokens in args.num_tokens:
         tree.assignment(num_tokens)  # a length outside the tree is told before the first minute
     others = [name for name in steps if name != "eager"]
