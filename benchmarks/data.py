@@ -28,17 +28,13 @@ from torchvision.transforms import v2
 from benchmarks.harness import command_line, print_rates, print_table
 from data_tools.demo_images import DemoArguments, make_demo_images
 from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.decoding import (
-    center_crop,
-    decode_image,
-    random_flip,
-    random_resized_crop,
-)
+from lgm_scale.data.decoding import center_crop, decode_image, random_resized_crop
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.preparation.convert import convert_folder, convert_image, encode_jpeg
 from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
+from lgm_scale.data.scaling import scaled_part
 from lgm_scale.families.lgm.data import STATS_NAME, LatentStats, LGMLatentDataset
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
@@ -82,11 +78,9 @@ def image_shares(files: list[Path]) -> None:
         for part, work in {
             "read": Path.read_bytes,
             "decode": decode_image,
-            "scale and crop": lambda image, rng=rng: random_resized_crop(image, SIDE, rng),
-            "flip": lambda image, rng=rng: random_flip(image, rng),
-            "to tensor": lambda image: torch.from_numpy(
-                np.ascontiguousarray(np.array(image).transpose(2, 0, 1))
-            ),
+            "choice of the crop": lambda image, rng=rng: random_resized_crop(image, SIDE, rng),
+            "scaling, to a tensor": lambda crop: scaled_part(*crop),
+            "flip": lambda pixels: pixels.flip(2),
         }.items():
             start = time.perf_counter()
             value = work(value)
@@ -178,7 +172,7 @@ def conversion_rates(folder: Path, repeats: int) -> None:
         convert_folder(source.parent, folder / f"made{next(made)}", size)
 
     decoded = [decode_image(blob) for blob in blobs]
-    cropped = [center_crop(image, SIDE) for image in decoded]
+    cropped = [center_crop(image, SIDE).make() for image in decoded]
     candidates: dict[str, Callable[[], object]] = {
         "bare JPEG decode (Pillow)": lambda: [decode_image(blob) for blob in blobs],
         "bytes kept": lambda: convert(None),
@@ -186,7 +180,7 @@ def conversion_rates(folder: Path, repeats: int) -> None:
         "its decode, crop and encode without files": lambda: [
             convert_image(blob, "", SIDE) for blob in blobs
         ],
-        "centre crop alone": lambda: [center_crop(image, SIDE) for image in decoded],
+        "centre crop alone": lambda: [center_crop(image, SIDE).make() for image in decoded],
         "JPEG encode alone": lambda: [encode_jpeg(image) for image in cropped],
     }
     title = f"Conversion of 500 x 375 JPEGs, {len(blobs)} files, one process"

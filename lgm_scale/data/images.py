@@ -19,10 +19,10 @@ from lgm_scale.data.decoding import (
     MAX_SCALE,
     center_crop,
     decode_image,
-    random_flip,
     random_resized_crop,
 )
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
+from lgm_scale.data.scaling import scaled_part
 from lgm_scale.errors import ConfigError
 
 Augment = Literal["crop", "flip", "none"]
@@ -85,14 +85,14 @@ class ImageDataset(EpochDataset):
         image = decode_image(sample["image"], f"sample {sample_id} of {self.streams[0].local}")
         rng = np.random.default_rng([self.seed, self.epoch, int(sample_id), _AUGMENTATION_STREAM])
         if self.augment == "crop":
-            image = random_resized_crop(image, self.image_size, rng, self.max_scale)
-        elif image.size != (self.image_size, self.image_size):
-            image = center_crop(image, self.image_size)
-        if self.augment != "none":
-            image = random_flip(image, rng)
-        pixels = np.array(image).transpose(2, 0, 1)  # [3, S, S]
+            crop = random_resized_crop(image, self.image_size, rng, self.max_scale)
+        else:
+            crop = center_crop(image, self.image_size)
+        pixels = scaled_part(*crop)
+        if self.augment != "none" and rng.random() < 0.5:
+            pixels = pixels.flip(2)
         return {
-            "images": torch.from_numpy(np.ascontiguousarray(pixels)),
+            "images": pixels,
             "labels": torch.tensor(int(sample["label"]), dtype=torch.int64),
             "sample_ids": torch.tensor(int(sample_id), dtype=torch.int64),
         }

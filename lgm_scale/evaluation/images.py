@@ -22,6 +22,7 @@ from torch import Tensor
 from lgm_scale.data.decoding import center_crop, decode_image
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import read_manifest
+from lgm_scale.data.scaling import scaled_part
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.engine.parts import from_rank_zero
 from lgm_scale.storage.files import file_hash
@@ -126,8 +127,8 @@ class FolderImages:
         images = []
         for index in indices:
             path = self.paths[int(index)]
-            image = center_crop(decode_image(path.read_bytes(), str(path)), self.image_size)
-            images.append(torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()))
+            image = decode_image(path.read_bytes(), str(path))
+            images.append(scaled_part(*center_crop(image, self.image_size)))
         return torch.stack(images), np.zeros(len(images), np.int64)
 
     def hash(self) -> str:
