@@ -3,8 +3,8 @@
     python -m benchmarks.data
     S3_ENDPOINT_URL=... AWS_ACCESS_KEY_ID=... python -m benchmarks.data --remote s3://bucket/folder
 
-Everything per core, in one process where it says so; candidates alternate, so only their ratios
-within one run are to be compared. The images are crops of photographs that Python packages ship.
+Images and latents per second that a core works, workers included; candidates alternate, so only
+their ratios within one run are to be compared. The images are crops of photographs that Python packages ship.
 With --remote the latents are stored there first (the folder must be free) and read through an
 empty cache.
 """
@@ -12,6 +12,7 @@ empty cache.
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,13 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, features
+from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision import datasets as vision
 from torchvision.transforms import v2
 
 from benchmarks.harness import command_line, print_rates, print_table
 from data_tools.demo_images import DemoArguments, make_demo_images
 from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.decoding import center_crop, decode_image, random_resized_crop
+from lgm_scale.data.decoding import Crop, center_crop, decode_image, random_resized_crop
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest
@@ -41,6 +44,26 @@ from lgm_scale.merging.tree import TREE_NAME, MergeTree
 SIDE = 256
 NUM_TOKENS, LATENT_DIM = 256, 32
 BATCH = 128
+
+
+def training_image(blob: bytes, seed: int, scale: Callable[[Crop], Tensor]) -> Tensor:
+    """One training image by another filter than ours, and without a data set."""
+    rng = np.random.default_rng(seed)
+    pixels = scale(random_resized_crop(decode_image(blob), SIDE, rng))
+    return pixels.flip(2) if rng.random() < 0.5 else pixels
+
+
+def pillow_scaling(crop: Crop) -> Tensor:
+    """Scale with Pillow. Shapes: uint8 [3, S, S]."""
+    return torch.from_numpy(np.array(crop.make()).transpose(2, 0, 1).copy())
+
+
+def torch_scaling(crop: Crop) -> Tensor:
+    """Scale with torch's filter for uint8, whose bits are not Pillow's. Shapes: as above."""
+    pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)
+    scaled = interpolate(pixels[None], size=crop.size[::-1], mode="bicubic", antialias=True)[0]
+    left, top, right, bottom = crop.box
+    return scaled[:, top:bottom, left:right].contiguous()
 
 
 def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
@@ -63,10 +86,15 @@ def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
     }
     for name, data in read.items():
         candidates[name] = lambda data=data: [data[i] for i in range(len(blobs))]
+    scalings = {"Pillow": pillow_scaling, "torch for uint8 (other bits)": torch_scaling}
+    for name, scale in scalings.items():
+        candidates[f"training, scaled by {name}, no data set"] = lambda scale=scale: [
+            training_image(blob, i, scale) for i, blob in enumerate(blobs)
+        ]
     turbo = "libjpeg-turbo" if features.check_feature("libjpeg_turbo") else "libjpeg"
-    title = f"Images of {SIDE} px, {len(blobs)} files, one process"
+    title = f"Images of {SIDE} px, {len(blobs)} files, per core-second"
     title += f" ({turbo} {features.version('jpg')})"
-    print_rates(title, "images", len(blobs), candidates, repeats)
+    print_rates(title, "images", len(blobs), candidates, repeats, clock=time.process_time)
 
 
 def image_shares(files: list[Path]) -> None:
@@ -82,9 +110,9 @@ def image_shares(files: list[Path]) -> None:
             "scaling, to a tensor": lambda crop: scaled_part(*crop),
             "flip": lambda pixels: pixels.flip(2),
         }.items():
-            start = time.perf_counter()
+            start = time.process_time()
             value = work(value)
-            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
+            seconds[part] = seconds.get(part, 0.0) + time.process_time() - start
     total = sum(seconds.values())
     print("\nShare of a training image's time")
     rows = [(part, each / total, each / len(files) * 1e6) for part, each in seconds.items()]
@@ -116,8 +144,8 @@ def write_latents(out: str, staging: str | None, count: int) -> None:
     work.join(manifest, work.records(), {STATS_NAME: stats.save, TREE_NAME: tree.save})
 
 
-def read_epoch(source: SourceConfig, workers: int) -> float:
-    """Samples per second of a whole epoch through the loader, its start included."""
+def read_epoch(source: SourceConfig, workers: int) -> tuple[float, float]:
+    """Samples of a whole epoch through the loader, its start included: per second, per core's."""
     data = LGMLatentDataset(
         (source,),
         shuffle=True,
@@ -128,17 +156,33 @@ def read_epoch(source: SourceConfig, workers: int) -> float:
         tokenizer_id=None,
     )
     loader = CheckedLoader(data, batch_size=BATCH, num_workers=workers)
-    start = time.perf_counter()
+    start, cores = time.perf_counter(), sum(os.times()[:4])
     count = sum(len(batch["labels"]) for batch in loader)
-    return count / (time.perf_counter() - start)
+    return count / (time.perf_counter() - start), count / (sum(os.times()[:4]) - cores)
+
+
+def read_bare(folder: Path) -> tuple[float, float]:
+    """The floor of `read_epoch`: shards read whole, one flip of each sample, stacked in batches."""
+    start, cores, count = time.perf_counter(), sum(os.times()[:4]), 0
+    for path in sorted(folder.glob("shard.*.mds")):
+        data = path.read_bytes()
+        num = int(np.frombuffer(data, np.uint32, 1)[0])
+        offsets = np.frombuffer(data, np.uint32, num, 4)
+        size = NUM_TOKENS * LATENT_DIM
+        rows = [np.frombuffer(data, np.float16, size, at) for at in offsets]
+        for first in range(0, num, BATCH):
+            torch.from_numpy(np.stack(rows[first : first + BATCH]))
+        count += num
+    return count / (time.perf_counter() - start), count / (sum(os.times()[:4]) - cores)
 
 
 def latent_rates(folder: Path, count: int, remote: str | None, repeats: int) -> None:
     """Latents of 256 x 32 through the loader."""
     write_latents(str(folder / "latents"), None, count)
     local = SourceConfig(path=str(folder / "latents"))
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, list[tuple[float, float]]] = {}
     for _ in range(repeats):
+        rows.setdefault("bare reading of shards", []).append(read_bare(folder / "latents"))
         for workers in (0, 1, 2):
             name = f"local, {workers} workers" if workers else "local, in the main process"
             rows.setdefault(name, []).append(read_epoch(local, workers))
@@ -150,10 +194,9 @@ def latent_rates(folder: Path, count: int, remote: str | None, repeats: int) -> 
             rows.setdefault("S3, full cache, 2 workers", []).append(read_epoch(cache, 2))
     size = 2 * 2 * NUM_TOKENS * LATENT_DIM
     print(f"\nLatents, {NUM_TOKENS} x {LATENT_DIM}, both flips stored: {size:,} bytes a sample")
-    medians = {name: float(np.median(values)) for name, values in rows.items()}
     print_table(
-        {"from": "", "samples/s": ",.0f", "MB/s read": ",.0f"},
-        [(name, rate, rate * size / 1e6) for name, rate in medians.items()],
+        {"from": "", "samples/s": ",.0f", "samples per core-second": ",.0f"},
+        [(name, *np.median(values, 0)) for name, values in rows.items()],
     )
 
 
