@@ -4,9 +4,9 @@
     S3_ENDPOINT_URL=... AWS_ACCESS_KEY_ID=... python -m benchmarks.data --remote s3://bucket/folder
 
 Images and latents per second that a core works, workers included; candidates alternate, so only
-their ratios within one run are to be compared. The images are crops of photographs that Python packages ship.
-With --remote the latents are stored there first (the folder must be free) and read through an
-empty cache.
+their ratios within one run are to be compared. The images are crops of photographs that Python
+packages ship. With --remote the latents are stored there first (the folder must be free) and read
+through an empty cache.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from torchvision.transforms import v2
 from benchmarks.harness import command_line, print_rates, print_table
 from data_tools.demo_images import DemoArguments, make_demo_images
 from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.decoding import Crop, center_crop, decode_image, random_resized_crop
+from lgm_scale.data.decoding import MAX_SCALE, center_crop, decode_image, random_resized_crop
 from lgm_scale.data.epochs import CheckedLoader
-from lgm_scale.data.images import ImageDataset
+from lgm_scale.data.images import ImageDataset, planes
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.preparation.convert import convert_folder, convert_image, encode_jpeg
 from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
-from lgm_scale.data.scaling import scaled_part
 from lgm_scale.families.lgm.data import STATS_NAME, LatentStats, LGMLatentDataset
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
@@ -46,24 +45,15 @@ NUM_TOKENS, LATENT_DIM = 256, 32
 BATCH = 128
 
 
-def training_image(blob: bytes, seed: int, scale: Callable[[Crop], Tensor]) -> Tensor:
-    """One training image by another filter than ours, and without a data set."""
+def torch_scaled(blob: bytes, seed: int) -> Tensor:
+    """A training image scaled by torch's filter for uint8, whose bits are not Pillow's."""
     rng = np.random.default_rng(seed)
-    pixels = scale(random_resized_crop(decode_image(blob), SIDE, rng))
-    return pixels.flip(2) if rng.random() < 0.5 else pixels
-
-
-def pillow_scaling(crop: Crop) -> Tensor:
-    """Scale with Pillow. Shapes: uint8 [3, S, S]."""
-    return torch.from_numpy(np.array(crop.make()).transpose(2, 0, 1).copy())
-
-
-def torch_scaling(crop: Crop) -> Tensor:
-    """Scale with torch's filter for uint8, whose bits are not Pillow's. Shapes: as above."""
-    pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)
-    scaled = interpolate(pixels[None], size=crop.size[::-1], mode="bicubic", antialias=True)[0]
-    left, top, right, bottom = crop.box
-    return scaled[:, top:bottom, left:right].contiguous()
+    pixels = torch.from_numpy(np.array(decode_image(blob))).permute(2, 0, 1)[None]
+    side = int(rng.integers(SIDE, int(SIDE * MAX_SCALE) + 1))
+    left, top = rng.integers(side - SIDE + 1, size=2)
+    scaled = interpolate(pixels, size=side, mode="bicubic", antialias=True)[0]
+    scaled = scaled[:, top : top + SIDE, left : left + SIDE]
+    return (scaled.flip(2) if rng.random() < 0.5 else scaled).contiguous()
 
 
 def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
@@ -86,11 +76,9 @@ def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
     }
     for name, data in read.items():
         candidates[name] = lambda data=data: [data[i] for i in range(len(blobs))]
-    scalings = {"Pillow": pillow_scaling, "torch for uint8 (other bits)": torch_scaling}
-    for name, scale in scalings.items():
-        candidates[f"training, scaled by {name}, no data set"] = lambda scale=scale: [
-            training_image(blob, i, scale) for i, blob in enumerate(blobs)
-        ]
+    candidates["training, scaled by torch (other bits), no data set"] = lambda: [
+        torch_scaled(blob, i) for i, blob in enumerate(blobs)
+    ]
     turbo = "libjpeg-turbo" if features.check_feature("libjpeg_turbo") else "libjpeg"
     title = f"Images of {SIDE} px, {len(blobs)} files, per core-second"
     title += f" ({turbo} {features.version('jpg')})"
@@ -106,8 +94,8 @@ def image_shares(files: list[Path]) -> None:
         for part, work in {
             "read": Path.read_bytes,
             "decode": decode_image,
-            "choice of the crop": lambda image, rng=rng: random_resized_crop(image, SIDE, rng),
-            "scaling, to a tensor": lambda crop: scaled_part(*crop),
+            "scale and crop": lambda image, rng=rng: random_resized_crop(image, SIDE, rng),
+            "to tensor": planes,
             "flip": lambda pixels: pixels.flip(2),
         }.items():
             start = time.process_time()
@@ -215,7 +203,7 @@ def conversion_rates(folder: Path, repeats: int) -> None:
         convert_folder(source.parent, folder / f"made{next(made)}", size)
 
     decoded = [decode_image(blob) for blob in blobs]
-    cropped = [center_crop(image, SIDE).make() for image in decoded]
+    cropped = [center_crop(image, SIDE) for image in decoded]
     candidates: dict[str, Callable[[], object]] = {
         "bare JPEG decode (Pillow)": lambda: [decode_image(blob) for blob in blobs],
         "bytes kept": lambda: convert(None),
@@ -223,7 +211,7 @@ def conversion_rates(folder: Path, repeats: int) -> None:
         "its decode, crop and encode without files": lambda: [
             convert_image(blob, "", SIDE) for blob in blobs
         ],
-        "centre crop alone": lambda: [center_crop(image, SIDE).make() for image in decoded],
+        "centre crop alone": lambda: [center_crop(image, SIDE) for image in decoded],
         "JPEG encode alone": lambda: [encode_jpeg(image) for image in cropped],
     }
     title = f"Conversion of 500 x 375 JPEGs, {len(blobs)} files, one process"

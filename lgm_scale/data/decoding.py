@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -63,26 +62,7 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray).convert("RGB")
 
 
-class Crop(NamedTuple):
-    """A part of a scaled image, not yet made: `scaling.scaled_part` makes it faster.
-
-    `image` is what is scaled, to width and height `size`; `box` is left, top, right and bottom of
-    the part in pixels of the scaled image.
-    """
-
-    image: Image.Image
-    size: tuple[int, int]
-    box: tuple[int, int, int, int]
-
-    def make(self) -> Image.Image:
-        """Scale with the bicubic filter, and cut the part out."""
-        image = self.image
-        if image.size != self.size:
-            image = image.resize(self.size, Image.Resampling.BICUBIC)
-        return image.crop(self.box)
-
-
-def center_crop(image: Image.Image, size: int) -> Crop:
+def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Scale the smaller side to `size` and cut the middle out.
 
     Halved with a box filter while both sides are at least twice `size`, then bicubic.
@@ -90,31 +70,31 @@ def center_crop(image: Image.Image, size: int) -> Crop:
     Source: the centre crop of "Diffusion Models Beat GANs on Image Synthesis" (ADM), from its
     description; FID references are made this way.
     """
-    image, (width, height) = _smaller_side(image, size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return Crop(image, (width, height), (left, top, left + size, top + size))
+    image = _resize_smaller_side(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
 def random_resized_crop(
     image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = MAX_SCALE
-) -> Crop:
+) -> Image.Image:
     """Scale the smaller side to a random length in [size, size * max_scale]; cut at random.
 
     Source: the training crop of ADM, from its description (box halving, then bicubic).
     """
     smaller = int(rng.integers(size, int(size * max_scale) + 1))
-    image, (width, height) = _smaller_side(image, smaller)
-    left = int(rng.integers(width - size + 1))
-    top = int(rng.integers(height - size + 1))
-    return Crop(image, (width, height), (left, top, left + size, top + size))
+    image = _resize_smaller_side(image, smaller)
+    left = int(rng.integers(image.width - size + 1))
+    top = int(rng.integers(image.height - size + 1))
+    return image.crop((left, top, left + size, top + size))
 
 
-def _smaller_side(image: Image.Image, smaller: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Halve with a box filter while both sides are at least twice `smaller`.
-
-    Returns: The image, and the width and height that make its smaller side exactly `smaller`.
-    """
+def _resize_smaller_side(image: Image.Image, smaller: int) -> Image.Image:
+    """Scale so that the smaller side is exactly `smaller`: box halving, then bicubic."""
     while min(image.size) >= 2 * smaller:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = smaller / min(image.size)
-    return image, (round(image.width * scale), round(image.height * scale))
+    width, height = round(image.width * scale), round(image.height * scale)
+    if (width, height) == image.size:
+        return image
+    return image.resize((width, height), Image.Resampling.BICUBIC)

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from lgm_scale.data.decoding import center_crop, decode_image
-from lgm_scale.data.images import ImageDataset
+from lgm_scale.data.images import ImageDataset, planes
 from lgm_scale.data.manifest import read_manifest
-from lgm_scale.data.scaling import scaled_part
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.engine.parts import from_rank_zero
 from lgm_scale.storage.files import file_hash
@@ -127,8 +126,8 @@ class FolderImages:
         images = []
         for index in indices:
             path = self.paths[int(index)]
-            image = decode_image(path.read_bytes(), str(path))
-            images.append(scaled_part(*center_crop(image, self.image_size)))
+            image = center_crop(decode_image(path.read_bytes(), str(path)), self.image_size)
+            images.append(planes(image))
         return torch.stack(images), np.zeros(len(images), np.int64)
 
     def hash(self) -> str:

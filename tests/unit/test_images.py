@@ -108,7 +108,7 @@ def test_augmentation_does_not_depend_on_workers_or_global_state(tmp_path):
 
 def centre(sample_id: int) -> torch.Tensor:
     """A sample of `write_images`, centre-cropped."""
-    return pixels_of(center_crop(noise_image(sample_id), SIZE).make())
+    return pixels_of(center_crop(noise_image(sample_id), SIZE))
 
 
 def test_training_crops_and_flips_by_default(tmp_path):
@@ -116,7 +116,7 @@ def test_training_crops_and_flips_by_default(tmp_path):
     default, crop = (dataset_of(folder, **more) for more in ({}, {"augment": "crop"}))
     for sample_id in range(6):
         rng = np.random.default_rng([7, 0, sample_id, 0x696D67])
-        image = random_resized_crop(noise_image(sample_id), SIZE, rng).make()
+        image = random_resized_crop(noise_image(sample_id), SIZE, rng)
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         expected = pixels_of(image)

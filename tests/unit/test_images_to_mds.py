@@ -92,7 +92,7 @@ def test_center_crop_keeps_what_has_the_size(source, tmp_path):
         if file.path.name == "x.jpg":
             assert data == file.path.read_bytes()
         else:
-            assert data == encode_jpeg(center_crop(decode_image(file.path), 24).make())
+            assert data == encode_jpeg(center_crop(decode_image(file.path), 24))
     assert read_manifest(tmp_path / "mds", "images").image_size == 24
     dataset = ImageDataset(tmp_path / "mds", image_size=24, train=False, seed=0, batch_size=1)
     assert dataset[8]["images"].shape == (3, 24, 24)

@@ -86,7 +86,7 @@ def convert_image(data: bytes, name: str, image_size: int | None) -> Converted:
     except DataError as error:
         return Converted(None, problem=str(error))
     if image_size is not None and image.size != (image_size, image_size):
-        image = center_crop(image, image_size).make()
+        image = center_crop(image, image_size)
         return Converted(encode_jpeg(image), image.size)
     return Converted(data if _is_rgb_jpeg(data) else encode_jpeg(image), image.size)
 
