@@ -37,13 +37,18 @@ class Stage:
     """One job of a pipeline. `needs` names the stages that come before it."""
 
     __pydantic_config__ = STRICT
-    job: Literal["convert", "tokenizer", "encode", "train", "eval"]
+    job: Literal["convert", "tokenizer", "encode", "train", "reference", "eval"]
+    """What it runs."""
     needs: tuple[str, ...] = ()
+    """Stages that must be done before it."""
     config: str | None = None
+    """YAML file, for jobs that have one."""
     overrides: tuple[str, ...] = ()
     """`key=value` of the configuration, or options of a tool."""
     nodes: int = 1
+    """Machines."""
     gpus_per_node: int | None = None
+    """In place of the cluster's, as are `time` and `partition`."""
     array: int | None = None
     """Split a sweep into so many jobs, and one that joins them."""
     time: str | None = None
@@ -200,6 +205,8 @@ def graph(stages: dict[str, Stage], launches: dict[str, list[Launch]]) -> list[s
 
 def _done(launch: Launch) -> bool:
     out = Path(launch.job.out)
+    if out.is_file():  # a reference
+        return True
     names = ("index.json", "manifest.json", "bundle/bundle.json")
     return any((out / name).is_file() for name in names)
 

@@ -11,6 +11,7 @@ on such a signal, 2 for anything the user must mend, others for what is no user'
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -21,7 +22,9 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.base import add_import_option, family_of
+from lgm_scale.initial_weights import init_problems, is_absent
 from lgm_scale.parallel.first_failure import first_failure_on_top
+from lgm_scale.planning.options import PlanOptions, add_plan_options, plan_options
 
 log = logging.getLogger("lgm_scale")
 
@@ -41,7 +44,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="validate, print configuration, sizes, work and memory, and stop: no data, no GPU",
+        help="validate, print configuration, sizes, work, memory, and the files and data that are "
+        "missing here, and stop: needs neither them nor a GPU",
     )
     parser.add_argument(
         "--world-size",
@@ -57,12 +61,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="go on with a run though this key has a new value (optimizer.lr, objective.*, ...); "
         "its history records it. train.max_duration may grow without this",
     )
+    add_plan_options(parser)
     add_import_option(parser)
     args = parser.parse_intermixed_args(argv)
     if args.world_size is not None and args.world_size < 1:
         parser.error(f"--world-size: {args.world_size} must be 1 or more")
     if args.world_size is not None and not args.dry_run:
         parser.error("--world-size goes with --dry-run; the launcher's -n sets the ranks of a run")
+    args.plan = plan_options(args, parser)
     return args
 
 
@@ -71,17 +77,17 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    if args.dry_run:
-        world_size = args.world_size or launched
-        config = load_training_run(args.config, args.overrides, world_size, has_gpu=None)
-        from lgm_scale.plan import describe
-
-        if rank == 0:
-            print(describe(config, world_size))
-        return 0
 
     def folder_of(config: TrainingRun) -> RunFolder:
         return RunFolder(Path(config.out), config, args.allow_change)
+
+    if args.dry_run:
+        world_size = args.world_size or launched
+        config = load_training_run(
+            *(args.config, args.overrides, world_size, None),
+            more=lambda config: init_problems(config, is_absent),
+        )
+        return dry_run(folder_of(config), world_size, args.plan) if rank == 0 else 0
 
     # At once, before torch; what can be told of GPUs comes after it.
     load_training_run(
@@ -104,11 +110,39 @@ def main() -> int:
         return train(config, folder)
 
 
+def dry_run(folder: RunFolder, world_size: int, options: PlanOptions) -> int:
+    """Print what the run would take; the exit status."""
+    from lgm_scale.planning.plan import describe
+
+    config = folder.config
+    print(f"{describe(config, world_size, options)}\n\n{preflight(folder)}", flush=True)
+    if options.simulate or options.advise:
+        from lgm_scale.planning.report import print_simulation
+
+        return print_simulation(config, world_size, options)
+    return 0
+
+
+def preflight(folder: RunFolder) -> str:
+    """What a start on this machine would miss, for the end of a dry run, which needs none of it."""
+    problems = folder.start_problems()
+    if not problems:
+        return "files and data   all here: this run can start"
+    return "\n".join(
+        ["files and data   a start here would be refused:", *(f"  - {line}" for line in problems)]
+    )
+
+
 def train(config: TrainingRun, folder: RunFolder) -> int:
     """Run (or resume) to the end and write the bundle, or stop when asked; the exit status."""
     from composer.utils import dist, get_device, reproducibility
 
-    from lgm_scale.build import build_dataset, build_trainer, export_bundle
+    from lgm_scale.build import (
+        build_dataset,
+        build_trainer,
+        export_bundle,
+        take_initial_weights,
+    )
     from lgm_scale.checkpoint.checkpointer import Checkpointer
     from lgm_scale.checkpoint.run import apply_changes, enter_run, leave_result
     from lgm_scale.parallel.collectives import on_rank_zero
@@ -128,6 +162,8 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
         checkpointer = Checkpointer(
             run.storage, run.run_id, config.parallel.strategy, config.checkpoint.keep
         )
+        if not checkpointer.candidates:
+            take_initial_weights(config, model, dataset, folder)
         trainer = build_trainer(config, model, dataset, ema, checkpointer, stop)
         checkpointer.begin(trainer.state)
         apply_changes(run, folder, trainer.state)
@@ -156,7 +192,8 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
 def _say(line: str) -> int:
     """Once, not once per rank. Returns: success."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # `| head`: what is done is done
+            print(line, flush=True)
     return 0
 
 

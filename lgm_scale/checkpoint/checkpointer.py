@@ -21,6 +21,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -204,16 +205,18 @@ class Checkpointer:
 
     # --- loading --------------------------------------------------------------------------
 
+    @cached_property
+    def candidates(self) -> list[StateName]:
+        """States that a resume tries, the newest first. All ranks must ask together."""
+        return on_rank_zero(lambda: valid_states(self._whole(self._folders()), self.attempts.all()))
+
     def begin(self, state: State) -> int:
         """Load the newest whole state, if any, and number this attempt. On all ranks.
 
         Returns: Steps done.
         Raises: CheckpointError if there are states and none is whole, or one of another model.
         """
-        candidates = on_rank_zero(
-            lambda: valid_states(self._whole(self._folders()), self.attempts.all())
-        )
-        step = 0
+        step, candidates = 0, self.candidates
         for name in candidates:
             problem = self._try(name, state)
             if problem is None:

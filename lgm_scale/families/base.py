@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lgm_scale.config.loading import to_dict
-from lgm_scale.config.schema import EvaluationConfig, TrainingRun
+from lgm_scale.config.schema import EvaluationConfig, ReconstructionsConfig, TrainingRun
 from lgm_scale.errors import ConfigError
+from lgm_scale.published import Asset, missing_lines
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from lgm_scale.data.epochs import EpochDataset, StreamOptions
     from lgm_scale.data.manifest import Manifest
     from lgm_scale.sampling.config import SamplerConfig
-    from lgm_scale.training.model import TrainingModel
+    from lgm_scale.training.model import Rehearsal, TrainingModel
 
 __all__ = [
     "NOT_COMPILED",
@@ -48,7 +49,6 @@ __all__ = [
     "generator_families",
     "imported",
     "latent_encoders",
-    "outside_lengths",
     "register",
     "release_importers",
 ]
@@ -109,6 +109,8 @@ class Family(ABC):
     the default of their options is None, so that one given with another encoder is noticed."""
     importers: ClassVar[dict[str, Tool]] = {}
     """Functions (`release_import.Importer`) that read checkpoints of other projects."""
+    initial_weights: ClassVar[str] = "lgm_scale.initial_weights:InitialWeights"
+    """ "module:class" of what its runs take from the bundle in `init_from`, and adapt."""
 
     # --- free of torch ------------------------------------------------------------------------
 
@@ -121,7 +123,15 @@ class Family(ABC):
         return None
 
     def evaluation(self, run: Any) -> EvaluationConfig | None:
-        """How the run is evaluated while it trains; None: it is not."""
+        """How samples of the run are evaluated while it trains; None: they are not."""
+        return None
+
+    def reconstructions(self, run: Any) -> ReconstructionsConfig | None:
+        """How reconstructions of the run are measured while it trains; None: they are not.
+
+        Where it says something, `network` gives a `protocols.ImageTokenizer`, which has a
+        `merge_tree()` where its merging says `has_tree`.
+        """
         return None
 
     def data_kind(self, run: Any) -> str | None:
@@ -139,9 +149,13 @@ class Family(ABC):
         """Bundles that the run reads: key -> folder and kind."""
         return {}
 
+    def assets(self, run: Any) -> Sequence[Asset]:
+        """Files of other people that the run reads, whether they are there or not."""
+        return ()
+
     def missing_files(self, run: Any) -> Iterator[str]:
         """Lines `key: value; rule; fix` about files of other people that are not there."""
-        yield from ()
+        yield from missing_lines(self.assets(run))
 
     def mixes_lengths(self, run: Any) -> bool:
         """Whether one batch may hold samples at different token counts."""
@@ -174,6 +188,14 @@ class Family(ABC):
     def companions(self, run: Any) -> Companions:
         """What else the training holds; on the meta device, shapes alone."""
         return Companions()
+
+    def rehearsal(self, run: Any, num_samples: int, num_tokens: int) -> Rehearsal | None:
+        """A step without data, at K tokens, on the meta device; None: it cannot be simulated."""
+        return None
+
+    def sample_bytes(self, run: Any) -> int | None:
+        """Bytes of a sample of the training data, without torch; None: the data alone tell."""
+        return None
 
     @abstractmethod
     def training_model(self, run: Any, dataset: Any) -> TrainingModel:
@@ -292,16 +314,6 @@ class GeneratorFamily(Family):
 
 NOT_COMPILED = "train.compile: true is for generators without lora, so far; set it to false"
 """The line that a family yields whose networks are not compiled."""
-
-
-def outside_lengths(lengths: Iterable[int], low: int, high: int) -> Iterator[str]:
-    """The problem of K that a merge tree of `high` tokens and `low` blocks does not have."""
-    outside = [k for k in lengths if not low <= k <= high]
-    if outside:
-        yield (
-            f"lengths {outside} outside [{low}, {high}], the range of this bundle's merge tree "
-            f"({low} blocks that never merge, {high} base tokens)"
-        )
 
 
 # --- the registry ---------------------------------------------------------------------------------

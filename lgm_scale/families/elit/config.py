@@ -10,14 +10,15 @@ from typing import Literal
 from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.errors import CheckpointError, DataError
-from lgm_scale.published import PUBLISHED
+from lgm_scale.published import COMMAND, PUBLISHED
 
 CONFIG_NAME = PUBLISHED["sd_vae_config"].name
 WEIGHTS_NAME = PUBLISHED["sd_vae_weights"].name
 GET_VAE = (
-    f"Get {CONFIG_NAME} and {WEIGHTS_NAME} ({PUBLISHED['sd_vae_weights'].size}) of "
-    "stabilityai/sd-vae-ft-mse or stabilityai/sd-vae-ft-ema from https://huggingface.co and give "
-    "their folder: nothing is downloaded"
+    f"`{COMMAND} --fetch sd_vae_config sd_vae_weights` gets {CONFIG_NAME} and {WEIGHTS_NAME} "
+    f"({PUBLISHED['sd_vae_weights'].size}) of stabilityai/sd-vae-ft-mse into "
+    f"{Path(PUBLISHED['sd_vae_config'].path).parent}; stabilityai/sd-vae-ft-ema will do as well. "
+    "Give that folder: nothing is downloaded unless you ask"
 )
 """What to do where the autoencoder is missing."""
 
@@ -84,9 +85,13 @@ class ELITModelConfig:
 
     __pydantic_config__ = STRICT
     size: Literal["tiny", "s", "b", "l", "xl"] = "b"
+    """Width, blocks and heads."""
     patch_size: int = 2
+    """Side of a token, in places of the state."""
     num_classes: int = 1000
+    """Classes of the data."""
     interface: InterfaceConfig | None = None
+    """null: SiT, without an interface."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +103,7 @@ class SpaceConfig:
     """`sd_vae`: four channels at an eighth of the side, from data_tools/encode_latents.py
     --encoder sd-vae. `pixels`: the images themselves, from data_tools/images_to_mds.py."""
     image_size: int = 256
+    """Pixels along a side of the images."""
     vae: str | None = None
     """Folder of the autoencoder that decodes; for `sd_vae`. Its encoder made the latents."""
     flip: bool = False

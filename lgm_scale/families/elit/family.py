@@ -25,6 +25,7 @@ from lgm_scale.families.elit.config import (
     token_lengths,
     vae_file,
 )
+from lgm_scale.published import PUBLISHED, Asset
 from lgm_scale.release_import import CLASSES_HELP
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from lgm_scale.families.elit.network import SiT
     from lgm_scale.families.elit.training import ELITTrainingModel
     from lgm_scale.sampling.config import SamplerConfig
+    from lgm_scale.training.model import Rehearsal
 
 
 class ELITFamily(GeneratorFamily):
@@ -81,6 +83,7 @@ class ELITFamily(GeneratorFamily):
             },
         )
     }
+    initial_weights: ClassVar[str] = "lgm_scale.families.elit.initial_weights:ELITInitialWeights"
     pipeline_class: ClassVar[str] = "lgm_scale.families.elit.pipeline:ELITPipeline"
     about_tokens: ClassVar[str] = (
         "An image is a grid of {size} tokens, and K says how many of them the core of one "
@@ -114,6 +117,15 @@ class ELITFamily(GeneratorFamily):
             check_grids(where, manifest, run.space.channels, run.space.side, None)
 
     @override
+    def assets(self, run: ELITRun) -> list[Asset]:
+        names = ("sd_vae_config", "sd_vae_weights") if run.space.vae is not None else ()
+        return [
+            Asset("space.vae", f"{run.space.vae}/{PUBLISHED[name].name}", name,
+                  "images from latents, and latents from images (the autoencoder)")
+            for name in names
+        ]  # fmt: skip
+
+    @override
     def missing_files(self, run: ELITRun) -> Iterator[str]:
         try:
             for name in (CONFIG_NAME, WEIGHTS_NAME) if run.space.vae is not None else ():
@@ -132,6 +144,30 @@ class ELITFamily(GeneratorFamily):
         from lgm_scale.families.elit.network import build_elit
 
         return build_elit(run.model, run.space)
+
+    @override
+    def rehearsal(self, run: ELITRun, num_samples: int, num_tokens: int) -> Rehearsal:
+        import torch
+
+        from lgm_scale.families.elit.training import ELITTrainingModel
+        from lgm_scale.training.model import Rehearsal
+
+        space, labels = run.space, torch.empty(num_samples, dtype=torch.int64)
+        shape, pixels = (num_samples, space.channels, space.side, space.side), torch.uint8
+        model = ELITTrainingModel(
+            self.network(run), None if space.kind == "pixels" else 1.0, run.objective, run.seed
+        )
+        if space.kind == "pixels":
+            return Rehearsal(model, {"images": torch.empty(shape, dtype=pixels), "labels": labels})
+        moments = {name: torch.empty(shape, dtype=torch.float16) for name in ("mean", "std")}
+        return Rehearsal(model, moments | {"labels": labels})
+
+    @override
+    def sample_bytes(self, run: ELITRun) -> int | None:
+        space = run.space
+        if space.kind == "pixels":
+            return None  # compressed
+        return 2 * 2 * 2 * space.channels * space.side**2  # two flips, two moments, float16
 
     @override
     def training_model(self, run: ELITRun, dataset: Any) -> ELITTrainingModel:

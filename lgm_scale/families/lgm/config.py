@@ -40,10 +40,15 @@ class LGMModelConfig:
 
     __pydantic_config__ = STRICT
     size: Literal["tiny", "s", "b", "l", "xl", "h"] = "b"
+    """Width, layers and heads."""
     latent_dim: int = 32
+    """D, the tokenizer's."""
     num_base_tokens: int = 256
+    """N, the tokenizer's."""
     num_blocks: int = 4
+    """Blocks within which tokens merge: the tokenizer's `num_codebooks`."""
     num_classes: int = 1000
+    """Classes of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ class LGMObjectiveConfig(FlowObjectiveConfig):
 
     __pydantic_config__ = STRICT
     noise_scale: Literal["corrected", "legacy"] = "corrected"
+    """Noise merged like the data, or as in the published numbers unit noise per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,9 @@ class LoRAConfig:
     base: str
     """Generator bundle to start from; the result is a copy of it with one more adapter."""
     rank: int = 32
+    """Of the changes."""
     alpha: float = 32.0
+    """Changes are scaled by alpha / rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +89,22 @@ class LGMRun(GeneratorRun):
 def _lora(config: LGMRun) -> Iterator[str]:
     if config.lora is None:
         return
+    if config.init_from is not None:
+        yield (
+            f"init_from: {config.init_from}; an adapter starts from lora.base alone; remove "
+            "init_from, or lora"
+        )
     if config.train.compile:
         yield NOT_COMPILED
     if config.evaluation is not None:
         yield (
             "evaluation: is for runs that train a whole generator, so far; leave it out with lora, "
             "and run eval/sweep.py on the result"
+        )
+    if config.logging.pictures is not None:
+        yield (
+            "logging.pictures: is for runs that train a whole generator, so far; set it to null "
+            "with lora, and run python -m lgm_scale.sample on the result"
         )
     if len(set(config.lengths.choices)) > 1:
         lengths = ", ".join(map(str, sorted(set(config.lengths.choices))))
