@@ -3,15 +3,16 @@
     python -m benchmarks.data
     S3_ENDPOINT_URL=... AWS_ACCESS_KEY_ID=... python -m benchmarks.data --remote s3://bucket/folder
 
-Everything per core, in one process where it says so; candidates alternate, so only their ratios
-within one run are to be compared. The images are crops of photographs that Python packages ship.
-With --remote the latents are stored there first (the folder must be free) and read through an
-empty cache.
+Images and latents per second that a core works, workers included; candidates alternate, so only
+their ratios within one run are to be compared. The images are crops of photographs that Python
+packages ship. With --remote the latents are stored there first (the folder must be free) and read
+through an empty cache.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,20 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, features
+from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision import datasets as vision
 from torchvision.transforms import v2
 
 from benchmarks.harness import command_line, print_rates, print_table
 from data_tools.demo_images import DemoArguments, make_demo_images
 from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.decoding import (
-    center_crop,
-    decode_image,
-    random_flip,
-    random_resized_crop,
-)
+from lgm_scale.data.decoding import MAX_SCALE, center_crop, decode_image, random_resized_crop
 from lgm_scale.data.epochs import CheckedLoader
-from lgm_scale.data.images import ImageDataset
+from lgm_scale.data.images import ImageDataset, planes
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.preparation.convert import convert_folder, convert_image, encode_jpeg
 from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
@@ -45,6 +43,17 @@ from lgm_scale.merging.tree import TREE_NAME, MergeTree
 SIDE = 256
 NUM_TOKENS, LATENT_DIM = 256, 32
 BATCH = 128
+
+
+def torch_scaled(blob: bytes, seed: int) -> Tensor:
+    """A training image scaled by torch's filter for uint8, whose bits are not Pillow's."""
+    rng = np.random.default_rng(seed)
+    pixels = torch.from_numpy(np.array(decode_image(blob))).permute(2, 0, 1)[None]
+    side = int(rng.integers(SIDE, int(SIDE * MAX_SCALE) + 1))
+    left, top = rng.integers(side - SIDE + 1, size=2)
+    scaled = interpolate(pixels, size=side, mode="bicubic", antialias=True)[0]
+    scaled = scaled[:, top : top + SIDE, left : left + SIDE]
+    return (scaled.flip(2) if rng.random() < 0.5 else scaled).contiguous()
 
 
 def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
@@ -67,10 +76,13 @@ def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
     }
     for name, data in read.items():
         candidates[name] = lambda data=data: [data[i] for i in range(len(blobs))]
+    candidates["training, scaled by torch (other bits), no data set"] = lambda: [
+        torch_scaled(blob, i) for i, blob in enumerate(blobs)
+    ]
     turbo = "libjpeg-turbo" if features.check_feature("libjpeg_turbo") else "libjpeg"
-    title = f"Images of {SIDE} px, {len(blobs)} files, one process"
+    title = f"Images of {SIDE} px, {len(blobs)} files, per core-second"
     title += f" ({turbo} {features.version('jpg')})"
-    print_rates(title, "images", len(blobs), candidates, repeats)
+    print_rates(title, "images", len(blobs), candidates, repeats, clock=time.process_time)
 
 
 def image_shares(files: list[Path]) -> None:
@@ -83,14 +95,12 @@ def image_shares(files: list[Path]) -> None:
             "read": Path.read_bytes,
             "decode": decode_image,
             "scale and crop": lambda image, rng=rng: random_resized_crop(image, SIDE, rng),
-            "flip": lambda image, rng=rng: random_flip(image, rng),
-            "to tensor": lambda image: torch.from_numpy(
-                np.ascontiguousarray(np.array(image).transpose(2, 0, 1))
-            ),
+            "to tensor": planes,
+            "flip": lambda pixels: pixels.flip(2),
         }.items():
-            start = time.perf_counter()
+            start = time.process_time()
             value = work(value)
-            seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
+            seconds[part] = seconds.get(part, 0.0) + time.process_time() - start
     total = sum(seconds.values())
     print("\nShare of a training image's time")
     rows = [(part, each / total, each / len(files) * 1e6) for part, each in seconds.items()]
@@ -122,8 +132,8 @@ def write_latents(out: str, staging: str | None, count: int) -> None:
     work.join(manifest, work.records(), {STATS_NAME: stats.save, TREE_NAME: tree.save})
 
 
-def read_epoch(source: SourceConfig, workers: int) -> float:
-    """Samples per second of a whole epoch through the loader, its start included."""
+def read_epoch(source: SourceConfig, workers: int) -> tuple[float, float]:
+    """Samples of a whole epoch through the loader, its start included: per second, per core's."""
     data = LGMLatentDataset(
         (source,),
         shuffle=True,
@@ -134,17 +144,33 @@ def read_epoch(source: SourceConfig, workers: int) -> float:
         tokenizer_id=None,
     )
     loader = CheckedLoader(data, batch_size=BATCH, num_workers=workers)
-    start = time.perf_counter()
+    start, cores = time.perf_counter(), sum(os.times()[:4])
     count = sum(len(batch["labels"]) for batch in loader)
-    return count / (time.perf_counter() - start)
+    return count / (time.perf_counter() - start), count / (sum(os.times()[:4]) - cores)
+
+
+def read_bare(folder: Path) -> tuple[float, float]:
+    """The floor of `read_epoch`: shards read whole, one flip of each sample, stacked in batches."""
+    start, cores, count = time.perf_counter(), sum(os.times()[:4]), 0
+    for path in sorted(folder.glob("shard.*.mds")):
+        data = path.read_bytes()
+        num = int(np.frombuffer(data, np.uint32, 1)[0])
+        offsets = np.frombuffer(data, np.uint32, num, 4)
+        size = NUM_TOKENS * LATENT_DIM
+        rows = [np.frombuffer(data, np.float16, size, at) for at in offsets]
+        for first in range(0, num, BATCH):
+            torch.from_numpy(np.stack(rows[first : first + BATCH]))
+        count += num
+    return count / (time.perf_counter() - start), count / (sum(os.times()[:4]) - cores)
 
 
 def latent_rates(folder: Path, count: int, remote: str | None, repeats: int) -> None:
     """Latents of 256 x 32 through the loader."""
     write_latents(str(folder / "latents"), None, count)
     local = SourceConfig(path=str(folder / "latents"))
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, list[tuple[float, float]]] = {}
     for _ in range(repeats):
+        rows.setdefault("bare reading of shards", []).append(read_bare(folder / "latents"))
         for workers in (0, 1, 2):
             name = f"local, {workers} workers" if workers else "local, in the main process"
             rows.setdefault(name, []).append(read_epoch(local, workers))
@@ -156,10 +182,9 @@ def latent_rates(folder: Path, count: int, remote: str | None, repeats: int) -> 
             rows.setdefault("S3, full cache, 2 workers", []).append(read_epoch(cache, 2))
     size = 2 * 2 * NUM_TOKENS * LATENT_DIM
     print(f"\nLatents, {NUM_TOKENS} x {LATENT_DIM}, both flips stored: {size:,} bytes a sample")
-    medians = {name: float(np.median(values)) for name, values in rows.items()}
     print_table(
-        {"from": "", "samples/s": ",.0f", "MB/s read": ",.0f"},
-        [(name, rate, rate * size / 1e6) for name, rate in medians.items()],
+        {"from": "", "samples/s": ",.0f", "samples per core-second": ",.0f"},
+        [(name, *np.median(values, 0)) for name, values in rows.items()],
     )
 
 

@@ -1,4 +1,4 @@
-"""Images: decoding anything to RGB, the two crops, and the flip. Free of torch."""
+"""Images: decoding anything to RGB, and the two crops. Free of torch."""
 
 from __future__ import annotations
 
@@ -87,13 +87,6 @@ def random_resized_crop(
     left = int(rng.integers(image.width - size + 1))
     top = int(rng.integers(image.height - size + 1))
     return image.crop((left, top, left + size, top + size))
-
-
-def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Mirror left and right with probability one half."""
-    if rng.random() < 0.5:
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image
 
 
 def _resize_smaller_side(image: Image.Image, smaller: int) -> Image.Image:

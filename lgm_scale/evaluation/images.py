@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lgm_scale.data.decoding import center_crop, decode_image
-from lgm_scale.data.images import ImageDataset
+from lgm_scale.data.images import ImageDataset, planes
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.engine.parts import from_rank_zero
@@ -127,7 +127,7 @@ class FolderImages:
         for index in indices:
             path = self.paths[int(index)]
             image = center_crop(decode_image(path.read_bytes(), str(path)), self.image_size)
-            images.append(torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()))
+            images.append(planes(image))
         return torch.stack(images), np.zeros(len(images), np.int64)
 
     def hash(self) -> str:

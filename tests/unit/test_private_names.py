@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset
 from streaming.base import dataset as library
+from streaming.base.format.mds import encodings
 from streaming.base.shared import prefix
 from streaming.base.world import World
 
@@ -24,6 +25,7 @@ ADAPTER = "lgm_scale/data/streaming_internals.py"
 # Owner, name, and what breaks without it.
 NAMES: list[tuple[Any, str, str]] = [
     (prefix, "_each_prefix_int", "two runs that start at one moment share their memory"),
+    (encodings, "_get_coder", "a column's type is parsed for every value"),
     (StreamingDataset, "_resume_incr_epoch", "workers draw flips and crops of another epoch"),
     (StreamingDataset, "_get_work", "an epoch that ends early looks complete"),
     (StreamingDataset, "_prepare_thread", "a process whose fetch failed never ends"),
