@@ -10,7 +10,7 @@ neither the number of ranks nor the strategy need be those that wrote the state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,50 +20,55 @@ from torch import Tensor, nn
 
 from lgm_scale.checkpoint.manifest import StateFile, StateManifest
 from lgm_scale.errors import CheckpointError
+from lgm_scale.merging.linkage import start_host_copy
 from lgm_scale.parallel.shards import ParameterShard
 from lgm_scale.storage.files import follow_umask
 
-__all__ = ["check_same_model", "files_needed", "read_shards", "write_shards"]
+__all__ = ["ShardCopy", "check_same_model", "files_needed", "read_shards"]
 
 
-def write_shards(
-    path: Path,
-    shards: Sequence[ParameterShard],
-    owned: Sequence[bool],
-    average: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-) -> list[list[int]]:
-    """Write this rank's file.
+class ShardCopy:
+    """What this rank writes into a state, by value: the training may go on.
+
+    Made in the main thread, behind all work that is queued on a GPU, and without waiting for it.
 
     Args:
-        path: The file.
         shards: This rank's shards, one for each parameter.
         owned: Which of them it writes.
         average: This rank's part of the moving average by the parameter's name, flat.
         buffers: The model's buffers by name; empty on all ranks but one.
-
-    Returns: [index, start, numel] of what was written.
     """
-    tensors = {f"buffer/{name}": _on_host(value) for name, value in buffers.items()}
-    written = []
-    for index, (shard, mine) in enumerate(zip(shards, owned, strict=True)):
-        if not mine:
-            continue
-        written.append([index, shard.start, shard.numel])
-        tensors[f"weight/{index}"] = _on_host(shard.weight())
-        if shard.name in average:
-            tensors[f"ema/{index}"] = _on_host(average[shard.name])
-        for key, value in shard.optimizer_state().items():
-            tensors[f"{key}/{index}"] = _on_host(value)
-    save_file(tensors, str(path))
-    follow_umask(path)
-    return written
+
+    def __init__(
+        self,
+        shards: Sequence[ParameterShard],
+        owned: Sequence[bool],
+        average: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        self.pieces: list[list[int]] = []
+        """[index, start, numel] of what it holds."""
+        self._arrivals = {f"buffer/{name}": _copied(value) for name, value in buffers.items()}
+        for index, (shard, mine) in enumerate(zip(shards, owned, strict=True)):
+            if not mine:
+                continue
+            self.pieces.append([index, shard.start, shard.numel])
+            self._arrivals[f"weight/{index}"] = _copied(shard.weight())
+            if shard.name in average:
+                self._arrivals[f"ema/{index}"] = _copied(average[shard.name])
+            for key, value in shard.optimizer_state().items():
+                self._arrivals[f"{key}/{index}"] = _copied(value)
+
+    def write(self, path: Path) -> None:
+        """Write this rank's file; in any thread."""
+        save_file({name: arrived() for name, arrived in self._arrivals.items()}, str(path))
+        follow_umask(path)
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy on the host. safetensors refuses tensors that share a storage, as shards do."""
+def _copied(tensor: Tensor) -> Callable[[], Tensor]:
+    """A copy on the host, of its own storage, as soon as it has arrived there."""
     tensor = tensor.detach()
-    return tensor.to("cpu") if tensor.is_cuda else tensor.clone()
+    return start_host_copy(tensor if tensor.is_cuda else tensor.clone())
 
 
 def check_same_model(manifest: StateManifest, shards: Sequence[ParameterShard], root: str) -> None:
