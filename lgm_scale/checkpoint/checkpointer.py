@@ -183,7 +183,7 @@ class Checkpointer:
             if isinstance(error, DivergenceError) or dist.get_world_size() == 1:
                 try:
                     self.finish()
-                except LGMError as problem:  # the first error is the one to be told
+                except (LGMError, OSError) as problem:  # the first error is the one to tell
                     log.warning("%s", problem)
             raise
         self.finish()
