@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from rank_processes import run_ranks, start_ranks, states, wait_for
+from rank_processes import run_ranks, start_ranks, states, wait_for, waited_for
 from small_pipeline import SmallPipeline, assert_same_run, metrics
 from test_strategies import STRATEGIES
 
@@ -33,13 +33,7 @@ def folder(small_pipeline):
 
 
 def wait_for_each_save() -> None:
-    save = Checkpointer.save
-
-    def save_and_wait(self, *args):
-        save(self, *args)
-        self.finish()
-
-    Checkpointer.save = save_and_wait  # type: ignore[method-assign]
+    Checkpointer.save = waited_for(Checkpointer.save)  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_processes import states
+from rank_processes import states, waited_for
 from small_pipeline import train_in_process
 
 from lgm_scale.checkpoint import checkpointer
@@ -20,7 +20,7 @@ from lgm_scale.checkpoint.checkpointer import Checkpointer
 from lgm_scale.checkpoint.manifest import StateManifest
 from lgm_scale.checkpoint.state_files import StateFiles
 from lgm_scale.checkpoint.tensors import ShardCopy
-from lgm_scale.errors import CheckpointError, DivergenceError
+from lgm_scale.errors import CheckpointError, DivergenceError, SupersededError
 from lgm_scale.storage.stores import Storage
 
 PATIENCE = 120  # seconds, for a thread on a busy machine
@@ -118,13 +118,7 @@ def late(monkeypatch) -> Callable[[int, dict], None]:
 def test_what_is_written_late_is_what_was_saved(small_pipeline, tmp_path, late, monkeypatch):
     out = train_in_process(config(small_pipeline, tmp_path / "late"), on_step=late)
     monkeypatch.undo()
-    save = Checkpointer.save
-
-    def save_and_wait(self, *args):
-        save(self, *args)
-        self.finish()
-
-    monkeypatch.setattr(Checkpointer, "save", save_and_wait)
+    monkeypatch.setattr(Checkpointer, "save", waited_for(Checkpointer.save))
     expected = train_in_process(config(small_pipeline, tmp_path / "waiting"))
     assert [name[:10] for name in states(out)] == [f"ba{step:08d}" for step in (2, 4, 6, 8, 10)]
     assert states(out) == states(expected)
@@ -146,24 +140,42 @@ def without_clocks(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def test_a_diverging_run_completes_the_state_before(small_pipeline, tmp_path, monkeypatch):
-    held, write = threading.Event(), ShardCopy.write
-    saved: list[Path] = []
+@pytest.fixture
+def held(monkeypatch) -> threading.Event:
+    """Until it is set, the second state is not written."""
+    event, write, begun = threading.Event(), ShardCopy.write, []
 
     def write_held(self: ShardCopy, path: Path) -> None:
-        saved.append(path)
-        assert len(saved) < 2 or held.wait(PATIENCE)
+        begun.append(path)
+        assert len(begun) < 2 or event.wait(PATIENCE)
         write(self, path)
 
+    monkeypatch.setattr(ShardCopy, "write", write_held)
+    return event
+
+
+def test_a_diverging_run_completes_the_state_before(small_pipeline, tmp_path, held):
     def on_step(step: int, batch: dict) -> None:
         if step == 5:
             held.set()
             raise DivergenceError("step 5")
 
-    monkeypatch.setattr(ShardCopy, "write", write_held)
     with pytest.raises(DivergenceError, match="step 5"):
         train_in_process(config(small_pipeline, tmp_path / "run"), on_step=on_step)
     assert states(tmp_path / "run") == ["ba00000002-a0001", "ba00000004-a0001"]
+
+
+def test_a_run_that_is_replaced_seals_nothing_any_more(small_pipeline, tmp_path, held):
+    out = tmp_path / "run"
+
+    def on_step(step: int, batch: dict) -> None:
+        if step == 5:  # another one found the state of step 2, and no other
+            Attempts(Storage(out / "state")).start(2, 1, "ddp")
+            held.set()
+
+    with pytest.raises(SupersededError, match="attempt 2 has taken over"):
+        train_in_process(config(small_pipeline, out), on_step=on_step)
+    assert states(out) == ["ba00000002-a0001"]
 
 
 @pytest.mark.parametrize("lost", ["put", "seal"])
