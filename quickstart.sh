@@ -12,11 +12,11 @@ run=runs/quickstart
 step python data_tools/demo_images.py --out $run/data/photos
 step python data_tools/images_to_mds.py $run/data/photos/train --out $run/data/images/train --image-size 64
 step python data_tools/images_to_mds.py $run/data/photos/val --out $run/data/images/val --image-size 64
-step composer lgm_scale/train.py yamls/quickstart/tokenizer.yaml
-step composer data_tools/encode_latents.py --tokenizer $run/tokenizer/bundle \
+step python lgm_scale/train.py yamls/quickstart/tokenizer.yaml
+step python data_tools/encode_latents.py --tokenizer $run/tokenizer/bundle \
     --images $run/data/images/train --out $run/data/latents
-step composer lgm_scale/train.py yamls/quickstart/dit.yaml
-step composer eval/sweep.py yamls/quickstart/sweep.yaml
+step python lgm_scale/train.py yamls/quickstart/dit.yaml
+step python eval/sweep.py yamls/quickstart/sweep.yaml
 
 cat <<END
 

@@ -18,7 +18,8 @@ from lgm_scale.config.loading import read_yaml
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
-from lgm_scale.evaluation.sweep.rules import check_sweep, load_sweep
+from lgm_scale.evaluation.sweep.rules import broken_rules, check_sweep, load_sweep
+from lgm_scale.published import COMMAND, names_at
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,25 @@ TOOLS = {
         out="out",
         ranks=True,
     ),
+    "reference": Tool(
+        "eval/reference.py",
+        positional=("source",),
+        required=("out",),
+        optional=(
+            *("inception", "dinov2", "image_size", "keep_features", "name"),
+            *("batch_size", "chunk_size"),
+        ),
+        flags=("fashion_mnist",),
+        inputs=("source", "inception", "dinov2"),
+        out="out",
+        ranks=True,
+    ),
 }
 
 DEFAULT_CONFIG = {"train": "yamls/dit_xl.yaml", "tokenizer": "yamls/tokenizer_b.yaml"}
-KINDS = ("train", "tokenizer", "encode", "eval", "convert")
+_MADE = ("bundle", "images", "reference")
+"""Inputs of a sweep that jobs before it may make; the others are files of other people."""
+KINDS = ("train", "tokenizer", "encode", "eval", "convert", "reference")
 
 
 @dataclass(frozen=True)
@@ -170,11 +186,13 @@ def output_of(kind: str, config: str | None, words: list[str]) -> list[Path]:
 
 def _sweep(config: str, words: list[str], parts: int | None, to_come: ToCome | None) -> Job:
     values = read_yaml(config, words)
-    inputs = [str(values.get(key)) for key in ("bundle", "images", "reference")]
-    if to_come is not None and not any(map(to_come, inputs)):
-        sweep = load_sweep(config, words)
-    else:  # its files are made by the jobs before it: types are all that can be checked
+    made = [key for key in _MADE if to_come is not None and to_come(str(values.get(key)))]
+    if to_come is None:  # this machine does not see the files: types are all that can be checked
         sweep = check_sweep(values, config, lambda _: [], {})
+    elif not made:
+        sweep = load_sweep(config, words)
+    else:
+        sweep = check_sweep(values, config, lambda read: broken_rules(read, made=made), {})
     split = tuple(f"part={index}/{parts}" for index in range(parts or 0))
     name = f"eval-{Path(sweep.out).name}"
     return Job("eval", name, sweep.out, "eval/sweep.py", Path(config), tuple(words), parts=split)
@@ -202,7 +220,7 @@ def _tool(kind: str, tool: Tool, words: list[str], to_come: ToCome | None) -> Jo
     if kind == "encode":
         problems += _encoder(values)
     problems += [
-        f"{key}: {values[key]} is not there; name what {kind} reads, or make it first"
+        f"{key}: {values[key]} is not there; {_how_to_get(values[key], kind)}"
         for key in tool.inputs
         if to_come is not None and key in values and not _is_there(values[key], to_come)
     ]
@@ -217,6 +235,13 @@ def _tool(kind: str, tool: Tool, words: list[str], to_come: ToCome | None) -> Jo
     arguments = (*(values[key] for key in tool.positional), *options)
     name = f"{kind}-{Path(out).name}"
     return Job(kind, name, out, tool.script, None, arguments, ranks=tool.ranks)
+
+
+def _how_to_get(path: str, kind: str) -> str:
+    names = names_at(path)
+    if names:
+        return f"`{COMMAND} --fetch {' '.join(names)}` gets it"
+    return f"name what {kind} reads, or make it first"
 
 
 def _is_there(path: str, to_come: ToCome) -> bool:

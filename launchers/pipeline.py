@@ -37,7 +37,7 @@ class Stage:
     """One job of a pipeline. `needs` names the stages that come before it."""
 
     __pydantic_config__ = STRICT
-    job: Literal["convert", "tokenizer", "encode", "train", "eval"]
+    job: Literal["convert", "tokenizer", "encode", "train", "reference", "eval"]
     needs: tuple[str, ...] = ()
     config: str | None = None
     overrides: tuple[str, ...] = ()
@@ -200,6 +200,8 @@ def graph(stages: dict[str, Stage], launches: dict[str, list[Launch]]) -> list[s
 
 def _done(launch: Launch) -> bool:
     out = Path(launch.job.out)
+    if out.is_file():  # a reference
+        return True
     names = ("index.json", "manifest.json", "bundle/bundle.json")
     return any((out / name).is_file() for name in names)
 

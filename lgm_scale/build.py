@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 import warnings
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.core import Algorithm, Callback, DataSpec
-from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.optim import (
     ComposerScheduler,
     ConstantScheduler,
@@ -22,15 +21,17 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from lgm_scale.checkpoint.checkpointer import Checkpointer
-from lgm_scale.checkpoint.run_folder import RunFolder
+from lgm_scale.checkpoint.run_folder import HISTORY_NAME, METRICS_NAME, RunFolder
 from lgm_scale.checkpoint.saver import StateSaver
 from lgm_scale.config.inputs import count_problems
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import OptimizerConfig, TrainingRun
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
-from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.errors import CheckpointError, DataError, LGMError
 from lgm_scale.families.base import family_of
+from lgm_scale.initial_weights import initial_weights
 from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
+from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
 from lgm_scale.parallel.trainers import start_trainer
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
@@ -38,9 +39,12 @@ from lgm_scale.training.clipping import GroupClipping, parameters_of
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
 from lgm_scale.training.length_schedule import LengthSchedule
+from lgm_scale.training.loggers import build_loggers
 from lgm_scale.training.model import TrainingModel
 from lgm_scale.training.stopping import StopRequest, ignore_stop_signals
-from lgm_scale.training.throughput import Throughput
+from lgm_scale.training.throughput import Resources, Throughput
+
+log = logging.getLogger("lgm_scale")
 
 
 def build_dataset(config: TrainingRun) -> EpochDataset:
@@ -53,6 +57,41 @@ def build_dataset(config: TrainingRun) -> EpochDataset:
     if problems:
         raise DataError("\n".join(problems))
     return dataset
+
+
+def take_initial_weights(
+    config: TrainingRun, model: TrainingModel, dataset: EpochDataset, folder: RunFolder
+) -> None:
+    """Copy the weights of the bundle in `init_from`, if there is one; say and record what is taken.
+
+    For a run without a state. On all ranks, before a strategy is applied: each holds the network
+    as it does without a bundle, and one more weight at a time.
+
+    Raises: CheckpointError; ConfigError for a weight that does not fit.
+    """
+    if config.init_from is None:
+        on_rank_zero(lambda: folder.record_start(None))
+        return
+    files = on_rank_zero(lambda: initial_weights(config).info["files"])
+    lines, error = [], None
+    try:
+        start = initial_weights(config, whole=dist.get_local_rank() == 0)  # hashed once per node
+        if start.info["files"] != files:
+            raise CheckpointError(
+                f"init_from: {config.init_from} is another bundle on rank {dist.get_global_rank()} "
+                "than on rank 0; put it where every node sees it"
+            )
+        lines = start.load(model.net, dataset)
+    except LGMError as problem:
+        error = problem
+    raise_everywhere(error)
+
+    def record() -> None:
+        folder.record_start({"init_from": config.init_from, "files": files, "taken": lines})
+        for line in lines:
+            log.info("init_from: %s", line)
+
+    on_rank_zero(record)
 
 
 def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedule) -> DataSpec:
@@ -99,21 +138,6 @@ def build_scheduler(config: OptimizerConfig) -> ComposerScheduler:
     return ConstantWithWarmupScheduler(warmup) if config.warmup else ConstantScheduler()
 
 
-def build_loggers(config: TrainingRun) -> list[LoggerDestination]:
-    """Composer's own loggers, as configured."""
-    loggers: list[LoggerDestination] = []
-    if config.logging.tensorboard:
-        loggers.append(TensorboardLogger(log_dir=str(Path(config.out) / "tensorboard")))
-    if config.logging.wandb_project:
-        if importlib.util.find_spec("wandb") is None:
-            raise ConfigError(
-                "logging.wandb_project: set, but wandb is not installed; "
-                "pip install 'lgm-scale[wandb]', or set it to null"
-            )
-        loggers.append(WandBLogger(project=config.logging.wandb_project, name=config.run_name))
-    return loggers
-
-
 def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
     threshold = config.optimizer.clip_norm
     if threshold is None or config.parallel.strategy == "deepspeed":  # the engine clips
@@ -130,6 +154,29 @@ def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
     # Counted now: a network may read sizes off its weights, which FSDP is about to cut.
     flops = {k: net.flops(k) for k in set(config.lengths.choices)}.__getitem__
     return Throughput(config.logging.interval, flops, None if peak is None else peak * 1e12)
+
+
+def _watching(config: TrainingRun, dataset: EpochDataset, ema: EMA) -> list[Callback]:
+    """What looks at the average of the weights while the run trains. Every rank must call it."""
+    family, pictures = family_of(config), config.logging.pictures
+    reconstructions = family.reconstructions(config)
+    sweeps = family.evaluation(config) is not None
+    if reconstructions is None and not sweeps and pictures is None:
+        return []
+    # Late: the evaluator's imports are for those who ask for it.
+    from lgm_scale.evaluation.during_training.subjects import GeneratorSubject, TokenizerSubject
+    from lgm_scale.evaluation.during_training.sweeps import EvaluationDuringTraining
+    from lgm_scale.evaluation.during_training.watching import Pictures, Reconstructions, Watch
+
+    looks: list[Watch] = []
+    if reconstructions is not None:
+        subject = TokenizerSubject(config, reconstructions, ema)
+        count = reconstructions.num_images
+        looks.append(Reconstructions(reconstructions.interval, subject, count))
+    else:
+        subject = GeneratorSubject(config, dataset, ema)
+        looks += [EvaluationDuringTraining(config, subject)] if sweeps else []
+    return [*looks, *([] if pictures is None else [Pictures(pictures, subject)])]
 
 
 def build_trainer(
@@ -151,7 +198,8 @@ def build_trainer(
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
     if config.train.compile:
         compile_blocks(model.net, config.lengths.choices)
-    metrics = Path(config.out) / "metrics.jsonl"
+    metrics, history = (Path(config.out) / name for name in (METRICS_NAME, HISTORY_NAME))
+    beside = {path.name: path for path in (metrics, history)}
     callbacks: list[Callback] = [
         StepKeys(lengths, config.lengths.per_sample),
         FiniteGuard(model.record, advice),  # before the EMA moves
@@ -162,19 +210,19 @@ def build_trainer(
             model.record,
             config.logging.progress_bar,
             model.labels(),
+            model.below_zero(),
             checkpointer.attempts.check,
         ),
         _throughput(config, model),
         stop,
-        StateSaver(checkpointer, config.checkpoint.interval, stop, {metrics.name: metrics}),
+        StateSaver(checkpointer, config.checkpoint.interval, stop, beside),
     ]
-    if family_of(config).evaluation(config) is not None:
-        from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
-
-        callbacks.append(EvaluationDuringTraining(config, dataset, ema))  # after the EMA moved
+    callbacks += _watching(config, dataset, ema)  # after the EMA moved
     data = build_data(config, dataset, lengths)
-    if isinstance(data.dataloader, ScaledLoader):
-        callbacks.append(LoaderStep(data.dataloader))
+    loader: Any = data.dataloader
+    callbacks.append(Resources(config.logging.interval, lambda: loader.waited))
+    if isinstance(loader, ScaledLoader):
+        callbacks.append(LoaderStep(loader))
     batch_size = config.train.global_batch_size // dist.get_world_size()
     trainer, shards, reload = start_trainer(
         config,
@@ -216,7 +264,9 @@ def export_bundle(
     """
     folder = Path(config.out) / "bundle"
     training = {"steps": steps, "weights": "ema", "config": to_dict(config)}
-    changes = [entry for entry in RunFolder(folder.parent, config).history() if "changes" in entry]
+    run = RunFolder(folder.parent, config)
+    changes = [entry for entry in run.history() if "changes" in entry]
     training |= {"changes": changes} if changes else {}
+    training |= {"start": run.start()} if config.init_from is not None else {}
     family_of(config).export(config, folder, model, dataset, average, training)
     return folder

@@ -1,17 +1,20 @@
 """The folder of a bundle, whatever is in it: written aside, described in bundle.json, hashed.
 
-Free of torch: what a bundle says about itself can be read before the slow imports.
+To and from the model hub it travels as it is, its own files alone. Free of torch: what a bundle
+says about itself can be read before the slow imports.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lgm_scale.config.loading import load_config
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.base import families, generator_families
+from lgm_scale.hub import download, is_hub_name, upload
 from lgm_scale.sampling.config import SamplerConfig
 from lgm_scale.storage.files import file_hash, folder_aside, replace_folder, write_whole
 
@@ -19,7 +22,9 @@ __all__ = [
     "INFO_NAME",
     "check_kind",
     "finish_bundle",
+    "local_bundle",
     "model_config",
+    "push_to_hub",
     "read_bundle",
     "read_info",
     "set_sampling_defaults",
@@ -29,6 +34,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 INFO_NAME = "bundle.json"
+_SUFFIXES = (".safetensors", ".json")
 
 
 def start_bundle(folder: str | Path) -> Path:
@@ -146,3 +152,58 @@ def set_sampling_defaults(folder: str | Path, defaults: dict[int, dict[str, Any]
         SamplerConfig(**settings)
     stored = info.get("sampling", {}) | {str(k): settings for k, settings in defaults.items()}
     write_info(folder, info | {"sampling": stored})
+
+
+# --- the model hub --------------------------------------------------------------------------------
+
+
+def local_bundle(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a bundle; one that is named owner/name, as no folder here, is downloaded.
+
+    Only bundle.json is, and the safetensors and JSON files that it lists; who loads them checks
+    every hash.
+    `revision` is a branch, tag or commit of the repository.
+
+    Raises: CheckpointError.
+    """
+    if not is_hub_name(name):
+        if revision is not None:
+            raise CheckpointError(
+                f"revision: {revision!r} goes with a repository of the hub, and {name} is a path; "
+                "leave it out"
+            )
+        return Path(name)
+    folder = download(str(name), [INFO_NAME], revision)
+    files = list(read_info(folder)["files"])
+    _refuse_foreign(files, name)
+    return download(str(name), files, folder.name)
+
+
+def push_to_hub(
+    folder: str | Path,
+    name: str,
+    card: str,
+    pictures: dict[str, Path] | None = None,
+    private: bool = False,
+) -> str:
+    """Publish a bundle on the model hub as `name` (owner/name); return its address.
+
+    One commit: bundle.json, the files that it lists, `card` as README.md (`publish.model_card`
+    makes one), and `pictures`, which the card shows, by their names in it.
+
+    Raises: CheckpointError if the bundle is damaged, or the hub cannot be had.
+    """
+    folder, info = Path(folder), read_bundle(folder, *families())
+    _refuse_foreign(info["files"], folder)
+    own = {file: folder / file for file in (INFO_NAME, *info["files"])}
+    title = f"Publish a {info['kind']} bundle"
+    return upload(name, {**own, **(pictures or {}), "README.md": card}, title, private)
+
+
+def _refuse_foreign(files: Iterable[str], where: str | Path) -> None:
+    foreign = [file for file in files if not file.endswith(_SUFFIXES)]
+    if foreign:
+        raise CheckpointError(
+            f"{where}: only {' and '.join(_SUFFIXES)} files travel, and its {INFO_NAME} lists "
+            f"{foreign[0]!r}; it is no bundle that this project wrote"
+        )

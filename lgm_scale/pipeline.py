@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lgm_scale.bundle import check_kind, read_info
+from lgm_scale.bundle import check_kind, local_bundle, read_info
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
 from lgm_scale.families.base import families, generator_families
 from lgm_scale.merging.tree import MergeTree
@@ -89,7 +89,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
 
         Raises: CheckpointError if it is none, damaged, or of another format version.
         """
-        device = _device(device)
+        device = usable_device(device)
         return cls(cls.load(folder, device), _dtype(device, dtype), str(folder))
 
     # --- what a family says -------------------------------------------------------------------
@@ -230,7 +230,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
         config = self.config(num_tokens, cfg_scale, **settings)
         if output not in ("numpy", "pil"):
             raise ConfigError(f"output: {output!r} is neither 'numpy' nor 'pil'")
-        size = self._batch_size(num_tokens) if batch_size is None else batch_size
+        size = self.batch_size(num_tokens) if batch_size is None else batch_size
         if size < 1:
             raise ConfigError(f"batch_size: {size} must be 1 or more")
         chunks = []
@@ -272,7 +272,8 @@ class Pipeline(ABC, Generic[AnyBundle]):
             )
         return int(label)
 
-    def _batch_size(self, num_tokens: int) -> int:
+    def batch_size(self, num_tokens: int) -> int:
+        """Images at once that fit the device comfortably at K tokens."""
         rows = _BATCH_ROWS.get(self.device.type, _BATCH_ROWS["cpu"])
         return max(1, min(rows, rows * 256 // max(self.bundle.net.block_lengths(num_tokens))))
 
@@ -290,7 +291,8 @@ class Pipeline(ABC, Generic[AnyBundle]):
         return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device of this name; by default a CUDA device if there is one. Raises: ConfigError."""
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -323,13 +325,19 @@ def load_pipeline(
     folder: str | Path,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    revision: str | None = None,
 ) -> Pipeline[Any]:
     """The pipeline of whatever generator a bundle holds.
+
+    `folder` may be owner/name of a repository of the model hub, if there is no such folder; it is
+    downloaded then, at `revision` (a branch, tag or commit).
 
     Default: a CUDA device if there is one, and bfloat16 where a GPU computes it natively.
 
     Raises: CheckpointError if it is no generator bundle, damaged, or of another format version.
     """
+    folder = local_bundle(folder, revision)
     info = read_info(folder)
     check_kind(info, folder, *generator_families())
     return generator_families()[info["kind"]].pipeline().from_bundle(folder, device, dtype)
@@ -340,8 +348,11 @@ def load_image_tokenizer(
 ) -> tuple[ImageTokenizer, dict[str, str]]:
     """What reconstructs images in a bundle, and the hashes of the files that it depends on.
 
+    `folder` may be a repository of the model hub, as in `load_pipeline`.
+
     Raises: CheckpointError; ConfigError if the bundle's family has none.
     """
+    folder = local_bundle(folder)
     info = read_info(folder)
     family = families().get(info["kind"])
     if family is None:

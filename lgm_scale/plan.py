@@ -19,6 +19,7 @@ from lgm_scale.config.schema import (
     TrainingRun,
 )
 from lgm_scale.families.base import Companions, family_of
+from lgm_scale.initial_weights import planned_lines
 from lgm_scale.parallel.blocks import transformer_blocks
 from lgm_scale.parallel.memory import ParameterInfo, parameter_infos, planned_bytes
 from lgm_scale.training.length_schedule import LengthSchedule, loader_batches, steps_per_epoch
@@ -103,7 +104,7 @@ def describe(config: TrainingRun, world_size: int) -> str:
         nets = Networks(family.network(config), family.companions(config))
     sections = [
         yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
-        "\n".join(nets.lines()),
+        "\n".join([*nets.lines(), *planned_lines(config, nets.network)]),
         _work(config, nets.network, family.forward_passes(config)),
         _memory(config, nets, world_size),
         _epoch(config),

@@ -1,21 +1,27 @@
-"""Draw a labelled grid of images from a generator bundle.
+"""Draw a labelled grid of images from a generator bundle, or make many images.
 
     python -m lgm_scale.sample BUNDLE --classes goldfish 207 --num-tokens 32 64 128 --out grid.png
 
 One row per token length, one column per class. A column shares its noise: down the rows it is one
 picture at growing detail, or from a generator on a grid at growing work.
+
+    composer -n 8 -m lgm_scale.sample BUNDLE --num-images 50000 --num-tokens 64 --out FOLDER
+
+At one length, of all classes in turn or of those given, as PNG files or as FILE.npz. The same
+command again makes what is missing, with any number of ranks (docs/sampling.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
-from lgm_scale.bundle import check_kind, read_info
+from lgm_scale.bundle import check_kind, local_bundle, read_info
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.base import add_import_option, generator_families
 from lgm_scale.sampling.config import SamplerConfig
@@ -31,13 +37,30 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m lgm_scale.sample",
-        description="Draw a labelled grid of images from a generator bundle.",
+        description="Draw a labelled grid of images from a generator bundle, or make many images "
+        "(--num-images). The same command again makes those that are missing.",
     )
-    parser.add_argument("bundle", help="generator bundle of any family")
-    parser.add_argument("--classes", nargs="+", required=True, help="indices or names")
+    parser.add_argument(
+        "bundle", help="generator bundle of any family, or owner/name on the model hub"
+    )
+    parser.add_argument(
+        "--classes", nargs="+",
+        help="indices or names; with --num-images in turn, or CLASS=COUNT each (default: all)",
+    )  # fmt: skip
     parser.add_argument("--num-tokens", nargs="+", type=int, help="rows; default: all tokens")
-    parser.add_argument("--out", required=True, help="image file to write")
+    parser.add_argument(
+        "--out", required=True,
+        help="image file to write; with --num-images a folder of PNG files, or a file .npz",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-images", type=int, metavar="M", help="make M images, and no grid")
+    parser.add_argument(
+        "--batch-size", type=int, help="images at once and rank; default: what fits the device"
+    )
+    parser.add_argument(
+        "--chunk-size", type=int,
+        help="with --num-images: images per piece of work, which a kill can lose (default: 250)",
+    )  # fmt: skip
     add_sampler_options(parser)
     parser.add_argument(
         "--grow", nargs="+", metavar="T:K",
@@ -45,7 +68,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--device", help="default: a CUDA device if there is one")
     add_import_option(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.num_images is None and args.classes is None:
+        parser.error("the following arguments are required: --classes")
+    for key in ("num_images", "batch_size", "chunk_size"):
+        value = getattr(args, key)
+        if value is not None and value < 1:
+            parser.error(f"--{key.replace('_', '-')}: {value} must be 1 or more")
+    if args.num_images is None and args.chunk_size is not None:
+        parser.error("--chunk-size goes with --num-images; a grid has no pieces of work")
+    return args
 
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
@@ -140,15 +172,30 @@ def draw_grid(rows: list[np.ndarray], row_names: list[str], columns: list[str]) 
 
 
 def main() -> int:
-    """Load, sample row by row, draw."""
+    """Load, check everything, and make a grid or many images."""
     args = parse_args(sys.argv[1:])
     out = Path(args.out)
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    _check_place(out, many=args.num_images is not None)
+    growth = growth_of(args.grow)
+    args.bundle = local_bundle(args.bundle)
+    check_kind(read_info(args.bundle), args.bundle, *generator_families())
+    return _make_many(args, out, growth) if args.num_images else _make_grid(args, out, growth)
+
+
+def _check_place(out: Path, many: bool) -> None:
+    pictures = (".png", ".jpg", ".jpeg", ".webp")
+    if many and out.suffix.lower() in (*pictures, ".zip", ".npy"):
+        raise ConfigError(
+            f"--out: {out} is one file; --num-images writes a folder of PNG files, or ADM's form: "
+            f"name a folder, or {out.with_suffix('.npz')}"
+        )
+    if not many and out.suffix.lower() not in pictures:
         raise ConfigError(f"--out: {out} is no image file; end it in .png, .jpg or .webp")
     if not out.parent.is_dir():
         raise ConfigError(f"--out: {out.parent} is no folder; make it first")
-    growth = growth_of(args.grow)
-    check_kind(read_info(args.bundle), args.bundle, *generator_families())
+
+
+def _make_grid(args: argparse.Namespace, out: Path, growth: list[tuple[float, int]]) -> int:
     from lgm_scale.pipeline import load_pipeline
 
     pipe = load_pipeline(args.bundle, device=args.device)
@@ -161,12 +208,59 @@ def main() -> int:
     for num_tokens, chosen in zip(lengths, settings, strict=True):
         pipe.config(num_tokens, **chosen)  # every row is checked before the first is made
     rows = [
-        pipe(labels, num_tokens, seed=args.seed, **chosen)
+        pipe(labels, num_tokens, seed=args.seed, batch_size=args.batch_size, **chosen)
         for num_tokens, chosen in zip(lengths, settings, strict=True)
     ]
     names = [pipe.classes[label] for label in labels]
     draw_grid(rows, [f"K = {k}" for k in lengths], names).save(out)  # type: ignore[arg-type]  # arrays
     print(f"{out}: {len(labels)} classes at {len(lengths)} lengths")
+    return 0
+
+
+def _make_many(args: argparse.Namespace, out: Path, growth: list[tuple[float, int]]) -> int:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.num_tokens and len(args.num_tokens) > 1:
+        raise ConfigError(
+            f"--num-tokens: {len(args.num_tokens)} lengths, and --num-images makes images of one; "
+            "run once for each, each to its own --out"
+        )
+    if world > 1 and args.device not in (None, "cpu"):
+        raise ConfigError(
+            f"--device: {args.device} for {world} ranks, which get a device each; leave it out, "
+            "or write cpu"
+        )
+    import numpy as np
+
+    from lgm_scale.evaluation.engine.parts import join_ranks
+    from lgm_scale.evaluation.sweep.image_set import ImageSet, class_labels
+    from lgm_scale.pipeline import load_pipeline
+
+    device = join_ranks()
+    pipe = load_pipeline(args.bundle, device=args.device or device)
+    labels = class_labels(pipe, args.classes, args.num_images)
+    (num_tokens,) = args.num_tokens or [pipe.num_base_tokens]
+    refuse_without_effect(args.uncond_num_tokens, growth, num_tokens)
+    schedule = schedule_for(growth, num_tokens)
+    chosen: dict[str, Any] = settings_of(args) | {"length_schedule": schedule}
+    batch_size = args.batch_size or pipe.batch_size(num_tokens)
+    images = ImageSet(
+        pipe, out, num_tokens, pipe.config(num_tokens, **chosen), args.seed, labels, batch_size,
+        args.chunk_size or ImageSet.chunk_size,
+    )  # fmt: skip
+    counts = np.bincount(labels)
+    each = sorted({int(count) for count in counts if count})
+    if os.environ.get("RANK", "0") == "0":
+        described = ", ".join(f"{k} {v}" for k, v in images.sampler.settings().items() if v)
+        print(
+            f"{len(labels):,} images of {np.count_nonzero(counts):,} classes "
+            f"({' to '.join(map(str, each[:: max(1, len(each) - 1)]))} each) at K = {num_tokens}, "
+            f"seed {args.seed}, {pipe.dtype}; batches of {batch_size} on {world} rank(s)\n"
+            f"{described}\n{images.size()}",
+            flush=True,
+        )
+    made = images.make()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{out}: {len(labels):,} images, {made:,} of them made now")
     return 0
 
 

@@ -11,6 +11,7 @@ on such a signal, 2 for anything the user must mend, others for what is no user'
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -21,6 +22,7 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.base import add_import_option, family_of
+from lgm_scale.initial_weights import init_problems, is_absent
 from lgm_scale.parallel.first_failure import first_failure_on_top
 
 log = logging.getLogger("lgm_scale")
@@ -41,7 +43,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="validate, print configuration, sizes, work and memory, and stop: no data, no GPU",
+        help="validate, print configuration, sizes, work, memory, and the files and data that are "
+        "missing here, and stop: needs neither them nor a GPU",
     )
     parser.add_argument(
         "--world-size",
@@ -71,17 +74,21 @@ def main() -> int:
     args = parse_args(sys.argv[1:])
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    if args.dry_run:
-        world_size = args.world_size or launched
-        config = load_training_run(args.config, args.overrides, world_size, has_gpu=None)
-        from lgm_scale.plan import describe
-
-        if rank == 0:
-            print(describe(config, world_size))
-        return 0
 
     def folder_of(config: TrainingRun) -> RunFolder:
         return RunFolder(Path(config.out), config, args.allow_change)
+
+    if args.dry_run:
+        world_size = args.world_size or launched
+        config = load_training_run(
+            *(args.config, args.overrides, world_size, None),
+            more=lambda config: init_problems(config, is_absent),
+        )
+        from lgm_scale.plan import describe
+
+        if rank == 0:
+            print(f"{describe(config, world_size)}\n\n{preflight(folder_of(config))}")
+        return 0
 
     # At once, before torch; what can be told of GPUs comes after it.
     load_training_run(
@@ -104,11 +111,26 @@ def main() -> int:
         return train(config, folder)
 
 
+def preflight(folder: RunFolder) -> str:
+    """What a start on this machine would miss, for the end of a dry run, which needs none of it."""
+    problems = folder.start_problems()
+    if not problems:
+        return "files and data   all here: this run can start"
+    return "\n".join(
+        ["files and data   a start here would be refused:", *(f"  - {line}" for line in problems)]
+    )
+
+
 def train(config: TrainingRun, folder: RunFolder) -> int:
     """Run (or resume) to the end and write the bundle, or stop when asked; the exit status."""
     from composer.utils import dist, get_device, reproducibility
 
-    from lgm_scale.build import build_dataset, build_trainer, export_bundle
+    from lgm_scale.build import (
+        build_dataset,
+        build_trainer,
+        export_bundle,
+        take_initial_weights,
+    )
     from lgm_scale.checkpoint.checkpointer import Checkpointer
     from lgm_scale.checkpoint.run import apply_changes, enter_run, leave_result
     from lgm_scale.parallel.collectives import on_rank_zero
@@ -128,6 +150,8 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
         checkpointer = Checkpointer(
             run.storage, run.run_id, config.parallel.strategy, config.checkpoint.keep
         )
+        if not checkpointer.candidates:
+            take_initial_weights(config, model, dataset, folder)
         trainer = build_trainer(config, model, dataset, ema, checkpointer, stop)
         checkpointer.begin(trainer.state)
         apply_changes(run, folder, trainer.state)
@@ -157,7 +181,8 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
 def _say(line: str) -> int:
     """Once, not once per rank. Returns: success."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # `| head`: what is done is done
+            print(line, flush=True)
     return 0
 
 

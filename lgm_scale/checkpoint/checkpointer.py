@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from composer.core import State
@@ -216,14 +216,18 @@ class Checkpointer:
 
     # --- loading --------------------------------------------------------------------------
 
+    @cached_property
+    def candidates(self) -> list[StateName]:
+        """States that a resume tries, the newest first. All ranks must ask together."""
+        return on_rank_zero(self._states.newest)
+
     def begin(self, state: State) -> int:
         """Load the newest whole state, if any, and number this attempt. On all ranks.
 
         Returns: Steps done.
         Raises: CheckpointError if there are states and none is whole, or one of another model.
         """
-        candidates = on_rank_zero(self._states.newest)
-        step = 0
+        step, candidates = 0, self.candidates
         for name in candidates:
             problem = self._try(name, state)
             if problem is None:

@@ -7,6 +7,7 @@ start that failed at its data or its files claims nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from lgm_scale.config.loading import InvalidValues, load_config, to_dict, withou
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.base import family_of
+from lgm_scale.initial_weights import is_absent
 from lgm_scale.storage.clients import is_remote
 from lgm_scale.storage.files import write_json, write_whole
 
@@ -70,7 +72,8 @@ Changes = dict[str, dict[str, Any]]
 class RunFolder:
     """The folder `out`, with config.json, metrics.jsonl, state/ (to resume) and bundle/ (result).
 
-    Where a run was changed on purpose, history.json has the changes and the steps they follow.
+    Where a run started from a bundle, history.json has what it took; where it was changed on
+    purpose, the changes and the steps they follow.
 
     Args:
         path: The folder; it need not exist.
@@ -96,7 +99,20 @@ class RunFolder:
                 )
         except ConfigError as error:
             problems, finished = error.problems, False
-        return problems + ([] if finished else list(input_problems(self.config, to_come)))
+        return problems + ([] if finished else list(input_problems(self._inputs(), to_come)))
+
+    def _inputs(self) -> TrainingRun:
+        """The configuration without the bundle that a run with a state does not read again."""
+        config = self.config
+        if config.init_from is None:
+            return config
+        try:
+            begun = self._begun() is not None
+        except ConfigError:  # told as a problem of the folder
+            begun = False
+        # Whether there is a state in object storage is found out when that is opened.
+        elsewhere = is_remote(config.checkpoint.folder or "") and is_absent(config.init_from)
+        return dataclasses.replace(config, init_from=None) if begun or elsewhere else config
 
     def finished(self) -> bool:
         """Whether this very run has ended. Raises: ConfigError if another run lives here."""
@@ -112,17 +128,8 @@ class RunFolder:
 
     def changes(self) -> Changes:
         """What differs from the run that lives here, and may. Raises: ConfigError if more does."""
-        path = self.path / CONFIG_NAME
-        problem = _unfit(self.path)
-        if problem:
-            raise ConfigError(f"out: {self.path} {problem}; choose another folder")
-        if not path.is_file():
-            return {}
-        try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path} is damaged ({error}); choose another `out`") from error
-        return self.compare(there, f"out: {self.path}") if self._begun(there) else {}
+        there = self._begun()
+        return {} if there is None else self.compare(there, f"out: {self.path}")
 
     def compare(self, there: dict[str, Any], where: str) -> Changes:
         """What differs from a recorded configuration, and may.
@@ -154,6 +161,8 @@ class RunFolder:
             if all(_is_one(key, _ON_REQUEST, fixed) for key in asked):
                 flags = " ".join(f"--allow-change {key}" for key in asked)
                 ways = f"go on from its last state with the new values by adding `{flags}`, {ways}"
+            elif asked == ["init_from"]:
+                ways = f"its states do not read a bundle again: leave the key as it was; or {ways}"
             elif asked == [_DURATION]:
                 ways = f"{_DURATION} may grow, in the same unit; or {ways}"
             problems.append(f"{where} holds a run with another configuration; {ways}")
@@ -177,9 +186,22 @@ class RunFolder:
                 ) from error
 
     def history(self) -> list[dict[str, Any]]:
-        """What was changed on purpose, and what ended since, in order; empty for most runs."""
+        """The start from a bundle, changes on purpose, and ends since; empty for most runs."""
         path = self.path / HISTORY_NAME
         return json.loads(path.read_text()) if path.is_file() else []
+
+    def record_start(self, start: Mapping[str, Any] | None) -> None:
+        """Note what a run without a state takes from `init_from`; None: it starts from nothing."""
+        history = self.history()
+        kept = [entry for entry in history if "init_from" not in entry]
+        entry = [] if start is None else [{"time": int(time.time()), **start}]
+        if entry or len(kept) < len(history):
+            write_json(self.path / HISTORY_NAME, [*kept, *entry])
+
+    def start(self) -> dict[str, Any] | None:
+        """What `record_start` noted, if the run started from a bundle."""
+        found = [entry for entry in self.history() if "init_from" in entry]
+        return found[-1] if found else None
 
     def record(self, changes: Mapping[str, Any], after_step: int) -> None:
         """Note changes and the step that they follow; from here on they are the run's own."""
@@ -194,15 +216,29 @@ class RunFolder:
             entry = {"time": int(time.time()), "result": self.config.train.max_duration}
             write_json(self.path / HISTORY_NAME, [*history, entry])
 
-    def _begun(self, there: Mapping[str, Any]) -> bool:
-        """Whether a run lives here: it has a state that is whole, or a result."""
-        if (self.bundle / "bundle.json").is_file():
-            return True
+    def _begun(self) -> dict[str, Any] | None:
+        """Configuration of the run that lives here: it has a state that is whole, or a result.
+
+        Raises: ConfigError if nothing can live here, or the configuration is damaged.
+        """
+        path, problem = self.path / CONFIG_NAME, _unfit(self.path)
+        if problem:
+            raise ConfigError(f"out: {self.path} {problem}; choose another folder")
+        if not path.is_file():
+            return None
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}); choose another `out`") from error
         location = (there.get("checkpoint") or {}).get("folder") or str(self.path / "state")
-        if is_remote(location):  # its first line of log comes before its first state
+        if (self.bundle / "bundle.json").is_file():
+            begun = True
+        elif is_remote(location):  # its first line of log comes before its first state
             metrics = self.path / METRICS_NAME
-            return metrics.is_file() and metrics.stat().st_size > 0
-        return any(Path(location).glob(f"ba*/{MANIFEST_NAME}"))
+            begun = metrics.is_file() and metrics.stat().st_size > 0
+        else:
+            begun = any(Path(location).glob(f"ba*/{MANIFEST_NAME}"))
+        return there if begun else None
 
 
 def differing(there: dict[str, Any], config: TrainingRun) -> dict[str, tuple[Any, Any]]:

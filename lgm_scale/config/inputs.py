@@ -8,8 +8,9 @@ Free of torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from lgm_scale.bundle import check_kind, read_info
+from lgm_scale.bundle import INFO_NAME, check_kind, read_info
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.manifest import Manifest, check_shards, read_manifest
@@ -17,6 +18,7 @@ from lgm_scale.data.mixture import samples_per_source, view_sources
 from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import LGMError
 from lgm_scale.families.base import family_of
+from lgm_scale.initial_weights import init_problems
 from lgm_scale.storage.clients import is_remote
 
 __all__ = ["ToCome", "count_problems", "input_problems", "nothing_to_come"]
@@ -39,6 +41,7 @@ def input_problems(run: TrainingRun, to_come: ToCome = nothing_to_come) -> Itera
     """
     family = family_of(run)
     yield from family.missing_files(run)
+    yield from init_problems(run, to_come)
     broken = False
     for key, (folder, kind) in family.bundles(run).items():
         try:
@@ -46,7 +49,9 @@ def input_problems(run: TrainingRun, to_come: ToCome = nothing_to_come) -> Itera
                 check_kind(read_info(folder), folder, kind)
         except LGMError as error:
             broken = True
-            yield f"{key}: {error}"
+            train = f", or make it: composer lgm_scale/train.py CONFIG, with task: {kind} there"
+            yield f"{key}: {error}" + ("" if (Path(folder) / INFO_NAME).is_file() else train)
+    yield from _watched_problems(run, to_come)
     kind, sources = family.data_kind(run), run.data.sources
     if kind is None or any(is_remote(s.path) or to_come(s.path) for s in sources):
         return
@@ -67,6 +72,17 @@ def input_problems(run: TrainingRun, to_come: ToCome = nothing_to_come) -> Itera
         yield from count_problems(run, sum(samples_per_source(sources, views)), together)
     except LGMError as error:
         yield str(error)
+
+
+def _watched_problems(run: TrainingRun, to_come: ToCome) -> Iterator[str]:
+    """Lines about the images on which reconstructions are measured."""
+    watched = family_of(run).reconstructions(run)
+    if watched is not None and not to_come(watched.images):
+        try:
+            read_manifest(watched.images, "images")
+            check_shards(watched.images)
+        except LGMError as error:
+            yield f"evaluation.images: {error}"
 
 
 def _keys(run: TrainingRun, sources: tuple[SourceConfig, ...]) -> list[tuple[str, SourceConfig]]:

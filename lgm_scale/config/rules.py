@@ -18,7 +18,7 @@ from lgm_scale.config.loading import (
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.data.config import broken_data_rules
 from lgm_scale.errors import ConfigError
-from lgm_scale.families.base import Family, families, family_of
+from lgm_scale.families.base import Family, families, family_of, generator_families
 from lgm_scale.parallel.rules import parallel_rules
 
 __all__ = ["broken_rules", "load_training_run"]
@@ -159,6 +159,16 @@ def _times(config: TrainingRun, family: Family) -> Iterator[str]:
         "train.max_duration": config.train.max_duration,
         "checkpoint.interval": config.checkpoint.interval,
     }
+    if config.logging.pictures is not None:
+        times["logging.pictures"] = config.logging.pictures
+    reconstructions = family.reconstructions(config)
+    if reconstructions is not None:
+        times["evaluation.interval"] = reconstructions.interval
+    elif "logging.pictures" in times and config.task not in generator_families():
+        yield (
+            f"logging.pictures: {config.logging.pictures} asks for pictures of validation images; "
+            "name them with evaluation.images and evaluation.interval, or set it to null"
+        )
     evaluation = family.evaluation(config)
     if evaluation is not None:
         times["evaluation.interval"] = evaluation.interval

@@ -28,6 +28,7 @@ __all__ = [
     "LoggingConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ReconstructionsConfig",
     "TrainConfig",
     "TrainingRun",
     "required",
@@ -119,6 +120,9 @@ class LoggingConfig:
     wandb_project: str | None = None
     peak_tflops: float | None = None
     """Peak of one device at the run's precision; then loggers get model FLOPs utilisation, too."""
+    pictures: str | None = None
+    """How often (a time string) the average makes pictures at four K, in `<out>/pictures` and for
+    the loggers; null: never. One costs a gathering of the average and 32 images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +197,19 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReconstructionsConfig:
+    """Measure reconstructions by the average of the weights while it is trained: PSNR at each K."""
+
+    __pydantic_config__ = STRICT
+    images: str = required("data/imagenet256/images/val")
+    """MDS folder of images that are not trained on, of the model's size."""
+    interval: str = required("5000ba")
+    """A time string, such as 5000ba or 1ep."""
+    num_images: int = 256
+    """So many of them, evenly spaced; all of them if there are fewer."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingRun:
     """What every training run has; a family of models adds `task`, `model` and its own sections."""
 
@@ -206,6 +223,10 @@ class TrainingRun:
     lengths: LengthsConfig
     train: TrainConfig
     seed: int = 0
+    init_from: str | None = None
+    """Bundle whose weights a new run starts from: a local folder that a training or
+    `lgm_scale.release_import` has written. Optimizer, step, schedule and average start new. Once
+    the run has a state of its own, the bundle is not read again, and the key cannot change."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

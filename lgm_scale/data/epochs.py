@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,6 +187,8 @@ class CheckedLoader(StreamingDataLoader):
     def __init__(self, dataset: EpochDataset, *, batch_size: int, **options: Any) -> None:
         super().__init__(dataset, batch_size=batch_size, drop_last=True, **options)
         self.epochs = dataset
+        self.waited = 0.0
+        """Seconds that whoever asked for batches has waited for them, since the start."""
 
     @property
     def _global_batch(self) -> int:
@@ -203,7 +206,7 @@ class CheckedLoader(StreamingDataLoader):
         """
         count, planned, epoch = 0, -1, -1
         try:
-            for batch in super().__iter__():
+            for batch in self._timed(super().__iter__()):
                 if planned < 0:
                     epoch, planned = self._plan()
                 if count < planned:
@@ -222,6 +225,14 @@ class CheckedLoader(StreamingDataLoader):
                 "says why. Run again, from the last resume state"
             )
         self.epochs.completed = epoch
+
+    def _timed(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The same batches; counts how long each was waited for."""
+        asked = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
 
     def _plan(self) -> tuple[int, int]:
         """The epoch, and its batches from where it was begun, or resumed, to its end."""

@@ -32,8 +32,10 @@ COLUMNS = {
 }
 _MAKE = {
     "images": "python data_tools/images_to_mds.py SRC --out {folder}",
-    "latents": "composer data_tools/encode_latents.py (see its --help)",
-    "spatial_latents": "composer data_tools/encode_latents.py --encoder sd-vae (see its --help)",
+    "latents": "composer data_tools/encode_latents.py --tokenizer BUNDLE --images MDS "
+    "--out {folder}",
+    "spatial_latents": "composer data_tools/encode_latents.py --encoder sd-vae --vae FOLDER "
+    "--images MDS --out {folder}",
 }
 # What to do about one kind (second) where another one (first) is needed.
 _INSTEAD = {

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lgm_scale.config.loading import to_dict
-from lgm_scale.config.schema import EvaluationConfig, TrainingRun
+from lgm_scale.config.schema import EvaluationConfig, ReconstructionsConfig, TrainingRun
 from lgm_scale.errors import ConfigError
+from lgm_scale.published import Asset, missing_lines
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,8 @@ class Family(ABC):
     the default of their options is None, so that one given with another encoder is noticed."""
     importers: ClassVar[dict[str, Tool]] = {}
     """Functions (`release_import.Importer`) that read checkpoints of other projects."""
+    initial_weights: ClassVar[str] = "lgm_scale.initial_weights:InitialWeights"
+    """ "module:class" of what its runs take from the bundle in `init_from`, and adapt."""
 
     # --- free of torch ------------------------------------------------------------------------
 
@@ -121,7 +124,15 @@ class Family(ABC):
         return None
 
     def evaluation(self, run: Any) -> EvaluationConfig | None:
-        """How the run is evaluated while it trains; None: it is not."""
+        """How samples of the run are evaluated while it trains; None: they are not."""
+        return None
+
+    def reconstructions(self, run: Any) -> ReconstructionsConfig | None:
+        """How reconstructions of the run are measured while it trains; None: they are not.
+
+        Where it says something, `network` gives a `protocols.ImageTokenizer`, which has a
+        `merge_tree()` where its merging says `has_tree`.
+        """
         return None
 
     def data_kind(self, run: Any) -> str | None:
@@ -139,9 +150,13 @@ class Family(ABC):
         """Bundles that the run reads: key -> folder and kind."""
         return {}
 
+    def assets(self, run: Any) -> Sequence[Asset]:
+        """Files of other people that the run reads, whether they are there or not."""
+        return ()
+
     def missing_files(self, run: Any) -> Iterator[str]:
         """Lines `key: value; rule; fix` about files of other people that are not there."""
-        yield from ()
+        yield from missing_lines(self.assets(run))
 
     def mixes_lengths(self, run: Any) -> bool:
         """Whether one batch may hold samples at different token counts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -63,6 +64,9 @@ class _Step(NamedTuple):
 class MetricsLog(Callback):
     """One JSON line per step in `metrics.jsonl`, one console line per interval.
 
+    Loggers get the numbers of each step as `train/<key of the line>`, and the loss once more under
+    the step's length, `loss/K=<K>`, with its parts by timestep.
+
     Losses stay on the device until the end of an interval and come over in one transfer. With
     several ranks they are averaged over the ranks then. A group of samples (a part of the
     timesteps) that had no sample in a step is left out of its line. A resume state is preceded
@@ -74,6 +78,7 @@ class MetricsLog(Callback):
         interval: Steps between transfers.
         progress_bar: Whether rank 0 shows a bar over the whole run.
         labels: What every line says about the run as a whole.
+        below_zero: What a loss below 0 means; the console says it once, when there is one.
         before_writing: Called on rank 0 before lines are written; what it raises, all ranks raise.
             A process that was replaced by another one finds out here that it must not write.
     """
@@ -85,6 +90,7 @@ class MetricsLog(Callback):
         record: LossRecord,
         progress_bar: bool = False,
         labels: dict[str, Any] | None = None,
+        below_zero: str = "",
         before_writing: Callable[[], None] = lambda: None,
     ) -> None:
         self.path = path
@@ -92,6 +98,7 @@ class MetricsLog(Callback):
         self.record = record
         self.progress_bar = progress_bar
         self.labels = labels or {}
+        self.below_zero = below_zero
         self.before_writing = before_writing
         self._bar: tqdm | None = None
         self._pending: list[_Step] = []
@@ -157,10 +164,11 @@ class MetricsLog(Callback):
         groups = [{name: (next(numbers), next(numbers)) for name in s.groups} for s in steps]
         means = [{name: s / n for name, (s, n) in pairs.items() if n} for pairs in groups]
         seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
-        for row, parts in zip(rows, means, strict=True):
+        for step, row, parts in zip(steps, rows, means, strict=True):
             key = f"loss/K={row['num_tokens']}"
             by_part = {name.replace("loss", key, 1): mean for name, mean in parts.items()}
-            logger.log_metrics({key: row["loss"]} | by_part, step=row["step"])
+            numbers = {f"train/{name}": row[name] for name in ("lr", *step.terms)}
+            logger.log_metrics({key: row["loss"]} | by_part | numbers, step=row["step"])
         rows = [row | parts for row, parts in zip(rows, means, strict=True)]
         on_rank_zero(self.before_writing)
         if dist.get_global_rank() == 0:
@@ -168,6 +176,9 @@ class MetricsLog(Callback):
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             with logging_redirect_tqdm():
                 log.info(_line(rows, len(rows) / max(seconds, 1e-9)))
+                if self.below_zero and min(row["loss"] for row in rows) < 0:
+                    log.info(self.below_zero)
+                    self.below_zero = ""
                 for row in rows:
                     spike = self._spikes.look(row["step"], row["num_tokens"], row["loss"])
                     if spike is not None:
@@ -218,6 +229,20 @@ def _line(rows: list[dict[str, Any]], steps_per_second: float) -> str:
     return f"step {rows[-1]['step'] + 1} | loss at K={means} | {steps_per_second:.2f} steps/s"
 
 
+class _Bar(tqdm):
+    """A bar that falls silent when nobody reads it any more (`2>&1 | head`): a run goes on."""
+
+    def display(self, *args: Any, **options: Any) -> None:
+        try:
+            super().display(*args, **options)
+        except BrokenPipeError:
+            self.disable = True
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            super().close()
+
+
 def _bar(state: State) -> tqdm:
     """A bar in steps (or, with a duration in epochs, the steps of all epochs).
 
@@ -228,7 +253,7 @@ def _bar(state: State) -> tqdm:
     if limit is not None and limit.unit is TimeUnit.EPOCH:
         per_epoch = state.dataloader_len
         total = limit.value * per_epoch.value if per_epoch is not None else None
-    return tqdm(
+    return _Bar(
         total=total,
         initial=state.timestamp.batch.value,
         desc="train",

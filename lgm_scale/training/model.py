@@ -36,3 +36,7 @@ class TrainingModel(ComposerModel):
     def labels(self) -> dict[str, Any]:
         """What every row of metrics says about the run, besides its numbers."""
         return {}
+
+    def below_zero(self) -> str:
+        """What a loss below 0 means, for the console; nothing where none can be."""
+        return ""

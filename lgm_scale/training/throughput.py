@@ -1,4 +1,4 @@
-"""How fast a training run is: images, tokens and model operations per second, per token length."""
+"""How fast a training run is, per token length, what it waits for, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -143,3 +144,49 @@ class Throughput(Callback):
         if self.peak_flops is None:
             return {}
         return {f"{key}/mfu": operations / seconds / (self.peak_flops * dist.get_world_size())}
+
+
+class Resources(Callback):
+    """Log once per interval what steps waited for, and the memory in use.
+
+    Keys: `data/wait_seconds`, how long a step waited for its batch, the mean over the interval;
+    `data/wait_share`, that as a share of the interval's time; `memory/host_gib`, resident memory of
+    the training process, its data workers not counted; `memory/gpu_peak_gib`, the most that
+    tensors took on a GPU since the start. Of several ranks, the largest: all wait for the slowest.
+
+    A step costs nothing: the loader counts by the host's clock. Ranks compare once per interval,
+    where the metrics wait for the device anyway.
+
+    Args:
+        interval: Steps between reports.
+        waited: Seconds that this rank has waited for data since the start.
+    """
+
+    def __init__(self, interval: int, waited: Callable[[], float]) -> None:
+        self.interval, self.waited = interval, waited
+        self._steps = 0
+        self._began, self._waited = 0.0, 0.0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Start the clock."""
+        self._began, self._waited = time.perf_counter(), self.waited()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Report at the end of an interval."""
+        self._steps += 1
+        if self._steps < self.interval:
+            return
+        now, waited = time.perf_counter(), self.waited()
+        gib = {"memory/host_gib": psutil.Process().memory_info().rss}
+        if torch.cuda.is_available():
+            gib["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated()
+        metrics = {
+            "data/wait_seconds": (waited - self._waited) / self._steps,
+            "data/wait_share": (waited - self._waited) / (now - self._began),
+        } | {key: size / 2**30 for key, size in gib.items()}
+        self._steps, self._began, self._waited = 0, now, waited
+        if dist.get_world_size() > 1:
+            values = state.device.tensor_to_device(torch.tensor([*metrics.values()]))
+            dist.all_reduce(values, reduce_operation="MAX")
+            metrics = dict(zip(metrics, values.tolist(), strict=True))
+        logger.log_metrics(metrics)

@@ -80,11 +80,12 @@ def test_its_rules_and_its_plan(root):
 
 @pytest.fixture(scope="module")
 def trained(root) -> Path:
-    """Under DDP, evaluated while it trains."""
+    """Under DDP, evaluated and drawn while it trains."""
     sweep = {k: v for k, v in sweep_values(root).items() if k not in ("bundle", "out")}
     (root / "during.yaml").write_text(yaml.safe_dump(sweep))
     evaluation = {"sweep": str(root / "during.yaml"), "interval": "3ba"}
-    result = train(config(root, "ddp", evaluation=evaluation))
+    watched = {"progress_bar": False, "pictures": "3ba"}
+    result = train(config(root, "ddp", evaluation=evaluation, logging=watched))
     assert result.returncode == 0, result.stderr[-3000:]
     return root / "ddp"
 
@@ -118,9 +119,22 @@ def test_it_resumes_to_the_same_bits(root, trained):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_it_starts_from_a_bundle_whose_every_weight_fits(root, trained):
+    start = {"init_from": str(trained / "bundle"), "optimizer": {"lr": 1e-12}}
+    assert train(config(root, "tuned", **start), "train.max_duration=1ba").returncode == 0
+    found, wanted = (load_file(run / "bundle/toy.safetensors") for run in (root / "tuned", trained))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9)
+    wider = config(root, "wider", model={"image_size": 16, "width": 9}, **start)
+    for more in ((), ("--dry-run",)):
+        assert_user_error(train(wider, *more), "does not fit: blocks.0.bias is [8] there, [9] here")
+
+
 def test_it_was_evaluated_while_it_trained(trained):
     rows = [json.loads(line) for line in (trained / "evaluation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 3, 6, 6]
+    names = sorted(path.name for path in (trained / "pictures").iterdir())
+    assert names == ["samples-00000003.png", "samples-00000006.png"]
 
 
 def test_its_bundle_makes_pictures(root, trained):
@@ -131,6 +145,10 @@ def test_its_bundle_makes_pictures(root, trained):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert out.stat().st_size > 1000
+    many = ("--num-images", "5", "--num-tokens", "1", "--out", root / "many")
+    result = run_command("-m", "lgm_scale.sample", trained / "bundle", *many, *IMPORT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(list((root / "many").glob("*.png"))) == 5
 
 
 def test_its_sweep_and_report(root, trained):

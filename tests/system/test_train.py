@@ -10,11 +10,12 @@ import pytest
 from safetensors.torch import load_file
 from small_pipeline import assert_user_error, metrics, run_command, train_in_process
 
-from lgm_scale.build import build_dataset, build_loggers
+from lgm_scale.build import build_dataset
 from lgm_scale.bundle import read_bundle
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.training.callbacks import StepKeys
+from lgm_scale.training.loggers import build_loggers
 
 TRAIN = "lgm_scale/train.py"
 

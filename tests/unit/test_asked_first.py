@@ -106,16 +106,68 @@ def test_a_job_without_its_data_and_weights_is_refused_before_it_is_submitted():
     assert typed(launchers.slurm.main, "--job", "tokenizer", "--files-elsewhere", DRY).status == 0
 
 
-def test_a_pipeline_looks_for_what_none_of_its_stages_makes():
-    said = refusal(launchers.pipeline.main, "yamls/pipeline/imagenet256.yaml", DRY)
-    assert "stages.convert: source: /data/imagenet/train is not there" in said
-    assert "stages.tokenizer: assets.vgg16: " in said
-    assert "data.path" not in said
-    assert "stages.generator: tokenizer: " not in said
-    later = refusal(
-        launchers.pipeline.main, "yamls/pipeline/imagenet256.yaml", DRY, "--from", "generator"
-    )
+def test_a_pipeline_looks_for_what_none_of_its_stages_makes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "yamls/pipeline/imagenet256.yaml"
+    said = refusal(launchers.pipeline.main, path, DRY)
+    fetch = "`python -m lgm_scale.assets --fetch"
+    for text in (
+        "stages.convert: source: /data/imagenet/train is not there",
+        "stages.validation: source: /data/imagenet/val is not there",
+        "stages.reference: source: assets/VIRTUAL_imagenet256_labeled.npz is not there; "
+        f"{fetch} adm_imagenet256` gets it",
+        "stages.reference: inception: assets/weights-inception-2015-12-05-6726825d.pth",
+        "stages.tokenizer: assets.vgg16: ",
+        "stages.sweep: inception: ",
+        "stages.sweep: vgg16: ",
+        f"{fetch} vgg16 dino_critic dinov2_l dinov2_b`",
+    ):
+        assert text in said
+    for text in ("data.path", "stages.generator", "stages.encode", "sweep: ref", "sweep: images"):
+        assert text not in said  # jobs before make them
+    later = refusal(launchers.pipeline.main, path, DRY, "--from", "generator")
     assert "stages.generator: tokenizer: runs/tokenizer_b/bundle is no bundle" in later
+    assert "stages.sweep: reference: data/imagenet256/reference.safetensors is not a file" in later
+    assert "stages.sweep: images: data/imagenet256/images/val does not exist" in later
+    assert "stages.sweep: bundle" not in later
+
+
+def test_a_sweep_after_another_job_is_judged_as_far_as_it_can_be(made, tmp_path):
+    path = sweep_file(made, tmp_path / "sweep")
+    words = ("--job", "eval", "--config", path, DRY)
+    assert typed(launchers.slurm.main, *words).status == 0
+    late = (*words, "bundle=to_come", "--after", "17", "vgg16=nowhere.pth", "num_images=1")
+    said = refusal(launchers.slurm.main, *late)
+    assert "vgg16: nowhere.pth is not a file" in said
+    assert "num_images: 1 have no covariance" in said
+    assert "to_come" not in said
+    assert typed(launchers.slurm.main, *words, "bundle=to_come", "--after", "17").status == 0
+    assert "bundle: to_come" in refusal(launchers.slurm.main, *words, "bundle=to_come")
+
+
+def test_a_reference_is_a_job(made, tmp_path):
+    words = ("--job", "reference", f"source={made / 'mds'}", f"out={tmp_path / 'r.safetensors'}")
+    said = typed(launchers.slurm.main, *words, "keep_features=5", "fashion_mnist=true", DRY)
+    assert "eval/reference.py" in said.out
+    assert "--keep-features=5 --fashion-mnist" in said.out
+    assert "dinov2: x.pth is not there" in refusal(launchers.slurm.main, *words, "dinov2=x.pth")
+
+
+def test_a_dry_run_of_a_training_says_what_a_start_would_miss(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = typed(train.main, ROOT / "yamls/tokenizer_b.yaml", DRY)
+    assert said.status == 0  # it needs none of that
+    assert "files and data   a start here would be refused:\n  - assets.vgg16: " in said.out
+    assert "`python -m lgm_scale.assets --fetch vgg16 dino_critic dinov2_l dinov2_b`" in said.out
+    assert "python data_tools/images_to_mds.py SRC --out data/imagenet256/images/train" in said.out
+    said = typed(train.main, ROOT / "yamls/dit_xl.yaml", DRY)
+    assert "or make it: composer lgm_scale/train.py CONFIG, with task: tokenizer there" in said.out
+    assert "--images MDS --out data/imagenet256/latents" in said.out
+    off = [f"objective.{name}=0" for name in ("perceptual", "representation", "adversarial")]
+    tiny = ("model={size: tiny, image_size: 16, patch_size: 4}", "model.pretrained_encoder=null")
+    data = (f"data.path={made / 'mds'}", "data.num_samples=15", "train.global_batch_size=5")
+    said = typed(train.main, ROOT / "yamls/tokenizer_b.yaml", DRY, *off, *tiny, *data)
+    assert "files and data   all here: this run can start" in said.out
 
 
 def test_jobs_take_every_option_of_the_tools(made, tmp_path):

@@ -75,17 +75,19 @@ def test_every_missing_file_is_named_with_its_key_path_source_size_and_purpose(t
     for part in (
         "assets.vgg16: /nowhere/vgg.pth is not a file",
         "vgg16-397923af.pth",
-        "528 MB",
+        "553 MB",
         "the perceptual loss (objective.perceptual)",
-        "assets.dino_critic: no path given",
+        "assets.dino_critic: assets/dino_deitsmall16_pretrain.pth is not a file",
         "dino_deitsmall16_pretrain.pth",
         "the adversarial loss (objective.adversarial)",
-        "assets.dinov2_teacher: no path given",
+        "assets.dinov2_teacher: assets/dinov2_vitl14_pretrain.pth is not a file",
         "dinov2_vitl14_pretrain.pth",
         "1.2 GB",
         "model.pretrained_encoder: /nowhere/encoder.pth is not a file",
         "dinov2_vitb14_pretrain.pth",
         "assets.allow_random_assets",
+        "as assets/vgg16-397923af.pth; then set assets.vgg16 to that",
+        "python -m lgm_scale.assets --fetch vgg16 dino_critic dinov2_l dinov2_b",
     ):
         assert part in text
 

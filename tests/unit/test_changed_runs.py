@@ -82,9 +82,10 @@ def test_all_that_is_wrong_is_told_at_once(small_pipeline, tmp_path):
 
 def test_missing_weights_are_told_with_the_rest_and_claim_nothing(small_pipeline, tmp_path):
     out = tmp_path / "run"
-    path = small_pipeline.tokenizer_config(out, objective={"perceptual": 1.0})
+    weights = {"vgg16": "nowhere.pth"}
+    path = small_pipeline.tokenizer_config(out, objective={"perceptual": 1.0}, assets=weights)
     said = refusal(main, path, "data.path=nowhere", "optimizer.lr=-1")
-    for text in ("assets.vgg16: no path given", "data.path: nowhere does not", "optimizer.lr: -1"):
+    for text in ("assets.vgg16: nowhere.pth is not", "data.path: nowhere does not", "lr: -1"):
         assert text in said
     assert not out.exists()
 

@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,12 +38,13 @@ from lgm_scale.config.loading import load_config, to_dict
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.commands.sweep import describe
+from lgm_scale.evaluation.during_training.subjects import GeneratorSubject
+from lgm_scale.evaluation.during_training.sweeps import EvaluationDuringTraining
 from lgm_scale.evaluation.report.curves import tradeoff_figure
 from lgm_scale.evaluation.report.drawing import LIGHT
 from lgm_scale.evaluation.report.writing import write_comparison, write_report
 from lgm_scale.evaluation.sweep import samples as generate
 from lgm_scale.evaluation.sweep.config import expand
-from lgm_scale.evaluation.sweep.during_training import EvaluationDuringTraining
 from lgm_scale.evaluation.sweep.measure import measure
 from lgm_scale.families.base import generator_families
 from lgm_scale.families.elit.bundle import save_elit_bundle
@@ -335,6 +337,10 @@ class Average:
         return self.weights
 
 
+def in_training(config: ELITRun, dataset: ImageDataset, average: Any) -> EvaluationDuringTraining:
+    return EvaluationDuringTraining(config, GeneratorSubject(config, dataset, average))
+
+
 def training_run(made: Path, out: Path, **sweep) -> ELITRun:
     path = out.with_suffix(".sweep.yaml")
     values = sweep_values(made, out, **{"cells": CELLS} | sweep)
@@ -359,21 +365,21 @@ def dataset(made) -> ImageDataset:
 def test_the_evaluation_of_a_run_is_the_sweep_of_its_result(made, swept, dataset, tmp_path):
     config = training_run(made, tmp_path / "run")
     average = Average(small_network().state_dict())
-    evaluation = EvaluationDuringTraining(config, dataset, average)  # type: ignore[arg-type]
-    rows = evaluation.evaluate(5)
+    evaluation = in_training(config, dataset, average)
+    rows = evaluation.look(5)
     assert [row["metrics"] for row in rows] == [row["metrics"] for row in results_of(swept)["rows"]]
     lines = (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [5, 5]
     assert results_of(tmp_path / "run" / "evaluation" / "step-00000005")["training_steps"] == 5
     zero = {name: torch.zeros_like(value) for name, value in average.weights.items()}
     average.weights = zero
-    assert evaluation.evaluate(10)[0]["metrics"] != rows[0]["metrics"]
+    assert evaluation.look(10)[0]["metrics"] != rows[0]["metrics"]
 
 
 def test_what_a_run_cannot_evaluate_is_refused_before_it_begins(made, dataset, tmp_path):
     config = training_run(made, tmp_path / "run", sampler={"uncond_num_tokens": 5})
     with pytest.raises(ConfigError, match=r"cells: \[5\] are no budgets"):
-        EvaluationDuringTraining(config, dataset, Average({}))  # type: ignore[arg-type]
+        in_training(config, dataset, Average({}))
 
 
 def test_a_run_on_latents_knows_its_decoder(made, dataset, tmp_path, monkeypatch):
@@ -385,7 +391,7 @@ def test_a_run_on_latents_knows_its_decoder(made, dataset, tmp_path, monkeypatch
     model = replace(ELIT, patch_size=1, interface=None)
     config = replace(config, model=model, space=space)
     average = Average(small_network(model, space).state_dict())
-    evaluation = EvaluationDuringTraining(config, dataset, average)  # type: ignore[arg-type]
-    (row,) = evaluation.evaluate(5)
+    evaluation = in_training(config, dataset, average)
+    (row,) = evaluation.look(5)
     assert row["protocol"]["weights"].keys() == {"ema_sha256", "vae_sha256"}
     assert row["work"]["decoder_tflops"] > 0

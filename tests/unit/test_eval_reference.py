@@ -278,8 +278,10 @@ def test_preflight_lists_every_file_with_state_hash_and_use(
     assert "not the published weights" in text
     assert "statistics of inception_spatial" in text
     assert "15 images of 16 pixels" in text
-    assert "its sha256 begins with 6726825d" in text
+    assert "sha256 begins with 6726825d (torch-fidelity, in its name)" in text
     assert text.count("unlocks") == text.count("https://") + 1 == 5
+    for name in ("inception", "dinov2_l", "vgg16"):
+        assert f"    get      python -m lgm_scale.assets --fetch {name}" in lines
     monkeypatch.setattr("sys.argv", ["preflight", "--strict"])
     assert preflight.main() == 0  # nothing is given: nothing is wrong
     path = tmp_path / "s.yaml"

@@ -281,7 +281,7 @@ def problems_of(made: Path, tmp_path: Path, **changes: Any) -> list[str]:
         ({"bundle": "nowhere"}, "bundle: nowhere is no bundle"),
         ({"images": "nowhere"}, "images: nowhere does not exist"),
         ({"metrics_log": "nowhere"}, "metrics_log: nowhere is not a file"),
-        ({"inception": "nowhere.pth"}, r"inception: nowhere\.pth is not a file; .*preflight"),
+        ({"inception": "nowhere.pth"}, r"inception: nowhere\.pth is not a file; .*--fetch inc"),
         ({"reference": "nowhere.npz"}, r"reference: nowhere\.npz is not a file"),
         ({"cells": [{"num_tokens": [3, 4, 17]}]}, r"cells: lengths \[3, 17\] outside \[4, 16\]"),
         ({"cells": [{"num_tokens": [4, 4]}]}, r"cells: K = 4, w = 1.5, 4 points occurs 2 times"),

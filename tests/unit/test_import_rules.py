@@ -29,7 +29,11 @@ ORDER = [
     "lgm_scale/plan.py",
     "lgm_scale/build.py",
     "lgm_scale/sample.py",
+    "lgm_scale/web.py",
+    "lgm_scale/publish.py",
+    "lgm_scale/assets.py",
     "lgm_scale/evaluation/commands",
+    "lgm_scale/evaluation/during_training",
     "lgm_scale/evaluation/report",
     "lgm_scale/evaluation/sweep",
     "lgm_scale/evaluation/reconstructions",
@@ -46,9 +50,11 @@ ORDER = [
     "lgm_scale/families/tokenizer",
     "lgm_scale/release_import",
     "lgm_scale/data/preparation",
+    "lgm_scale/initial_weights.py",
     "lgm_scale/pipeline.py",
     "lgm_scale/bundle.py",
     "lgm_scale/families/base.py",
+    "lgm_scale/hub.py",
     "lgm_scale/training",
     "lgm_scale/parallel",
     "lgm_scale/frozen.py",
@@ -90,6 +96,7 @@ TORCH_FREE = (
     "lgm_scale/config/",
     "lgm_scale/errors.py",
     "lgm_scale/families/base.py",
+    "lgm_scale/hub.py",
     *(f"lgm_scale/families/{name}/config.py" for name in ("tokenizer", "lgm", "elit")),
     "lgm_scale/families/lgm/importers.py",
     "lgm_scale/sampling/config.py",
@@ -103,12 +110,16 @@ TORCH_FREE = (
     "lgm_scale/checkpoint/attempts.py",
     "lgm_scale/checkpoint/manifest.py",
     "lgm_scale/checkpoint/run_folder.py",
+    "lgm_scale/assets.py",
+    "lgm_scale/evaluation/features/files.py",
     "lgm_scale/evaluation/sweep/config.py",
     "lgm_scale/evaluation/sweep/rules.py",
 )
 TORCH_LATER = (
     "lgm_scale/train.py",
+    "lgm_scale/initial_weights.py",
     *(f"lgm_scale/families/{name}/family.py" for name in ("tokenizer", "lgm", "elit")),
+    *(f"lgm_scale/families/{name}/initial_weights.py" for name in ("tokenizer", "lgm", "elit")),
 )
 
 # Words of one family: its module, its networks, and whatever is called after it.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ import launchers.slurm
 import launchers.status
 from data_tools import demo_images
 from experiments.__main__ import main as experiments_main
-from lgm_scale import sample, train
+from lgm_scale import assets, publish, sample, train, web
 from lgm_scale.data.preparation import convert, encode, fashion_mnist, verify
 from lgm_scale.evaluation.commands import (
     adaptive,
@@ -53,7 +52,7 @@ COMMANDS = (
     "sample", "encode", "convert", "verify", "fashion_mnist", "demo_images", "reconstruct",
     "adaptive", "alignment", "conformance", "reference", "report", "status", "preflight", "sweep",
     "train", "slurm", "pipeline", "experiments", "import tokenizer", "import generator",
-    "import lora", "import elit",
+    "import lora", "import elit", "many images", "web", "publish", "assets",
 )  # fmt: skip
 MANY = {"train": 800, "sweep": 100, "commands": 350, "damaged": 45}
 """So many at least, or the generator has stopped to make them."""
@@ -133,8 +132,7 @@ def judge(kind: str, main: Main, name: str, mistakes: Iterator[Mistake], *more: 
     complaints, rows = [], []
     for mistake in mistakes:
         counts[kind] += 1
-        with mock.patch.dict(os.environ):
-            said = typed(main, *mistake.args, *more)
+        said = typed(main, *mistake.args, *more)
         complaints.append(mistake.complaint(said))
         rows.append(_row(name, mistake, said))
     if path := os.environ.get("LGM_MISTAKES"):
@@ -181,6 +179,7 @@ def commands(made: Path, out: Path) -> dict[str, Command]:
             {"source": "folder", "--classes": "file"}, ("--out",),
             {"--compression": "rar"},
         ),
+        "assets": Command(assets.main, {}, words={"--import": "no_module", "names": "nothing"}),
         "verify": Command(verify.main, {"folder": mds}, {"folder": "folder"}),
         "fashion_mnist": Command(
             fashion_mnist.main, {"--out": to}, {"--source": "folder"}, ("--out",)
@@ -259,5 +258,23 @@ def commands(made: Path, out: Path) -> dict[str, Command]:
         "import elit": Command(
             import_main, {**release, "--vae": [str(made / "photos")], "--classes": names},
             {"source": "file"}, before=("elit",),
+        ),
+        "many images": Command(
+            sample.main,
+            {"bundle": dit, "--num-images": ["2"], "--num-tokens": ["4"], "--num-steps": ["2"],
+             "--out": to},
+            {"bundle": "folder"}, ("--out",),
+            {"--classes": "unicorn", "--device": "gpu0", "--import": "no_module", "--grow": "0-4"},
+        ),
+        "web": Command(
+            web.main, {"bundle": dit, "--port": ["0"]}, {"bundle": "folder"}, (),
+            {"--device": "gpu0", "--import": "no_module", "--host": "300.0.0.1"},
+        ),
+        "publish": Command(
+            publish.main,
+            {"bundle": dit, "name": ["some-one/model"], "--license": ["mit"],
+             "--data-license": ["not stated"], "--dry-run": []},
+            {"bundle": "folder", "--results": "file", "--picture": "file"}, (),
+            {"name": "model", "--license": "The terms", "--import": "no_module"},
         ),
     }  # fmt: skip

@@ -164,7 +164,7 @@ def test_tools_know_the_options_of_their_commands(tool):
     )  # fmt: skip
     options = (*tool.required, *tool.optional, *tool.flags)
     ours = {f"--{key.replace('_', '-')}" for key in options}
-    assert ours == set(re.findall(r"^  (--[a-z][a-z-]*)", result.stdout, re.M)), tool.script
+    assert ours == set(re.findall(r"^  (--[a-z][a-z0-9-]*)", result.stdout, re.M)), tool.script
     positional = re.search(r"positional arguments:\n((?:  .*\n)+)", result.stdout)
     found = re.findall(r"^  \w+", positional.group(1), re.M) if positional else []
     assert len(found) == len(tool.positional)

@@ -25,12 +25,16 @@ EVALUATION = [
 PREPARED = ("convert", "encode", "fashion_mnist", "verify")
 PREPARATION = [f"lgm_scale.data.preparation.{name}" for name in PREPARED]
 LAUNCHERS = ["launchers.slurm", "launchers.status", "launchers.pipeline"]
-SCRIPTS = ["lgm_scale.train", "lgm_scale.sample", "lgm_scale.release_import.__main__"]
+SCRIPTS = [
+    *("lgm_scale.train", "lgm_scale.sample", "lgm_scale.web", "lgm_scale.publish"),
+    "lgm_scale.assets",
+    "lgm_scale.release_import.__main__",
+]
 MODULES = [*SCRIPTS, *EVALUATION, *PREPARATION, *LAUNCHERS, "data_tools.demo_images"]
 SLOW = {
     *("torch", "composer", "streaming", "deepspeed", "scipy", "sklearn", "torchvision", "timm"),
     *("pandas", "boto3", "botocore", "transformers", "torchmetrics", "matplotlib", "pyarrow"),
-    *("peft", "diffusers", "torch_fidelity", "skimage"),
+    *("peft", "diffusers", "torch_fidelity", "skimage", "gradio"),
 }
 MISTAKES = [
     ["lgm_scale.train", "yamls/dit_xl.yaml", "optimizer.lrr=1", "train.precision=fp32"],
@@ -38,12 +42,17 @@ MISTAKES = [
     ["lgm_scale.train", "yamls/nothing.yaml", "--dry-run"],
     ["lgm_scale.sample", "nowhere", "--classes", "1", "--out", "a.png"],
     ["lgm_scale.sample", "nowhere", "--classes", "1", "--out", "a.txt"],
+    ["lgm_scale.sample", "nowhere", "--num-images", "9", "--out", "a"],
+    ["lgm_scale.sample", "nowhere", "--num-images", "9", "--out", "a.png"],
+    ["lgm_scale.web", "nowhere"],
+    ["lgm_scale.publish", "nowhere", "a/b", "--license", "mit", "--data-license", "x"],
     ["lgm_scale.release_import.__main__", "generator", "a.pt", "b", "--tokenizer", "c"],
     ["lgm_scale.release_import.__main__", "lora", "a.pt", "b", "--num-tokens", "8"],
     [
         "lgm_scale.release_import.__main__",
         *("lora", "a.pt", "b", "--num-tokens", "8", "--base", "c", "--classes", "d"),
     ],
+    ["lgm_scale.assets", "nothing"],
     ["lgm_scale.evaluation.commands.sweep", "yamls/dit_xl.yaml"],
     ["lgm_scale.evaluation.commands.report", "nowhere"],
     ["lgm_scale.evaluation.commands.reference", "nowhere", "--out", "a.txt"],

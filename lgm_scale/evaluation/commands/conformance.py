@@ -67,11 +67,9 @@ def main() -> int:
     )
     parser.add_argument("--samples", required=True, metavar="NPZ")
     parser.add_argument(
-        "--reference", required=True, metavar="NPZ", help=f"from {FILES['reference'].url}"
+        "--reference", required=True, metavar="NPZ", help=FILES["adm_imagenet256"].path
     )
-    parser.add_argument(
-        "--inception", required=True, metavar="FILE", help=f"from {FILES['inception'].url}"
-    )
+    parser.add_argument("--inception", required=True, metavar="FILE", help=FILES["inception"].path)
     parser.add_argument("--work", help="folder to keep unfinished work in; default: none is kept")
     args = parser.parse_args(sys.argv[1:])
     missing = [
@@ -81,7 +79,7 @@ def main() -> int:
     ]
     if missing:
         raise MissingAssetError("\n".join(missing))
-    published = FILES["inception"].hash_prefix or ""
+    published = FILES["inception"].sha256 or ""
     if not file_hash(args.inception).startswith(published):
         raise MissingAssetError(
             f"--inception: the hash of {args.inception} does not begin with {published}: "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +18,27 @@ from lgm_scale.config.loading import read_yaml
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, LGMError, MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
+from lgm_scale.evaluation.features.files import REFERENCE, WEIGHTS
 from lgm_scale.evaluation.sweep.config import SweepConfig
-from lgm_scale.published import PUBLISHED, PublishedFile
+from lgm_scale.published import COMMAND, PUBLISHED
 from lgm_scale.storage.files import file_hash
 
-IMAGES = PublishedFile("your data: data_tools/images_to_mds.py", "-", "yours")
+USES: dict[str, tuple[str | None, str]] = {
+    **WEIGHTS,
+    "reference": REFERENCE,
+    "images": (None, "reconstructions: rFID, PSNR, SSIM, LPIPS; a reference where none is given"),
+}
+"""Key of a sweep -> its name in `PUBLISHED` (None: data of yours), and what it unlocks."""
+MAKE = "python -m lgm_scale.evaluation.commands.reference"
 
 
-@dataclass(frozen=True)
-class EvalAsset:
-    """One file: its key, what is published of it, and the metrics that need it."""
-
-    key: str
-    published: PublishedFile
-    unlocks: str
-
-
-def assets() -> list[EvalAsset]:
-    """Every file that a sweep may be given."""
-    return [
-        EvalAsset(
-            "inception", PUBLISHED["inception"], "FID, sFID, IS, KID, precision, recall, rFID"
-        ),
-        EvalAsset("dinov2", PUBLISHED["dinov2_l"], "FD-DINOv2"),
-        EvalAsset("vgg16", PUBLISHED["vgg16"], "LPIPS of reconstructions"),
-        EvalAsset("reference", PUBLISHED["reference"], "FID and sFID as published; KID, precision "
-                  "and recall after `python -m lgm_scale.evaluation.commands.reference`"),
-        EvalAsset("images", IMAGES,
-                  "reconstructions: rFID, PSNR, SSIM, LPIPS; a reference where none is given"),
-    ]  # fmt: skip
-
-
-def _expected(asset: EvalAsset) -> str:
-    known = asset.published.hash_prefix
-    return f"its sha256 begins with {known}" if known else "no hash is published with it"
-
-
-def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
-    """State ("there", "missing", "wrong" or "not given") and detail of one file."""
+def look(key: str, path: str | None) -> tuple[str, str]:
+    """State ("there", "missing", "wrong" or "not given") and detail of the file of a key."""
     if path is None:
-        return "not given", f"set `{asset.key}` to use it"
+        return "not given", f"set `{key}` to use it"
     if not Path(path).exists():
         return "missing", f"looked for at {path}"
-    if asset.key == "images":
+    if key == "images":
         try:
             manifest = read_manifest(path, "images")
         except LGMError as error:
@@ -69,7 +47,7 @@ def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
     digest = file_hash(path)
     megabytes = Path(path).stat().st_size / 1e6
     detail = f"{path}, {megabytes:.1f} MB, sha256 {digest}"
-    if asset.key == "reference":
+    if key == "reference":
         # Late: what is in it needs the evaluation with torch, the list of files does not.
         from lgm_scale.evaluation.references.files import load_reference
 
@@ -77,7 +55,7 @@ def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
             return "there", f"{detail}; {', '.join(load_reference(path).held())}"
         except LGMError as error:
             return "wrong", str(error)
-    known = asset.published.hash_prefix
+    known = PUBLISHED[WEIGHTS[key][0]].sha256
     if known is not None and not digest.startswith(known):
         return "wrong", (
             f"{detail}, which does not begin with {known}: not the published weights, "
@@ -89,17 +67,29 @@ def look(asset: EvalAsset, path: str | None) -> tuple[str, str]:
 def report(values: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The list as text, and the keys of files that are missing or wrong."""
     lines, bad = [], []
-    for asset in assets():
-        state, detail = look(asset, values.get(asset.key))
+    for key, (published, unlocks) in USES.items():
+        state, detail = look(key, values.get(key))
         if state in ("missing", "wrong"):
-            bad.append(asset.key)
+            bad.append(key)
         lines += [
-            f"{asset.key:10s} {state}",
-            f"    unlocks  {asset.unlocks}",
-            f"    found    {detail}",
-            f"    from     {asset.published.url} ({asset.published.size}; {_expected(asset)})",
-        ]
+            f"{key:10s} {state}", f"    unlocks  {unlocks}", f"    found    {detail}",
+            f"    from     {_source(published)}",
+        ]  # fmt: skip
+        if published is not None and state != "there":
+            lines.append(f"    get      {COMMAND} --fetch {published}")
+        if key == "reference" and state == "missing":
+            lines.append(
+                f"             {MAKE} {PUBLISHED[REFERENCE[0]].path} "
+                f"--out {values[key]} --inception {values.get('inception')}"
+            )
     return "\n".join(lines), bad
+
+
+def _source(published: str | None) -> str:
+    if published is None:
+        return "your data: python data_tools/images_to_mds.py SRC --out DST --image-size PIXELS"
+    file = PUBLISHED[published]
+    return f"{file.url} (about {file.size}; sha256 {file.sum_text})"
 
 
 def main() -> int:
@@ -107,7 +97,7 @@ def main() -> int:
     parser = command_parser(
         "preflight",
         "List the files that metrics need, where they were looked for, and what each unlocks. "
-        "Nothing is downloaded.",
+        f"Downloads nothing; `{COMMAND}` does, when asked to.",
     )
     parser.add_argument("config", nargs="?", help="YAML file of a sweep")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key")

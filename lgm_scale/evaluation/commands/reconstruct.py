@@ -30,6 +30,7 @@ from lgm_scale.evaluation.commands.arguments import (
     command_parser,
     not_positive,
 )
+from lgm_scale.evaluation.features.files import weights_of
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
 from lgm_scale.families.base import outside_lengths
 from lgm_scale.published import PUBLISHED
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from lgm_scale.protocols import ImageTokenizer
 
 LPIPS_SIDE = 16  # VGG16 halves it four times
-ASSETS = {"vgg16": "LPIPS", "inception": "rFID"}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -52,9 +52,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     add_tokenizer_options(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="for the JSON and picture")
-    parser.add_argument("--vgg16", metavar="FILE", help=f"for LPIPS, from {PUBLISHED['vgg16'].url}")
+    parser.add_argument("--vgg16", metavar="FILE", help=f"for LPIPS: {PUBLISHED['vgg16'].path}")
     parser.add_argument(
-        "--inception", metavar="FILE", help=f"for rFID, from {PUBLISHED['inception'].url}"
+        "--inception", metavar="FILE", help=f"for rFID: {PUBLISHED['inception'].path}"
     )
     parser.add_argument(
         "--reference", metavar="FILE", help="also: rFID against these statistics, such as ADM's"
@@ -70,10 +70,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def refuse_missing(args: argparse.Namespace) -> None:
     """Raise MissingAssetError if a file of weights that was given is not there."""
     wrong = [
-        f"--{key}: {getattr(args, key)} is not a file; {use} needs it "
-        f"(about {PUBLISHED[key].size}, from {PUBLISHED[key].url}), or leave --{key} out"
-        for key, use in ASSETS.items()
-        if getattr(args, key) is not None and not Path(getattr(args, key)).is_file()
+        f"--{asset.missing_line}, or leave --{asset.key} out"
+        for asset in weights_of(vars(args))
+        if not asset.present
     ]
     if wrong:
         raise MissingAssetError("\n".join(wrong))

@@ -24,6 +24,8 @@ from lgm_scale.evaluation.commands.arguments import (
     command_parser,
     not_positive,
 )
+from lgm_scale.evaluation.features.files import REFERENCE, weights_of
+from lgm_scale.published import COMMAND, PUBLISHED
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -62,13 +64,12 @@ def main() -> int:
         problems += not_positive(args, "image_size")
     if args.keep_features < 0:
         problems.append(f"--keep-features: {args.keep_features} must be 0 or more")
-    for key in ("inception", "dinov2"):
-        value = options[key]
-        if value is not None and not Path(value).is_file():
-            problems.append(
-                f"--{key}: {value} is not a file; see "
-                "`python -m lgm_scale.evaluation.commands.preflight`"
-            )
+    problems += [f"--{asset.missing_line}" for asset in weights_of(options) if not asset.present]
+    if not args.source.exists():
+        problems.append(
+            f"SOURCE: {args.source} does not exist; `{COMMAND} --fetch {REFERENCE[0]}` gets ADM's "
+            f"for ImageNet 256x256 as {PUBLISHED[REFERENCE[0]].path}, or give your images"
+        )
     if problems:
         raise ConfigError(problems)
     from composer.utils import dist  # late: what is wrong with a command line is told before

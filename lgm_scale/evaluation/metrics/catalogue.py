@@ -86,7 +86,7 @@ def metric_name(key: str, count: int, space: Mapping[str, Any], prefix: str = ""
     if key in FASHION:
         return f"{metric.name} (Fashion-MNIST classifier, not FID), {count_name(count)} images"
     published = metric.feature == "dinov2" or weights.startswith(
-        PUBLISHED["inception"].hash_prefix or ""
+        PUBLISHED["inception"].sha256 or ""
     )
     if key == "fd_dinov2" and "(large)" not in space["network"]:
         return f"Frechet distance in {space['network'].split(',')[0]}-{count_name(count)}"

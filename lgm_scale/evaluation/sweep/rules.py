@@ -15,6 +15,7 @@ from lgm_scale.config.loading import check_config, read_yaml
 from lgm_scale.data.fashion_mnist import CLASSES, IMAGE_SIZE
 from lgm_scale.data.manifest import Manifest, read_manifest
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
+from lgm_scale.evaluation.features.files import REFERENCE, weights_of
 from lgm_scale.evaluation.sweep.config import (
     METRIC_KEYS,
     Cell,
@@ -23,6 +24,7 @@ from lgm_scale.evaluation.sweep.config import (
     with_lists,
 )
 from lgm_scale.families.base import GeneratorFacts, GeneratorFamily, generator_families
+from lgm_scale.published import COMMAND, PUBLISHED, missing_lines
 from lgm_scale.sampling.config import SamplerConfig
 
 _COMMANDS = "lgm_scale.evaluation.commands"
@@ -75,30 +77,37 @@ def _family(info: dict[str, Any]) -> GeneratorFamily:
     return generator_families()[info["kind"]]
 
 
-def broken_rules(config: SweepConfig, info: dict[str, Any] | None = None) -> list[str]:
+def broken_rules(
+    config: SweepConfig, info: dict[str, Any] | None = None, made: Sequence[str] = ()
+) -> list[str]:
     """Every rule that the configuration breaks, alone and against the files it names.
 
-    `info` is bundle.json, where the generator is not in a bundle yet.
+    Args:
+        config: The sweep.
+        info: bundle.json, where the generator is not in a bundle yet.
+        made: Keys of inputs that are not there yet, and of which nothing can be said. Without the
+            bundle that is also the cells, whose defaults are those of its family.
     """
-    cells, wrong = _cells(config)
-    problems = [*_numbers(config), *wrong, *_files(config), *_search(config), *_metrics(config)]
-    problems += _without_effect(cells)
+    problems = [*_numbers(config), *_files(config, made), *_search(config), *_metrics(config)]
     facts: GeneratorFacts | None = None
     classes: list[str] = []
-    try:
-        info = info or _read_generator_info(config.bundle)
-        facts, classes = _family(info).facts(info, config.bundle), list(info["classes"])
-        pairs = [(cell.num_tokens, cell.sampler) for cell in cells]
-        problems += _family(info).length_problems(info, config.bundle, pairs)
-        problems += [*facts.problems, *_fashion(config, facts, classes)]
-        if len(classes) != facts.num_classes:
-            problems.append(
-                f"bundle: {config.bundle} names {len(classes)} classes and its generator has "
-                f"{facts.num_classes}; export the bundle again"
-            )
-    except (LGMError, KeyError, TypeError) as error:
-        problems.append(f"bundle: {_one_line(error)}")
-    if config.images is not None:
+    if "bundle" not in made:
+        cells, wrong = _cells(config)
+        problems += [*wrong, *_without_effect(cells)]
+        try:
+            info = info or _read_generator_info(config.bundle)
+            facts, classes = _family(info).facts(info, config.bundle), list(info["classes"])
+            pairs = [(cell.num_tokens, cell.sampler) for cell in cells]
+            problems += _family(info).length_problems(info, config.bundle, pairs)
+            problems += [*facts.problems, *_fashion(config, facts, classes)]
+            if len(classes) != facts.num_classes:
+                problems.append(
+                    f"bundle: {config.bundle} names {len(classes)} classes and its generator has "
+                    f"{facts.num_classes}; export the bundle again"
+                )
+        except (LGMError, KeyError, TypeError) as error:
+            problems.append(f"bundle: {_one_line(error)}")
+    if config.images is not None and "images" not in made:
         try:
             problems += _images(config, read_manifest(config.images, "images"), facts, classes)
         except LGMError as error:
@@ -196,22 +205,22 @@ def _search(config: SweepConfig) -> Iterator[str]:
         yield f"search.metric: {search.metric} is not among `metrics`; add it there"
 
 
-def _files(config: SweepConfig) -> Iterator[str]:
+def _files(config: SweepConfig, made: Sequence[str]) -> Iterator[str]:
     if Path(config.out).exists() and not Path(config.out).is_dir():
         yield f"out: {config.out} is a file; choose a folder"
     hints = {
         "metrics_log": "give the metrics.jsonl of the generator's training, or leave the key out",
-        "reference": f"make one with `python -m {_COMMANDS}.reference`, or leave the key out",
-        **dict.fromkeys(
-            ("inception", "dinov2", "vgg16"),
-            f"`python -m {_COMMANDS}.preflight` says where it is to be had; or leave the key out, "
-            "and its metrics are off",
-        ),
+        "reference": f"make one with `python -m {_COMMANDS}.reference SOURCE --out "
+        f"{config.reference} --inception {config.inception}`, where SOURCE is "
+        f"{PUBLISHED[REFERENCE[0]].path} (`{COMMAND} --fetch {REFERENCE[0]}`) or images of yours; "
+        "or leave the key out",
     }
     for key, hint in hints.items():
         value = getattr(config, key)
-        if value is not None and not Path(value).is_file():
+        if value is not None and key not in made and not Path(value).is_file():
             yield f"{key}: {value} is not a file; {hint}"
+    for line in missing_lines(weights_of(vars(config))):
+        yield f"{line}; or leave the key out, and its metrics are off"
     judged = any(map(_is_fashion, config.metrics))
     if not (config.inception or config.dinov2 or config.num_components or judged):
         yield (

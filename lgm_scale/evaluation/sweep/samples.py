@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,18 @@ def sample_images(
     seed: int,
     truncate: bool = False,
     watch: Stopwatch | None = None,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample the images of these indices; image i has class i mod num_classes.
+    """Sample the images of these indices, of classes `labels`; else image i has i mod num_classes.
 
     Batches of less than four are filled up while they are computed: on a CPU an image has the
     same bits in a batch of any size.
 
-    Shapes: indices [B] int64 -> uint8 [B, 3, S, S], and bool [B]: whether the image is finite.
+    Shapes: indices, labels [B] int64 -> uint8 [B, 3, S, S], and bool [B]: whether each is finite.
     """
     count = len(indices)
     indices = filled_up(indices)
-    labels = indices % pipe.num_classes
+    labels = indices % pipe.num_classes if labels is None else filled_up(labels)
     latents = pipe.latents(labels, indices, num_tokens, seed, sampler)
     if watch is not None:
         watch.lap("sampling")
@@ -114,26 +115,39 @@ def work_of(pipe: Pipeline, cell: Cell) -> dict[str, Any]:
     }
 
 
-def write_samples(engine: Engine, job: Job, out: Path, name: str) -> Path:
-    """Write all samples as one npz of ADM's form, `arr_0` uint8 [M, S, S, 3]; return the file.
+def write_npz(
+    path: Path,
+    count: int,
+    parts: Iterable[np.ndarray],
+    labels: np.ndarray | None = None,
+    comment: bytes = b"",
+) -> None:
+    """Write images as one npz of ADM's form, whole or not at all: `arr_0` uint8 [M, S, S, 3].
 
-    The pixels of the job are read and written chunk by chunk, never all in memory.
+    `parts` [m, S, S, 3] hold all `count` images in order, and are written one by one. `labels`
+    int64 [M] are `arr_1`; `comment` is the archive's. Equal arguments give equal bytes.
     """
 
     def write(aside: Path) -> None:
-        with (
-            zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-            archive.open("arr_0.npy", "w", force_zip64=True) as file,
-        ):
-            for i, bounds in enumerate(job.bounds):
-                pixels = engine.chunks.read(job, bounds, ["pixels"]).arrays["pixels"]
-                images = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
-                if i == 0:
-                    shape = (job.count, *images.shape[1:])
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
-                file.write(images.tobytes())
+        with zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            archive.comment = comment
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                for i, images in enumerate(parts):
+                    if i == 0:
+                        shape = (count, *images.shape[1:])
+                        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+                    file.write(np.ascontiguousarray(images).data)
+            if labels is not None:
+                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+                    np.lib.format.write_array(file, labels)
 
-    path = out / "npz" / f"{name}.npz"
     write_whole(path, write)
+
+
+def write_samples(engine: Engine, job: Job, out: Path, name: str) -> Path:
+    """Write all samples of a cell with `write_npz`, chunk by chunk; return the file."""
+    chunks = (engine.chunks.read(job, bounds, ["pixels"]) for bounds in job.bounds)
+    path = out / "npz" / f"{name}.npz"
+    write_npz(path, job.count, (each.arrays["pixels"].transpose(0, 2, 3, 1) for each in chunks))
     return path

@@ -10,14 +10,15 @@ from typing import Literal
 from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.errors import CheckpointError, DataError
-from lgm_scale.published import PUBLISHED
+from lgm_scale.published import COMMAND, PUBLISHED
 
 CONFIG_NAME = PUBLISHED["sd_vae_config"].name
 WEIGHTS_NAME = PUBLISHED["sd_vae_weights"].name
 GET_VAE = (
-    f"Get {CONFIG_NAME} and {WEIGHTS_NAME} ({PUBLISHED['sd_vae_weights'].size}) of "
-    "stabilityai/sd-vae-ft-mse or stabilityai/sd-vae-ft-ema from https://huggingface.co and give "
-    "their folder: nothing is downloaded"
+    f"`{COMMAND} --fetch sd_vae_config sd_vae_weights` gets {CONFIG_NAME} and {WEIGHTS_NAME} "
+    f"({PUBLISHED['sd_vae_weights'].size}) of stabilityai/sd-vae-ft-mse into "
+    f"{Path(PUBLISHED['sd_vae_config'].path).parent}; stabilityai/sd-vae-ft-ema will do as well. "
+    "Give that folder: nothing is downloaded unless you ask"
 )
 """What to do where the autoencoder is missing."""
 

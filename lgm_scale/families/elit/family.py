@@ -25,6 +25,7 @@ from lgm_scale.families.elit.config import (
     token_lengths,
     vae_file,
 )
+from lgm_scale.published import PUBLISHED, Asset
 from lgm_scale.release_import import CLASSES_HELP
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class ELITFamily(GeneratorFamily):
             },
         )
     }
+    initial_weights: ClassVar[str] = "lgm_scale.families.elit.initial_weights:ELITInitialWeights"
     pipeline_class: ClassVar[str] = "lgm_scale.families.elit.pipeline:ELITPipeline"
     about_tokens: ClassVar[str] = (
         "An image is a grid of {size} tokens, and K says how many of them the core of one "
@@ -112,6 +114,15 @@ class ELITFamily(GeneratorFamily):
     def check_data(self, run: ELITRun, where: str, manifest: Manifest) -> None:
         if run.space.kind == "sd_vae":  # which encoder it was, the data set itself finds out
             check_grids(where, manifest, run.space.channels, run.space.side, None)
+
+    @override
+    def assets(self, run: ELITRun) -> list[Asset]:
+        names = ("sd_vae_config", "sd_vae_weights") if run.space.vae is not None else ()
+        return [
+            Asset("space.vae", f"{run.space.vae}/{PUBLISHED[name].name}", name,
+                  "images from latents, and latents from images (the autoencoder)")
+            for name in names
+        ]  # fmt: skip
 
     @override
     def missing_files(self, run: ELITRun) -> Iterator[str]:

@@ -81,12 +81,22 @@ class LGMRun(GeneratorRun):
 def _lora(config: LGMRun) -> Iterator[str]:
     if config.lora is None:
         return
+    if config.init_from is not None:
+        yield (
+            f"init_from: {config.init_from}; an adapter starts from lora.base alone; remove "
+            "init_from, or lora"
+        )
     if config.train.compile:
         yield NOT_COMPILED
     if config.evaluation is not None:
         yield (
             "evaluation: is for runs that train a whole generator, so far; leave it out with lora, "
             "and run eval/sweep.py on the result"
+        )
+    if config.logging.pictures is not None:
+        yield (
+            "logging.pictures: is for runs that train a whole generator, so far; set it to null "
+            "with lora, and run python -m lgm_scale.sample on the result"
         )
     if len(set(config.lengths.choices)) > 1:
         lengths = ", ".join(map(str, sorted(set(config.lengths.choices))))

@@ -51,6 +51,7 @@ class LGMFamily(GeneratorFamily):
     }
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
     importers: ClassVar[dict[str, Tool]] = IMPORTERS
+    initial_weights: ClassVar[str] = "lgm_scale.families.lgm.initial_weights:LGMInitialWeights"
     pipeline_class: ClassVar[str] = "lgm_scale.families.lgm.pipeline:LGMPipeline"
     about_tokens: ClassVar[str] = (
         "An image is {size} tokens, and a learned tree says which of them to merge. One "

@@ -17,8 +17,6 @@ from lgm_scale.families.tokenizer.config import TokenizerRun, missing, needed_as
 from lgm_scale.families.tokenizer.critic import CriticBackbone
 from lgm_scale.frozen import Frozen, load_perceptual, load_pretrained, to_imagenet
 
-FROM_HUB = "hub"
-"""Value of model.pretrained_encoder that asks for a download."""
 TEACHER_WIDTHS = {"s": 384, "b": 768, "l": 1024}
 """Feature width of each DINOv2 size."""
 _SIZE_NAMES = {"s": "small", "b": "base", "l": "large"}

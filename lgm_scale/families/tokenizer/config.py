@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from lgm_scale.config.schema import STRICT, TrainingRun
+from lgm_scale.config.schema import STRICT, ReconstructionsConfig, TrainingRun
 from lgm_scale.families.base import NOT_COMPILED
-from lgm_scale.published import PUBLISHED
+from lgm_scale.published import COMMAND, PUBLISHED, Asset, missing_lines
 
 RECONSTRUCTION_FILES = ("tokenizer.safetensors", "merge_tree.safetensors")
 """Weights and merge tree, in the bundles of tokenizers and of what contains them."""
@@ -93,7 +92,10 @@ class TokenizerObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AssetsConfig:
-    """Files of frozen networks; a loss of weight 0 needs none. They are never in a checkpoint."""
+    """Files of frozen networks; a loss of weight 0 needs none. They are never in a checkpoint.
+
+    null: where `python -m lgm_scale.assets --fetch NAME` puts the file, in `assets/`.
+    """
 
     __pydantic_config__ = STRICT
     vgg16: str | None = None
@@ -115,6 +117,7 @@ class TokenizerRun(TrainingRun):
     model: TokenizerModelConfig
     objective: TokenizerObjectiveConfig = field(default_factory=TokenizerObjectiveConfig)
     assets: AssetsConfig = field(default_factory=AssetsConfig)
+    evaluation: ReconstructionsConfig | None = None
 
 
 def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
@@ -130,6 +133,11 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
         )
     if config.train.compile:
         yield NOT_COMPILED
+    if config.init_from is not None and model.pretrained_encoder is not None:
+        yield (
+            f"model.pretrained_encoder: {model.pretrained_encoder}; the encoder starts from the "
+            "bundle in init_from; set it to null, or remove init_from"
+        )
     yield from _model(model)
     clip_norm = config.optimizer.clip_norm
     two_groups = config.objective.adversarial > 0 and config.parallel.strategy == "deepspeed"
@@ -139,6 +147,8 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
             "parallel.strategy: deepspeed knows the norm of all gradients alone; set it to null, "
             "or use fsdp or ddp"
         )
+    if config.evaluation is not None and config.evaluation.num_images < 1:
+        yield f"evaluation.num_images: {config.evaluation.num_images} must be 1 or more"
     for name, value in vars(config.objective).items():
         if value < 0:
             yield f"objective.{name}: {value} must be 0 or more"
@@ -188,53 +198,36 @@ def outside_choices(choices: Sequence[int], lowest: int, highest: int) -> Iterat
         )
 
 
-@dataclass(frozen=True)
-class Asset:
-    """One file: its config key and path there, its name in `PUBLISHED`, and what needs it."""
-
-    key: str
-    path: str | None
-    published: str
-    unlocks: str
-
-    @property
-    def present(self) -> bool:
-        """Whether the file is there."""
-        return self.path is not None and Path(self.path).is_file()
-
-
 def needed_assets(config: TokenizerRun) -> list[Asset]:
-    """The files that this configuration needs; losses of weight 0 need none."""
-    objective, assets, needed = config.objective, config.assets, []
-    if objective.perceptual > 0:
-        unlocks = "the perceptual loss (objective.perceptual)"
-        needed.append(Asset("assets.vgg16", assets.vgg16, "vgg16", unlocks))
-    if objective.adversarial > 0:
-        unlocks = "the adversarial loss (objective.adversarial)"
-        needed.append(Asset("assets.dino_critic", assets.dino_critic, "dino_critic", unlocks))
-    if objective.representation > 0:
-        name, path = f"dinov2_{assets.dinov2_size}", assets.dinov2_teacher
-        unlocks = "the representation loss (objective.representation)"
-        needed.append(Asset("assets.dinov2_teacher", path, name, unlocks))
-    if config.model.pretrained_encoder not in (None, FROM_HUB):
-        name, path = f"dinov2_{config.model.size}", config.model.pretrained_encoder
-        unlocks = "the encoder's pretrained start (null: from scratch)"
-        needed.append(Asset("model.pretrained_encoder", path, name, unlocks))
-    return needed
+    """The files that this configuration needs, each at its key's path or else in `assets/`.
 
-
-def missing(assets: Sequence[Asset]) -> list[str]:
-    """One line for each of these files, which are not there, and one about ways out."""
-    lines = []
-    for asset in assets:
-        file = PUBLISHED.get(asset.published)  # none of the encoder of size tiny, which has a rule
-        where = "" if file is None else f"; about {file.size}, from {file.url}"
-        lines.append(
-            f"{asset.key}: {asset.path or 'no path given'} is not a file; needed for "
-            f"{asset.unlocks}{where}"
-        )
+    Losses of weight 0 need none, and `hub` is no file.
+    """
+    objective, assets, model = config.objective, config.assets, config.model
+    needed = [
+        (objective.perceptual > 0, "assets.vgg16", assets.vgg16, "vgg16",
+         "the perceptual loss (objective.perceptual)"),
+        (objective.adversarial > 0, "assets.dino_critic", assets.dino_critic, "dino_critic",
+         "the adversarial loss (objective.adversarial)"),
+        (objective.representation > 0, "assets.dinov2_teacher", assets.dinov2_teacher,
+         f"dinov2_{assets.dinov2_size}", "the representation loss (objective.representation)"),
+        (model.pretrained_encoder not in (None, FROM_HUB) and model.size != "tiny",
+         "model.pretrained_encoder", model.pretrained_encoder, f"dinov2_{model.size}",
+         "the encoder's pretrained start (null: from scratch)"),
+    ]  # fmt: skip
     return [
-        *lines,
-        "assets: set the keys above to where the files are, switch the losses off (weight 0), or, "
-        "for a trial without meaning, set assets.allow_random_assets: true",
+        Asset(key, path or PUBLISHED[published].path, published, unlocks)
+        for is_needed, key, path, published, unlocks in needed
+        if is_needed
+    ]
+
+
+def missing(absent: Sequence[Asset]) -> list[str]:
+    """One line for each of these files, which are not there, and one about ways out."""
+    return [
+        *missing_lines(absent),
+        f"assets: get the files (`{COMMAND} --fetch "
+        f"{' '.join(asset.published for asset in absent)}`), set the keys above to where they are, "
+        "switch the losses off (weight 0), or, for a trial without meaning, set "
+        "assets.allow_random_assets: true",
     ]

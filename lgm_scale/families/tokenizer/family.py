@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
+from lgm_scale.config.schema import ReconstructionsConfig
 from lgm_scale.families.base import Companions, Family, Tool
 from lgm_scale.families.tokenizer.config import (
     FROM_HUB,
@@ -19,6 +20,7 @@ from lgm_scale.families.tokenizer.config import (
     needed_assets,
     tokenizer_rules,
 )
+from lgm_scale.published import Asset
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,9 @@ class TokenizerFamily(Family):
     task: ClassVar[str] = "tokenizer"
     title: ClassVar[str] = "LGM's tokenizer"
     schema = TokenizerRun
+    initial_weights: ClassVar[str] = (
+        "lgm_scale.families.tokenizer.initial_weights:TokenizerInitialWeights"
+    )
     reconstruction_files: ClassVar[tuple[str, ...]] = RECONSTRUCTION_FILES
     importers: ClassVar[dict[str, Tool]] = {
         "tokenizer": Tool(
@@ -51,8 +56,16 @@ class TokenizerFamily(Family):
         yield from tokenizer_rules(run)
 
     @override
+    def reconstructions(self, run: TokenizerRun) -> ReconstructionsConfig | None:
+        return run.evaluation
+
+    @override
     def data_kind(self, run: TokenizerRun) -> str:
         return "images"
+
+    @override
+    def assets(self, run: TokenizerRun) -> list[Asset]:
+        return needed_assets(run)
 
     @override
     def missing_files(self, run: TokenizerRun) -> Iterator[str]:

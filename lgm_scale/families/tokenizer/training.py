@@ -7,6 +7,7 @@ neither update sees the other. So L_generator (critic's weights constant) plus L
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,6 +95,21 @@ class TokenizerTrainingModel(TrainingModel):
         """Assets that random weights stand in for: the run means nothing then."""
         random = self.frozen.random_assets
         return {"random_assets": list(random)} if random else {}
+
+    def below_zero(self) -> str:
+        """Which terms have a sign, and what to look at instead of their sum."""
+        least = {
+            "entropy": f"from -{math.log(self.net.quantizer.codes.shape[1]):.1f} on",
+            "representation": "a cosine, from -1 on",
+            "adversarial": "minus the critic's logit, without a bound",
+        }
+        signed = [f"{k} ({text})" for k, text in least.items() if getattr(self.objective, k) > 0]
+        return (
+            f"a loss below 0 is no error: {', '.join(signed)} may be negative; how good "
+            "reconstructions are, pixel, perceptual and the PSNR of `evaluation` tell"
+            if signed
+            else ""
+        )
 
     def read_elsewhere(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         """Weights that a module of the losses reads of one inside it, whose forward never runs.
