@@ -72,6 +72,8 @@ class Training:
         self.held_up: dict[str, list[float]] = {}
         """Seconds of each round, by the round's name."""
         self.one_step()  # makes the moments
+        self.checkpointer.save(self.state)  # finds its memory
+        self.checkpointer.finish()
 
     def one_step(self) -> None:
         """A training step, as the saver sees it."""

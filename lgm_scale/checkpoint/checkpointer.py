@@ -82,6 +82,7 @@ class Checkpointer:
         self.strategy = strategy
         self.attempts = Attempts(storage)
         self._states = StateFiles(storage, self.attempts, keep)
+        self._copy = ShardCopy()
         self._background = Background()
 
     def bind(
@@ -131,7 +132,7 @@ class Checkpointer:
         scalars = copy.deepcopy(read_scalars(state))
         # Buffers are equal on all ranks, and small.
         buffers = dict(self.model.named_buffers()) if dist.get_global_rank() == 0 else {}
-        shards = ShardCopy(self.shards, self._owned, self.ema.by_name(), buffers)
+        self._copy.take(self.shards, self._owned, self.ema.by_name(), buffers)
         sizes = {
             (companion, path): path.stat().st_size
             for companion, path in (companions or {}).items()
@@ -148,7 +149,7 @@ class Checkpointer:
             scalars=scalars,
         )
         self._background.start(
-            partial(self._states.write, name, shards), partial(self._agree, manifest, sizes)
+            partial(self._states.write, name, self._copy), partial(self._agree, manifest, sizes)
         )
         return name
 

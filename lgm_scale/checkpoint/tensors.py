@@ -10,8 +10,9 @@ neither the number of ranks nor the strategy need be those that wrote the state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from lgm_scale.checkpoint.manifest import StateFile, StateManifest
 from lgm_scale.errors import CheckpointError
-from lgm_scale.merging.linkage import start_host_copy
 from lgm_scale.parallel.shards import ParameterShard
 from lgm_scale.storage.files import follow_umask
 
@@ -28,47 +28,63 @@ __all__ = ["ShardCopy", "check_same_model", "files_needed", "read_shards"]
 
 
 class ShardCopy:
-    """What this rank writes into a state, by value: the training may go on.
+    """What this rank writes into a state, by value, in memory of its host that serves every state.
 
-    Made in the main thread, behind all work that is queued on a GPU, and without waiting for it.
-
-    Args:
-        shards: This rank's shards, one for each parameter.
-        owned: Which of them it writes.
-        average: This rank's part of the moving average by the parameter's name, flat.
-        buffers: The model's buffers by name; empty on all ranks but one.
+    (New memory for each would cost more than copying does: the system clears it page by page.)
     """
 
-    def __init__(
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        """[index, start, numel] of what it holds."""
+        self._tensors: dict[str, Tensor] = {}
+        self._arrived: Any = None
+
+    def take(
         self,
         shards: Sequence[ParameterShard],
         owned: Sequence[bool],
         average: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
     ) -> None:
-        self.pieces: list[list[int]] = []
-        """[index, start, numel] of what it holds."""
-        self._arrivals = {f"buffer/{name}": _copied(value) for name, value in buffers.items()}
+        """Copy them. On a GPU this is queued behind the steps so far, and not waited for.
+
+        Args:
+            shards: This rank's shards, one for each parameter.
+            owned: Which of them it writes.
+            average: This rank's part of the moving average by the parameter's name, flat.
+            buffers: The model's buffers by name; empty on all ranks but one.
+        """
+        self.pieces = []
+        for name, value in buffers.items():
+            self._copy(f"buffer/{name}", value)
         for index, (shard, mine) in enumerate(zip(shards, owned, strict=True)):
             if not mine:
                 continue
             self.pieces.append([index, shard.start, shard.numel])
-            self._arrivals[f"weight/{index}"] = _copied(shard.weight())
+            self._copy(f"weight/{index}", shard.weight())
             if shard.name in average:
-                self._arrivals[f"ema/{index}"] = _copied(average[shard.name])
+                self._copy(f"ema/{index}", average[shard.name])
             for key, value in shard.optimizer_state().items():
-                self._arrivals[f"{key}/{index}"] = _copied(value)
+                self._copy(f"{key}/{index}", value)
+        if torch.cuda.is_available():
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
     def write(self, path: Path) -> None:
         """Write this rank's file; in any thread."""
-        save_file({name: arrived() for name, arrived in self._arrivals.items()}, str(path))
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        save_file(self._tensors, str(path))
         follow_umask(path)
 
-
-def _copied(tensor: Tensor) -> Callable[[], Tensor]:
-    """A copy on the host, of its own storage, as soon as it has arrived there."""
-    tensor = tensor.detach()
-    return start_host_copy(tensor if tensor.is_cuda else tensor.clone())
+    @torch.no_grad()
+    def _copy(self, name: str, tensor: Tensor) -> None:
+        if name not in self._tensors:
+            # Only page-locked memory can be copied to while the host goes on.
+            self._tensors[name] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+            )
+        self._tensors[name].copy_(tensor, non_blocking=True)
 
 
 def check_same_model(manifest: StateManifest, shards: Sequence[ParameterShard], root: str) -> None:

@@ -92,7 +92,7 @@ def test_an_error_is_raised_once_where_the_ranks_agree():
 @pytest.fixture
 def late(monkeypatch) -> Callable[[int, dict], None]:
     """An `on_step`: a state is written when a whole step has followed it, the last one at once."""
-    seen, copy, write = threading.Condition(), ShardCopy.__init__, ShardCopy.write
+    seen, copy, write = threading.Condition(), ShardCopy.take, ShardCopy.write
     current: list[int] = [0]
     due: dict[ShardCopy, int] = {}
 
@@ -110,7 +110,7 @@ def late(monkeypatch) -> Callable[[int, dict], None]:
             assert seen.wait_for(lambda: current[0] >= min(due[self], 9), PATIENCE)
         write(self, path)
 
-    monkeypatch.setattr(ShardCopy, "__init__", noted_copy)
+    monkeypatch.setattr(ShardCopy, "take", noted_copy)
     monkeypatch.setattr(ShardCopy, "write", write_late)
     return on_step
 

@@ -72,7 +72,8 @@ def written(folder: Path, cuts: list[list[tuple[int, int]]]) -> StateManifest:
         shards, average = split(parts)
         buffers = dict(model().named_buffers()) if rank == 0 else {}
         owned = [shard.numel > 0 for shard in shards]
-        copied = ShardCopy(shards, owned, average, buffers)
+        copied = ShardCopy()
+        copied.take(shards, owned, average, buffers)
         for value in (value for part in parts for value in part.values.values()):
             value.fill_(-2)  # the training goes on
         copied.write(path)
