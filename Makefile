@@ -23,7 +23,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 JOBS ?= 3
 PYTEST := pytest -n $(JOBS)
 
-.PHONY: help install quickstart check test test-all test-torch test-fidelity coverage lint clean
+.PHONY: help install quickstart check test test-all test-torch test-fidelity coverage lint docs clean
 
 help:
 	@echo "make quickstart   install, then the whole pipeline on demo photographs (minutes, no GPU)"
@@ -34,6 +34,7 @@ help:
 	@echo "make coverage     lines and branches that 'make test' reaches"
 	@echo "make test-fidelity  imports at full size against the releases' code: LGM_RELEASE=path ELIT_RELEASE=path"
 	@echo "make lint         ruff and pyright"
+	@echo "make docs         the documentation site, into build/site (seconds, no network)"
 	@echo "make clean        delete runs/quickstart"
 	@echo "Add VENV=path to use an environment elsewhere, PYTHON=... to choose the interpreter."
 
@@ -83,6 +84,11 @@ lint: $(STAMP) $(DEEPSPEED)
 	ruff check .
 	ruff format --check .
 	pyright
+
+# Silent about what the theme's authors plan for other versions.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	@echo "Open build/site/index.html; to search it, serve it: python -m http.server --directory build/site"
 
 clean:
 	rm -rf runs/quickstart

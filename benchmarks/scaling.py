@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.generator import NUM_BASE_TOKENS, build_network, random_batch
 from benchmarks.harness import alternating_medians, command_line, on_ranks, print_table
@@ -29,6 +27,7 @@ from lgm_scale.parallel.deepspeed_internals import live_gradients, zero_shards
 from lgm_scale.parallel.fsdp import shard_model
 from lgm_scale.parallel.memory import measured_bytes, parameter_infos, planned_bytes
 from lgm_scale.parallel.shards import local_shards
+from lgm_scale.parallel.traffic import Traffic, moved_bytes
 
 STRATEGIES = {
     "ddp": ParallelConfig(),
@@ -51,26 +50,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="per rank")
     parser.add_argument("--num-tokens", type=int, default=64)
     return parser.parse_args()
-
-
-class CollectiveBytes(TorchDispatchMode):
-    """Bytes that this rank hands to collectives, by kind; of all-gathers, what comes back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: dict[str, int] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        """Count, and go on."""
-        name = func.name() if hasattr(func, "name") else str(func)
-        if name.startswith(("c10d::", "_c10d_functional::")):
-            tensors = (each for each in tree_leaves(args) if isinstance(each, Tensor))
-            sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-            kind = name.split("::")[1].strip("_").split(".")[0]
-            self.bytes[kind] = self.bytes.get(kind, 0) + max(sizes, default=0)
-        return func(*args, **(kwargs or {}))
 
 
 class Step:
@@ -131,12 +110,11 @@ def _measure(args: argparse.Namespace) -> list[tuple]:
     seconds = alternating_medians(steps, args.repeats)
     first, rows = next(iter(seconds.values())), []
     for name, step in steps.items():
-        count = CollectiveBytes()
-        with count:
+        with Traffic() as traffic:
             step()
         step.backward()
         planned = planned_bytes(step.infos, STRATEGIES[name], dist.get_world_size()).total
-        sizes = (sum(count.bytes.values()), step.state_bytes(), planned)
+        sizes = (sum(moved_bytes(traffic.transfers).values()), step.state_bytes(), planned)
         rows.append((name, seconds[name] / first, *(size / 2**20 for size in sizes)))
     return rows
 

@@ -44,6 +44,7 @@ class Cluster:
     container: str | None = None
     """Image that ranks run in, through Slurm's pyxis plugin."""
     container_mounts: str | None = None
+    """Pyxis' option of this name."""
     container_python: str = "python"
     """Interpreter inside the container; outside of containers, the one that submits."""
     setup: tuple[str, ...] = ()

@@ -38,12 +38,17 @@ class Stage:
 
     __pydantic_config__ = STRICT
     job: Literal["convert", "tokenizer", "encode", "train", "reference", "eval"]
+    """What it runs."""
     needs: tuple[str, ...] = ()
+    """Stages that must be done before it."""
     config: str | None = None
+    """YAML file, for jobs that have one."""
     overrides: tuple[str, ...] = ()
     """`key=value` of the configuration, or options of a tool."""
     nodes: int = 1
+    """Machines."""
     gpus_per_node: int | None = None
+    """In place of the cluster's, as are `time` and `partition`."""
     array: int | None = None
     """Split a sweep into so many jobs, and one that joins them."""
     time: str | None = None

@@ -24,6 +24,7 @@ from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.base import add_import_option, family_of
 from lgm_scale.initial_weights import init_problems, is_absent
 from lgm_scale.parallel.first_failure import first_failure_on_top
+from lgm_scale.planning.options import PlanOptions, add_plan_options, plan_options
 
 log = logging.getLogger("lgm_scale")
 
@@ -60,12 +61,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="go on with a run though this key has a new value (optimizer.lr, objective.*, ...); "
         "its history records it. train.max_duration may grow without this",
     )
+    add_plan_options(parser)
     add_import_option(parser)
     args = parser.parse_intermixed_args(argv)
     if args.world_size is not None and args.world_size < 1:
         parser.error(f"--world-size: {args.world_size} must be 1 or more")
     if args.world_size is not None and not args.dry_run:
         parser.error("--world-size goes with --dry-run; the launcher's -n sets the ranks of a run")
+    args.plan = plan_options(args, parser)
     return args
 
 
@@ -84,11 +87,7 @@ def main() -> int:
             *(args.config, args.overrides, world_size, None),
             more=lambda config: init_problems(config, is_absent),
         )
-        from lgm_scale.plan import describe
-
-        if rank == 0:
-            print(f"{describe(config, world_size)}\n\n{preflight(folder_of(config))}")
-        return 0
+        return dry_run(folder_of(config), world_size, args.plan) if rank == 0 else 0
 
     # At once, before torch; what can be told of GPUs comes after it.
     load_training_run(
@@ -109,6 +108,19 @@ def main() -> int:
         return 0
     with first_failure_on_top(folder.path / "failures"):
         return train(config, folder)
+
+
+def dry_run(folder: RunFolder, world_size: int, options: PlanOptions) -> int:
+    """Print what the run would take; the exit status."""
+    from lgm_scale.planning.plan import describe
+
+    config = folder.config
+    print(f"{describe(config, world_size, options)}\n\n{preflight(folder)}", flush=True)
+    if options.simulate or options.advise:
+        from lgm_scale.planning.report import print_simulation
+
+        return print_simulation(config, world_size, options)
+    return 0
 
 
 def preflight(folder: RunFolder) -> str:

@@ -24,7 +24,7 @@ import lgm_scale.families.lgm.family
 import lgm_scale.families.lgm.pipeline
 import lgm_scale.families.tokenizer.training
 import lgm_scale.pipeline
-import lgm_scale.plan
+import lgm_scale.planning.plan
 import lgm_scale.sample
 import lgm_scale.train
 

@@ -51,7 +51,9 @@ class LengthsConfig:
 
     __pydantic_config__ = STRICT
     choices: tuple[int, ...] = required([64, 32])
+    """K of the steps, in turn; with `weights` the values that are drawn."""
     weights: tuple[float, ...] | None = None
+    """How often each of `choices` is drawn, relative to the others; null: in turn."""
     per_sample: bool = False
     """One draw per image instead of one per step; for `length_control: truncate` alone."""
 
@@ -62,12 +64,19 @@ class OptimizerConfig:
 
     __pydantic_config__ = STRICT
     lr: float = 2e-4
+    """Learning rate, after the warmup."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two moments."""
     weight_decay: float = 0.0
+    """Of matrices, decoupled from the gradient; vectors have none."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """How the learning rate goes on after the warmup."""
     min_lr: float = 0.0
+    """Where `cosine` ends."""
     warmup: int = 0
+    """Steps over which the learning rate grows from 0."""
     clip_norm: float | None = None
+    """Largest norm of a step's gradient; null: any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +96,13 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
     max_duration: str = required("400ep")
+    """When the run is done."""
     global_batch_size: int = required(256)
+    """Samples per step, of all ranks together."""
     device_microbatch_size: int | None = None
+    """Samples that a rank computes at once; null: all of its share of the batch."""
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
+    """Type of the networks' matrix products; weights are float32."""
     compile: bool = False
     """Compile a generator's blocks, one graph per token length."""
     batch_scaling: Literal["constant_samples", "constant_tokens"] = "constant_samples"
@@ -103,7 +116,9 @@ class CheckpointConfig:
 
     __pydantic_config__ = STRICT
     interval: str = "1ep"
+    """A time string, such as 500ba or 1ep."""
     keep: int = 2
+    """How many states are kept."""
     folder: str | None = None
     """Where resume state goes; default `<out>/state`. May be object storage (`s3://...`)."""
 
@@ -116,8 +131,11 @@ class LoggingConfig:
     interval: int = 50
     """Steps between console lines; one host-device synchronisation each."""
     progress_bar: bool = True
+    """Show one on the console."""
     tensorboard: bool = False
+    """Also write to `<out>/tensorboard`."""
     wandb_project: str | None = None
+    """Also report to this project of Weights & Biases; needs the extra `wandb`."""
     peak_tflops: float | None = None
     """Peak of one device at the run's precision; then loggers get model FLOPs utilisation, too."""
     pictures: str | None = None
@@ -162,6 +180,7 @@ class ParallelConfig:
 
     __pydantic_config__ = STRICT
     strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """A copy on every rank (ddp), or shares of one, by torch or by DeepSpeed."""
     fsdp: FSDPConfig | None = None
     """null: the defaults, with `strategy: fsdp`."""
     deepspeed: DeepSpeedConfig | None = None
@@ -179,7 +198,9 @@ class FlowObjectiveConfig:
 
     __pydantic_config__ = STRICT
     timestep_mean: float = 0.0
+    """Of the normal whose sigmoid is t; above 0, more is trained near the data."""
     timestep_std: float = 1.0
+    """Of the same normal."""
     label_dropout: float = 0.1
     """Share of samples that train the unconditional branch."""
 
@@ -217,12 +238,14 @@ class TrainingRun:
     task: str
     """Which family of models is trained."""
     run_name: str = required("my-run")
+    """Its name in logs and messages."""
     out: str = required("runs/my-run")
     """Folder that receives everything the run writes."""
     data: DataConfig
     lengths: LengthsConfig
     train: TrainConfig
     seed: int = 0
+    """Of initial weights, the order of data, and everything that is drawn."""
     init_from: str | None = None
     """Bundle whose weights a new run starts from: a local folder that a training or
     `lgm_scale.release_import` has written. Optimizer, step, schedule and average start new. Once

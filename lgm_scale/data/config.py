@@ -39,14 +39,19 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
     path: str | None = None
+    """The one source; this and the next three are as in `mixture`."""
     cache: str | None = None
+    """As in `mixture`."""
     classes: tuple[str, ...] | None = None
+    """As in `mixture`."""
     rename: dict[str, str] = field(default_factory=dict)
+    """As in `mixture`."""
     mixture: tuple[SourceConfig, ...] = ()
     """Several sources in place of `path`."""
     num_samples: int | None = None
     """How many samples an epoch must have; data of another size are refused."""
     num_workers: int = 2
+    """Processes per rank that read and decode; 0: the rank itself."""
     cache_limit: str | None = None
     """Limit of all caches of a node together, such as `200gb`; null for no limit."""
     predownload: int | None = None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lgm_scale.data.epochs import EpochDataset, StreamOptions
     from lgm_scale.data.manifest import Manifest
     from lgm_scale.sampling.config import SamplerConfig
-    from lgm_scale.training.model import TrainingModel
+    from lgm_scale.training.model import Rehearsal, TrainingModel
 
 __all__ = [
     "NOT_COMPILED",
@@ -49,7 +49,6 @@ __all__ = [
     "generator_families",
     "imported",
     "latent_encoders",
-    "outside_lengths",
     "register",
     "release_importers",
 ]
@@ -190,6 +189,14 @@ class Family(ABC):
         """What else the training holds; on the meta device, shapes alone."""
         return Companions()
 
+    def rehearsal(self, run: Any, num_samples: int, num_tokens: int) -> Rehearsal | None:
+        """A step without data, at K tokens, on the meta device; None: it cannot be simulated."""
+        return None
+
+    def sample_bytes(self, run: Any) -> int | None:
+        """Bytes of a sample of the training data, without torch; None: the data alone tell."""
+        return None
+
     @abstractmethod
     def training_model(self, run: Any, dataset: Any) -> TrainingModel:
         """The network in its Composer shell. Raises: MissingAssetError, CheckpointError."""
@@ -307,16 +314,6 @@ class GeneratorFamily(Family):
 
 NOT_COMPILED = "train.compile: true is for generators without lora, so far; set it to false"
 """The line that a family yields whose networks are not compiled."""
-
-
-def outside_lengths(lengths: Iterable[int], low: int, high: int) -> Iterator[str]:
-    """The problem of K that a merge tree of `high` tokens and `low` blocks does not have."""
-    outside = [k for k in lengths if not low <= k <= high]
-    if outside:
-        yield (
-            f"lengths {outside} outside [{low}, {high}], the range of this bundle's merge tree "
-            f"({low} blocks that never merge, {high} base tokens)"
-        )
 
 
 # --- the registry ---------------------------------------------------------------------------------

@@ -306,7 +306,8 @@ def straight_through_merge(
         # token would agree with its cluster by dragging it along.
         centroids = F.normalize(assignment.pool.T @ unit.detach(), dim=-1)  # [K, E]
         soft = torch.softmax(unit @ centroids.T / temperature, dim=-1)  # [N, K]
-        hard = F.one_hot(assignment.labels, assignment.num_tokens).to(soft.dtype)
+        clusters = torch.arange(assignment.num_tokens, device=soft.device)
+        hard = (assignment.labels[:, None] == clusters).to(soft.dtype)  # [N, K]; reads no number
         member = hard + soft - soft.detach()  # [N, K], the straight-through A
         # It enters twice, as in A P^T z: who is averaged, and who receives the average.
         mean = (member / member.sum(0)).T @ z.float()  # [B, K, D]

@@ -49,9 +49,9 @@ def _mesh(config: FSDPConfig) -> DeviceMesh:
     )
 
 
-def _reduce_dtype(config: FSDPConfig, compute: torch.dtype) -> torch.dtype:
+def _reduce_dtype(config: FSDPConfig, compute: torch.dtype, gpu: bool) -> torch.dtype:
     """Dtype in which gradients are averaged."""
-    if not torch.cuda.is_available():
+    if not gpu:
         # For float32, FSDP2 asks the backend for an average. gloo has none and returns the sum,
         # without a word (seen with torch 2.7.0): every gradient would be world_size times too
         # large, and Adam, which does not feel a constant factor, would hide it. For other dtypes
@@ -60,14 +60,18 @@ def _reduce_dtype(config: FSDPConfig, compute: torch.dtype) -> torch.dtype:
     return torch.float32 if config.reduce == "fp32" else compute
 
 
-def shard_model(model: nn.Module, config: FSDPConfig, compute: torch.dtype) -> None:
+def shard_model(
+    model: nn.Module, config: FSDPConfig, compute: torch.dtype, gpu: bool | None = None
+) -> None:
     """Apply FSDP2 in place; afterwards, parameters are other objects: DTensors, and vectors.
 
     Args:
         model: A shell whose children are networks; they are called through `forward` alone.
         config: What is sharded, and where it lies.
         compute: Dtype of gathered weights.
+        gpu: Whether gradients are averaged as on a GPU; None: as on this machine.
     """
+    gpu = torch.cuda.is_available() if gpu is None else gpu
     arguments: dict[str, Any] = {
         "mesh": _mesh(config),
         "reshard_after_forward": config.shard != "grad_op",
@@ -80,7 +84,7 @@ def shard_model(model: nn.Module, config: FSDPConfig, compute: torch.dtype) -> N
         own = torch.float32 if getattr(network, "full_precision", False) else compute
         policy = MixedPrecisionPolicy(
             param_dtype=None if own == torch.float32 else own,
-            reduce_dtype=_reduce_dtype(config, own),
+            reduce_dtype=_reduce_dtype(config, own, gpu),
             # A timestep in bfloat16 has three digits. Autocast casts where it does no harm.
             cast_forward_inputs=False,
         )

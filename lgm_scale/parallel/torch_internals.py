@@ -1,4 +1,4 @@
-"""Everything of torch that is private and that sharding, checkpoints and training need.
+"""Everything of torch that is private and that sharding, training and its simulation need.
 
 Read from torch 2.7.0. `tests/unit/test_private_names_parallel.py` fails, and says why, when one
 of these names is gone.
@@ -6,10 +6,24 @@ of these names is gone.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import importlib
+from typing import Any
 
-__all__ = ["allow_recompilations", "lerp_all_"]
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "TorchDispatchMode",
+    "allow_recompilations",
+    "fake_tensors",
+    "join_fake_ranks",
+    "lerp_all_",
+    "schema_of",
+    "tree_leaves",
+]
 
 
 def allow_recompilations(count: int) -> None:
@@ -31,3 +45,23 @@ def lerp_all_(tensors: list[Tensor], targets: list[Tensor], weight: float) -> No
     them do not exist.
     """
     torch._foreach_lerp_(tensors, targets, weight)
+
+
+def schema_of(operation: Any) -> Any:
+    """What torch declares of an operation that a `TorchDispatchMode` sees: name and arguments."""
+    return operation._schema
+
+
+def fake_tensors() -> Any:
+    """A context whose tensors are fake; real ones may be mixed in, where their numbers count."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # late: it imports sympy
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def join_fake_ranks(world_size: int) -> None:
+    """Make this process rank 0 of ranks that are not there; their collectives return at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    importlib.import_module("torch.distributed._tools.fake_collectives")  # for fake tensors
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from fractions import Fraction
@@ -16,7 +17,7 @@ from typing import Any
 from lgm_scale.config.schema import STRICT
 from lgm_scale.errors import ConfigError
 
-__all__ = ["CFGRescale", "Guidance", "SamplerConfig", "Solver"]
+__all__ = ["CFGRescale", "Guidance", "SamplerConfig", "Solver", "outside_lengths"]
 
 _TIME_TOLERANCE = 1e-9
 
@@ -255,3 +256,13 @@ def _even_grid(count: int) -> list[float]:
     near = [i * step for i in range(count // 2)]
     far = [float(1 - (count - 1 - i) * Fraction(step)) for i in range(count // 2, count)]
     return near + far
+
+
+def outside_lengths(lengths: Iterable[int], low: int, high: int) -> Iterator[str]:
+    """The problem of K that a merge tree of `high` tokens and `low` blocks does not have."""
+    outside = [k for k in lengths if not low <= k <= high]
+    if outside:
+        yield (
+            f"lengths {outside} outside [{low}, {high}], the range of this bundle's merge tree "
+            f"({low} blocks that never merge, {high} base tokens)"
+        )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from composer.models import ComposerModel
-from torch import nn
+from torch import Tensor, nn
 
 from lgm_scale.training.record import LossRecord
 
@@ -40,3 +42,18 @@ class TrainingModel(ComposerModel):
     def below_zero(self) -> str:
         """What a loss below 0 means, for the console; nothing where none can be."""
         return ""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A training step without data: what is needed to simulate one.
+
+    Args:
+        model: In its Composer shell, with fresh weights, on the meta device where that is default.
+        batch: What the data set gives of a batch besides `sample_ids`: shapes and dtypes count.
+        frozen: Networks that losses look through and that are no part of `model`.
+    """
+
+    model: TrainingModel
+    batch: Mapping[str, Tensor]
+    frozen: Sequence[nn.Module] = ()

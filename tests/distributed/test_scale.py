@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from simulated_ranks import Traffic, Transfer, fake_ranks, fake_tensors
 from torch import Tensor, nn
 
 from lgm_scale.config.schema import FSDPConfig
@@ -24,6 +23,9 @@ from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.blocks import transformer_blocks
 from lgm_scale.parallel.fsdp import shard_model
+from lgm_scale.parallel.torch_internals import fake_tensors
+from lgm_scale.parallel.traffic import Traffic, Transfer
+from lgm_scale.planning.simulation import fake_ranks
 
 WORLDS = (8, 64, 1024)
 Run = Callable[[nn.Module], Tensor]
@@ -82,8 +84,8 @@ def test_nothing_but_parameters_is_gathered_and_reduced(family, world_size):
 
     # What is left of the network stays gathered from the forward to the end of the backward pass.
     for found, of in (
-        (moved("allgather_base", 2), sorted(units + units[:-1])),
-        (moved("reduce_scatter_base", 8), sorted(units)),  # float64 on a CPU
+        (moved("all-gather", 2), sorted(units + units[:-1])),
+        (moved("reduce-scatter", 8), sorted(units)),  # float64 on a CPU
     ):
         assert len(found) == len(of)
         for elements, parameters in zip(found, of, strict=True):

@@ -11,7 +11,7 @@ from small_pipeline import Steps, metrics, run_command, train_in_process
 
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError
-from lgm_scale.plan import describe
+from lgm_scale.planning.plan import describe
 from lgm_scale.training.batch_scaling import split_by_tokens
 from lgm_scale.training.length_schedule import LengthSchedule, steps_per_epoch
 

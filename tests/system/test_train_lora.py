@@ -16,7 +16,7 @@ from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.base import family_of
 from lgm_scale.families.lgm.bundle import GENERATOR_NAME, load_lgm_bundle
 from lgm_scale.parallel.shards import local_shards
-from lgm_scale.plan import describe
+from lgm_scale.planning.plan import describe
 from lgm_scale.training.ema import EMA
 
 

@@ -16,7 +16,7 @@ from lgm_scale.families.elit.network import build_elit
 from lgm_scale.families.lgm.config import DIT_SIZES, LGMRun
 from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.tokenizer.network import build_tokenizer
-from lgm_scale.plan import describe
+from lgm_scale.planning.plan import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEP = ROOT / "yamls/eval_sweep.yaml"  # trains nothing; see test_eval_sweep.py

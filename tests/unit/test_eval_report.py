@@ -55,10 +55,37 @@ def test_the_report_is_complete_and_loads_nothing(swept):
     page = (swept / "index.html").read_text()
     assert "http" not in page
     assert not re.search(r'(src|href|srcset)="(?!data:)', page)
-    assert page.count("data:image/png;base64,") == 8 + 3
+    assert page.count("data:image/png;base64,") == 8 + 2 + 3  # for light and dark, and sheets
     assert "prefers-color-scheme: dark" in page
     assert "make the &lt;images&gt;" in page
     assert "not trained" in page
+
+
+def test_pictures_say_what_is_seen_and_what_is_wide_scrolls(swept):
+    page = re.sub(
+        r"data:image/png;base64,[A-Za-z0-9+/=]+", "PNG", (swept / "index.html").read_text()
+    )
+    tradeoff, samples, *sheets, reconstructions, tree, zoomed = re.findall(
+        r'alt="(.*?)"', page, re.S
+    )
+    for row in results_of(swept)["rows"]:
+        assert f"{row['label']}: {row['metrics']['pixel_frechet']:.4g}" in tradeoff
+    assert "a row for each K = 4, 9, 16" in samples
+    assert "cat one, dog, eel" in samples
+    assert [re.search(r"K = (\d+)", text)[1] for text in sheets] == ["4", "9", "16"]  # type: ignore[index]
+    for row in results_of(swept)["reconstructions"]:
+        assert f"K = {row['num_tokens']} ({row['metrics']['psnr_db']:.1f} dB)" in reconstructions
+    assert "dendrogram of 16 tokens" in tree
+    assert zoomed == ""  # what it shows has its text when it is shown
+    scrolling = re.findall(
+        r'<(?:div|pre) class="scroll[^>]*>(.*?)</(?:div|pre)>\s*<p class="hint"', page, re.S
+    )
+    assert (
+        sum("<table" in each for each in scrolling) == page.count('<table class="sortable">') == 2
+    )
+    assert sum("<img" in each for each in scrolling) == 3
+    assert page.count('class="scroll') == page.count('class="hint" hidden') == len(scrolling)
+    assert page.count('media="(max-width: 640px)') == 2
 
 
 def test_the_distance_is_never_given_a_name_it_has_not(swept):
@@ -163,6 +190,25 @@ def test_names_of_close_points_do_not_cover_each_other():
         assert abs(box.y0 - axes.transData.transform((1.0, 5.0))[1]) < 100
 
 
+@pytest.mark.parametrize("narrow", [False, True], ids=["wide", "narrow"])
+def test_names_stand_on_no_line_and_inside_the_picture(swept, narrow):
+    rows = json.loads(json.dumps(results_of(swept)["rows"]))
+    for i, row in enumerate(rows):  # a curve that rises steeply to the right, through all names
+        row["metrics"]["pixel_frechet"] = 10.0 + 40 * i
+        row["run"]["images_per_second"] = 10.0 + 4 * i
+        row["work"]["tflops_per_image"] = 1.0 + 0.2 * i
+    figure = tradeoff_figure(rows, [], LIGHT, narrow)
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        lines = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
+        assert len(axes.texts) == len(rows)
+        for text in axes.texts:
+            box = Text.get_window_extent(text)
+            assert not any(line.intersects_bbox(box, filled=False) for line in lines), text
+            assert figure.bbox.x0 <= box.x0
+            assert box.x1 <= figure.bbox.x1
+
+
 # --- published points -------------------------------------------------------------------------
 
 
@@ -193,7 +239,9 @@ def test_published_points_stand_beside_published_metrics_alone(swept):
 # --- in a browser -----------------------------------------------------------------------------
 
 
-def in_browser(browser: str, page: Path, script: str, dark: bool, folder: Path) -> dict:
+def in_browser(
+    browser: str, page: Path, script: str, dark: bool, folder: Path, width: int = 1200
+) -> dict:
     """Run a script in the page, in a real browser; what it leaves in `window.seen`."""
     copy = folder / f"page-{'dark' if dark else 'light'}.html"
     ending = (
@@ -204,7 +252,7 @@ def in_browser(browser: str, page: Path, script: str, dark: bool, folder: Path) 
     )
     copy.write_text(page.read_text().replace("</body>", ending + "</body>"))
     done = subprocess.run(
-        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,900",
+        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
          f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000",
          f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom",
          copy.as_uri()],
@@ -253,6 +301,29 @@ seen.requests = performance.getEntriesByType("resource")
   .filter(entry => !entry.name.startsWith("data:")).length;
 seen.wide = document.documentElement.scrollWidth <= innerWidth;
 """
+
+
+NARROW = """
+const pause = () => new Promise(resolve => setTimeout(resolve, 500));
+await pause();
+seen.wide = document.documentElement.scrollWidth <= innerWidth;
+seen.boxes = [...document.querySelectorAll(".scroll")].map(box =>
+  [box.scrollWidth > box.clientWidth + 1, !box.nextElementSibling.hidden]);
+const images = [...document.querySelectorAll("figure img")].filter(image => image.offsetWidth);
+seen.shapes = images.map(image => image.naturalHeight > image.naturalWidth);
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_on_a_phone_wide_things_scroll_and_say_so(swept, browser, tmp_path):
+    """At 500 pixels, the least width of a window without a screen."""
+    seen = in_browser(browser, swept / "index.html", NARROW, False, tmp_path, width=500)
+    assert "error" not in seen, seen
+    assert seen["wide"], "the page itself must not scroll sideways"
+    assert all(scrolls == hinted for scrolls, hinted in seen["boxes"])
+    assert any(scrolls for scrolls, _ in seen["boxes"])
+    assert seen["shapes"][0], "the plot is not the one for narrow screens"
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """What is accepted shows itself by its status; the plan that follows has tests of its own."""
-    monkeypatch.setattr("lgm_scale.plan.describe", lambda *_: "planned")
+    monkeypatch.setattr("lgm_scale.planning.plan.describe", lambda *_: "planned")
     monkeypatch.setattr(sweep, "describe", lambda *_: "planned")
 
 

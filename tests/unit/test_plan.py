@@ -8,7 +8,8 @@ import pytest
 
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.families.tokenizer.config import TOKENIZER_SIZES
-from lgm_scale.plan import describe
+from lgm_scale.planning.options import PlanOptions
+from lgm_scale.planning.plan import cost_line, describe, networks
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 RECIPE = YAMLS / "tokenizer_b.yaml"
@@ -77,6 +78,31 @@ def test_memory_shrinks_with_ranks_where_a_strategy_shards():
     assert [gradients, optimizer, ema] == pytest.approx(
         [whole / 5 / 64, 2 * whole / 5 / 64, whole / 5 / 64], abs=0.01
     )
+
+
+RECIPES = sorted(path for path in YAMLS.glob("*.yaml") if path.name != "eval_sweep.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_headers_say_what_the_dry_run_says(path):
+    """Parameters, and the line of hours, energy and bytes on disk."""
+    run = load_training_run(str(path), [], 8, None)
+    nets = networks(run)
+    header = path.read_text().split("task:")[0]
+    assert f"({nets.num_parameters / 1e6:.1f} M parameters)" in header
+    line = cost_line(run, nets, 8, PlanOptions()).removeprefix("computed   ")
+    assert f"# Computed   {line}\n" in header
+
+
+def test_cost_grows_with_what_is_stated():
+    run = load_training_run(str(DIT_XL), [], 8, None)
+    nets = networks(run)
+    half = PlanOptions(utilisation=0.15, price=2.0)
+    line = cost_line(run, nets, 8, half)
+    assert "at 15% of the peak: 31.5 hours, 252 kWh at 1000 W per GPU, 503 at 2 per GPU" in line
+    assert "42 GB of data, 2 states of 10.8 GB" in line  # 1,281,167 x 2 flips x 256 x 32 x 2 bytes
+    unknown = load_training_run(str(DIT_XL), ["data.num_samples=null"], 8, None)
+    assert "hours unknown (set data.num_samples); data of" in cost_line(unknown, nets, 8, half)
 
 
 def test_the_configured_strategy_is_marked():

@@ -25,6 +25,10 @@ ATTRIBUTES = [
     ("torch", "torch", "_dynamo", "compiled blocks at many token lengths"),
     ("torch", "torch._dynamo.config", "recompile_limit", "compiled blocks at many token lengths"),
     ("torch", "torch", "_foreach_lerp_", "the moving average in a few kernels"),
+    ("torch", "torch.utils", "_python_dispatch", "counting collectives and simulated steps"),
+    ("torch", "torch.utils", "_pytree", "counting collectives and simulated steps"),
+    ("torch", "torch", "_subclasses", "simulated steps"),
+    ("torch", "torch.testing", "_internal", "simulated ranks"),
     ("composer", "composer.Trainer", "_wrap_model_for_distributed", "FSDP and ZeRO at all"),
     ("composer", "composer.core.State", "_dataset_state_dict", "the place in the data, saved"),
     ("composer", "composer.core.State", "_load_dataset_state", "the place in the data, loaded"),
@@ -38,6 +42,7 @@ ATTRIBUTES = [
 ]
 # Set on objects when DeepSpeed starts: looked for in the source of (adapter, module).
 ASSIGNED = [
+    ("torch", "torch._ops", "_schema", "counting collectives and simulated steps"),
     ("deepspeed", ZERO_1_2, "bit16_groups", "shards under ZeRO-1 and 2"),
     ("deepspeed", ZERO_1_2, "single_partition_of_fp32_groups", "shards under ZeRO-1 and 2"),
     ("deepspeed", "deepspeed.utils.tensor_fragment", "_hp_mapping", "shards under ZeRO-1 and 2"),

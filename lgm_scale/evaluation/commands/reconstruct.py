@@ -32,8 +32,8 @@ from lgm_scale.evaluation.commands.arguments import (
 )
 from lgm_scale.evaluation.features.files import weights_of
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
-from lgm_scale.families.base import outside_lengths
 from lgm_scale.published import PUBLISHED
+from lgm_scale.sampling.config import outside_lengths
 from lgm_scale.storage.files import write_json, write_whole
 
 if TYPE_CHECKING:

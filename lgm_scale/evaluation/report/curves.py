@@ -16,7 +16,7 @@ from lgm_scale.evaluation.report.drawing import NamedPoint, Theme, dress, name_p
 PUBLISHED_NAME = "gFID-50K"
 """Published points stand beside this metric and no other."""
 MARKERS = "oDs^vP*X"
-_WIDE = 6
+_WIDE = 4
 """Above this ratio of its ends, an axis has labels enough without those of every minor tick."""
 DASHES = ("-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 """Two lines have colours of their own; the next pair is dashed."""
@@ -87,15 +87,20 @@ def _lines(rows: Sequence[dict[str, Any]]) -> list[_Line]:
 
 
 def tradeoff_figure(
-    rows: Sequence[dict[str, Any]], reconstructions: Sequence[dict[str, Any]], theme: Theme
+    rows: Sequence[dict[str, Any]],
+    reconstructions: Sequence[dict[str, Any]],
+    theme: Theme,
+    narrow: bool = False,
 ) -> Figure:
     """Two panels: the first distance of the rows against operations, and against images/s.
 
-    The rows were measured alike; `reconstructions`, of the same tokenizer, are the floor.
+    The rows were measured alike; `reconstructions`, of the same tokenizer, are the floor. The
+    panels stand side by side or, `narrow`, one above the other: for the width of a phone.
     """
-    figure = Figure(figsize=(12.4, 5.2), dpi=130)
-    left = figure.add_axes((0.065, 0.14, 0.52, 0.72))
-    right = figure.add_axes((0.665, 0.14, 0.32, 0.72), sharey=left)
+    figure = Figure(figsize=(4.6, 8.8), dpi=150) if narrow else Figure(figsize=(12.4, 5.2), dpi=130)
+    left = figure.add_axes((0.13, 0.565, 0.83, 0.33) if narrow else (0.065, 0.14, 0.52, 0.72))
+    place = (0.13, 0.07, 0.83, 0.4) if narrow else (0.665, 0.14, 0.32, 0.72)
+    right = figure.add_axes(place, sharey=left)
     key = main_metric(rows)
     if key is None:
         figure.text(0.5, 0.5, "no distance was measured", color=theme.muted, ha="center", size=12)
@@ -139,7 +144,9 @@ def tradeoff_figure(
     left.set_ylim(0, left.get_ylim()[1] * 1.08)
     for axes, points in names.items():
         name_points(axes, points, theme)
-    figure.text(0.065, 0.935, f"{name}; lower is better", color=theme.ink, size=12)
+    title = f"{name}; lower is better"
+    lines, size = (textwrap.wrap(title, 52), 10) if narrow else ([title], 12)
+    figure.text(left.get_position().x0, 0.935, "\n".join(lines), color=theme.ink, size=size)
     legend = left.legend(facecolor=theme.paper, edgecolor="none", fontsize=9.5, loc="best")
     for text in legend.get_texts():
         text.set_color(theme.ink)

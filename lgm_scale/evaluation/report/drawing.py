@@ -16,7 +16,7 @@ SIZE = 10
 LETTER, LINE = 0.62, 1.25
 """Mean width and height of the type, as a share of its size."""
 ASIDE, NEAR, STEP, TRIES = 4, 7, 13, 6
-"""Points of type: to the right of a mark, above it, between two places; and how many there are."""
+"""Points of type: beside a mark, above it, between two places; and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -75,36 +75,55 @@ class NamedPoint(NamedTuple):
 def name_points(axes: Axes, points: Sequence[NamedPoint], theme: Theme) -> None:
     """Write the names. The axes' limits must be final; what is far off gets a thin line.
 
-    Earlier points get the nearer places.
+    Earlier points get the nearer places. No name stands on a mark, on another name or on a line
+    that is drawn in the axes, as long as there is a place that is free of them.
     """
     scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]  # it is on a figure
     taken = [_mark_box(*_place(axes, point), 4 * scale) for point in points]
+    lines = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
+
+    def free(box: Bbox) -> bool:
+        crossed = any(line.intersects_bbox(box, filled=False) for line in lines)
+        return not crossed and not any(box.overlaps(other) for other in taken)
+
     for point in points:
         across, up = _place(axes, point)
         x, y, name = point
-        places = [(_text_box(across, up, offset, name, scale), offset) for offset in _offsets()]
-        inside = [place for place in places if axes.bbox.y0 <= place[0].y0] or places
-        free = (place for place in inside if not any(place[0].overlaps(box) for box in taken))
-        box, offset = next(free, inside[0])
+        places = [(_text_box(across, up, *where, name, scale), *where) for where in _offsets()]
+        inside = [place for place in places if _is_within(place[0], axes)] or places
+        box, side, offset = next((place for place in inside if free(place[0])), inside[0])
         taken.append(box)
         line: dict[str, Any] = {"arrowstyle": "-", "color": theme.muted, "linewidth": 0.7}
         axes.annotate(
-            name, (x, y), xytext=(ASIDE, offset), textcoords="offset points", color=theme.ink,
-            size=SIZE, arrowprops=line if abs(offset) > NEAR + SIZE else None,
+            name, (x, y), xytext=(side * ASIDE, offset), textcoords="offset points",
+            color=theme.ink, size=SIZE, ha="left" if side > 0 else "right",
+            arrowprops=line if abs(offset) > NEAR + SIZE else None,
         )  # fmt: skip
 
 
-def _offsets() -> list[float]:
-    """Distances of a text's base line from its mark, in points: above, below, further above, ..."""
+def _offsets() -> list[tuple[int, float]]:
+    """Side of a text (1 right, -1 left), and distance of its base line from its mark in points.
+
+    Above, below, further above, ...; on the right, and where all of those are taken on the left.
+    """
     above = [float(NEAR + i * STEP) for i in range(TRIES)]
     below = [-NEAR - SIZE + 1 - i * STEP for i in range(TRIES)]
-    return [offset for pair in zip(above, below, strict=True) for offset in pair]
+    heights = [offset for pair in zip(above, below, strict=True) for offset in pair]
+    near, far = heights[:2], heights[2:]
+    return [(side, height) for part in (near, far) for side in (1, -1) for height in part]
 
 
-def _text_box(x: float, y: float, offset: float, name: str, scale: float) -> Bbox:
+def _text_box(x: float, y: float, side: int, offset: float, name: str, scale: float) -> Bbox:
     """Where a name would stand, in pixels."""
-    left, bottom = x + ASIDE * scale, y + (offset - 0.2 * SIZE) * scale
-    return Bbox.from_bounds(left, bottom, len(name) * LETTER * SIZE * scale, LINE * SIZE * scale)
+    width = len(name) * LETTER * SIZE * scale
+    left = x + side * ASIDE * scale - (width if side < 0 else 0)
+    return Bbox.from_bounds(left, y + (offset - 0.2 * SIZE) * scale, width, LINE * SIZE * scale)
+
+
+def _is_within(box: Bbox, axes: Axes) -> bool:
+    """Whether a name stands right of and above the axes' own labels, and inside the picture."""
+    inner, outer = axes.bbox, axes.get_figure(root=True).bbox  # type: ignore[union-attr]
+    return inner.x0 <= box.x0 and inner.y0 <= box.y0 and box.x1 <= outer.x1
 
 
 def _place(axes: Axes, point: NamedPoint) -> tuple[float, float]:

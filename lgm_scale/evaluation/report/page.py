@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from lgm_scale.evaluation.metrics.catalogue import METRICS
 from lgm_scale.evaluation.report.curves import PUBLISHED_NAME, main_metric
 from lgm_scale.evaluation.report.drawing import DARK, LIGHT
+from lgm_scale.evaluation.report.pictures import ACROSS
 from lgm_scale.evaluation.report.tables import columns, is_long, reconstruction_table, sample_table
 from lgm_scale.evaluation.sweep.results import tables_of
 from lgm_scale.families.base import GeneratorFamily, generator_families
@@ -65,8 +66,9 @@ def render_page(
     """Render the page.
 
     `results` are those of results.json; where they are of several sweeps also `compared`, from the
-    name of each to its folder. `pictures` are tradeoff, and where they were drawn samples,
-    reconstructions and merge_tree; `sheets` are more samples, by K, as PNG.
+    name of each to its folder. `pictures` are tradeoff, tradeoff_narrow for narrow screens, and
+    where they were drawn samples, reconstructions and merge_tree; `sheets` are more samples, by K,
+    as PNG.
     """
     rows = results["rows"]
     lengths = sorted({row["cell"]["num_tokens"] for row in rows})
@@ -85,6 +87,7 @@ def render_page(
             size=results["num_base_tokens"], lengths=", ".join(map(str, lengths))
         ),
         about_noise=family.about_noise,
+        across=ACROSS,
         devices=sorted({name for row in rows for name in row["run"]["devices"]}),
         metrics=METRICS,
         distance=main_metric(rows),

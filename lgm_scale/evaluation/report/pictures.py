@@ -10,6 +10,8 @@ from PIL import Image
 
 from lgm_scale.evaluation.report.drawing import Theme
 
+ACROSS = 20
+"""Columns of a grid of samples, at most."""
 TILE = 128  # least side of an image in the picture, in pixels
 GAP = 6
 MARGIN = 24

@@ -6,6 +6,7 @@ No network is run: numbers come from results.json, pictures and tree from the fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,13 @@ from lgm_scale.evaluation.report.curves import main_metric, tradeoff_figure
 from lgm_scale.evaluation.report.drawing import DARK, LIGHT, Theme, to_png
 from lgm_scale.evaluation.report.merge_tree import merge_tree_figure
 from lgm_scale.evaluation.report.page import Picture, render_markdown, render_page
-from lgm_scale.evaluation.report.pictures import contact_sheet, image_grid
+from lgm_scale.evaluation.report.pictures import ACROSS, contact_sheet, image_grid
 from lgm_scale.evaluation.report.tables import to_csv
 from lgm_scale.evaluation.sweep.results import comparable, differences, tables_of
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 from lgm_scale.storage.files import write_whole
 
 Results = dict[str, Any]
-ACROSS = 20
-"""Columns of samples."""
 
 
 def write_report(out: Path) -> Path:
@@ -34,10 +33,8 @@ def write_report(out: Path) -> Path:
     results, rows = read_results(out), RowStore(out / "rows")
     best = _best_rows(results)
     samples = {k: rows.pictures(row["key"])["images"] for k, row in best.items()}
-    figures: dict[str, Callable[[Theme], Figure]] = {
-        "tradeoff": lambda theme: tradeoff_figure(
-            results["rows"], results["reconstructions"], theme
-        ),
+    figures: dict[str, Callable[..., Figure]] = {
+        "tradeoff": partial(tradeoff_figure, results["rows"], results["reconstructions"]),
         "samples": lambda theme: _samples(results["classes"], samples, theme),
     }
     if results["reconstructions"]:
@@ -54,13 +51,15 @@ def write_report(out: Path) -> Path:
 def _write(
     out: Path,
     results: Results,
-    figures: dict[str, Callable[[Theme], Figure]],
+    figures: dict[str, Callable[..., Figure]],
     sheets: dict[int, bytes],
 ) -> Path:
     pictures = {}
     for name, draw in figures.items():
         pictures[name] = Picture(*(to_png(draw(theme), theme) for theme in (LIGHT, DARK)))
         write_whole(out / f"{name}.png", pictures[name].light)
+    tall = partial(figures["tradeoff"], narrow=True)
+    pictures["tradeoff_narrow"] = Picture(*(to_png(tall(theme), theme) for theme in (LIGHT, DARK)))
     write_whole(out / "results.md", render_markdown(results).encode())
     write_whole(out / "results.csv", to_csv(results).encode())
     page = out / "index.html"
@@ -139,7 +138,7 @@ def write_comparison(outs: list[Path], to: Path) -> Path:
         "off": _off(names, found),
         "compared": {n: str(o) for n, o in zip(names, outs, strict=True)},
     }
-    return _write(to, merged, {"tradeoff": lambda theme: tradeoff_figure(rows, [], theme)}, {})
+    return _write(to, merged, {"tradeoff": partial(tradeoff_figure, rows, [])}, {})
 
 
 def _differences(first: Results, other: Results) -> Iterator[str]:

@@ -55,7 +55,9 @@ class SearchConfig:
 
     __pydantic_config__ = STRICT
     num_images: int = 10_000
+    """Samples per cell of the search."""
     metric: Literal["fid", "fd_dinov2", "pixel_frechet", "fashion_frechet"] = "fid"
+    """What is searched for; lower is better."""
     margin: float = 0.1
     """A scale counts as worse when the metric is above the line's best by more than this."""
     patience: int = 3
@@ -103,6 +105,7 @@ class SweepConfig:
     num_components: int = 0
     """Principal components of the validation pixels, for a distance without any weights; 0: off."""
     seed: int = 0
+    """Of the noise."""
     quantise: Literal["round", "truncate"] = "round"
     """How pixels become 8 bits; `truncate` is how the release and ADM stored their samples."""
     precision: Literal["fp32", "bf16"] = "fp32"

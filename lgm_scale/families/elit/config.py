@@ -85,9 +85,13 @@ class ELITModelConfig:
 
     __pydantic_config__ = STRICT
     size: Literal["tiny", "s", "b", "l", "xl"] = "b"
+    """Width, blocks and heads."""
     patch_size: int = 2
+    """Side of a token, in places of the state."""
     num_classes: int = 1000
+    """Classes of the data."""
     interface: InterfaceConfig | None = None
+    """null: SiT, without an interface."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +103,7 @@ class SpaceConfig:
     """`sd_vae`: four channels at an eighth of the side, from data_tools/encode_latents.py
     --encoder sd-vae. `pixels`: the images themselves, from data_tools/images_to_mds.py."""
     image_size: int = 256
+    """Pixels along a side of the images."""
     vae: str | None = None
     """Folder of the autoencoder that decodes; for `sd_vae`. Its encoder made the latents."""
     flip: bool = False

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lgm_scale.families.elit.network import SiT
     from lgm_scale.families.elit.training import ELITTrainingModel
     from lgm_scale.sampling.config import SamplerConfig
+    from lgm_scale.training.model import Rehearsal
 
 
 class ELITFamily(GeneratorFamily):
@@ -143,6 +144,30 @@ class ELITFamily(GeneratorFamily):
         from lgm_scale.families.elit.network import build_elit
 
         return build_elit(run.model, run.space)
+
+    @override
+    def rehearsal(self, run: ELITRun, num_samples: int, num_tokens: int) -> Rehearsal:
+        import torch
+
+        from lgm_scale.families.elit.training import ELITTrainingModel
+        from lgm_scale.training.model import Rehearsal
+
+        space, labels = run.space, torch.empty(num_samples, dtype=torch.int64)
+        shape, pixels = (num_samples, space.channels, space.side, space.side), torch.uint8
+        model = ELITTrainingModel(
+            self.network(run), None if space.kind == "pixels" else 1.0, run.objective, run.seed
+        )
+        if space.kind == "pixels":
+            return Rehearsal(model, {"images": torch.empty(shape, dtype=pixels), "labels": labels})
+        moments = {name: torch.empty(shape, dtype=torch.float16) for name in ("mean", "std")}
+        return Rehearsal(model, moments | {"labels": labels})
+
+    @override
+    def sample_bytes(self, run: ELITRun) -> int | None:
+        space = run.space
+        if space.kind == "pixels":
+            return None  # compressed
+        return 2 * 2 * 2 * space.channels * space.side**2  # two flips, two moments, float16
 
     @override
     def training_model(self, run: ELITRun, dataset: Any) -> ELITTrainingModel:

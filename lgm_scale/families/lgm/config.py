@@ -40,10 +40,15 @@ class LGMModelConfig:
 
     __pydantic_config__ = STRICT
     size: Literal["tiny", "s", "b", "l", "xl", "h"] = "b"
+    """Width, layers and heads."""
     latent_dim: int = 32
+    """D, the tokenizer's."""
     num_base_tokens: int = 256
+    """N, the tokenizer's."""
     num_blocks: int = 4
+    """Blocks within which tokens merge: the tokenizer's `num_codebooks`."""
     num_classes: int = 1000
+    """Classes of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ class LGMObjectiveConfig(FlowObjectiveConfig):
 
     __pydantic_config__ = STRICT
     noise_scale: Literal["corrected", "legacy"] = "corrected"
+    """Noise merged like the data, or as in the published numbers unit noise per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,9 @@ class LoRAConfig:
     base: str
     """Generator bundle to start from; the result is a copy of it with one more adapter."""
     rank: int = 32
+    """Of the changes."""
     alpha: float = 32.0
+    """Changes are scaled by alpha / rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ from lgm_scale.families.base import (
     GeneratorFacts,
     GeneratorFamily,
     Tool,
-    outside_lengths,
 )
 from lgm_scale.families.lgm.config import LGMRun, check_latents, lgm_rules
 from lgm_scale.families.lgm.importers import IMPORTERS
 from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES
+from lgm_scale.sampling.config import outside_lengths
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lgm_scale.families.lgm.training import LGMTrainingModel
     from lgm_scale.families.tokenizer.network import Tokenizer
     from lgm_scale.sampling.config import SamplerConfig
+    from lgm_scale.training.model import Rehearsal
 
 
 class LGMFamily(GeneratorFamily):
@@ -116,6 +117,30 @@ class LGMFamily(GeneratorFamily):
         if run.lora is not None:
             add_adapter(net, run.lora.rank, run.lora.alpha)
         return net
+
+    @override
+    def rehearsal(self, run: LGMRun, num_samples: int, num_tokens: int) -> Rehearsal:
+        import torch
+
+        from lgm_scale.families.lgm.data import LatentStats
+        from lgm_scale.families.lgm.training import LGMTrainingModel
+        from lgm_scale.merging.tree import MergeTree
+        from lgm_scale.training.model import Rehearsal
+
+        tokens, dim = run.model.num_base_tokens, run.model.latent_dim
+        with torch.device("cpu"):  # any tree will do, but its cuts are numbers
+            tree = MergeTree.from_embeddings(torch.randn(tokens, 8), run.model.num_blocks)
+            tree.assignment(num_tokens)  # kept
+        stats = LatentStats(torch.empty(dim), torch.empty(dim))
+        model = LGMTrainingModel(self.network(run), tree, stats, run.objective, run.seed)
+        latents = torch.empty(num_samples, tokens, dim, dtype=torch.float16)
+        return Rehearsal(
+            model, {"latents": latents, "labels": torch.empty(num_samples, dtype=torch.int64)}
+        )
+
+    @override
+    def sample_bytes(self, run: LGMRun) -> int:
+        return 2 * 2 * run.model.num_base_tokens * run.model.latent_dim  # two flips, float16
 
     @override
     def training_model(self, run: LGMRun, dataset: LGMLatentDataset) -> LGMTrainingModel:

@@ -48,6 +48,11 @@ class FrozenNets:
     random_assets: tuple[str, ...] = ()
     """Config keys of the assets that were missing and got random weights."""
 
+    def all(self) -> list[Frozen]:
+        """Those that there are."""
+        nets = (self.perceptual, self.teacher, self.critic)
+        return [net for net in nets if net is not None]
+
 
 class Teacher(nn.Module):
     """Per-patch features of a vision transformer, after its last norm, prefix tokens dropped.

@@ -45,10 +45,15 @@ class TokenizerModelConfig:
 
     __pydantic_config__ = STRICT
     size: Literal["tiny", "s", "b", "l"] = "b"
+    """Width, layers and heads of encoder and decoder."""
     image_size: int = 256
+    """Pixels along a side."""
     patch_size: int = 16
+    """Pixels along the side of what becomes one patch."""
     num_base_tokens: int = 256
+    """N, tokens of an image that is not merged."""
     latent_dim: int = 32
+    """D, channels of a token."""
     num_codebooks: int = 4
     """Segments of the quantizer, and blocks within which tokens may merge."""
     codebook_size: int = 8192
@@ -58,6 +63,8 @@ class TokenizerModelConfig:
     positions, and attention from copying along it, in encoder and decoder. A short run from scratch
     needs it; a pretrained encoder does not."""
     length_control: Literal["lgm", "fixed", "tome", "truncate", "none"] = "lgm"
+    """How N tokens become K: along the learned tree, a random one, per image (ToMe), by keeping
+    the first K, or not at all."""
     dropped_tokens: Literal["zero", "learned"] = "zero"
     """What the decoder reads in place of a token that `length_control: truncate` dropped."""
     pretrained_encoder: str | None = None
@@ -71,8 +78,11 @@ class TokenizerObjectiveConfig:
 
     __pydantic_config__ = STRICT
     pixel: float = 1.0
+    """Mean squared error."""
     entropy: float = 0.01
+    """Codes: certain per token, diverse over the batch. It is wanted negative."""
     alignment: float = 0.25
+    """Embeddings as similar as the latents that they stand for."""
     perceptual: float = 0.0
     """LPIPS on VGG16; needs `assets.vgg16`."""
     perceptual_warmup: int = 10_000
@@ -87,7 +97,9 @@ class TokenizerObjectiveConfig:
     """A weight of the critic's loss, and so is `consistency`; both have no effect without an
     adversarial loss."""
     consistency: float = 4.0
+    """A weight of the critic's loss: the same answer to an augmented image."""
     exploration_noise: float = 0.1
+    """Standard deviation of the noise on similarities, of which a step's tree is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +111,11 @@ class AssetsConfig:
 
     __pydantic_config__ = STRICT
     vgg16: str | None = None
+    """For LPIPS."""
     dino_critic: str | None = None
     """DINO ViT-S/16."""
     dinov2_teacher: str | None = None
+    """DINOv2, of `dinov2_size`."""
     dinov2_size: Literal["s", "b", "l"] = "l"
     """Size of the teacher: ViT-S, ViT-B, ViT-L (published)."""
     allow_random_assets: bool = False

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lgm_scale.families.tokenizer.critic import CriticHeads
     from lgm_scale.families.tokenizer.network import Decoder, Tokenizer
     from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
+    from lgm_scale.training.model import Rehearsal
 
 log = logging.getLogger("lgm_scale")
 
@@ -106,11 +107,35 @@ class TokenizerFamily(Family):
 
         nets = build_frozen(run, read=False)
         trained = {"auxiliary decoder": _auxiliary(run), "critic's heads": _critic(run)}
-        frozen = (nets.perceptual, nets.teacher, nets.critic)
         return Companions(
             {name: net for name, net in trained.items() if net is not None},
-            [net.module for net in frozen if net is not None],
+            [net.module for net in nets.all()],
         )
+
+    @override
+    def rehearsal(self, run: TokenizerRun, num_samples: int, num_tokens: int) -> Rehearsal:
+        import torch
+
+        from lgm_scale.families.tokenizer.assets import build_frozen
+        from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
+        from lgm_scale.merging.tree import MergeTree
+        from lgm_scale.parallel.collectives import mean_over_ranks
+        from lgm_scale.training.model import Rehearsal
+
+        net, frozen = self.network(run), build_frozen(run, read=False)
+        model = TokenizerTrainingModel(
+            *(net, run.objective, run.seed, frozen),
+            *(_auxiliary(run), _critic(run), mean_over_ranks),
+        )
+        if net.merging.has_tree:  # of weights, which are not there: any tree will do
+            with torch.device("cpu"):
+                embeddings = torch.randn(net.num_base_tokens, 8)
+                tree = MergeTree.from_embeddings(embeddings, net.merging.num_blocks)
+                tree.assignment(num_tokens)  # kept
+            net.merging.start_tree = lambda exploration=None: lambda: tree
+        size = run.model.image_size
+        images = torch.empty(num_samples, 3, size, size, dtype=torch.uint8)
+        return Rehearsal(model, {"images": images}, [net.module for net in frozen.all()])
 
     @override
     def training_model(self, run: TokenizerRun, dataset: Any) -> TokenizerTrainingModel:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lgm_scale.families.tokenizer.critic import ReduceMean, one_rank
-from lgm_scale.merging.tree import cosine_similarity, in_block_pairs
+from lgm_scale.merging.tree import cosine_similarity
 
 NUM_AUGMENT_DRAWS = 7
 """Uniform numbers that `diff_augment` takes per image."""
@@ -83,7 +83,12 @@ def alignment_loss(
         # Detached: embeddings follow the latents, and no latent is bent to suit the tree.
         target = reduce_mean(cosine_similarity(z.detach()).mean(0))  # [N, N]
         excess = torch.relu((target - similarity).abs() - margin)  # [N, N]
-    return excess[in_block_pairs(len(similarity), num_blocks, z.device)].mean()
+        # Not by a mask, whose size the host would wait for: blocks are squares on the diagonal.
+        blocks = (num_blocks, len(similarity) // num_blocks)  # of M tokens
+        inside = (
+            excess.unflatten(0, blocks).unflatten(2, blocks).diagonal(0, 0, 2)
+        )  # [M, M, blocks]
+        return inside.permute(2, 0, 1).flatten().mean()
 
 
 # --- the adversarial game ---------------------------------------------------------------------

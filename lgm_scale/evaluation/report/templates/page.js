@@ -15,6 +15,12 @@ for (const table of document.querySelectorAll("table.sortable")) {
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
   }));
 }
+for (const box of document.querySelectorAll(".scroll")) {
+  const look = () => { box.nextElementSibling.hidden = box.scrollWidth <= box.clientWidth + 1; };
+  new ResizeObserver(look).observe(box);
+  box.querySelectorAll("img").forEach(image => image.addEventListener("load", look));
+  look();
+}
 const dialog = document.querySelector("dialog");
 for (const image of document.querySelectorAll("figure img")) {
   image.tabIndex = 0;

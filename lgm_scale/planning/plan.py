@@ -22,9 +22,17 @@ from lgm_scale.families.base import Companions, family_of
 from lgm_scale.initial_weights import planned_lines
 from lgm_scale.parallel.blocks import transformer_blocks
 from lgm_scale.parallel.memory import ParameterInfo, parameter_infos, planned_bytes
-from lgm_scale.training.length_schedule import LengthSchedule, loader_batches, steps_per_epoch
+from lgm_scale.planning.options import PlanOptions
+from lgm_scale.planning.workload import (
+    cost_at,
+    length_shares,
+    samples_of_step,
+    steps_of_epoch,
+    storage_words,
+    strategy_label,
+)
 
-__all__ = ["describe"]
+__all__ = ["Networks", "cost_line", "describe", "networks"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class Networks:
 
     network: nn.Module
     companions: Companions
+    passes: int
+    """What a training step costs, in forward passes."""
 
     def infos(self) -> list[ParameterInfo]:
         """Parameters of all that is not a frozen network."""
@@ -95,43 +105,61 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def describe(config: TrainingRun, world_size: int) -> str:
-    """Resolved configuration, sizes, work per step for each K, memory per rank, steps per epoch."""
+def networks(config: TrainingRun) -> Networks:
+    """What a run holds, without a number in it."""
     family = family_of(config)
     for library in family.libraries(config):
         import_module(library)
     with torch.device("meta"), _Unfilled():
-        nets = Networks(family.network(config), family.companions(config))
+        nets = family.network(config), family.companions(config)
+    return Networks(*nets, family.forward_passes(config))
+
+
+def describe(config: TrainingRun, world_size: int, options: PlanOptions | None = None) -> str:
+    """Resolved configuration, sizes, work per step for each K, memory per rank, steps, cost."""
+    nets = networks(config)
     sections = [
         yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
         "\n".join([*nets.lines(), *planned_lines(config, nets.network)]),
-        _work(config, nets.network, family.forward_passes(config)),
+        _work(config, nets),
         _memory(config, nets, world_size),
         _epoch(config),
+        cost_line(config, nets, world_size, options or PlanOptions()),
     ]
+    if options is None or not (options.simulate or options.advise):
+        sections.append(
+            "activations, collectives and time   --dry-run --simulate; a strategy that fits: "
+            "--dry-run --advise --gpu-memory 80GB"
+        )
     return "\n\n".join(sections)
 
 
-def _work(config: TrainingRun, network: Any, passes: int) -> str:
+def _work(config: TrainingRun, nets: Networks) -> str:
     """One line per K: its share of the steps, tokens and FLOPs of a step."""
-    batch = config.train.global_batch_size
-    lengths = config.lengths
-    schedule = LengthSchedule(lengths.choices, lengths.weights, config.seed)
-    if schedule.probabilities is None:
-        shares = {
-            k: lengths.choices.count(k) / len(lengths.choices) for k in sorted(set(lengths.choices))
-        }
-    else:
-        shares = dict(zip(lengths.choices, schedule.probabilities, strict=True))
+    network: Any = nets.network
     lines = [
         "   K   share of steps   tokens per step   TFLOPs per step (network, forward and backward)"
     ]
-    scaled = config.train.batch_scaling == "constant_tokens"
-    for k, share in sorted(shares.items()):
-        samples = batch * (loader_batches(schedule, k) if scaled else 1)
-        work = passes * samples * network.flops(k) / 1e12
+    for k, share in length_shares(config).items():
+        samples = samples_of_step(config, k)
+        work = nets.passes * samples * network.flops(k) / 1e12
         lines.append(f"{k:4d}   {share:14.1%}   {samples * k:15,}   {work:.4g}")
     return "\n".join(lines)
+
+
+def cost_line(config: TrainingRun, nets: Networks, world_size: int, options: PlanOptions) -> str:
+    """Hours, energy and price at a stated utilisation, and bytes on disk: one line."""
+    gpu, utilisation = options.gpus[0], options.utilisation
+    network: Any = nets.network
+    cost = cost_at(config, network.flops, world_size, gpu, utilisation)
+    words = "hours unknown (set data.num_samples)" if cost is None else cost.words(options.price)
+    losses = ", without the losses' networks" if nets.num_frozen else ""
+    whole = planned_bytes(nets.infos(), ParallelConfig(), 1)
+    storage = storage_words(config, whole.total - whole.gradients)
+    return (
+        f"computed   {world_size} x {gpu.name} at {utilisation:.0%} of the peak{losses}: {words}; "
+        f"{storage}"
+    )
 
 
 def _memory(config: TrainingRun, nets: Networks, world_size: int) -> str:
@@ -143,8 +171,8 @@ def _memory(config: TrainingRun, nets: Networks, world_size: int) -> str:
         + (f"; {frozen:.2f} of it are frozen networks" if frozen else ""),
         "  strategy          total   weights  gradients  optimizer    EMA   gathered at once",
     ]
-    chosen = _label(config.parallel)
-    strategies = {chosen: config.parallel} | {_label(other): other for other in _STRATEGIES}
+    chosen = strategy_label(config.parallel)
+    strategies = {chosen: config.parallel} | {strategy_label(other): other for other in _STRATEGIES}
     for label, parallel in strategies.items():
         planned = planned_bytes(infos, parallel, world_size)
         parts = (planned.weights, planned.gradients, planned.optimizer, planned.ema)
@@ -169,16 +197,6 @@ _STRATEGIES = (
 )
 
 
-def _label(parallel: ParallelConfig) -> str:
-    if parallel.strategy == "fsdp":
-        fsdp = parallel.fsdp or FSDPConfig()
-        return f"fsdp2 {fsdp.shard}{' offload' if fsdp.cpu_offload else ''}"
-    if parallel.strategy == "deepspeed":
-        zero = parallel.deepspeed or DeepSpeedConfig()
-        return f"zero-{zero.stage}{'' if zero.offload == 'none' else ' offload'}"
-    return "ddp"
-
-
 def _gathered(nets: Networks, parallel: ParallelConfig) -> int:
     """Bytes of whole weights and gradients of blocks in flight: this one and the next."""
     sharded = parallel.strategy == "fsdp" or (
@@ -195,8 +213,5 @@ def _epoch(config: TrainingRun) -> str:
     samples = config.data.num_samples
     if samples is None:
         return "samples per epoch   unknown: set data.num_samples to have it checked"
-    steps, most = samples // config.train.global_batch_size, ""
-    if config.train.batch_scaling == "constant_tokens":
-        schedule = LengthSchedule(config.lengths.choices)
-        steps, most = steps_per_epoch(schedule, steps), "at most "
-    return f"samples per epoch   {samples:,} ({most}{steps:,} steps)"
+    most = "at most " if config.train.batch_scaling == "constant_tokens" else ""
+    return f"samples per epoch   {samples:,} ({most}{steps_of_epoch(config):,} steps)"
