@@ -6,12 +6,16 @@ The machine may be one that others use, too: candidates alternate, and medians a
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 Candidates = Mapping[str, Callable[[], object]]
 
@@ -78,6 +82,31 @@ def alternating_medians(
             if repeat >= warmup:
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> Any:
+    """What `function(*args)` returns on rank 0 of so many ranks over gloo, of one thread each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(_rank, (world_size, port, out, function, args), nprocs=world_size)  # type: ignore[arg-type]
+    return out.get()
+
+
+def _rank(
+    rank: int, world_size: int, port: int, out: Any, function: Callable[..., Any], args: Any
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    found = function(*args)
+    if rank == 0:
+        out.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def print_rates(

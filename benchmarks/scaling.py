@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from benchmarks.generator import NUM_BASE_TOKENS, build_network, random_batch
-from benchmarks.harness import alternating_medians, command_line, print_table
+from benchmarks.harness import alternating_medians, command_line, on_ranks, print_table
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.lgm.config import DIT_SIZES
@@ -103,12 +100,7 @@ class Step:
         return measured_bytes(self.model, local_shards(self.model, self.optimizer), ()).total
 
 
-def _rank(rank: int, world_size: int, port: int, args: argparse.Namespace, out: Any) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+def _measure(args: argparse.Namespace) -> list[tuple]:
     names = [
         name
         for name, parallel in STRATEGIES.items()
@@ -121,28 +113,21 @@ def _rank(rank: int, world_size: int, port: int, args: argparse.Namespace, out: 
         with Traffic() as traffic:
             step()
         step.backward()
-        planned = planned_bytes(step.infos, STRATEGIES[name], world_size).total
+        planned = planned_bytes(step.infos, STRATEGIES[name], dist.get_world_size()).total
         sizes = (sum(moved_bytes(traffic.transfers).values()), step.state_bytes(), planned)
         rows.append((name, seconds[name] / first, *(size / 2**20 for size in sizes)))
-    if rank == 0:
-        out.put(rows)
-    dist.barrier()
-    dist.destroy_process_group()
+    return rows
 
 
 def print_measured(world_size: int, args: argparse.Namespace) -> None:
     """Measure at one world size, and print what rank 0 found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, (world_size, port, args, out), nprocs=world_size)  # type: ignore[arg-type]
+    rows = on_ranks(world_size, _measure, args)
     print(
         f"\nmeasured: size {args.size}, {world_size} ranks over gloo on CPU, "
         f"{args.batch_size} samples of {args.num_tokens} tokens per rank, float32\n"
     )
     heads = {"strategy": "", "step, ddp = 1": ".2f", "collectives, MiB": ".1f"}
-    print_table(heads | {"state, MiB": ".1f", "planned, MiB": ".1f"}, out.get())
+    print_table(heads | {"state, MiB": ".1f", "planned, MiB": ".1f"}, rows)
 
 
 def main() -> int:

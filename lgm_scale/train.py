@@ -168,7 +168,8 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
         checkpointer.begin(trainer.state)
         apply_changes(run, folder, trainer.state)
         if trainer.state.timestamp < config.train.max_duration:
-            trainer.fit()
+            with checkpointer.finishing():
+                trainer.fit()
         steps = trainer.state.timestamp.batch.value
         if stop.agreed:
             _say(

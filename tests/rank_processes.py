@@ -193,6 +193,16 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
+def waited_for(save: Callable[..., object]) -> Callable[..., None]:
+    """`Checkpointer.save` for a training that stands still until its state is complete."""
+
+    def save_and_wait(self, *args: object) -> None:
+        save(self, *args)
+        self.finish()
+
+    return save_and_wait
+
+
 def states(out: Path) -> list[str]:
     """Names of the states of a run that are sealed, oldest first."""
     return sorted(path.parent.name for path in (out / "state").glob("ba*/manifest.json"))

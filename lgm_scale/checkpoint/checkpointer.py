@@ -9,6 +9,11 @@ none:
     ba00001500-a0003/manifest.json       last: from here on, this is the newest state
     (older states are deleted)           only now, their manifests first
 
+The training stops only while a rank copies its shards to the memory of its host. What comes then is
+done beside it in two parts (`checkpoint.background`): every rank hashes and writes its file; when
+all main threads know that all files are there, rank 0 writes the manifest and deletes. One save is
+under way at a time: the next one, and the end of the run, wait for it.
+
 Killed before the manifest, a run has files in a folder that nobody reads; the next save of the run
 deletes them. Killed between manifest and deletion, it has one state more than it needs. Killed in a
 deletion, it has files without a manifest once more.
@@ -16,35 +21,33 @@ deletion, it has files without a manifest once more.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import cached_property
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from composer.core import State
 from composer.utils import dist
 from torch import nn
 
-from lgm_scale.checkpoint.attempts import Attempt, Attempts, valid_states
-from lgm_scale.checkpoint.manifest import (
-    MANIFEST_NAME,
-    RUN_NAME,
-    StateFile,
-    StateManifest,
-    StateName,
-)
+from lgm_scale.checkpoint.attempts import Attempt, Attempts
+from lgm_scale.checkpoint.background import Background
+from lgm_scale.checkpoint.manifest import RUN_NAME, StateFile, StateManifest, StateName
 from lgm_scale.checkpoint.scalars import load_scalars, read_scalars
+from lgm_scale.checkpoint.state_files import StateFiles
 from lgm_scale.checkpoint.tensors import (
+    ShardCopy,
     check_same_model,
     files_needed,
     read_shards,
-    write_shards,
 )
-from lgm_scale.errors import CheckpointError, SupersededError
+from lgm_scale.errors import CheckpointError, DivergenceError, LGMError, SupersededError
 from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
 from lgm_scale.parallel.shards import ParameterShard, owned
 from lgm_scale.storage.files import file_hash
@@ -54,6 +57,8 @@ from lgm_scale.training.ema import EMA
 __all__ = ["Checkpointer"]
 
 log = logging.getLogger("lgm_scale")
+
+_LONG_WAIT = 1.0  # seconds, from which on a wait is told
 
 
 class Checkpointer:
@@ -75,8 +80,10 @@ class Checkpointer:
         self.storage = storage
         self.run_id = run_id
         self.strategy = strategy
-        self.keep = keep
         self.attempts = Attempts(storage)
+        self._states = StateFiles(storage, self.attempts, keep)
+        self._copy = ShardCopy()
+        self._background = Background()
 
     def bind(
         self,
@@ -99,74 +106,40 @@ class Checkpointer:
     # --- saving ---------------------------------------------------------------------------
 
     def save(self, state: State, companions: dict[str, Path] | None = None) -> StateName:
-        """Write a state, then its manifest, then delete what is too old.
+        """Begin a state: everything is taken by value, and written beside the training.
+
+        The save before is waited for. `proceed` and `finish` see to it that this one is completed.
 
         Args:
             state: Composer's state.
-            companions: Small files that go beside the states, in object storage only.
+            companions: Small files that only grow, and go beside the states, in object storage
+                only: as much of them as is there now.
 
-        Raises: CheckpointError on every rank if one rank failed; SupersededError if another
-            process has taken the run over.
+        Raises: on every rank if one rank failed, CheckpointError, of the save before as well;
+            SupersededError if another process has taken the run over.
         """
-        attempt = self._own().number
-        name = StateName(state.timestamp.batch.value, attempt)
+        begun = time.monotonic()
+        self.finish()
+        waited = time.monotonic() - begun
+        if waited > _LONG_WAIT and dist.get_global_rank() == 0:
+            log.warning(
+                "step %d waited %.1f s until the state before was written; a longer "
+                "checkpoint.interval or faster storage would save the time",
+                *(state.timestamp.batch.value, waited),
+            )
+        name = StateName(state.timestamp.batch.value, self._own().number)
         on_rank_zero(self.attempts.check)  # before a byte is written
-        scalars = read_scalars(state)
-        files = self._write_files(name)
-        on_rank_zero(lambda: self._seal(name, scalars, files, companions or {}))
-        return name
-
-    def _own(self) -> Attempt:
-        assert self.attempts.own is not None, "begin() comes first"
-        return self.attempts.own
-
-    def _write_files(self, name: StateName) -> list[StateFile]:
-        """Write this rank's file. Returns: what the manifest is to say of the files of all ranks.
-
-        A rank that fails says so first and raises then, together with all others: they would wait
-        for it in the next collective until the timeout.
-        """
-        file, error = None, None
-        workplace = self.storage.workplace()
-        try:
-            path = workplace / f"rank-{dist.get_global_rank():05d}.safetensors"
-            # Buffers are equal on all ranks, and small.
-            buffers = dict(self.model.named_buffers()) if dist.get_global_rank() == 0 else {}
-            written = write_shards(path, self.shards, self._owned, self.ema.by_name(), buffers)
-            # The checksum is that of what was meant to be written, before the disk or the network
-            # had it: at resume it tells whether they kept it.
-            file = StateFile(path.name, path.stat().st_size, file_hash(path), written)
-            self.storage.put(path, f"{name}/{path.name}")
-        except (OSError, CheckpointError) as problem:
-            error = CheckpointError(
-                f"checkpoint.folder: rank {dist.get_global_rank()} could not write {name} to "
-                f"{self.storage.root}: {problem}; the state before it is whole. Make room or mend "
-                "the folder, and run the same command again"
-            )
-        finally:
-            shutil.rmtree(workplace, ignore_errors=True)
-        raise_everywhere(error)
-        return [found for found in dist.all_gather_object(file) if found is not None]
-
-    def _seal(
-        self,
-        name: StateName,
-        scalars: dict[str, Any],
-        files: list[StateFile],
-        companions: dict[str, Path],
-    ) -> None:
-        """Write the manifest: from here on the state counts. Called on rank 0."""
-        # Nodes whose folder is not shared would each keep a part of the state, and the run would
-        # notice when it needs it.
-        there = set(self.storage.names(f"{name}/"))
-        lost = [file.name for file in files if f"{name}/{file.name}" not in there]
-        if lost:
-            raise CheckpointError(
-                f"checkpoint.folder: {self.storage.root} is not shared by all ranks: rank 0 does "
-                f"not see {lost[0]}; use a folder that every node sees, or object storage"
-            )
-        self.attempts.check()  # again: writing the files has taken time
-        manifest = StateManifest(
+        scalars = copy.deepcopy(read_scalars(state))
+        # Buffers are equal on all ranks, and small.
+        buffers = dict(self.model.named_buffers()) if dist.get_global_rank() == 0 else {}
+        self._copy.take(self.shards, self._owned, self.ema.by_name(), buffers)
+        sizes = {
+            (companion, path): path.stat().st_size
+            for companion, path in (companions or {}).items()
+            if self.storage.remote and path.is_file()
+        }
+        manifest = partial(
+            StateManifest,
             run_id=self.run_id,
             step=name.step,
             attempt=name.attempt,
@@ -174,41 +147,80 @@ class Checkpointer:
             strategy=self.strategy,
             parameters=[[shard.name, list(shard.shape)] for shard in self.shards],
             scalars=scalars,
-            files=files,
         )
-        self.storage.write(f"{name}/{MANIFEST_NAME}", manifest.to_bytes())
-        if self.storage.remote:
-            for companion, path in companions.items():
-                if path.is_file():
-                    self.storage.write(companion, path.read_bytes())
-        self._prune(name)
+        self._background.start(
+            partial(self._states.write, name, self._copy), partial(self._agree, manifest, sizes)
+        )
+        return name
 
-    def _prune(self, newest: StateName) -> None:
-        """Keep the newest valid states; delete others, and what dead attempts left unfinished."""
-        names = self._folders()
-        keep = valid_states(self._whole(names), self.attempts.all())[: self.keep]
-        for state in names:
-            # Not what is newer: it would belong to an attempt that has just taken the run over.
-            if state not in keep and state <= newest:
-                # The manifest first: half a state must not look like a whole one.
-                self.storage.delete(f"{state}/{MANIFEST_NAME}")
-                self.storage.delete(f"{state}/")
+    def parts_done(self) -> int:
+        """How many parts of saves this rank has done; for `proceed`."""
+        return self._background.count()
 
-    def _folders(self) -> list[StateName]:
-        tops = {name.split("/")[0] for name in self.storage.names("ba")}
-        return sorted(state for top in tops if (state := StateName.parse(top)) is not None)
+    def proceed(self, least: int) -> None:
+        """Go on with a save whose last part all ranks have done. At the same step on all ranks.
 
-    def _whole(self, states: list[StateName]) -> list[StateName]:
-        """Those that have a manifest."""
-        there = set(self.storage.names("ba"))
-        return [state for state in states if f"{state}/{MANIFEST_NAME}" in there]
+        Args:
+            least: The smallest `parts_done` of all ranks.
+
+        Raises: on every rank what the save has raised on one, as `save` does.
+        """
+        self._background.proceed(least)
+
+    def finish(self) -> None:
+        """Wait until the save that is under way, if any, is completed. Raises: as `proceed`."""
+        self._background.finish()
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Surround the training: no save is left half done, at its end and where it diverges.
+
+        A rank that fails alone leaves it: the others are not there to agree. Then the state before
+        is the newest.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, DivergenceError) or dist.get_world_size() == 1:
+                try:
+                    self.finish()
+                except (LGMError, OSError) as problem:  # the first error is the one to tell
+                    log.warning("%s", problem)
+            raise
+        self.finish()
+
+    def _own(self) -> Attempt:
+        assert self.attempts.own is not None, "begin() comes first"
+        return self.attempts.own
+
+    def _agree(
+        self,
+        manifest: Callable[..., StateManifest],
+        companions: dict[tuple[str, Path], int],
+        written: Callable[[], StateFile],
+    ) -> None:
+        """Tell each other what was written, and let rank 0 seal it. On all ranks.
+
+        A rank that failed says so first and raises then, together with all others: they would wait
+        for it in the next collective until the timeout.
+        """
+        file, error = None, None
+        try:
+            file = written()
+        except CheckpointError as problem:
+            error = problem
+        raise_everywhere(error)
+        files = [found for found in dist.all_gather_object(file) if found is not None]
+        seal = partial(self._states.seal, manifest(files=files), companions)
+        first = dist.get_global_rank() == 0
+        self._background.start(seal if first else lambda: None, on_rank_zero)
 
     # --- loading --------------------------------------------------------------------------
 
     @cached_property
     def candidates(self) -> list[StateName]:
         """States that a resume tries, the newest first. All ranks must ask together."""
-        return on_rank_zero(lambda: valid_states(self._whole(self._folders()), self.attempts.all()))
+        return on_rank_zero(self._states.newest)
 
     def begin(self, state: State) -> int:
         """Load the newest whole state, if any, and number this attempt. On all ranks.
@@ -258,7 +270,7 @@ class Checkpointer:
 
     def _try(self, name: StateName, state: State) -> str | None:
         """Load one state. Returns: what is wrong with it, and then nothing was loaded."""
-        manifest = on_rank_zero(lambda: self._read_manifest(name))
+        manifest = on_rank_zero(lambda: self._states.read_manifest(name))
         if isinstance(manifest, str):
             return manifest
         if manifest.run_id != self.run_id:
@@ -277,13 +289,6 @@ class Checkpointer:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return None
-
-    def _read_manifest(self, name: StateName) -> StateManifest | str:
-        """The manifest, or what is wrong with it."""
-        try:
-            return StateManifest.from_bytes(self.storage.read(f"{name}/{MANIFEST_NAME}"))
-        except (OSError, CheckpointError) as error:
-            return str(error)
 
     def _fetch(self, name: StateName, manifest: StateManifest, shared: Path) -> str | None:
         """Bring files to this node, if need be, and check them. Returns: what is wrong.

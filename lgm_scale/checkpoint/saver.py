@@ -40,6 +40,7 @@ class StateSaver(Callback):
         self.checkpointer = checkpointer
         self.every, self.unit = int(match[1]), match[2]
         self.stop = stop
+        stop.tell = checkpointer.parts_done
         self.companions = companions
         self._saved_step = -1
 
@@ -48,7 +49,8 @@ class StateSaver(Callback):
         self._saved_step = state.timestamp.batch.value
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save after a step that is due, and end the run if somebody asked for it."""
+        """Go on with the last save; save after a step that is due, or if the run is to stop."""
+        self.checkpointer.proceed(self.stop.least)
         due = self.unit == "ba" and state.timestamp.batch.value % self.every == 0
         self._save_if(due or self.stop.agreed, state)
         if self.stop.agreed:

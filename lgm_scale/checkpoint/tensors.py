@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,47 +24,67 @@ from lgm_scale.errors import CheckpointError
 from lgm_scale.parallel.shards import ParameterShard
 from lgm_scale.storage.files import follow_umask
 
-__all__ = ["check_same_model", "files_needed", "read_shards", "write_shards"]
+__all__ = ["ShardCopy", "check_same_model", "files_needed", "read_shards"]
 
 
-def write_shards(
-    path: Path,
-    shards: Sequence[ParameterShard],
-    owned: Sequence[bool],
-    average: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-) -> list[list[int]]:
-    """Write this rank's file.
+class ShardCopy:
+    """What this rank writes into a state, by value, in memory of its host that serves every state.
 
-    Args:
-        path: The file.
-        shards: This rank's shards, one for each parameter.
-        owned: Which of them it writes.
-        average: This rank's part of the moving average by the parameter's name, flat.
-        buffers: The model's buffers by name; empty on all ranks but one.
-
-    Returns: [index, start, numel] of what was written.
+    (New memory for each would cost more than copying does: the system clears it page by page.)
     """
-    tensors = {f"buffer/{name}": _on_host(value) for name, value in buffers.items()}
-    written = []
-    for index, (shard, mine) in enumerate(zip(shards, owned, strict=True)):
-        if not mine:
-            continue
-        written.append([index, shard.start, shard.numel])
-        tensors[f"weight/{index}"] = _on_host(shard.weight())
-        if shard.name in average:
-            tensors[f"ema/{index}"] = _on_host(average[shard.name])
-        for key, value in shard.optimizer_state().items():
-            tensors[f"{key}/{index}"] = _on_host(value)
-    save_file(tensors, str(path))
-    follow_umask(path)
-    return written
 
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        """[index, start, numel] of what it holds."""
+        self._tensors: dict[str, Tensor] = {}
+        self._arrived: Any = None
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy on the host. safetensors refuses tensors that share a storage, as shards do."""
-    tensor = tensor.detach()
-    return tensor.to("cpu") if tensor.is_cuda else tensor.clone()
+    def take(
+        self,
+        shards: Sequence[ParameterShard],
+        owned: Sequence[bool],
+        average: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        """Copy them. On a GPU this is queued behind the steps so far, and not waited for.
+
+        Args:
+            shards: This rank's shards, one for each parameter.
+            owned: Which of them it writes.
+            average: This rank's part of the moving average by the parameter's name, flat.
+            buffers: The model's buffers by name; empty on all ranks but one.
+        """
+        self.pieces = []
+        for name, value in buffers.items():
+            self._copy(f"buffer/{name}", value)
+        for index, (shard, mine) in enumerate(zip(shards, owned, strict=True)):
+            if not mine:
+                continue
+            self.pieces.append([index, shard.start, shard.numel])
+            self._copy(f"weight/{index}", shard.weight())
+            if shard.name in average:
+                self._copy(f"ema/{index}", average[shard.name])
+            for key, value in shard.optimizer_state().items():
+                self._copy(f"{key}/{index}", value)
+        if torch.cuda.is_available():
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def write(self, path: Path) -> None:
+        """Write this rank's file; in any thread."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        save_file(self._tensors, str(path))
+        follow_umask(path)
+
+    @torch.no_grad()
+    def _copy(self, name: str, tensor: Tensor) -> None:
+        if name not in self._tensors:
+            # Only page-locked memory can be copied to while the host goes on.
+            self._tensors[name] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+            )
+        self._tensors[name].copy_(tensor, non_blocking=True)
 
 
 def check_same_model(manifest: StateManifest, shards: Sequence[ParameterShard], root: str) -> None:

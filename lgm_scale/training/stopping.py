@@ -6,6 +6,7 @@ import logging
 import multiprocessing.resource_tracker
 import os
 import signal
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -43,6 +44,9 @@ class StopRequest(Callback):
     device's queue, and reading the answer would wait for the device.) A rank whose peers are gone
     learns it here, too: its answer never comes, and it fails.
 
+    With the flag travels a number of each rank, what `tell` returns, and all learn the smallest,
+    `least`: how far all of them are with what they do beside their steps.
+
     It listens inside a `with` block.
 
     Args:
@@ -51,10 +55,12 @@ class StopRequest(Callback):
 
     def __init__(self, timeout_seconds: int) -> None:
         self.agreed = False
+        self.tell: Callable[[], int] = lambda: 0
+        self.least = 0
         self._asked = False
         self._timeout = timedelta(seconds=timeout_seconds)
         self._group: Any = None
-        self._flag = torch.zeros((), dtype=torch.int32)
+        self._sent = torch.zeros(2, dtype=torch.int32)
         self._work: Any = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -84,23 +90,23 @@ class StopRequest(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Send this rank's flag, and look at the answer to the last one."""
         if self._group is None:
-            self.agreed = self._asked
+            self.agreed, self.least = self._asked, self.tell()
         else:
             answered = self._answer()
-            self._flag = torch.tensor(int(self._asked), dtype=torch.int32)
+            self._sent = torch.tensor([int(self._asked), -self.tell()], dtype=torch.int32)
             self._work = dist.all_reduce(
-                self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+                self._sent, op=dist.ReduceOp.MAX, group=self._group, async_op=True
             )
-            self.agreed = answered
+            self.agreed, self.least = answered
         if self.agreed:
             log.warning("asked to stop: saving after step %d", state.timestamp.batch.value)
 
-    def _answer(self) -> bool:
-        if self._work is None:
-            return False
-        self._work.wait()
-        self._work = None
-        return bool(self._flag.item())
+    def _answer(self) -> tuple[bool, int]:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        asked, least = self._sent.tolist()
+        return bool(asked), -least
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Leave no message behind, and let no scheduler interrupt what follows; a person may."""

@@ -7,11 +7,13 @@ import signal
 from pathlib import Path
 
 import pytest
+from rank_processes import waited_for
 from safetensors.torch import load_file
 from small_pipeline import assert_user_error, metrics, run_command, train_in_process
 
 from lgm_scale.build import build_dataset
 from lgm_scale.bundle import read_bundle
+from lgm_scale.checkpoint.checkpointer import Checkpointer
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.training.callbacks import StepKeys
@@ -40,7 +42,8 @@ def test_a_run_records_every_step_and_leaves_a_bundle(undisturbed):
 
 
 def die_at_step_6() -> None:
-    """Let SIGKILL meet the training command between two resume states."""
+    """Let SIGKILL meet the training command between two resume states, the first one complete."""
+    Checkpointer.save = waited_for(Checkpointer.save)  # type: ignore[method-assign]
     start = StepKeys.batch_start
 
     def batch_start(self, state, logger):

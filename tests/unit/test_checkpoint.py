@@ -12,10 +12,11 @@ from pathlib import Path
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
-from rank_processes import rewound, states
+from rank_processes import rewound, states, waited_for
 from small_pipeline import Steps, metrics, train_in_process
 
 from lgm_scale.checkpoint.attempts import Attempts, valid_states
+from lgm_scale.checkpoint.checkpointer import Checkpointer
 from lgm_scale.checkpoint.manifest import StateManifest, StateName
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError, SupersededError
 from lgm_scale.storage.files import file_hash
@@ -184,8 +185,9 @@ def test_states_of_unknown_origin_are_refused(small_pipeline, copy):
 # --- one writer -----------------------------------------------------------------------------
 
 
-def test_an_attempt_that_was_replaced_writes_no_more(small_pipeline, tmp_path):
+def test_an_attempt_that_was_replaced_writes_no_more(small_pipeline, tmp_path, monkeypatch):
     out = tmp_path / "run"
+    monkeypatch.setattr(Checkpointer, "save", waited_for(Checkpointer.save))  # 4 is found
 
     def on_step(step: int, batch: dict) -> None:
         if step == 5:  # it was cut off, and another one took over

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lgm_scale.checkpoint.manifest import StateFile, StateManifest
-from lgm_scale.checkpoint.tensors import read_shards, write_shards
+from lgm_scale.checkpoint.tensors import ShardCopy, read_shards
 from lgm_scale.errors import CheckpointError
 from lgm_scale.parallel.shards import ParameterShard
 
@@ -68,11 +68,16 @@ def written(folder: Path, cuts: list[list[tuple[int, int]]]) -> StateManifest:
     files = []
     for rank, cut in enumerate(cuts):
         path = folder / f"rank-{rank}.safetensors"
-        shards, average = split(parts_of(cut, filled=True))
+        parts = parts_of(cut, filled=True)
+        shards, average = split(parts)
         buffers = dict(model().named_buffers()) if rank == 0 else {}
         owned = [shard.numel > 0 for shard in shards]
-        runs = write_shards(path, shards, owned, average, buffers)
-        files.append(StateFile(path.name, path.stat().st_size, "", runs))
+        copied = ShardCopy()
+        copied.take(shards, owned, average, buffers)
+        for value in (value for part in parts for value in part.values.values()):
+            value.fill_(-2)  # the training goes on
+        copied.write(path)
+        files.append(StateFile(path.name, path.stat().st_size, "", copied.pieces))
     parameters = [[name, list(shape)] for name, shape in SHAPES.items()]
     return StateManifest("run", 7, 1, len(cuts), "any", parameters, {}, files)
 
