@@ -7,6 +7,7 @@ Nothing is measured: training steps are simulated (`lgm_scale.planning`), and ti
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -50,7 +51,12 @@ def table(lengths: Iterable[int] = LENGTHS) -> str:
 
 def main() -> int:
     """Print it."""
-    print(table())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_xl", description=__doc__)
+    parser.add_argument("lengths", nargs="*", type=int, metavar="K", help="default: all four")
+    args = parser.parse_args()
+    if args.lengths and min(args.lengths) < 1:
+        parser.error(f"K: {min(args.lengths)} must be 1 or more")
+    print(table(args.lengths or LENGTHS))
     return 0
 
 
