@@ -191,8 +191,9 @@ def build_trainer(
     where = checkpointer.storage.root
     lower = f"optimizer.lr={config.optimizer.lr / 2:g} --allow-change optimizer.lr"
     advice = (
-        f"The last state in {where} is whole, and the same command alone would come here again: "
-        f"add `{lower}` to go on from it with a lower learning rate, or look at the data."
+        f"The same command alone would come here again: add `{lower}` to go on with a lower "
+        f"learning rate, from the last whole state in {where} (from the start where there is "
+        "none yet), or look at the data."
     )
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
