@@ -229,7 +229,7 @@ def commands(made: Path, out: Path) -> dict[str, Command]:
         "slurm": Command(
             launchers.slurm.main,
             {"--config": [f"{QUICKSTART}/dit.yaml"], "--dry-run": [], "--nodes": ["1"],
-             "--cluster": ["cpu"]},
+             "--cluster": ["cpu"], "--files-elsewhere": []},
             {"--config": "file", "--cluster": "file"}, (),
             {"--job": "bake", "--time": "soon", "--after": "yesterday"},
         ),
