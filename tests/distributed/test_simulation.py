@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rank_processes import run_ranks
-from test_strategies import FSDP, ZERO
+from test_memory import CASES
 from torch import nn
 from torch.autograd.profiler import profile
 
@@ -34,13 +34,6 @@ from lgm_scale.training.ema import EMA
 
 SAMPLES = 32
 TOKENS = 16
-CASES = {
-    "ddp": [],
-    "fsdp": FSDP,
-    "zero1": ZERO[1],
-    "zero2": ZERO[2],
-    "zero3": ZERO[3],
-}
 
 
 def record_a_step() -> None:
