@@ -21,7 +21,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 # Python processes at once. A rank waits for others more than it computes.
 JOBS ?= 3
-PYTEST := pytest -n $(JOBS)
+PYTEST = pytest -n $(JOBS)
 
 .PHONY: help install quickstart check test test-all test-torch test-fidelity wheels-gpu test-gpu \
 	coverage lint docs clean
@@ -61,6 +61,8 @@ $(DEEPSPEED): $(STAMP)
 quickstart: $(STAMP)
 	@sh quickstart.sh
 
+# These tests compute, and each process imports everything.
+check: JOBS = 2
 check: lint
 	$(PYTEST) -m 'not slow and not servers' tests/unit
 

@@ -25,7 +25,8 @@ from typing import Any
 import pytest
 import torch
 from random_weights import save_random_inception, save_random_vgg16
-from small_pipeline import SmallPipeline, run_command
+from small_pipeline import SmallPipeline
+from typed_commands import typed
 
 SHARED_MEMORY = Path("/dev/shm")
 STARTED = pytest.StashKey[float]()
@@ -60,9 +61,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByServer(config, log)
 
 
+gc.disable()  # until everything is imported: each pass over what is there takes half a second
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Let garbage collection pass over what was imported: a third of a second after each test."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -107,20 +112,27 @@ def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
         monkeypatch.setattr(memories.SharedMemory, "__init__", noted)
     yield
-    if opened:
-        gc.collect()  # the data sets, whose arrays lie in this memory
-    for memory in opened:
-        try:
-            memory.cleanup()
-        except BufferError:  # still in use, by a fixture of wider scope: closed at the end
-            continue
-        atexit.unregister(memory.cleanup)
+    if any([not _closed(memory) for memory in opened]):
+        gc.collect()  # data sets in circles, whose arrays lie in this memory
+        for memory in opened:
+            _closed(memory)
+
+
+def _closed(memory: Any) -> bool:
+    """Close it; False while it is in use, as by a fixture of wider scope: closed at the end."""
+    try:
+        memory.cleanup()
+    except BufferError:
+        return False
+    atexit.unregister(memory.cleanup)
+    return True
 
 
 @pytest.fixture(scope="session")
 def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> SmallPipeline:
     """68 images of 32 x 32 in 17 classes, a random tokenizer, and the latents it makes."""
     from data_tools.demo_images import DemoArguments, make_demo_images
+    from lgm_scale.data.preparation import encode
     from lgm_scale.data.preparation.convert import convert_folder
     from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
     from lgm_scale.families.tokenizer.config import TokenizerModelConfig
@@ -143,8 +155,8 @@ def small_pipeline(tmp_path_factory: pytest.TempPathFactory) -> SmallPipeline:
     net = build_tokenizer(config)
     save_tokenizer_bundle(pipeline.tokenizer, config, net.state_dict(), net.merge_tree(), {})
     options = ("--images", pipeline.images, "--tokenizer", pipeline.tokenizer)
-    result = run_command("data_tools/encode_latents.py", *options, "--out", pipeline.latents)
-    assert result.returncode == 0, result.stderr
+    said = typed(encode.main, *options, "--out", pipeline.latents)
+    assert said.status == 0, said.err
     return pipeline
 
 

@@ -7,6 +7,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,12 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@cache
+def all_imports(source: str) -> frozenset[str]:
+    """What a file imports, wherever in it: in functions and for types as well."""
+    return frozenset(imported_names(ast.parse(source)))
+
+
 def is_within(name: str, module: str) -> bool:
     return name == module or name.startswith(module + ".")
 
@@ -45,8 +52,8 @@ def file_of(name: str, files: dict[str, str]) -> str | None:
 
 
 def imported_files(path: str, files: dict[str, str]) -> set[str]:
-    """Files of ours that a file imports, wherever in it: in functions and for types as well."""
-    names = set(imported_names(ast.parse(files[path])))
+    """Files of ours that a file imports, wherever in it."""
+    names = all_imports(files[path])
     found = {file_of(name, files) for name in names} - {None, path}
     # `from a.b import c` with a module c reads b's __init__ only to reach c.
     inner = {name.rpartition(".")[0] for name in names if file_of(name, files)}
@@ -70,18 +77,21 @@ def circles(files: dict[str, str]) -> list[tuple[str, ...]]:
 
 
 def forbidden_imports(source: str, forbidden: tuple[str, ...]) -> list[str]:
-    names = set(imported_names(ast.parse(source)))
+    names = all_imports(source)
     return sorted(name for name in names if any(is_within(name, bad) for bad in forbidden))
 
 
 def relative_imports(source: str) -> list[int]:
     """Lines of relative imports."""
+    if not re.search(r"^\s*from\s*\.", source, re.MULTILINE):
+        return []
     tree = ast.parse(source)
     return [
         node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level
     ]
 
 
+@cache
 def load_time_names(source: str) -> set[str]:
     """What importing a file imports: not the bodies of functions, nor the type checker's part."""
     names: set[str] = set()

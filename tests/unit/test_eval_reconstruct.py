@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
-from small_pipeline import SmallPipeline, assert_user_error, run_command
+from small_pipeline import SmallPipeline, run_command
+from typed_commands import refusal
 
 from lgm_scale.errors import ConfigError, DataError, LGMError, MissingAssetError
 from lgm_scale.evaluation.commands import reconstruct
@@ -343,8 +344,5 @@ def test_a_given_path_that_is_no_file_is_refused(small_pipeline, tmp_path, monke
 
 def test_a_damaged_weights_file_ends_with_status_two(small_pipeline, tmp_path):
     (tmp_path / "weights.pth").write_text("<html>not found</html>")
-    done = run_command(
-        "-m", "eval.reconstruct",
-        *arguments(small_pipeline, tmp_path / "out", "--inception", tmp_path / "weights.pth"),
-    )  # fmt: skip
-    assert_user_error(done, "weights.pth cannot be read as weights")
+    given = arguments(small_pipeline, tmp_path / "out", "--inception", tmp_path / "weights.pth")
+    assert "weights.pth cannot be read as weights" in refusal(reconstruct.main, *given)

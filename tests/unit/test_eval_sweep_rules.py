@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import yaml
-from small_pipeline import ROOT, run_command
+from small_pipeline import ROOT
 from small_sweep import (
     CLASSES,
     make_images,
     sweep_config,
     sweep_file,
 )
+from typed_commands import refusal
 
 from lgm_scale.errors import ConfigError
+from lgm_scale.evaluation.commands import sweep
 from lgm_scale.evaluation.sweep.config import METRIC_KEYS, SweepConfig, expand, with_lists
 from lgm_scale.evaluation.sweep.rules import load_sweep
 
@@ -137,7 +139,4 @@ def test_the_sweeps_that_come_along_are_well_formed(name):
 
 def test_a_user_error_ends_with_status_two_and_no_traceback(made, tmp_path):
     path = sweep_file(made, tmp_path / "report")
-    done = run_command("eval/sweep.py", path, "batch_size=0", "bundle=gone")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: 2 problems in")
-    assert "Traceback" not in done.stderr
+    assert refusal(sweep.main, path, "batch_size=0", "bundle=gone").startswith("error: 2 problems")

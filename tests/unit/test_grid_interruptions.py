@@ -66,6 +66,8 @@ def die_in_the_fourth_part() -> None:
     LatentWriter.encode = dying  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
+@pytest.mark.system
 def test_after_a_kill_two_ranks_finish_with_the_same_bytes(vae, images, tmp_path, monkeypatch):
     small = options(vae, images) | {"shard-size": 300, "batch-size": 2}  # two images each
     assert encode(monkeypatch, **small, out=tmp_path / "whole") == 0

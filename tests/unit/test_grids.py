@@ -13,15 +13,16 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file, save_file
-from small_pipeline import assert_user_error, run_command
 from streaming import MDSWriter
 from test_latents import encode
 from torch import Tensor
+from typed_commands import refusal
 
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import Manifest, read_manifest, write_manifest
+from lgm_scale.data.preparation.encode import main
 from lgm_scale.data.preparation.verify import verify
 from lgm_scale.errors import CheckpointError, ConfigError, DataError
 from lgm_scale.families.elit.data import ELITLatentDataset
@@ -176,8 +177,9 @@ def test_bad_input_is_one_error(vae, images, grids, tmp_path, monkeypatch):
 
 def test_the_command_ends_with_status_2_and_without_a_traceback(images, tmp_path):
     words = ("--encoder", "sd-vae", "--vae", "stabilityai/sd-vae-ft-mse", "--images", images)
-    result = run_command("data_tools/encode_latents.py", *words, "--out", tmp_path / "x")
-    assert_user_error(result, "sd-vae-ft-mse does not exist", "nothing is downloaded")
+    said = refusal(main, *words, "--out", tmp_path / "x")
+    assert "sd-vae-ft-mse does not exist" in said
+    assert "nothing is downloaded" in said
 
 
 # What is read

@@ -204,6 +204,8 @@ def run_ranks(folder: Path, num_ranks: int, global_batch_size: int, out: Path) -
     return [set(" ".join(lines).split()) for lines in zip(*outputs, strict=True)]
 
 
+@pytest.mark.slow
+@pytest.mark.system
 def test_global_batches_do_not_depend_on_the_number_of_ranks(tmp_path):
     folder = write_images(tmp_path / "mds", 24)
     one = run_ranks(folder, 1, 8, tmp_path / "one")

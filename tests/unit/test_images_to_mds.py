@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from kill_points import KillPoints
 from PIL import Image
-from small_pipeline import run_command
 from streaming import StreamingDataset
+from typed_commands import refusal
 
 from lgm_scale.data.decoding import center_crop, decode_image
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.manifest import read_manifest
-from lgm_scale.data.preparation.convert import convert_folder, encode_jpeg
+from lgm_scale.data.preparation.convert import convert_folder, encode_jpeg, main
 from lgm_scale.data.preparation.image_folder import list_image_folder
 from lgm_scale.errors import ConfigError, DataError
 
@@ -273,12 +273,8 @@ def test_bad_arguments_are_named(source, tmp_path):
 
 def test_the_command_fails_in_one_line(source, tmp_path):
     truncate(source / "dog" / "palette.png")
-    command = ("-m", "data_tools.images_to_mds")
-    damaged = run_command(*command, source, "--out", tmp_path / "mds", "--workers", "2")
-    assert damaged.returncode == 2
-    assert "dog/palette.png cannot be read" in damaged.stderr
-    assert "Traceback" not in damaged.stderr
-    missing = run_command(*command, tmp_path / "nowhere", "--out", tmp_path / "mds")
-    assert missing.returncode == 2
-    assert missing.stderr.startswith("error: ")
-    assert missing.stderr.count("\n") == 1
+    damaged = refusal(main, source, "--out", tmp_path / "mds", "--workers", "2")
+    assert "dog/palette.png cannot be read" in damaged
+    missing = refusal(main, tmp_path / "nowhere", "--out", tmp_path / "mds")
+    assert missing.startswith("error: ")
+    assert missing.count("\n") == 1

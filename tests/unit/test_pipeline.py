@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_pipeline import assert_user_error, run_command
+from typed_commands import refusal
 
 import lgm_scale
 from lgm_scale import sample as sample_command
@@ -272,8 +272,8 @@ def test_the_command_refuses_a_file_that_cannot_be_written(bundle, tmp_path, mon
 
 
 def test_a_wrong_command_ends_with_status_2(tmp_path):
-    command = ("-m", "lgm_scale.sample", tmp_path, "--classes", "0", "--out", "x.png")
-    assert_user_error(run_command(*command), "is no bundle")
+    said = refusal(sample_command.main, tmp_path, "--classes", "0", "--out", "x.png")
+    assert "is no bundle" in said
 
 
 def test_a_bundle_keeps_the_settings_of_each_length(bundle, tmp_path):

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ from lgm_scale.planning.plan import networks
 from lgm_scale.planning.prediction import collective_seconds, predict
 from lgm_scale.planning.recorder import Recorder
 from lgm_scale.planning.report import print_simulation
-from lgm_scale.planning.simulation import simulate
-from lgm_scale.planning.strategies import Moved, StepShape, plan_step
+from lgm_scale.planning.simulation import Simulated, simulate
+from lgm_scale.planning.strategies import Moved, PlannedStep, StepShape, plan_step
 
 YAMLS = Path(__file__).resolve().parents[2] / "yamls"
 TINY = ["model.size=tiny", "train.global_batch_size=512", "lengths.choices=[64,32]"]
@@ -41,6 +42,22 @@ def tiny(*overrides: str):
 
 def fsdp(*overrides: str):
     return tiny("parallel.strategy=fsdp", "train.global_batch_size=64", *overrides)
+
+
+@cache
+def simulated(*overrides: str) -> Simulated:
+    """A step of 32 samples at full length, of one process."""
+    found = simulate(tiny(*overrides), 1, 32, 64)
+    assert found is not None
+    return found
+
+
+@cache
+def sharded_step(world_size: int, *overrides: str) -> PlannedStep:
+    run = fsdp(*overrides)
+    step = plan_step(run, networks(run).infos(), world_size, StepShape(8, 64))
+    assert step is not None
+    return step
 
 
 # --- what is recorded ---------------------------------------------------------------------------
@@ -74,13 +91,13 @@ def test_products_and_bytes_of_other_operations():
     assert work.kernels == 3
 
 
+@pytest.mark.slow
 def test_a_micro_batch_of_any_size_lies_on_the_line_through_two():
     """The peak of a size that was not simulated equals the one that is."""
     run = tiny()
     search = Search(run, networks(run), 8, PlanOptions())
     found = search._choice(run, 32)
-    direct = simulate(run, 1, 32, 64)
-    assert direct is not None
+    direct = simulated()
     expected = search.infos, 8, StepShape(32, 64, 2)
     assert found.shape == expected[2]
     alone = simulate(run, 1, 32, 64, micro_batches=2)
@@ -93,31 +110,23 @@ def test_a_micro_batch_of_any_size_lies_on_the_line_through_two():
     assert lines.live.max() == pytest.approx(direct.live.max(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_recomputation_takes_memory_off_and_adds_products():
-    plain, again = (
-        simulate(tiny(), 1, 32, 64),
-        simulate(tiny("parallel.activation_checkpointing=1"), 1, 32, 64),
-    )
-    assert plain is not None
-    assert again is not None
+    plain, again = simulated(), simulated("parallel.activation_checkpointing=1")
     assert again.peak < 0.7 * plain.peak
     assert again.passes[0].work.flops > 1.25 * plain.passes[0].work.flops
 
 
+@pytest.mark.slow
 def test_precision_changes_activations():
-    half, full = simulate(tiny(), 1, 32, 64), simulate(tiny("train.precision=fp32"), 1, 32, 64)
-    assert half is not None
-    assert full is not None
+    half, full = simulated(), simulated("train.precision=fp32")
     assert half.activations.max() < 0.9 * full.activations.max()
 
 
 def test_operations_are_those_of_the_closed_form():
-    run = tiny()
-    found = simulate(run, 1, 32, 64)
-    assert found is not None
-    network = networks(run).network
+    network = networks(tiny()).network
     expected = 3 * 32 * network.flops(64)  # type: ignore[operator]
-    assert found.passes[0].work.flops == pytest.approx(expected, rel=0.05)  # padded heads
+    assert simulated().passes[0].work.flops == pytest.approx(expected, rel=0.05)  # padded heads
 
 
 @pytest.mark.parametrize(
@@ -295,12 +304,10 @@ def test_a_step_that_reads_numbers_gets_a_line(monkeypatch, capsys):
     assert "task generator has a step that shapes alone do not run (" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_hybrid_averages_the_shards_of_its_copies():
-    full = plan_step(fsdp(), networks(fsdp()).infos(), 8, StepShape(8, 64))
-    run = fsdp("parallel.fsdp.shard=hybrid", "parallel.fsdp.group_size=8")
-    hybrid = plan_step(run, networks(run).infos(), 64, StepShape(8, 64))
-    assert full is not None
-    assert hybrid is not None
+    full = sharded_step(8)
+    hybrid = sharded_step(64, "parallel.fsdp.shard=hybrid", "parallel.fsdp.group_size=8")
     assert list(hybrid.moved[: len(full.moved)]) == list(full.moved)
     reduced = [m.transfer for m in full.moved if m.transfer.operation == "reduce-scatter"]
     copies = [Moved(Transfer("all-reduce", t.numel // 8, t.itemsize), 8) for t in reduced]
@@ -308,11 +315,9 @@ def test_hybrid_averages_the_shards_of_its_copies():
     assert hybrid.peak == full.peak
 
 
+@pytest.mark.slow
 def test_grad_op_gathers_once():
-    once = plan_step(fsdp("parallel.fsdp.shard=grad_op"), [], 8, StepShape(8, 64))
-    twice = plan_step(fsdp(), [], 8, StepShape(8, 64))
-    assert once is not None
-    assert twice is not None
+    once, twice = sharded_step(8, "parallel.fsdp.shard=grad_op"), sharded_step(8)
     count = [sum(m.transfer.operation == "all-gather" for m in s.moved) for s in (once, twice)]
     assert count == [5, 9]  # four blocks and the rest, which stays gathered either way
     assert once.peak > twice.peak

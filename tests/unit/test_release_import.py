@@ -9,7 +9,7 @@ import pytest
 import torch
 from release_files import generator_content, shuffle, tokenizer_content
 from safetensors.torch import save_file
-from small_pipeline import assert_user_error, run_command
+from typed_commands import refusal
 
 from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError, DataError, exit_on_user_error
@@ -188,8 +188,8 @@ def test_a_hostile_file_executes_nothing(files, tokenizer, entry, zipped, monkey
 
 def test_the_command_ends_without_a_traceback(files):
     torch.save({"ema": {}, "args": Hostile(files / "marker")}, files / "bad.pt")
-    module = ("-m", "lgm_scale.release_import", "tokenizer")
-    assert_user_error(run_command(*module, files / "bad.pt", files / "out"), "nothing was executed")
+    said = refusal(main, "tokenizer", files / "bad.pt", files / "out")
+    assert "nothing was executed" in said
     assert not (files / "marker").exists()
 
 

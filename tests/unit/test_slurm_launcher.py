@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
-from forked_commands import run_forked
 from small_pipeline import ROOT
+from typed_commands import Said, typed
 
+from launchers import pipeline, slurm
 from launchers.cluster import CLUSTERS, load_cluster, minutes
 from launchers.jobs import TOOLS, describe_job
 from launchers.launch import FrozenCode
@@ -27,31 +29,35 @@ from lgm_scale.training.callbacks import _line
 DIT = "yamls/dit_xl.yaml"
 
 
-def launch(
-    script: str, *args: str | Path, cwd: Path = ROOT, check: bool = True
-) -> subprocess.CompletedProcess:
+def launch(script: str, *args: str | Path, cwd: Path = ROOT, check: bool = True) -> Said:
     """Run a launcher with no command in reach but Python, and without data."""
-    args = (*args, "--files-elsewhere")
+    main = {"slurm.py": slurm.main, "pipeline.py": pipeline.main}[script]
     environment = {"PATH": "/nowhere", "PYTHONPATH": str(ROOT), "HOME": os.environ.get("HOME", "/")}
-    result = run_forked([ROOT / "launchers" / script, *args], cwd, environment=environment)
-    assert "Traceback" not in result.stderr, result.stderr
+    before = Path.cwd()
+    os.chdir(cwd)
+    try:
+        with mock.patch.dict(os.environ, environment, clear=True):
+            said = typed(main, *args, "--files-elsewhere")
+    finally:
+        os.chdir(before)
+    assert "Traceback" not in said.err, said.err
     if check:
-        assert result.returncode == 0, result.stderr
-    return result
+        assert said.status == 0, said.err
+    return said
 
 
 def refused(*args: str | Path) -> str:
     """What a refused launch says."""
     result = launch("slurm.py", *args, check=False)
-    assert result.returncode == 2, result.stdout
-    return result.stderr
+    assert result.status == 2, result.out
+    return result.err
 
 
 def test_a_dry_run_prints_script_and_commands_and_makes_nothing(tmp_path: Path):
     out = launch(
         "slurm.py", "--nodes", "8", "--partition", "gpu", "--time", "12:00:00", "--dry-run",
         "--config", ROOT / DIT, "out=runs/x", "run_name=x", cwd=tmp_path,
-    ).stdout  # fmt: skip
+    ).out  # fmt: skip
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", out, re.M))
     expected = {"nodes": "8", "ntasks-per-node": "8", "gpus-per-node": "8", "partition": "gpu"}
     expected |= {"time": "720", "signal": "USR2@120", "requeue": "", "job-name": "x"}
@@ -108,7 +114,7 @@ def test_bad_input_is_told_before_anything_is_submitted(args: list[str], text: s
 
 def test_generators_on_a_grid_are_launched_like_others():
     config = "yamls/elit_xl.yaml"
-    assert "lgm_scale/train.py" in launch("slurm.py", "--config", config, "--dry-run").stdout
+    assert "lgm_scale/train.py" in launch("slurm.py", "--config", config, "--dry-run").out
     words = ["encoder=sd-vae", "vae=v", "image_size=256", "images=i", "out=data/z"]
     job = describe_job("encode", None, words, 8)
     assert set(job.arguments) >= {"--encoder=sd-vae", "--vae=v", "--image-size=256"}
@@ -143,7 +149,7 @@ def test_ranks_run_in_a_container(tmp_path: Path):
     path = tmp_path / "c.yaml"
     values = {"gpus_per_node": 8, "container_mounts": "/scratch:/scratch"}
     path.write_text(yaml.safe_dump(values))
-    out = launch("slurm.py", "--cluster", path, "--container", "lgm.sqsh", "--dry-run").stdout
+    out = launch("slurm.py", "--cluster", path, "--container", "lgm.sqsh", "--dry-run").out
     srun = next(line for line in out.splitlines() if line.startswith("srun "))
     assert "--container-image=lgm.sqsh --container-mounts=/scratch:/scratch python -u -m" in srun
     assert re.search(r"^exec python3 -m launchers.batch_end", out, re.M)
@@ -180,7 +186,7 @@ def test_a_sweep_is_split_and_joined(tmp_path: Path):
     out = launch(
         "slurm.py", "--job", "eval", "--config", "yamls/quickstart/sweep.yaml", "--array", "3",
         "--cluster", "cpu", "--after", "17", "--dry-run", f"out={tmp_path / 'r'}",
-    ).stdout  # fmt: skip
+    ).out  # fmt: skip
     assert re.findall(r"part=(\d/3)$", out, re.M) == ["0/3", "1/3", "2/3"]
     assert len(re.findall(r"--reduce$", out, re.M)) == 1
     assert "#SBATCH --dependency=afterok:17" in out
@@ -255,14 +261,14 @@ def test_what_runs_at_a_jobs_end_needs_no_package():
 
 
 def test_a_pipeline_shows_its_graph_and_scripts():
-    out = launch("pipeline.py", "yamls/pipeline/quickstart.yaml", "--dry-run").stdout
+    out = launch("pipeline.py", "yamls/pipeline/quickstart.yaml", "--dry-run").out
     lines = {line.split()[0]: line for line in out.split("# convert")[0].splitlines()}
     assert lines["generator"].endswith("after encode")
     assert lines["sweep"].endswith("after generator, convert-val")
     assert out.count("#!/bin/bash") == 7  # the sweep's array, and the job that joins it
     later = launch(
         "pipeline.py", "yamls/pipeline/quickstart.yaml", "--dry-run", "--from", "encode"
-    ).stdout
+    ).out
     assert later.count("#!/bin/bash") == 4
 
 
@@ -291,8 +297,8 @@ def test_a_wrong_pipeline_is_refused(tmp_path: Path, stages: dict, text: str):
     path = tmp_path / "p.yaml"
     path.write_text(yaml.safe_dump({"stages": stages}))
     result = launch("pipeline.py", path, "--dry-run", check=False)
-    assert result.returncode == 2
-    assert text in result.stderr
+    assert result.status == 2
+    assert text in result.err
 
 
 @pytest.mark.parametrize(

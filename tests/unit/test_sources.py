@@ -228,6 +228,8 @@ def die_after_five_parts() -> None:
     PartsFolder.write = dying  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
+@pytest.mark.system
 def test_kill_9_leaves_finished_shards_that_are_not_read_again(tmp_path):
     source = tmp_path / "source"
     for label in range(4):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_pipeline import run_command
 from test_images_to_mds import write_folder
+from typed_commands import typed
 
 from lgm_scale.data.manifest import read_manifest, write_manifest
 from lgm_scale.data.preparation.convert import convert_folder
-from lgm_scale.data.preparation.verify import verify
+from lgm_scale.data.preparation.verify import main, verify
 from lgm_scale.errors import DataError
 
 
@@ -96,14 +96,14 @@ def test_latents_cover_every_image_once(latents):
 
 
 def test_the_command_exits_with_1_and_lists_the_problems(images):
-    good = run_command("data_tools/verify_mds.py", images, "--histogram")
-    assert good.returncode == 0, good.stderr
-    assert "9 images in 2 classes, 4 to 5 of each" in good.stdout
-    assert "no problem" in good.stdout
-    assert "4  cat" in good.stdout
+    good = typed(main, images, "--histogram")
+    assert good.status == 0, good.err
+    assert "9 images in 2 classes, 4 to 5 of each" in good.out
+    assert "no problem" in good.out
+    assert "4  cat" in good.out
     flip_bit(images / "shard.00000.mds", 60)
-    bad = run_command("data_tools/verify_mds.py", images, "--workers", "0")
-    assert bad.returncode == 1
-    assert "shard.00000.mds has another sha256" in bad.stdout
+    bad = typed(main, images, "--workers", "0")
+    assert bad.status == 1
+    assert "shard.00000.mds has another sha256" in bad.out
     with pytest.raises(DataError, match=r"has no manifest\.json"):
         verify(str(images.parent))
