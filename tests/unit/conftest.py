@@ -44,6 +44,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bundles `tokenizer`, `dit` and `elit`, of random weights; not to be changed."""
+    from small_elit import make_elit_bundle
+    from small_sweep import make_bundles
+
+    folder = tmp_path_factory.mktemp("bundles")
+    make_bundles(folder, {"config": {"objective": {"noise_scale": "corrected"}}})
+    make_elit_bundle(folder / "elit")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def golden_cut(golden: GoldenLoader) -> Callable[[int], tuple[MergeAssignment, torch.Tensor]]:
     """`golden_cut(K)`: the assignment of the golden DiT numbers, and where its clusters are there.
 

@@ -270,6 +270,7 @@ def bucket(monkeypatch) -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_needs_no_disk_of_its_machine(
     small_pipeline, finished, bucket, tmp_path, capsys
 ):

@@ -145,6 +145,7 @@ def float64(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_one_optimizer_equals_the_authors_alternation():
     ours, theirs = OneOptimizer(small_model()), Alternation(small_model())

@@ -55,6 +55,7 @@ def step(net: nn.Module, tree: MergeTree, num_tokens: int, seed: int = 0) -> tor
     return net(z_t, t, torch.tensor([seed % 10, 10]), tree.assignment(num_tokens))
 
 
+@pytest.mark.slow
 def test_no_graph_is_made_twice(fresh_compiler, nets, tree):
     _, net, counter = nets
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)

@@ -61,6 +61,7 @@ def test_psnr_is_that_of_scikit_image():
     np.testing.assert_allclose(psnr(*tensors(a, b)), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_lpips_is_that_of_torchmetrics_on_rounded_pixels(vgg16_file):
     path, theirs = vgg16_file, torchmetrics_lpips()
     a, b = smooth_pairs(3, 32)
@@ -88,6 +89,7 @@ def extractor(inception_file) -> InceptionFeatures:
     return InceptionFeatures(inception_file)
 
 
+@pytest.mark.slow
 def test_inception_features_are_those_of_torch_fidelity(inception_file, extractor):
     from torch_fidelity.utils import create_feature_extractor
 
@@ -111,6 +113,7 @@ def test_inception_features_are_those_of_torch_fidelity(inception_file, extracto
     assert len(described["weights_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_features_of_an_image_are_the_same_bits_in_every_batch(extractor):
     images = torch.from_numpy(smooth_pairs(9, 32)[0])
     whole, alone = extractor(images), [extractor(images[i : i + 1]) for i in (0, 4, 8)]

@@ -211,6 +211,7 @@ def made(tmp_path_factory) -> Path:
     return make_sweep_inputs(tmp_path_factory.mktemp("sweep"))
 
 
+@pytest.mark.slow
 def test_a_reference_of_another_resolution_or_network_is_refused(made, tmp_path, inception_file):
     rows = np.random.default_rng(0).normal(size=(9, 4))
     cases = {

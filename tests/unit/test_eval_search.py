@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from small_sweep import numbers_of, results_of, sweep_config
 
 from lgm_scale.errors import DataError
@@ -93,6 +94,7 @@ def searching(made: Path, out: Path, **changes):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_best_of_few_images_is_run_on_all_and_a_search_goes_on(made, tmp_path, monkeypatch):
     out = tmp_path / "report"
     results = measure(searching(made, out))

@@ -42,6 +42,7 @@ def run(folder, *words: str) -> tuple[int, list[dict], dict]:
     return status, content["cells"], content
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_is_written_down(tmp_path, reference, capsys, monkeypatch):
     monkeypatch.setattr(gpu_steps, "SAMPLER", SamplerConfig(num_steps=3, cfg_scale=2.0))
     words = ("--num-tokens", "16", "--tokens", "32", "--peak-tflops", "1000")

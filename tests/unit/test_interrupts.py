@@ -166,6 +166,7 @@ def test_an_encoding_keeps_its_parts(small_pipeline, tmp_path, monkeypatch):
     assert made[0] == 2
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_its_chunks(tmp_path, monkeypatch):
     made = make_sweep_inputs(tmp_path / "made")
     whole, stopped = (sweep_file(made, tmp_path / name) for name in ("whole", "stopped"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ INTERFACE_OF_S = InterfaceConfig(split="released", group_size=2, position_rows=4
 SPACE = SpaceConfig(kind="sd_vae", image_size=64, vae="vae")
 
 
+@cache
 def small(interface: InterfaceConfig | None) -> tuple[ELITModelConfig, SiT]:
     model = ELITModelConfig(size="s", patch_size=2, num_classes=3, interface=interface)
     torch.manual_seed(0)
@@ -105,7 +108,7 @@ def test_a_checkpoint_becomes_a_bundle_that_samples(tmp_path, vae):
 @torch.no_grad()
 def test_an_average_is_sampled_with_its_own_positions(tmp_path, vae):
     """The velocity is that of the file's weights, positions included, as their sampler has it."""
-    _, net = small(INTERFACE_OF_S)
+    net = deepcopy(small(INTERFACE_OF_S)[1])
     torch.save(elit_content(net), tmp_path / "0020000.pt")
     report, remarks = import_elit(tmp_path / "0020000.pt", tmp_path / "bundle", str(vae))
     assert report.taken["pos_embed"] == "pos_embed"
