@@ -16,16 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.generator import LATENT_DIM, NUM_CLASSES
+from lgm_scale import flow
 from lgm_scale.families.lgm.sampling import sample_latents
-from lgm_scale.flow import (
-    NoiseScale,
-    flow_loss,
-    interpolate,
-    merged_noise,
-    sample_timesteps,
-    training_keys,
-    velocity_target,
-)
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.parallel.torch_internals import lerp_all_
 from lgm_scale.randomness import Purpose
@@ -62,15 +54,17 @@ class TrainStep:
         self, z: Tensor, labels: Tensor, ids: Tensor, assignment: MergeAssignment
     ) -> Tensor:
         """Train one step on a `batch`; the loss, a scalar on the device."""
-        keys = training_keys(0, self.count, ids)
+        keys = flow.training_keys(0, self.count, ids)
         self.count += 1
-        t = sample_timesteps(keys[Purpose.TIMESTEP])
-        noise = merged_noise(keys[Purpose.NOISE], assignment, LATENT_DIM, NoiseScale.CORRECTED)
+        t = flow.sample_timesteps(keys[Purpose.TIMESTEP])
+        noise = flow.merged_noise(
+            keys[Purpose.NOISE], assignment, LATENT_DIM, flow.NoiseScale.CORRECTED
+        )
         with autocast(self.device):
             z = assignment.merge(z)
-            v = self.net(interpolate(z, noise, t), t, labels, assignment)
-            target = velocity_target(z, noise)
-            loss = flow_loss(v, target, assignment, NoiseScale.CORRECTED).mean()
+            v = self.net(flow.interpolate(z, noise, t), t, labels, assignment)
+            target = flow.velocity_target(z, noise)
+            loss = flow.flow_loss(v, target, assignment, flow.NoiseScale.CORRECTED).mean()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

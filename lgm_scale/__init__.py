@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
     if name == "load_pipeline":
         return import_module("lgm_scale.pipeline").load_pipeline
     if name.endswith("Pipeline"):
-        for family in import_module("lgm_scale.families.base").generator_families().values():
+        for family in import_module("lgm_scale.families.generator").generator_families().values():
             if family.pipeline_class.endswith(f":{name}"):
                 return family.pipeline()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,8 @@ from typing import Any
 
 from lgm_scale.config.loading import load_config
 from lgm_scale.errors import CheckpointError, ConfigError
-from lgm_scale.families.base import families, generator_families
+from lgm_scale.families.base import families
+from lgm_scale.families.generator import generator_families
 from lgm_scale.hub import download, is_hub_name, upload
 from lgm_scale.sampling.config import SamplerConfig
 from lgm_scale.storage.files import file_hash, folder_aside, replace_folder, write_whole

@@ -138,6 +138,12 @@ class GeneratorInitialWeights(InitialWeights):
     """Name of the table [classes + 1, C], whose last row is the null label."""
     adapted = (table,)
 
+    def another_size(self, here: str, there: str) -> Iterator[str]:
+        """The line about a `model.size` that is another in the bundle."""
+        if here != there:
+            rule = "width, depth and heads cannot be adapted"
+            yield self.refuse("model.size", here, there, rule)
+
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Names of the bundle's classes."""

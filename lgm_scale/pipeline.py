@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from lgm_scale.bundle import check_kind, local_bundle, read_info
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
-from lgm_scale.families.base import families, generator_families
+from lgm_scale.families.base import families
+from lgm_scale.families.generator import generator_families
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.protocols import Bundle, GeneratorNetwork, ImageTokenizer

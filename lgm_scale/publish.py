@@ -18,7 +18,8 @@ from typing import Any
 from lgm_scale import __version__
 from lgm_scale.bundle import INFO_NAME, push_to_hub, read_bundle, read_info
 from lgm_scale.errors import ConfigError, exit_on_user_error
-from lgm_scale.families.base import add_import_option, families, generator_families
+from lgm_scale.families.base import add_import_option, families
+from lgm_scale.families.generator import generator_families
 
 NOT_STATED = "not stated"
 

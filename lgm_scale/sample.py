@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from lgm_scale.bundle import check_kind, local_bundle, read_info
 from lgm_scale.errors import ConfigError, exit_on_user_error
-from lgm_scale.families.base import add_import_option, generator_families
+from lgm_scale.families.base import add_import_option
+from lgm_scale.families.generator import generator_families
 from lgm_scale.sampling.config import SamplerConfig
 
 if TYPE_CHECKING:

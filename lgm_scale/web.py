@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from lgm_scale.bundle import local_bundle, read_info
 from lgm_scale.errors import ConfigError, LGMError, MissingAssetError, exit_on_user_error
-from lgm_scale.families.base import add_import_option, generator_families
+from lgm_scale.families.base import add_import_option
+from lgm_scale.families.generator import generator_families
 from lgm_scale.sampling.config import SamplerConfig
 
 if TYPE_CHECKING:

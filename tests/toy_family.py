@@ -18,7 +18,8 @@ from lgm_scale.bundle import finish_bundle, read_bundle, start_bundle
 from lgm_scale.config.loading import load_config
 from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
 from lgm_scale.data.images import ImageDataset
-from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily, register
+from lgm_scale.families.base import register
+from lgm_scale.families.generator import Evaluated, GeneratorFacts, GeneratorFamily
 from lgm_scale.flow import interpolate, velocity_target
 from lgm_scale.pipeline import Pipeline
 from lgm_scale.pixels import to_unit_range

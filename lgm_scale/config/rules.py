@@ -18,7 +18,8 @@ from lgm_scale.config.loading import (
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.data.config import broken_data_rules
 from lgm_scale.errors import ConfigError
-from lgm_scale.families.base import Family, families, family_of, generator_families
+from lgm_scale.families.base import Family, families, family_of
+from lgm_scale.families.generator import generator_families
 from lgm_scale.parallel.rules import parallel_rules
 
 _TIME = re.compile(r"[1-9][0-9]*(ep|ba)")

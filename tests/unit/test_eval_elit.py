@@ -46,9 +46,9 @@ from lgm_scale.evaluation.report.writing import write_comparison, write_report
 from lgm_scale.evaluation.sweep import samples as generate
 from lgm_scale.evaluation.sweep.config import expand
 from lgm_scale.evaluation.sweep.measure import measure
-from lgm_scale.families.base import generator_families
 from lgm_scale.families.elit.bundle import save_elit_bundle
 from lgm_scale.families.elit.config import ELITRun, SpaceConfig
+from lgm_scale.families.generator import generator_families
 from lgm_scale.pipeline import load_pipeline
 from lgm_scale.sampling.config import SamplerConfig
 

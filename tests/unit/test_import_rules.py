@@ -57,6 +57,7 @@ ORDER = [
     "lgm_scale/initial_weights.py",
     "lgm_scale/pipeline.py",
     "lgm_scale/bundle.py",
+    "lgm_scale/families/generator.py",
     "lgm_scale/families/base.py",
     "lgm_scale/hub.py",
     "lgm_scale/training",
@@ -100,6 +101,7 @@ TORCH_FREE = (
     "lgm_scale/config/",
     "lgm_scale/errors.py",
     "lgm_scale/families/base.py",
+    "lgm_scale/families/generator.py",
     "lgm_scale/hub.py",
     *(f"lgm_scale/families/{name}/config.py" for name in ("tokenizer", "lgm", "elit")),
     "lgm_scale/families/lgm/importers.py",
@@ -130,7 +132,7 @@ TORCH_LATER = (
 
 # Words of one family: its module, its networks, and whatever is called after it.
 FAMILY_WORDS = re.compile(
-    r"lgm_scale\.families\.(?!base\b)\w+|\b(MergeDiT|SiT|ELIT\w*|Spatial\w+|(?!LGMError\b)LGM\w+)\b"
+    r"lgm_scale\.families\.(?!(base|generator)\b)\w+|\b(MergeDiT|SiT|ELIT\w*|Spatial\w+|(?!LGMError\b)LGM\w+)\b"
     r"|\b(Tokenizer(Run|TrainingModel|ModelConfig|Bundle))\b"
 )
 # Benchmarks time particular networks, and say which.

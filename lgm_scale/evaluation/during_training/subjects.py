@@ -25,7 +25,8 @@ from lgm_scale.errors import ConfigError, LGMError
 from lgm_scale.evaluation.images import StoredImages, spread
 from lgm_scale.evaluation.reconstructions.images import decode_at, encode
 from lgm_scale.evaluation.sweep.rules import wrong_image_size
-from lgm_scale.families.base import family_of, generator_families
+from lgm_scale.families.base import family_of
+from lgm_scale.families.generator import generator_families
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pipeline import Pipeline
 from lgm_scale.pixels import finite_images, to_uint8

@@ -29,7 +29,8 @@ from lgm_scale.evaluation.sweep.config import SweepConfig
 from lgm_scale.evaluation.sweep.measure import Sweep, load_spaces
 from lgm_scale.evaluation.sweep.results import headline
 from lgm_scale.evaluation.sweep.rules import broken_rules, check_sweep
-from lgm_scale.families.base import family_of, generator_families
+from lgm_scale.families.base import family_of
+from lgm_scale.families.generator import generator_families
 
 
 def load_training_sweep(config: TrainingRun, info: dict[str, Any]) -> SweepConfig:

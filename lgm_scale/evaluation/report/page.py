@@ -17,7 +17,7 @@ from lgm_scale.evaluation.report.drawing import DARK, LIGHT
 from lgm_scale.evaluation.report.pictures import ACROSS
 from lgm_scale.evaluation.report.tables import columns, is_long, reconstruction_table, sample_table
 from lgm_scale.evaluation.sweep.results import tables_of
-from lgm_scale.families.base import GeneratorFamily, generator_families
+from lgm_scale.families.generator import GeneratorFamily, generator_families
 
 Results = dict[str, Any]
 

@@ -23,7 +23,7 @@ from lgm_scale.evaluation.sweep.config import (
     combinations,
     with_lists,
 )
-from lgm_scale.families.base import GeneratorFacts, GeneratorFamily, generator_families
+from lgm_scale.families.generator import GeneratorFacts, GeneratorFamily, generator_families
 from lgm_scale.published import COMMAND, PUBLISHED, missing_lines
 from lgm_scale.sampling.config import SamplerConfig
 

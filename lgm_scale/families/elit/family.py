@@ -11,7 +11,7 @@ from typing_extensions import override
 from lgm_scale.bundle import model_config
 from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import CheckpointError
-from lgm_scale.families.base import Evaluated, GeneratorFacts, GeneratorFamily, Tool
+from lgm_scale.families.base import Tool
 from lgm_scale.families.elit.config import (
     CONFIG_NAME,
     ENCODED_SIZE,
@@ -25,6 +25,7 @@ from lgm_scale.families.elit.config import (
     token_lengths,
     vae_file,
 )
+from lgm_scale.families.generator import Evaluated, GeneratorFacts, GeneratorFamily
 from lgm_scale.published import PUBLISHED, Asset
 from lgm_scale.release_import import CLASSES_HELP
 

@@ -42,9 +42,7 @@ class ELITInitialWeights(GeneratorInitialWeights):
     @override
     def refused(self) -> Iterator[str]:
         here, there = self.here, self.there
-        if here.size != there.size:
-            rule = "width, depth and heads cannot be adapted"
-            yield self.refuse("model.size", here.size, there.size, rule)
+        yield from self.another_size(here.size, there.size)
         if here.patch_size != there.patch_size:
             rule = "what a patch holds cannot be adapted; space.image_size may differ"
             yield self.refuse("model.patch_size", here.patch_size, there.patch_size, rule)

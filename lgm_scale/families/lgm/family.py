@@ -10,12 +10,8 @@ from typing_extensions import override
 
 from lgm_scale.bundle import read_info
 from lgm_scale.config.loading import to_dict
-from lgm_scale.families.base import (
-    Evaluated,
-    GeneratorFacts,
-    GeneratorFamily,
-    Tool,
-)
+from lgm_scale.families.base import Tool
+from lgm_scale.families.generator import Evaluated, GeneratorFacts, GeneratorFamily
 from lgm_scale.families.lgm.config import LGMRun, check_latents, lgm_rules
 from lgm_scale.families.lgm.importers import IMPORTERS
 from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES

@@ -36,9 +36,7 @@ class LGMInitialWeights(GeneratorInitialWeights):
     @override
     def refused(self) -> Iterator[str]:
         here, there = self.here, self.there
-        if here.size != there.size:
-            rule = "width, depth and heads cannot be adapted"
-            yield self.refuse("model.size", here.size, there.size, rule)
+        yield from self.another_size(here.size, there.size)
         if here.latent_dim != there.latent_dim:
             rule = (
                 "channels cannot be adapted; a tokenizer of as many is in the bundle itself "
