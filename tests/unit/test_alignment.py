@@ -14,7 +14,6 @@ from lgm_scale.evaluation.commands.alignment import draw_heat_map
 from lgm_scale.evaluation.images import StoredImages
 from lgm_scale.evaluation.reconstructions.alignment import (
     PairCosine,
-    cknna,
     cknna_code_matrix,
     cknna_matrix,
 )
@@ -23,6 +22,10 @@ from lgm_scale.families.tokenizer.bundle import load_tokenizer
 
 def features(rows: int = 40, width: int = 6, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def cknna(a: torch.Tensor, b: torch.Tensor, num_neighbors: int = 10) -> float:
+    return float(cknna_matrix([a, b], num_neighbors)[0, 1])
 
 
 def rotation(width: int) -> torch.Tensor:

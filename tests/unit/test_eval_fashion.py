@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from small_sweep import make_images, results_of, sweep_config
 from test_fashion_mnist import convert, write_files
 
 from lgm_scale.data.fashion_mnist import CLASSES, DEBIAN_FOLDER, read_split
 from lgm_scale.errors import ConfigError
 from lgm_scale.evaluation.commands import reference
-from lgm_scale.evaluation.features.fashion_mnist import WEIGHTS, FashionFeatures, weights_metadata
+from lgm_scale.evaluation.features.fashion_mnist import WEIGHTS, FashionFeatures
 from lgm_scale.evaluation.images import ValidationImages
 from lgm_scale.evaluation.report.writing import write_report
 from lgm_scale.evaluation.sweep.measure import measure
@@ -76,7 +77,8 @@ def config_for(made: Path, out: Path, **changes):
 
 
 def test_the_shipped_classifier_says_how_it_was_made_and_how_good_it_is():
-    found = weights_metadata()
+    with safe_open(WEIGHTS, "pt") as file:
+        found = file.metadata()
     assert found["command"].startswith("python -m experiments.fashion_classifier --out ")
     accuracy, _, count = found["accuracy"].partition(" on ")
     assert count == "10000 validation images"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from small_pipeline import assert_user_error, run_command
 from typed_commands import refusal
 
 from experiments import runs
@@ -181,6 +182,7 @@ def test_an_unknown_name_and_a_wrong_option_end_with_status_2():
         (["elastic", "modell.size=b"], "modell: unknown key; did you mean 'model'?"),
     ):
         assert line in refusal(main, *given)
+    assert_user_error(run_command("-m", "experiments", "elastik", fresh=True), "'elastik' is nei")
 
 
 # --- paths and templates ------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -51,12 +50,6 @@ class FashionClassifier(nn.Module):
         gray = images.float().mean(1, keepdim=True) / 255
         features = self.layers(gray).mean((2, 3))  # [B, 128]
         return features, self.classify(features)
-
-
-def weights_metadata(path: Path = WEIGHTS) -> dict[str, str]:
-    """What the file of weights says of itself: command, seed, accuracy on real images."""
-    with safe_open(path, "pt") as file:
-        return file.metadata()
 
 
 class FashionFeatures(FeatureSpace):

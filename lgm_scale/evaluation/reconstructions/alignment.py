@@ -31,26 +31,21 @@ DEFINITIONS = {
 """CKNNA's two definitions, up to some 0.03 apart, by their keys in results."""
 
 
-def cknna(a: Tensor, b: Tensor, num_neighbors: int = 10) -> float:
-    """Centred kernel nearest-neighbour alignment of two representations of the same M images.
+def cknna_matrix(representations: Sequence[Tensor], num_neighbors: int = 10) -> Tensor:
+    """Centred kernel nearest-neighbour alignment of every two representations of M images.
 
-    With K_ij = <a_i, a_j> - mean_l <a_i, a_l>, L_ij likewise for b, and w_ij = 1 where j is among
-    the k nearest neighbours of i (itself left out) in a *and* in b:
+    With representations a and b, K_ij = <a_i, a_j> - mean_l <a_i, a_l>, L_ij likewise for b, and
+    w_ij = 1 where j is among the k nearest neighbours of i (itself left out) in a *and* in b:
 
         align(a, b) = sum_ij w_ij K_ij L_ij,   CKNNA = align(a, b) / sqrt(align(a, a) align(b, b)).
 
     Rows are L2-normalised first, as the authors do, so the nearest neighbour is the one of
     greatest cosine. 1 for equal representations, and unchanged by rotation and scaling of either.
 
-    Shapes: a [M, F], b [M, G] -> a number. Raises: ConfigError unless M > k.
+    Shapes: L times [M, F] -> [L, L] float64, ones on the diagonal.
+    Raises: ConfigError unless M > k.
     Source: Huh et al. 2024, section on measuring alignment and its appendix.
     """
-    matrix = cknna_matrix([a, b], num_neighbors)
-    return float(matrix[0, 1])
-
-
-def cknna_matrix(representations: Sequence[Tensor], num_neighbors: int = 10) -> Tensor:
-    """CKNNA of every pair. Shapes: L times [M, F] -> [L, L] float64, ones on the diagonal."""
     kernels = torch.stack([_neighbor_kernel(each, num_neighbors) for each in representations])
     flat = kernels.flatten(1)  # zero outside the neighbourhoods: products are restricted to both
     align = flat @ flat.T
