@@ -23,7 +23,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 JOBS ?= 3
 PYTEST = pytest -n $(JOBS)
 
-.PHONY: help install quickstart check test test-all test-torch test-fidelity wheels-gpu test-gpu \
+.PHONY: help install quickstart check check-tests test test-all test-torch test-fidelity wheels-gpu test-gpu \
 	coverage lint docs clean
 
 help:
@@ -61,9 +61,13 @@ $(DEEPSPEED): $(STAMP)
 quickstart: $(STAMP)
 	@sh quickstart.sh
 
+# Lint beside the tests: two cores have something to do to the end.
+check:
+	@$(MAKE) --no-print-directory -j2 lint check-tests
+
 # These tests compute, and each process imports everything.
-check: JOBS = 2
-check: lint
+check-tests: JOBS = 2
+check-tests: $(STAMP) $(DEEPSPEED)
 	$(PYTEST) -m 'not slow and not servers' tests/unit
 
 test: $(STAMP) $(DEEPSPEED)

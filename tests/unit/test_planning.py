@@ -272,6 +272,7 @@ def test_advice_validates_fits_and_is_the_fastest(monkeypatch):
     assert rows[0].startswith("> ")
 
 
+@pytest.mark.slow
 def test_advice_drops_the_section_of_another_strategy():
     run = tiny("parallel.strategy=fsdp", "parallel.fsdp.shard=grad_op")
     search = Search(run, networks(run), 8, PlanOptions())
@@ -282,6 +283,7 @@ def test_advice_drops_the_section_of_another_strategy():
     assert advised.parallel == replace(ParallelConfig(), activation_checkpointing=0.0)
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_least_is_named(monkeypatch):
     monkeypatch.setattr(advice, "RATIOS", (0.0,))
     monkeypatch.setattr(advice, "STRATEGIES", (ParallelConfig(),))
