@@ -61,9 +61,12 @@ def config(pipeline, out: Path) -> Path:
     return pipeline.generator_config(
         out,
         train={"max_duration": "2ba", "global_batch_size": 4, "precision": "fp32"},
-        model={"size": "s", "latent_dim": 8, "num_base_tokens": 16, "num_classes": 17},
+        model={
+            "size": "s", "num_blocks": 2, "latent_dim": 8, "num_base_tokens": 16,
+            "num_classes": 17,
+        },
         checkpoint={"interval": "100ba"},
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

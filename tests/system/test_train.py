@@ -87,20 +87,6 @@ def test_micro_batches_give_the_numbers_of_whole_batches(small_pipeline, undistu
         assert second["loss"] == pytest.approx(first["loss"], abs=1e-6)
 
 
-@pytest.mark.slow
-def test_compiled_blocks_give_the_numbers_of_eager_ones(small_pipeline):
-    small = ("model.num_blocks=2", "lengths.choices=[8,4]", "train.max_duration=4ba")
-    eager, out = small_pipeline.root / "eager", small_pipeline.root / "compiled"
-    train_in_process(small_pipeline.generator_config(eager), *small)
-    config = small_pipeline.generator_config(out)
-    result = run_command(TRAIN, config, *small, "train.compile=true")
-    assert result.returncode == 0, result.stderr
-    assert "recompile_limit" not in result.stderr
-    assert len(metrics(out)) == 4
-    for first, second in zip(metrics(eager), metrics(out), strict=True):
-        assert second["loss"] == pytest.approx(first["loss"], abs=1e-5)
-
-
 def test_a_tokenizer_trains_and_its_bundle_loads(small_pipeline):
     out = small_pipeline.root / "tokenizer-run"
     result = run_command(TRAIN, small_pipeline.tokenizer_config(out), "logging.tensorboard=true")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from rank_processes import run_ranks, start_ranks, wait_for
 from safetensors.torch import load_file
-from small_pipeline import ROOT, metrics
+from small_pipeline import assert_user_error, metrics, run_command
 
 from lgm_scale.checkpoint.manifest import StateManifest
 
@@ -75,13 +73,7 @@ def test_a_run_survives_its_machine(small_pipeline, bucket, tmp_path):
     # A third machine finds the run finished, and gets its result.
     third = tmp_path / "third"
     path = config(small_pipeline, third, folder)
-    result = subprocess.run(
-        [sys.executable, "lgm_scale/train.py", str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_command("lgm_scale/train.py", path)
     assert result.returncode == 0, result.stderr
     assert "is finished" in result.stdout
     name = Path("bundle") / "generator.safetensors"
@@ -101,15 +93,6 @@ def test_a_store_that_refuses_is_one_clear_error(
     for key, value in change.items():
         monkeypatch.setenv(key, value)
     folder = f"{bucket.url}/run" if change else "s3://no-such-bucket-here/run"
-    result = subprocess.run(
-        [sys.executable, "lgm_scale/train.py", str(config(small_pipeline, tmp_path / "r", folder))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2, result.stderr[-2000:]
-    assert "Traceback" not in result.stderr
-    assert f"checkpoint.folder: {folder}" in result.stderr
-    assert told in result.stderr
+    result = run_command("lgm_scale/train.py", config(small_pipeline, tmp_path / "r", folder))
+    assert_user_error(result, f"checkpoint.folder: {folder}", told)
     assert "wrong-secret" not in result.stderr + result.stdout
