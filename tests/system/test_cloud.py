@@ -6,7 +6,6 @@ torchrun, composer and the interpreters that they start are the real ones.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import boto3
 import pytest
 from disturbed_train import TAKEN_STEP
 from moto.server import ThreadedMotoServer
+from ports import meeting_port
 from small_pipeline import ROOT, metrics, run_command
 
 BIN = Path(sys.executable).parent
@@ -44,12 +44,6 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def launch(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(BIN / launcher[0]), *launcher[1:], *map(str, arguments)],
@@ -67,7 +61,7 @@ def test_a_machine_is_taken_away_and_its_disk_with_it(small_pipeline, tmp_path: 
         checkpoint={"interval": f"{STEPS}ba"},
     )
     # Undisturbed, as one machine under torchrun.
-    torchrun = ["torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    torchrun = ["torchrun", "--nproc-per-node=2", f"--master-port={meeting_port()}"]
     whole = launch(torchrun, TRAIN, config, f"out={tmp_path}/whole")
     assert whole.returncode == 0, whole.stdout
 
