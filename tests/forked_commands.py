@@ -14,7 +14,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from ports import meeting_port
 from rank_processes import FORKS, ensure_server
 
 
@@ -41,8 +41,8 @@ def run_forked(
     Args:
         args: As after `python`: a script, `-m` and a module, or `-c` and a program.
         cwd: Where it runs.
-        ranks: As after `composer -n`; 0 for no launcher. Once one fails, the others have half a
-            minute.
+        ranks: As after `composer -n`; 0 for no launcher. Once one fails, the others have two
+            minutes.
         timeout: Seconds until a command that hangs is killed, on any machine.
         environment: In place of this process' own.
         prepare: A function of a module, called in the process before the command.
@@ -51,9 +51,7 @@ def run_forked(
     with what the others said if one failed. Raises: TimeoutError.
     """
     words, said = [str(arg) for arg in args], Path(tempfile.mkdtemp(prefix="command-"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = meeting_port()
     ensure_server()
     processes = []
     for rank in range(max(ranks, 1)):
@@ -88,7 +86,7 @@ def _join(processes: Sequence[BaseProcess], timeout: float) -> tuple[int, bool]:
             running.remove(process)
             if process.exitcode and status == 0:
                 status = process.exitcode
-                deadline = min(deadline, time.monotonic() + 30)
+                deadline = min(deadline, time.monotonic() + 120)
     return status, False
 
 

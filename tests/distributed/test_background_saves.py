@@ -68,7 +68,7 @@ def test_a_death_between_two_files_leaves_the_state_before(small_pipeline, folde
     out, log = folder / "held", folder / "held-log"
     job = (config(small_pipeline, out), STRATEGIES["fsdp"])
     ranks = start_ranks(2, [job], log, hold_rank_one)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not list((out / "state").glob("ba00000006-*/rank-00000.safetensors")):
         assert all(process.is_alive() for process in ranks)
         assert time.monotonic() < deadline

@@ -32,7 +32,7 @@ def disturbed_loss(self, outputs, batch):
     if disturb == "taken" and batch["step"] == TAKEN_STEP:
         if os.environ["RANK"] == "0":
             os.kill(os.getppid(), signal.SIGTERM)  # the launcher, which tells all ranks
-        assert told.wait(120)
+        assert told.wait(600)
     return loss(self, outputs, batch)
 
 

@@ -1,0 +1,35 @@
+"""Debian packages that tests need: installed through apt where that is possible."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+LOCK = Path("/tmp/lgm-scale-tests-apt.lock")
+"""Of all test processes of a machine: apt refuses where another one has just begun."""
+
+
+def obstacle(packages: Sequence[str], commands: Sequence[str]) -> str | None:
+    """Install packages unless their commands are here; why they cannot be had, or None."""
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = [name for name in commands if shutil.which(name) is None]
+        if not missing:
+            return None
+        if os.geteuid() != 0:
+            return f"{', '.join(missing)} not installed, and installing needs root"
+        if shutil.which("apt-get") is None:
+            return f"{', '.join(missing)} not installed, and there is no apt-get"
+        apt = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=600"]
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for step in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
+            done = subprocess.run(
+                [*apt, *step], env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                return f"apt-get {step[0]} failed: {done.stderr.strip()[-500:] or 'no message'}"
+    return None
