@@ -90,15 +90,14 @@ def test_every_fourth_answer_may_fail(bucket, data, mode):
     assert shards == {name: stored[name] for name in stored if name.startswith("shard.")}
 
 
-@pytest.mark.parametrize("seconds", [5, 30])
-def test_the_server_may_be_gone_for_a_while(bucket, data, seconds):
+def test_the_server_may_be_gone_for_half_a_minute(bucket, data):
     """With the timeouts of the configuration's defaults."""
     loader = loader_of(data, Patience())
     bucket.proxy.go_away()
     begun = time.monotonic()
-    threading.Timer(seconds, bucket.proxy.come_back).start()
+    threading.Timer(30, bucket.proxy.come_back).start()
     assert sorted(epoch(loader)) == list(range(NUM_IMAGES))
-    assert time.monotonic() - begun >= seconds
+    assert time.monotonic() - begun >= 30
 
 
 def test_the_real_service_may_restart(bucket, data, gateway):
@@ -123,8 +122,9 @@ def test_a_flipped_bit_is_fetched_again(bucket, data):
 # Lasting faults: loud, within the time, and resumed at the sample
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("mode", ["503", "hang", "gone", "flip"])
+@pytest.mark.parametrize(
+    ("mode", "workers"), [("503", 0), ("503", 2), ("hang", 2), ("gone", 2), ("flip", 0)]
+)
 def test_a_lost_shard_stops_the_epoch_and_nothing_is_lost_or_repeated(bucket, data, mode, workers):
     whole = epoch(loader_of(data, CALM))
     shutil.rmtree(data.cache)

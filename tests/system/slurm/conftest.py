@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from desk import CONFIG, PATIENCE, Desk, copy_checkout
-from small_pipeline import SmallPipeline, metrics
+from desk import CONFIG, Desk, copy_checkout
+from small_pipeline import SmallPipeline, metrics, run_command
 from virtual_cluster import VirtualCluster, obstacle
 
 
@@ -45,21 +41,9 @@ def desk(checkout: Desk) -> Desk:
 
 @pytest.fixture(scope="session")
 def undisturbed(checkout: Desk, small_pipeline: SmallPipeline) -> list[float]:
-    """Losses of the same run with `composer -n 2`, on one node and without Slurm."""
-    out = small_pipeline.root / "composer"
-    launcher = [str(Path(sys.executable).with_name("composer")), "-n", "2"]
-    result = subprocess.run(
-        [
-            *launcher,
-            "lgm_scale/train.py",
-            CONFIG,
-            *checkout.overrides(str(out), "run_name=composer"),
-        ],
-        cwd=checkout.folder,
-        env=os.environ | {"PYTHONPATH": str(checkout.folder)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    """Losses of the same run on two ranks, without Slurm."""
+    out = small_pipeline.root / "undisturbed"
+    changes = checkout.overrides(str(out), "run_name=undisturbed")
+    result = run_command("lgm_scale/train.py", CONFIG, *changes, ranks=2)
     assert result.returncode == 0, result.stderr
     return [row["loss"] for row in metrics(out)]

@@ -20,7 +20,7 @@ from virtual_cluster import VirtualCluster
 
 from launchers.records import Start, Starts
 
-STEPS = 300
+STEPS, INTERVAL = 60, 10
 PATIENCE = 600  # seconds, on a machine with other work
 CONFIG = "yamls/quickstart/dit.yaml"
 HELD = "held"
@@ -56,7 +56,7 @@ class Desk:
             *(f"out={out}", f"tokenizer={small.tokenizer}", f"data.path={small.latents}"),
             *("data.num_samples=68", "model.latent_dim=8", "model.num_base_tokens=16"),
             *("lengths.choices=[8,4,16]", "train.global_batch_size=8"),
-            *(f"train.max_duration={STEPS}ba", "checkpoint.interval=50ba"),
+            *(f"train.max_duration={STEPS}ba", f"checkpoint.interval={INTERVAL}ba"),
             *("logging.interval=5", "logging.progress_bar=false", *more),
         ]
 
@@ -79,7 +79,7 @@ class Desk:
     def hold(self, name: str, *steps: int) -> None:
         """Let a run wait before these steps until it is released, or asked to stop.
 
-        No test may miss its moment: 300 steps take six seconds on a machine that is idle.
+        No test may miss its moment: 60 steps take a second on a machine that is idle.
         """
         for step in steps:
             (self.folder / HELD / f"{name}-{step}").touch()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from desk import HELD, PATIENCE, Desk
+from desk import HELD, Desk
+from small_pipeline import run_command
 from small_sweep import make_sweep_inputs, numbers_of, results_of, sweep_file
 
 pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
@@ -18,15 +17,8 @@ pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
 def test_an_array_with_a_kill_gives_the_table_of_one_process(desk: Desk, tmp_path: Path):
     made = make_sweep_inputs(tmp_path)
     alone = tmp_path / "alone"
-    config = sweep_file(made, alone, num_images=1200, chunk_size=20, batch_size=20)
-    result = subprocess.run(
-        [sys.executable, "eval/sweep.py", str(config)],
-        cwd=desk.folder,
-        env=os.environ | {"PYTHONPATH": str(desk.folder)},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    config = sweep_file(made, alone, num_images=240, chunk_size=20, batch_size=20)
+    result = run_command("eval/sweep.py", config)
     assert result.returncode == 0, result.stderr
     part = desk.folder / HELD / "part"
     part.touch()
