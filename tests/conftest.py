@@ -26,7 +26,7 @@ import pytest
 import torch
 from random_weights import save_random_inception, save_random_vgg16
 from small_pipeline import SmallPipeline, run_command
-from system_packages import obstacle
+from system_packages import CHROMIUM, obstacle
 
 SHARED_MEMORY = Path("/dev/shm")
 STARTED = pytest.StashKey[float]()
@@ -215,7 +215,7 @@ def browser() -> str:
     names = ("chromium", "chromium-browser", "google-chrome")
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
-        if reason := obstacle(["chromium"], ["chromium"]):
+        if reason := obstacle(*CHROMIUM):
             pytest.skip(f"no browser: {reason}")
         found = shutil.which("chromium")
     assert found is not None

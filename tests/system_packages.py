@@ -1,4 +1,7 @@
-"""Debian packages that tests need: installed through apt where that is possible."""
+"""Debian packages that tests need: installed through apt where that is possible.
+
+Tests install what they need. All at once, beforehand: python3 tests/system_packages.py
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,17 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+SLURM = (
+    ("slurmctld", "slurmd", "slurm-client", "slurmdbd", "munge", "mariadb-server-core", "iproute2"),
+    ("slurmctld", "slurmd", "sbatch", "slurmdbd", "munged", "mariadbd", "ip", "nsenter"),
+)
+CEPH = (
+    ("ceph-mon", "ceph-osd", "radosgw", "ceph-common"),
+    ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool"),
+)
+CHROMIUM = (("chromium",), ("chromium",))
+"""Packages, and the commands that they bring."""
 
 LOCK = Path("/tmp/lgm-scale-tests-apt.lock")
 """Of all test processes of a machine: apt refuses where another one has just begun."""
@@ -33,3 +47,9 @@ def obstacle(packages: Sequence[str], commands: Sequence[str]) -> str | None:
             if done.returncode != 0:
                 return f"apt-get {step[0]} failed: {done.stderr.strip()[-500:] or 'no message'}"
     return None
+
+
+if __name__ == "__main__":
+    for packages, commands in (SLURM, CEPH, CHROMIUM):
+        reason = obstacle(packages, commands)
+        print(f"{', '.join(packages)}: {reason or 'installed'}")

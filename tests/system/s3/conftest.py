@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 from fault_proxy import FaultProxy
-from gateway import PACKAGES, PROGRAMS, Gateway
-from system_packages import obstacle
+from gateway import Gateway
+from system_packages import CEPH, obstacle
 
 
 @pytest.fixture(scope="session")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A running Ceph gateway; skips where it can be neither found nor installed."""
-    if reason := obstacle(PACKAGES, PROGRAMS):
+    if reason := obstacle(*CEPH):
         pytest.skip(reason)
     # The daemons' sockets want a short path.
     gateway = Gateway(tmp_path_factory.mktemp("ceph"))

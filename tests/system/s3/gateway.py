@@ -26,12 +26,10 @@ from typing import Any
 import boto3
 from botocore.config import Config
 from ports import keep_port
-from system_packages import obstacle
+from system_packages import CEPH, obstacle
 
-__all__ = ["PACKAGES", "PROGRAMS", "Gateway"]
+__all__ = ["Gateway"]
 
-PACKAGES = ("ceph-mon", "ceph-osd", "radosgw", "ceph-common")
-PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool")
 ACCESS_KEY = "tests-access-key"
 SECRET_KEY = "tests-secret-key"
 START_TIMEOUT = 300.0  # on a machine with other work
@@ -251,7 +249,7 @@ def main() -> int:
     if len(sys.argv) != 2:
         print(__doc__)
         return 2
-    if reason := obstacle(PACKAGES, PROGRAMS):
+    if reason := obstacle(*CEPH):
         sys.exit(f"error: {reason}")
     gateway = Gateway(Path(sys.argv[1]).absolute())
     gateway.start()

@@ -9,7 +9,7 @@ processes under one folder. A node is a network namespace behind a bridge, so th
 taken down. Nothing outlives `down`: processes, namespaces, bridge and folder go.
 
 Nodes have `gpus` generic resources that stand for nothing: jobs ask for GPUs as they do anywhere,
-and compute on the CPU. Needs root, and Debian's packages of PACKAGES.
+and compute on the CPU. Needs root, and the packages `system_packages.SLURM`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,6 @@ from pathlib import Path
 import system_packages
 from ports import keep_port
 
-PACKAGES = (
-    *("slurmctld", "slurmd", "slurm-client", "slurmdbd"),
-    *("munge", "mariadb-server-core", "iproute2"),
-)
-COMMANDS = ("slurmctld", "slurmd", "sbatch", "slurmdbd", "munged", "mariadbd", "ip", "nsenter")
 STATE_FILE = "cluster.json"
 SYSTEM_TABLES = ("mysql_system_tables.sql", "mysql_system_tables_data.sql")
 
@@ -44,7 +39,7 @@ def obstacle() -> str | None:
     """Why no cluster can run here, or None; packages are installed when that is all it takes."""
     if os.geteuid() != 0:
         return "a virtual Slurm cluster needs root"
-    if reason := system_packages.obstacle(PACKAGES, COMMANDS):
+    if reason := system_packages.obstacle(*system_packages.SLURM):
         return reason
     name = f"lgmprobe{os.getpid()}"
     probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
