@@ -3,7 +3,8 @@
 A command runs as `__main__` in a process that is forked from the server of `rank_processes`: it
 has its own environment, signal handlers, torch defaults and shared memory, can be killed, and ends
 as an interpreter ends. Only the modules are there already. Where a fresh interpreter or composer's
-launcher is the point, `small_pipeline.run_command(..., fresh=True)` starts them.
+launcher is the point, `small_pipeline.run_command(..., fresh=True)` starts them; where the launcher
+is and its interpreters are not, `fork_ranks` is what it is prepared with.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import IO, NoReturn
 
 from ports import meeting_port
 from rank_processes import FORKS, ensure_server
@@ -130,6 +133,10 @@ def _become(
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
+    _run_as_main(args, cwd)
+
+
+def _run_as_main(args: list[str], cwd: Path) -> None:
     kind = args[0] if args[0] in ("-m", "-c") else ""
     what, *rest = args[1:] if kind else args
     sys.argv = [kind or what, *rest]
@@ -140,3 +147,47 @@ def _become(
         exec(what, {"__name__": "__main__"})
     else:
         runpy.run_path(str(cwd / what), run_name="__main__")
+
+
+_Popen = subprocess.Popen
+
+
+class ForkedRank:
+    """What composer's launcher needs of a `Popen`: a script, run in a fork of this process."""
+
+    def __init__(
+        self, args: list[str], stdout: IO | None = None, stderr: IO | None = None, text: bool = True
+    ) -> None:
+        self.args, self.returncode = args, None
+        self.stdout = self.stderr = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(stdout, stderr)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def _become(self, stdout: IO | None, stderr: IO | None) -> NoReturn:
+        subprocess.Popen = _Popen  # type: ignore[misc]
+        for descriptor, file in ((1, stdout), (2, stderr)):
+            if file is not None:
+                os.dup2(file.fileno(), descriptor)
+        status = 1
+        try:
+            _run_as_main(self.args[1:], Path.cwd())
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def fork_ranks() -> None:
+    """To `prepare` composer's launcher: its ranks need not import everything once more."""
+    subprocess.Popen = ForkedRank  # type: ignore[misc, assignment]

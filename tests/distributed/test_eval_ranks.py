@@ -122,11 +122,14 @@ def _sweep_on_a_rank(path: Path, out: Path, enough: int) -> None:
     exit_on_user_error(sweep.main)
 
 
-def test_a_killed_sweep_goes_on_with_another_number_of_ranks(made, alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_killed_sweep_goes_on_with_another_number_of_ranks(
+    made, alone, tmp_path, seed, monkeypatch
+):
     """Killed at a random moment between the first chunk of samples and the last one."""
     out = tmp_path / "report"
     path = sweep_file(made, out, **PIXELS)
-    total, wanted = 2 * 31, random.Random(0).randrange(1, 50)
+    total, wanted = 2 * 31, random.Random(seed).randrange(1, 50)
     ranks = start_calls(2, _sweep_on_a_rank, path, out, total - 8, log=tmp_path / "log")
     deadline = time.monotonic() + 600
     while len(chunk_files(out)) < wanted:
