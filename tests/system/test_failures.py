@@ -17,9 +17,9 @@ TRAIN = "lgm_scale/train.py"
 SECONDS = 240  # on a busy machine; without a look at the others, `parallel.timeout_seconds` = 300
 
 
-def test_the_first_failing_rank_is_on_top(small_pipeline, monkeypatch):
+def test_the_first_failing_rank_is_on_top(small_pipeline, tmp_path, monkeypatch):
     monkeypatch.setenv("DISTURB", "bug")
-    config = small_pipeline.generator_config(small_pipeline.root / "bug")
+    config = small_pipeline.generator_config(tmp_path / "bug")
     result = run_command("tests/system/disturbed_train.py", config, ranks=2, fresh=True)
     assert result.returncode == 1
     said = result.stderr + result.stdout
@@ -27,11 +27,11 @@ def test_the_first_failing_rank_is_on_top(small_pipeline, monkeypatch):
     assert "ZeroDivisionError: a bug in rank 1" in said[top:]
     assert said.index("Traceback") > top
     assert said.index("ZeroDivisionError") < said.index("rank 0 then failed as well")
-    assert len(list((small_pipeline.root / "bug" / "failures").iterdir())) == 2
+    assert len(list((tmp_path / "bug" / "failures").iterdir())) == 2
 
 
-def test_a_killed_rank_ends_the_job(small_pipeline):
-    out = small_pipeline.root / "dead"
+def test_a_killed_rank_ends_the_job(small_pipeline, tmp_path):
+    out = tmp_path / "dead"
     config = small_pipeline.generator_config(
         out,
         train={"max_duration": "100000ba", "global_batch_size": 8, "precision": "fp32"},
