@@ -28,8 +28,6 @@ from botocore.config import Config
 from ports import keep_port
 from system_packages import obstacle
 
-__all__ = ["PACKAGES", "PROGRAMS", "Gateway"]
-
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw", "ceph-common")
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool")
 ACCESS_KEY = "tests-access-key"
