@@ -84,7 +84,7 @@ def until(condition: Callable[[], object], ranks) -> None:
     while not condition():
         assert all(process.is_alive() for process in ranks)
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def is_still(process) -> bool:
