@@ -75,7 +75,7 @@ test-all: $(STAMP) $(DEEPSPEED)
 test-torch: $(STAMP) $(DEEPSPEED)
 	$(PYTEST) -m 'not servers and not thorough' -k 'not test_a_run_moves' \
 		$(addprefix tests/distributed/test_,strategies.py compiled.py deepspeed.py) \
-		$(addprefix tests/unit/test_,private_names*.py merging.py sampling.py checkpoint.py)
+		$(addprefix tests/unit/test_,private_names*.py merging*.py sampling.py checkpoint.py)
 
 # No $(VENV): a GPU machine brings its own torch, and what it lacks lies beside it.
 WHEELS := build/wheels-gpu

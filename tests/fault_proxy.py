@@ -20,8 +20,6 @@ from urllib.parse import urlsplit
 
 from ports import keep_port
 
-__all__ = ["Fault", "FaultProxy"]
-
 ERRORS = {
     "500": (500, "InternalError"),
     "503": (503, "SlowDown"),

@@ -29,15 +29,16 @@ LOCK = Path("/tmp/lgm-scale-tests-apt.lock")
 
 def obstacle(packages: Sequence[str], commands: Sequence[str]) -> str | None:
     """Install packages unless their commands are here; why they cannot be had, or None."""
+    if os.geteuid() != 0:
+        missing = _missing(commands)
+        return f"{missing} not installed, and installing needs root" if missing else None
     with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        missing = [name for name in commands if shutil.which(name) is None]
+        missing = _missing(commands)
         if not missing:
             return None
-        if os.geteuid() != 0:
-            return f"{', '.join(missing)} not installed, and installing needs root"
         if shutil.which("apt-get") is None:
-            return f"{', '.join(missing)} not installed, and there is no apt-get"
+            return f"{missing} not installed, and there is no apt-get"
         apt = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=600"]
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         for step in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
@@ -47,6 +48,10 @@ def obstacle(packages: Sequence[str], commands: Sequence[str]) -> str | None:
             if done.returncode != 0:
                 return f"apt-get {step[0]} failed: {done.stderr.strip()[-500:] or 'no message'}"
     return None
+
+
+def _missing(commands: Sequence[str]) -> str:
+    return ", ".join(name for name in commands if shutil.which(name) is None)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def die_at_step_6() -> None:
     StepKeys.batch_start = batch_start  # type: ignore[method-assign]
 
 
-def test_kill_9_and_the_same_command_again_change_nothing(small_pipeline, undisturbed):
-    out = small_pipeline.root / "killed"
+def test_kill_9_and_the_same_command_again_change_nothing(small_pipeline, tmp_path, undisturbed):
+    out = tmp_path / "killed"
     config = small_pipeline.generator_config(out, logging={"interval": 1, "progress_bar": False})
     assert run_command(TRAIN, config, prepare=die_at_step_6).returncode == -signal.SIGKILL
     assert (out / "state" / "ba00000004-a0001" / "manifest.json").exists()

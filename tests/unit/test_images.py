@@ -228,7 +228,7 @@ def test_an_unreachable_shard_neither_ends_nor_hangs_an_epoch(tmp_path, num_work
     shard = sorted(folder.glob("shard.*.mds"))[lost]
     shard.unlink()
     dataset = dataset_of([SourceConfig(path=str(folder), cache=str(tmp_path / "cache"))])
-    timeout = 90 if num_workers else 0  # of a loader whose worker says nothing at all
+    timeout = 600 if num_workers else 0  # of a loader whose worker says nothing at all
     loader = CheckedLoader(dataset, batch_size=4, num_workers=num_workers, timeout=timeout)
     with pytest.raises(DataError, match=rf"is not complete: .*{shard.name} could not be fetched"):
         list(loader)

@@ -9,6 +9,8 @@ import hashlib
 import logging
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ import pytest
 from fault_proxy import FaultProxy
 from kill_points import KillPoints
 from moto.server import ThreadedMotoServer
+from small_pipeline import ROOT
 
 from lgm_scale.data.shards import _claim
 from lgm_scale.errors import DataError
@@ -178,11 +181,12 @@ def test_files_under_a_root_are_listed_moved_and_deleted(storage, tmp_path):
     storage.write("run.json", b"second")
     assert storage.create("attempts/0001.json", b"mine")
     assert not storage.create("attempts/0001.json", b"theirs")
-    workplace = storage.workplace()
-    (workplace / "rank").write_bytes(DATA)
-    assert storage.names() == ["attempts/0001.json", "run.json"]  # not what is being written
-    storage.put(workplace / "rank", "ba1/rank")
-    assert not (workplace / "rank").exists()
+    with storage.workplace() as workplace:
+        path = Path(workplace, "rank")
+        path.write_bytes(DATA)
+        assert storage.names() == ["attempts/0001.json", "run.json"]  # not what is being written
+        storage.put(path, "ba1/rank")
+        assert not path.exists()
     assert storage.names("ba1/") == ["ba1/rank"]
     assert (storage.read("run.json"), storage.read("attempts/0001.json")) == (b"second", b"mine")
     assert storage.get("ba1/rank", tmp_path).read_bytes() == DATA
@@ -191,6 +195,28 @@ def test_files_under_a_root_are_listed_moved_and_deleted(storage, tmp_path):
     for missing in (lambda: storage.read("ba1/rank"), lambda: storage.get("ba1/rank", tmp_path)):
         with pytest.raises(FileNotFoundError):
             missing()
+
+
+WRITER = """
+import sys, threading
+from lgm_scale.storage.stores import Storage
+
+def write():
+    with Storage(sys.argv[1]).workplace():
+        inside.set()
+        threading.Event().wait()
+
+inside = threading.Event()
+threading.Thread(target=write, daemon=True).start()
+inside.wait()
+sys.exit(3 if list(Storage(sys.argv[1]).path.iterdir()) else "nothing was there")
+"""
+
+
+def test_a_process_that_fails_while_a_thread_writes_leaves_nothing(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_states_outlast_what_passes(proxy, tmp_path):

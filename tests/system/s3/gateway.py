@@ -28,8 +28,6 @@ from botocore.config import Config
 from ports import keep_port
 from system_packages import CEPH, obstacle
 
-__all__ = ["Gateway"]
-
 ACCESS_KEY = "tests-access-key"
 SECRET_KEY = "tests-secret-key"
 START_TIMEOUT = 300.0  # on a machine with other work

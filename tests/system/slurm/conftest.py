@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 from desk import CONFIG, Desk, copy_checkout
+from slurm_packages import obstacle
 from small_pipeline import SmallPipeline, metrics, run_command
-from virtual_cluster import VirtualCluster, obstacle
+from virtual_cluster import VirtualCluster
 
 
 @pytest.fixture(scope="session")

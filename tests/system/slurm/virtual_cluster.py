@@ -28,25 +28,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import system_packages
 from ports import keep_port
+from slurm_packages import obstacle
 
 STATE_FILE = "cluster.json"
 SYSTEM_TABLES = ("mysql_system_tables.sql", "mysql_system_tables_data.sql")
-
-
-def obstacle() -> str | None:
-    """Why no cluster can run here, or None; packages are installed when that is all it takes."""
-    if os.geteuid() != 0:
-        return "a virtual Slurm cluster needs root"
-    if reason := system_packages.obstacle(*system_packages.SLURM):
-        return reason
-    name = f"lgmprobe{os.getpid()}"
-    probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if probe.returncode != 0:
-        return f"network namespaces are not allowed here: {probe.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", name], check=False)
-    return None
 
 
 def _wait(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
@@ -131,11 +117,9 @@ class VirtualCluster:
                 _kill(-pid, signal.SIGKILL)
         self._end_processes_on_nodes()  # what slurmd has left behind keeps a namespace alive
         for node in self.nodes:
-            for words in (
-                ("link", "del", self._interface(node)),
-                ("netns", "del", self._namespace(node)),
-            ):
-                subprocess.run(["ip", *words], stderr=subprocess.DEVNULL, check=False)
+            for kind, name in (("link", self._interface(node)), ("netns", self._namespace(node))):
+                words = ["ip", kind, "del", name]
+                subprocess.run(words, stderr=subprocess.DEVNULL, check=False)
         subprocess.run(["ip", "link", "del", self._bridge], stderr=subprocess.DEVNULL, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -194,14 +178,12 @@ class VirtualCluster:
 
     def wait_until_idle(self) -> None:
         """Wait for all nodes to be up and free; also for those that were given up."""
-        self.run(
-            "scontrol", "update", f"nodename={','.join(self.nodes)}", "state=resume", check=False
-        )
+        names = f"nodename={','.join(self.nodes)}"
+        self.run("scontrol", "update", names, "state=resume", check=False)
 
         def idle() -> bool:
-            return len(
-                self.run("sinfo", "-hN", "-p", "debug", "-t", "idle", check=False).split("\n")
-            ) == (self.num_nodes)
+            shown = self.run("sinfo", "-hN", "-p", "debug", "-t", "idle", check=False)
+            return len(shown.split("\n")) == self.num_nodes
 
         _wait(idle, f"{self.num_nodes} idle nodes")
 
