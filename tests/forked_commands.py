@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import multiprocessing.util
 import os
 import runpy
 import shutil
@@ -183,6 +184,7 @@ class ForkedRank:
             status = int(end.code or 0)
         except BaseException:
             traceback.print_exc()
+        multiprocessing.util._exit_function()  # data workers
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -11,6 +11,7 @@ from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.training.stopping import StopRequest
 
+LAUNCH = ("-m", "composer.cli.launcher", "-n", "2", "tests/system/disturbed_train.py")
 RANK_1_STEP, TAKEN_STEP = 3, 10
 
 loss, on_signal = LGMTrainingModel.loss, StopRequest._on_signal

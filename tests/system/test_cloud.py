@@ -1,7 +1,7 @@
 """A run on machines that are taken away, and their disks with them.
 
-composer and the interpreters that it starts are the real ones; torchrun is started on Slurm's
-nodes (`slurm/test_training_jobs.py`).
+Under composer's launcher, whose ranks are forked from it. Real interpreters under composer and
+torchrun: `slurm/test_training_jobs.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import boto3
 import pytest
-from disturbed_train import TAKEN_STEP
+from disturbed_train import LAUNCH, TAKEN_STEP
+from forked_commands import fork_ranks
 from moto.server import ThreadedMotoServer
 from small_pipeline import metrics, run_command
 
@@ -56,8 +57,7 @@ def test_a_machine_is_taken_away_and_its_disk_with_it(
     # A machine under composer, which is told that it will be taken away.
     common = [f"checkpoint.folder={bucket}/cloud"]
     monkeypatch.setenv("DISTURB", "taken")
-    program, out = "tests/system/disturbed_train.py", f"out={tmp_path}/first"
-    machine = run_command(program, config, out, *common, ranks=2, fresh=True)
+    machine = run_command(*LAUNCH, config, f"out={tmp_path}/first", *common, prepare=fork_ranks)
     assert machine.returncode == 75, machine.stdout + machine.stderr
     stopped_at = len(metrics(tmp_path / "first"))
     assert TAKEN_STEP < stopped_at < STEPS

@@ -6,10 +6,10 @@ an hour.
 
 from __future__ import annotations
 
+from disturbed_train import LAUNCH
 from forked_commands import fork_ranks
 from small_pipeline import run_command
 
-LAUNCH = ("-m", "composer.cli.launcher", "-n", "2", "tests/system/disturbed_train.py")
 PATIENT = "parallel.timeout_seconds=3600"
 
 
