@@ -2,9 +2,9 @@
 
 A command runs as `__main__` in a process that is forked from the server of `rank_processes`: it
 has its own environment, signal handlers, torch defaults and shared memory, can be killed, and ends
-as an interpreter ends. Only the modules are there already. Where a fresh interpreter or composer's
-launcher is the point, `small_pipeline.run_command(..., fresh=True)` starts them; where the launcher
-is and its interpreters are not, `fork_ranks` is what it is prepared with.
+as an interpreter ends. Only the modules are there already. Where a fresh interpreter is the point,
+`small_pipeline.run_command(..., fresh=True)` starts one; where composer's launcher is, it runs here
+as any command, prepared with `fork_ranks`.
 """
 
 from __future__ import annotations

@@ -148,8 +148,9 @@ def test_wandb_must_be_installed(small_pipeline, monkeypatch):
 
 def test_a_dry_run_needs_neither_data_nor_gpu(tmp_path):
     result = run_command(
-        TRAIN, "yamls/dit_xl.yaml", f"out={tmp_path}/run", "--dry-run", "--world-size", "64"
-    )
+        TRAIN, "yamls/dit_xl.yaml", f"out={tmp_path}/run", "--dry-run", "--world-size", "64",
+        fresh=True,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "675.3 M" in result.stdout
     assert "64 ranks" in result.stdout
