@@ -34,12 +34,8 @@ def config(pipeline: SmallPipeline, out: Path, *lengths: int) -> Path:
     return pipeline.generator_config(
         out,
         lengths={"choices": list(lengths)},
-        model={
-            "size": "tiny", "num_blocks": 2, "latent_dim": 8, "num_base_tokens": 16,
-            "num_classes": 17,
-        },
         train={"max_duration": "4ba", "global_batch_size": 4, "precision": "fp32"},
-    )  # fmt: skip
+    )
 
 
 def assert_same_losses(out: Path, plain: Path) -> None:
