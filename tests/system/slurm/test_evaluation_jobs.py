@@ -11,7 +11,7 @@ from desk import HELD, Desk
 from small_pipeline import run_command
 from small_sweep import make_sweep_inputs, numbers_of, results_of, sweep_file
 
-pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_an_array_with_a_kill_gives_the_table_of_one_process(desk: Desk, tmp_path: Path):

@@ -9,7 +9,7 @@ import yaml
 from desk import CONFIG, Desk, Job
 from small_sweep import results_of
 
-pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def stages(photos: Path) -> dict[str, dict]:

@@ -16,7 +16,7 @@ import pytest
 from desk import CONFIG, PATIENCE, STEPS, Desk, Job
 from small_pipeline import metrics
 
-pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
