@@ -7,11 +7,11 @@ import contextlib
 import gc
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 # One thread per test process: on few cores, OpenMP threads that wait for each other cost more
 # than they bring. Before torch is imported, and inherited by the commands that tests start.
@@ -26,6 +26,7 @@ import pytest
 import torch
 from random_weights import save_random_inception, save_random_vgg16
 from small_pipeline import SmallPipeline
+from system_packages import CHROMIUM, obstacle
 from typed_commands import typed
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -43,8 +44,32 @@ ROOMS = ("tests/system/slurm", "tests/system/s3", "tests/distributed", "tests/sy
 """Longest waits first: with several workers, short files then fill the gaps at the end."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--second-try", action="store_true",
+        help="run tests of servers and of chance once more if they fail, and say which did",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: [item.nodeid.startswith(room) for room in ROOMS].index(True))
+    if config.option.second_try:
+        # Its timer is that of both tries: what has hung would hang again, with nobody to end it.
+        again = pytest.mark.flaky(reruns=1, rerun_except="from pytest-timeout")
+        for item in items:
+            if any(item.get_closest_marker(name) for name in ("servers", "thorough")):
+                item.add_marker(again)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Let nobody overlook a test that needed its second try."""
+    first = terminalreporter.stats.get("rerun", [])
+    if first:
+        terminalreporter.section("failed at the first try", yellow=True)
+    for report in first:
+        terminalreporter.write_line(f"{report.nodeid} failed, and was run once more:", yellow=True)
+        crash = getattr(report.longrepr, "reprcrash", None)
+        terminalreporter.write_line(crash.message if crash else report.longreprtext)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -99,9 +124,12 @@ def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Close what streaming opened in a test; it keeps a dozen files per data set to the end.
 
     Streaming is not imported for it, which takes five seconds: what the first test opens that
-    imports it stays open until the process ends.
+    imports it stays open until the process ends. Threads that read ahead end first: in closed
+    memory they would look for a shard for ever, and hold the process up when it ends.
     """
     opened: list[Any] = []
+    iterators: list[Any] = []
+    reading: list[Future[Any]] = []
     memories = sys.modules.get("streaming.base.shared.memory")
     if memories is not None:
         start = memories.SharedMemory.__init__
@@ -111,7 +139,24 @@ def release_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             opened.append(self)
 
         monkeypatch.setattr(memories.SharedMemory, "__init__", noted)
+        library = sys.modules["streaming.base.dataset"]
+        start_reading = library._Iterator.__init__
+
+        def noted_iterator(self: Any, sample_ids: Any) -> None:
+            start_reading(self, sample_ids)
+            iterators.append(self)
+
+        class NotedExecutor(ThreadPoolExecutor):
+            def submit(self, *call: Any, **options: Any) -> Future[Any]:
+                reading.append(super().submit(*call, **options))
+                return reading[-1]
+
+        monkeypatch.setattr(library._Iterator, "__init__", noted_iterator)
+        monkeypatch.setattr(library, "ThreadPoolExecutor", NotedExecutor)
     yield
+    for iterator in iterators:
+        iterator.non_blocking_exit()
+    wait(reading)
     if any([not _closed(memory) for memory in opened]):
         gc.collect()  # data sets in circles, whose arrays lie in this memory
         for memory in opened:
@@ -181,11 +226,9 @@ def browser() -> str:
     """A headless browser, installed through apt where that is possible; else a reason to skip."""
     names = ("chromium", "chromium-browser", "google-chrome")
     found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        options = ["-o", "DPkg::Lock::Timeout=600", "-y", "--no-install-recommends"]
-        for command in (["update"], ["install", *options, "chromium"]):
-            subprocess.run(["apt-get", *command], capture_output=True, check=False)
-        found = shutil.which("chromium")
     if found is None:
-        pytest.skip("no browser: install chromium to test the report's page")
+        if reason := obstacle(*CHROMIUM):
+            pytest.skip(f"no browser: {reason}")
+        found = shutil.which("chromium")
+    assert found is not None
     return found

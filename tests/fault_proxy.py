@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from ports import keep_port
+
 ERRORS = {
     "500": (500, "InternalError"),
     "503": (503, "SlowDown"),
@@ -76,13 +78,13 @@ class FaultProxy:
         """(method, path) of every request that came."""
         self._released = threading.Event()
         self._server: ThreadingHTTPServer | None = None
-        self._port = 0
+        self._kept = keep_port()
         self._open: set[socket.socket] = set()
 
     @property
     def endpoint(self) -> str:
         """URL for clients. It stays when the proxy is gone and comes back."""
-        return f"http://127.0.0.1:{self._port}"
+        return "http://{}:{}".format(*self._kept.getsockname())
 
     def __enter__(self) -> FaultProxy:
         self.come_back()
@@ -91,6 +93,7 @@ class FaultProxy:
     def __exit__(self, *_: object) -> None:
         self._released.set()
         self.go_away()
+        self._kept.close()
 
     @contextmanager
     def failing(self, mode: str, match: str = "", every: int = 1, **more: Any) -> Iterator[Fault]:
@@ -115,8 +118,7 @@ class FaultProxy:
     def come_back(self) -> None:
         """Listen again, on the same port."""
         handler = type("Handler", (_Handler,), {"proxy": self})
-        self._server = _Server(("127.0.0.1", self._port), handler)
-        self._port = self._server.server_address[1]
+        self._server = _Server(self._kept.getsockname(), handler)
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def count(self, match: str) -> int:

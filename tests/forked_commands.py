@@ -2,28 +2,32 @@
 
 A command runs as `__main__` in a process that is forked from the server of `rank_processes`: it
 has its own environment, signal handlers, torch defaults and shared memory, can be killed, and ends
-as an interpreter ends. Only the modules are there already. Where a fresh interpreter or composer's
-launcher is the point, `small_pipeline.run_command(..., fresh=True)` starts them.
+as an interpreter ends. Only the modules are there already. Where a fresh interpreter is the point,
+`small_pipeline.run_command(..., fresh=True)` starts one; where composer's launcher is, it runs here
+as any command, prepared with `fork_ranks`.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import multiprocessing.util
 import os
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import IO, NoReturn
 
+from ports import meeting_port
 from rank_processes import FORKS, ensure_server
 
 
@@ -41,8 +45,8 @@ def run_forked(
     Args:
         args: As after `python`: a script, `-m` and a module, or `-c` and a program.
         cwd: Where it runs.
-        ranks: As after `composer -n`; 0 for no launcher. Once one fails, the others have half a
-            minute.
+        ranks: As after `composer -n`; 0 for no launcher. Once one fails, the others have two
+            minutes.
         timeout: Seconds until a command that hangs is killed, on any machine.
         environment: In place of this process' own.
         prepare: A function of a module, called in the process before the command.
@@ -51,9 +55,7 @@ def run_forked(
     with what the others said if one failed. Raises: TimeoutError.
     """
     words, said = [str(arg) for arg in args], Path(tempfile.mkdtemp(prefix="command-"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = meeting_port()
     ensure_server()
     processes = []
     for rank in range(max(ranks, 1)):
@@ -88,7 +90,7 @@ def _join(processes: Sequence[BaseProcess], timeout: float) -> tuple[int, bool]:
             running.remove(process)
             if process.exitcode and status == 0:
                 status = process.exitcode
-                deadline = min(deadline, time.monotonic() + 30)
+                deadline = min(deadline, time.monotonic() + 120)
     return status, False
 
 
@@ -132,6 +134,10 @@ def _become(
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
+    _run_as_main(args, cwd)
+
+
+def _run_as_main(args: list[str], cwd: Path) -> None:
     kind = args[0] if args[0] in ("-m", "-c") else ""
     what, *rest = args[1:] if kind else args
     sys.argv = [kind or what, *rest]
@@ -142,3 +148,48 @@ def _become(
         exec(what, {"__name__": "__main__"})
     else:
         runpy.run_path(str(cwd / what), run_name="__main__")
+
+
+_Popen = subprocess.Popen
+
+
+class ForkedRank:
+    """What composer's launcher needs of a `Popen`: a script, run in a fork of this process."""
+
+    def __init__(
+        self, args: list[str], stdout: IO | None = None, stderr: IO | None = None, text: bool = True
+    ) -> None:
+        self.args, self.returncode = args, None
+        self.stdout = self.stderr = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(stdout, stderr)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def _become(self, stdout: IO | None, stderr: IO | None) -> NoReturn:
+        subprocess.Popen = _Popen  # type: ignore[misc]
+        for descriptor, file in ((1, stdout), (2, stderr)):
+            if file is not None:
+                os.dup2(file.fileno(), descriptor)
+        status = 1
+        try:
+            _run_as_main(self.args[1:], Path.cwd())
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        multiprocessing.util._exit_function()  # data workers
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def fork_ranks() -> None:
+    """To `prepare` composer's launcher: its ranks need not import everything once more."""
+    subprocess.Popen = ForkedRank  # type: ignore[misc, assignment]

@@ -7,9 +7,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+import gc
 import importlib.util
 
 import pytest  # noqa: F401  (every child imports its parent's main module)
+from composer.utils.collect_env import get_cpu_model
 
 import lgm_scale.build
 import lgm_scale.checkpoint.run
@@ -28,5 +30,11 @@ import lgm_scale.planning.plan
 import lgm_scale.sample
 import lgm_scale.train
 
+get_cpu_model()  # each training asks; the answer takes an interpreter, and is kept
+
 if importlib.util.find_spec("deepspeed"):
+    import torch._inductor.compile_fx  # noqa: F401  # its start compiles one of its optimizers
+
     import lgm_scale.parallel.deepspeed  # noqa: F401
+
+gc.freeze()  # each collection of each child would look through all this

@@ -12,7 +12,6 @@ import multiprocessing as mp
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -22,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from ports import meeting_port
 
 Job = tuple[Path, list[str]]
 """A configuration file and overrides."""
@@ -46,9 +46,7 @@ def start_calls(
     None is status 0, and so is everything that is no number. What a rank says goes to
     `<log>-<rank>.txt`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = meeting_port()
     own = dict(os.environ)  # the server's is that of the first test
     ranks = [
         FORKS.Process(target=_enter, args=(own, rank, world_size, port, log, function, args))
@@ -75,7 +73,7 @@ def start_ranks(
     return start_calls(world_size, _train, list(jobs), prepare, log=log)
 
 
-def wait_for(ranks: Sequence[BaseProcess], timeout: float = 300) -> list[int | None]:
+def wait_for(ranks: Sequence[BaseProcess], timeout: float = 600) -> list[int | None]:
     """Exit statuses; negative for signals. Raises: TimeoutError, with everything killed."""
     deadline = time.monotonic() + timeout
     for process in ranks:
@@ -98,7 +96,7 @@ def run_ranks(
     world_size: int,
     jobs: Sequence[Job],
     log: Path,
-    timeout: float = 300,
+    timeout: float = 600,
     prepare: Callable[[], object] | None = None,
 ) -> None:
     """Train every job on `world_size` ranks; all must succeed."""
@@ -110,7 +108,7 @@ def run_calls(
     function: Callable[..., object],
     *args: object,
     log: Path,
-    timeout: float = 300,
+    timeout: float = 600,
 ) -> None:
     """Call `function(*args)` on `world_size` ranks; all must succeed."""
     statuses = wait_for(start_calls(world_size, function, *args, log=log), timeout)

@@ -28,24 +28,20 @@ def run_command(
     """Run one of the project's commands, plainly or as `ranks` ranks.
 
     In forked processes that have imported everything and call `prepare` first, or (`fresh`) in a
-    new interpreter and under composer's launcher. The timeout ends what hangs, on any machine.
+    new interpreter. The timeout ends what hangs, on any machine.
     """
     if not fresh:
         return run_forked(args, ROOT, ranks=ranks, timeout=timeout, prepare=prepare)
     assert prepare is None
-    launcher = [sys.executable] if ranks == 0 else [composer(), "-n", str(ranks)]
+    assert ranks == 0
     return subprocess.run(
-        [*launcher, *map(str, args)],
+        [sys.executable, *map(str, args)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
     )
-
-
-def composer() -> str:
-    return str(Path(sys.executable).with_name("composer"))
 
 
 def assert_user_error(result: subprocess.CompletedProcess, *texts: str) -> None:

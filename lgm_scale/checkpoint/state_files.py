@@ -5,7 +5,6 @@ No rank talks to another here, so that it can be done in a thread beside the tra
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -50,24 +49,21 @@ class StateFiles:
         Returns: What the manifest is to say of it.
         Raises: CheckpointError if it cannot be written.
         """
-        rank, workplace = dist.get_global_rank(), None
+        rank = dist.get_global_rank()
         try:
-            workplace = self.storage.workplace()
-            path = workplace / f"rank-{rank:05d}.safetensors"
-            shards.write(path)
-            # The checksum is that of what was meant to be written, before the disk or the network
-            # had it: at resume it tells whether they kept it.
-            file = StateFile(path.name, path.stat().st_size, file_hash(path), shards.pieces)
-            self.storage.put(path, f"{name}/{path.name}")
+            with self.storage.workplace() as workplace:
+                path = Path(workplace, f"rank-{rank:05d}.safetensors")
+                shards.write(path)
+                # The checksum is that of what was meant to be written, before the disk or the
+                # network had it: at resume it tells whether they kept it.
+                file = StateFile(path.name, path.stat().st_size, file_hash(path), shards.pieces)
+                self.storage.put(path, f"{name}/{path.name}")
         except (OSError, CheckpointError) as problem:
             raise CheckpointError(
                 f"checkpoint.folder: rank {rank} could not write {name} to "
                 f"{self.storage.root}: {problem}; the state before it is whole. Make room or mend "
                 "the folder, and run the same command again"
             ) from problem
-        finally:
-            if workplace is not None:
-                shutil.rmtree(workplace, ignore_errors=True)
         return file
 
     def seal(self, manifest: StateManifest, companions: Mapping[tuple[str, Path], int]) -> None:

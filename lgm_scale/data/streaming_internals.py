@@ -37,6 +37,7 @@ from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.manifest import INDEX_NAME
 from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import DataError
+from lgm_scale.storage.files import write_whole
 from lgm_scale.storage.transfer import Expected, Patience, fetch, join, shown
 
 log = logging.getLogger("lgm_scale")
@@ -210,6 +211,9 @@ class GuardedDataset(StreamingDataset):
         except BaseException as error:
             if self._shard_states[shard_id] == _FAILED:  # by another process, since the look above
                 raise self._lost(shard_id) from error
+            if isinstance(error, DataError):
+                with contextlib.suppress(OSError):  # of a full disk, which is the cause perhaps
+                    write_whole(self._cause_of(shard_id), str(error))
             self._shard_states[shard_id] = _FAILED
             raise
         if not self.cache_limit and self._shard_states[shard_id] == _ShardState.LOCAL:
@@ -287,7 +291,14 @@ class GuardedDataset(StreamingDataset):
         name = self._shard_name(self.spanner[int(ids[ids != -1][0])][0])
         return DataError(f"{name} did not arrive within {seconds:.0f} s: the fetch of it hangs")
 
+    def _cause_of(self, shard_id: int) -> Path:
+        """Where a process notes why it has lost a shard: beside the lock that a node shares."""
+        return Path(f"{self._cache_filelock_path}.{shard_id}.lost")
+
     def _lost(self, shard_id: int) -> DataError:
+        """What the process that lost a shard said: a loader hands on one worker's words alone."""
+        with contextlib.suppress(OSError):
+            return DataError(self._cause_of(shard_id).read_text())
         return DataError(
             f"{self._shard_name(shard_id)} could not be fetched by another process of this node, "
             "whose message has the cause. Run again once the storage answers; a training resumes "

@@ -82,11 +82,18 @@ class Storage:
         if prefix.endswith("/") and top.is_dir():
             shutil.rmtree(top, ignore_errors=True)
 
-    def workplace(self) -> Path:
-        """A new folder of this rank for files that are to be `put`; the caller deletes it."""
+    def workplace(self) -> tempfile.TemporaryDirectory[str]:
+        """A new folder of this rank for files that are to be `put`, as a context.
+
+        It goes when the process ends, too, even if a thread is in it then; not after a kill.
+        """
         # Below the root, so that a file gets its name without being copied.
         self.path.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(dir=self.path, prefix=".partial-"))
+        return _folder(".partial-", self.path)
+
+
+def _folder(prefix: str, parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
 
 
 class ObjectStorage(Storage):
@@ -167,8 +174,8 @@ class ObjectStorage(Storage):
                 )
 
     @override
-    def workplace(self) -> Path:
-        return Path(tempfile.mkdtemp(prefix="lgm_scale-state-"))
+    def workplace(self) -> tempfile.TemporaryDirectory[str]:
+        return _folder("lgm_scale-state-")
 
     def _s3_keys(self, prefix: str) -> list[str]:
         pages = s3_client(self.patience.timeout).get_paginator("list_objects_v2")

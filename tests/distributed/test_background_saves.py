@@ -28,7 +28,7 @@ def config(pipeline: SmallPipeline, out: Path) -> Path:
 @pytest.fixture(scope="module")
 def folder(small_pipeline):
     path = small_pipeline.root / "background"
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     return path
 
 
@@ -64,11 +64,11 @@ def hold_rank_one() -> None:
     ShardCopy.write = hold  # type: ignore[method-assign]
 
 
-def test_a_death_between_two_files_leaves_the_state_before(small_pipeline, folder, reference):
-    out, log = folder / "held", folder / "held-log"
+def test_a_death_between_two_files_leaves_the_state_before(small_pipeline, tmp_path, reference):
+    out, log = tmp_path / "run", tmp_path / "log"
     job = (config(small_pipeline, out), STRATEGIES["fsdp"])
     ranks = start_ranks(2, [job], log, hold_rank_one)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not list((out / "state").glob("ba00000006-*/rank-00000.safetensors")):
         assert all(process.is_alive() for process in ranks)
         assert time.monotonic() < deadline
@@ -98,13 +98,13 @@ def fill_the_disk_of_rank_one() -> None:
     Storage.put = full  # type: ignore[method-assign]
 
 
-def test_a_rank_that_cannot_write_ends_all_with_its_reason(small_pipeline, folder):
-    out, log = folder / "full", folder / "full-log"
+def test_a_rank_that_cannot_write_ends_all_with_its_reason(small_pipeline, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
     job = (config(small_pipeline, out), STRATEGIES["ddp"])
     ranks = start_ranks(2, [job], log, fill_the_disk_of_rank_one)
     assert wait_for(ranks) == [2, 2]
     for rank in range(2):
-        told = (folder / f"full-log-{rank}.txt").read_text()
+        told = (tmp_path / f"log-{rank}.txt").read_text()
         assert "error: checkpoint.folder: rank 1 could not write ba00000004-a0001" in told
         assert "No space left on device; the state before it is whole" in told
         assert "Traceback" not in told

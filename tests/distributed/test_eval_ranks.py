@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -61,11 +62,8 @@ def run(path: Path, ranks: int) -> None:
 
 
 def test_three_ranks_give_the_same_bits(made, alone, tmp_path):
-    """Under the launcher, as a user starts it; the tests below fork their ranks."""
     out = tmp_path / "report"
-    path = sweep_file(made, out, **PIXELS | {"batch_size": 7})
-    done = run_command("eval/sweep.py", path, ranks=3, fresh=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(sweep_file(made, out, **PIXELS | {"batch_size": 7}), 3)
     same_results(out, alone)
     assert (out / "index.html").is_file()
 
@@ -108,7 +106,18 @@ def chunk_files(out: Path) -> dict[Path, tuple[int, int]]:
     return found
 
 
-def _sweep_on_a_rank(path: Path) -> None:
+def _sweep_on_a_rank(path: Path, out: Path, enough: int) -> None:
+    """The sweep, which stands still once there are `enough` chunks, until it is killed."""
+    from lgm_scale.evaluation.sweep import samples as generate
+
+    real = generate.sample_images
+
+    def sample(*args, **options):
+        if len(chunk_files(out)) >= enough:
+            threading.Event().wait()
+        return real(*args, **options)
+
+    generate.sample_images = sample
     sys.argv = ["sweep.py", str(path)]
     exit_on_user_error(sweep.main)
 
@@ -119,13 +128,13 @@ def test_a_killed_sweep_goes_on_with_another_number_of_ranks(
 ):
     """Killed at a random moment between the first chunk of samples and the last one."""
     out = tmp_path / "report"
-    rng = random.Random(seed)
     path = sweep_file(made, out, **PIXELS)
-    ranks = start_calls(2, _sweep_on_a_rank, path, log=tmp_path / "log")
-    total, wanted = 2 * 31, rng.randrange(1, 50)
-    deadline = time.monotonic() + 240
-    while len(chunk_files(out)) < wanted and time.monotonic() < deadline:
-        assert all(rank.is_alive() for rank in ranks), "it ended before it was killed"
+    total, wanted = 2 * 31, random.Random(seed).randrange(1, 50)
+    ranks = start_calls(2, _sweep_on_a_rank, path, out, total - 8, log=tmp_path / "log")
+    deadline = time.monotonic() + 600
+    while len(chunk_files(out)) < wanted:
+        assert time.monotonic() < deadline
+        assert all(rank.is_alive() for rank in ranks)
         time.sleep(0.005)
     for rank in ranks:
         rank.kill()

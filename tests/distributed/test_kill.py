@@ -7,33 +7,84 @@ import json
 import os
 import random
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from rank_processes import run_ranks, start_ranks, states, wait_for
 from small_pipeline import SmallPipeline, metrics
 from test_strategies import STRATEGIES
 
 from lgm_scale.data.epochs import EpochDataset
+from lgm_scale.training.callbacks import StepKeys
+from lgm_scale.training.stopping import StopRequest
 
-STEPS = 80
 KILLS = int(os.environ.get("LGM_KILLS", "3"))
 """By hand: LGM_KILLS=20 pytest tests/distributed/test_kill.py."""
-SURVIVOR_SECONDS = 120  # on a machine with other work
+STEPS, ASKED_STEP = 16, 5
+SURVIVOR_SECONDS = 240  # on a machine with other work
+PATIENCE = 600
 
 
-def config(pipeline: SmallPipeline, out: Path) -> Path:
+def config(pipeline: SmallPipeline, out: Path, steps: int = STEPS) -> Path:
     return pipeline.generator_config(
         out,
         run_name="kill",
-        train={
-            "max_duration": f"{max(STEPS, KILLS * 16)}ba",
-            "global_batch_size": 8,
-            "precision": "fp32",
-        },
+        train={"max_duration": f"{steps}ba", "global_batch_size": 8, "precision": "fp32"},
         checkpoint={"interval": "3ba", "keep": 2},
     )
+
+
+def at_step(step: int, act: Callable[[], object]) -> None:
+    """Let `act` be called before a step of the training command in this process."""
+    start = StepKeys.batch_start
+
+    def batch_start(self, state, logger):
+        start(self, state, logger)
+        if state.batch["step"] == step:
+            act()
+
+    StepKeys.batch_start = batch_start  # type: ignore[method-assign]
+
+
+def stay_at(step: int) -> None:
+    """No test may miss its moment: a rank is there until it is killed."""
+    at_step(step, lambda: threading.Event().wait())
+
+
+def be_still_at_step_10(ranks: tuple[int, ...]) -> None:
+    """As if a node were cut off: alive, and not answering."""
+    if int(os.environ["RANK"]) in ranks:
+        at_step(10, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def be_asked(asked: int) -> None:
+    """A rank that is to be signalled goes no further until it is."""
+    told, on_signal = threading.Event(), StopRequest._on_signal
+
+    def note_signal(self, number, frame):
+        on_signal(self, number, frame)
+        told.set()
+
+    StopRequest._on_signal = note_signal  # type: ignore[method-assign]
+    if int(os.environ["RANK"]) == asked:
+        at_step(ASKED_STEP, lambda: told.wait(PATIENCE))
+
+
+def until(condition: Callable[[], object], ranks) -> None:
+    """Wait for what stays so; no rank may end before."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert all(process.is_alive() for process in ranks)
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_still(process) -> bool:
+    return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -43,7 +94,7 @@ def losses(out: Path) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def folder(small_pipeline):
     path = small_pipeline.root / "kill"
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     return path
 
 
@@ -52,33 +103,26 @@ def reference(small_pipeline, folder):
     """The undisturbed run under a strategy."""
 
     @functools.cache
-    def run(strategy: str) -> Path:
-        out = folder / f"{strategy}-reference"
-        run_ranks(
-            2, [(config(small_pipeline, out), STRATEGIES[strategy])], folder / f"{strategy}-log"
-        )
+    def run(strategy: str, steps: int = STEPS) -> Path:
+        out = folder / f"{strategy}-{steps}"
+        job = (config(small_pipeline, out, steps), STRATEGIES[strategy])
+        run_ranks(2, [job], folder / f"{out.name}-log")
         return out
 
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "strategy",
-    ["ddp", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("fsdp", "zero2"))],
-)
-def test_kill_9_at_random_moments(small_pipeline, folder, reference, strategy):
-    out, log = folder / strategy, folder / f"{strategy}-killed-log"
-    job = (config(small_pipeline, out), STRATEGIES[strategy])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.thorough)])
+def test_kill_9_at_random_moments(small_pipeline, tmp_path, reference, strategy):
+    out, log, steps = tmp_path / "run", tmp_path / "log", KILLS * 16
+    job = (config(small_pipeline, out, steps), STRATEGIES[strategy])
     moments = random.Random(strategy)
     for kill in range(KILLS):
         before = states(out)
-        ranks = start_ranks(2, [job], log)
-        deadline = time.monotonic() + 240
-        while states(out)[-1:] == before[-1:]:
-            assert time.monotonic() < deadline
-            assert all(process.is_alive() for process in ranks), log
-            time.sleep(0.002)
+        last = steps * (kill + 1) // (KILLS + 1)
+        ranks = start_ranks(2, [job], log, functools.partial(stay_at, last))
+        until(lambda before=before: states(out)[-1:] != before[-1:], ranks)
         time.sleep(moments.uniform(0, 0.4))
         if kill % 2 == 0:
             victim = moments.randrange(2)
@@ -90,9 +134,8 @@ def test_kill_9_at_random_moments(small_pipeline, folder, reference, strategy):
             for process in ranks:
                 process.kill()
             wait_for(ranks, SURVIVOR_SECONDS)
-        assert not (out / "bundle").exists(), "the run ended before it was killed"
     run_ranks(2, [job], log)
-    undisturbed = reference(strategy)
+    undisturbed = reference(strategy, steps)
     assert losses(out) == losses(undisturbed)
     weights = [
         (run / "bundle" / "generator.safetensors").read_bytes() for run in (out, undisturbed)
@@ -106,31 +149,21 @@ def test_kill_9_at_random_moments(small_pipeline, folder, reference, strategy):
 
 
 @pytest.mark.parametrize("asked", [0, 1])
-def test_a_signal_to_one_rank_saves_and_stops_all(small_pipeline, folder, reference, asked):
-    out, log = folder / f"asked-{asked}", folder / f"asked-{asked}-log"
+def test_a_signal_to_one_rank_saves_and_stops_all(small_pipeline, tmp_path, reference, asked):
+    out, log = tmp_path / "run", tmp_path / "log"
     job = (config(small_pipeline, out), STRATEGIES["fsdp"])
-    ranks = start_ranks(2, [job], log)
-    deadline = time.monotonic() + 240
-    while not states(out):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    ranks = start_ranks(2, [job], log, functools.partial(be_asked, asked))
+    until(lambda: states(out), ranks)
     os.kill(ranks[asked].pid, (signal.SIGTERM, signal.SIGUSR2)[asked])
     assert wait_for(ranks) == [75, 75]
     newest = states(out)[-1]
     told = (log.parent / f"{log.name}-0.txt").read_text()
+    assert int(newest[2:10]) <= ASKED_STEP + 2  # it stops after the next step
     assert f"stopped after step {int(newest[2:10])}" in told
     run_ranks(2, [job], log)
     assert losses(out) == losses(reference("fsdp"))
     attempts = sorted((out / "state" / "attempts").iterdir())
     assert json.loads(attempts[-1].read_text())["resumed_step"] == int(newest[2:10])
-
-
-def wait_for_state(out: Path, ranks) -> None:
-    deadline = time.monotonic() + 240
-    while not states(out):
-        assert all(process.is_alive() for process in ranks)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def die_between_epochs() -> None:
@@ -145,22 +178,21 @@ def die_between_epochs() -> None:
     EpochDataset._get_work = dying  # type: ignore[method-assign]
 
 
-def test_a_death_between_epochs_ends_the_other_rank(small_pipeline, folder):
-    job = (config(small_pipeline, folder / "between"), [])
-    log = folder / "between-log"
+def test_a_death_between_epochs_ends_the_other_rank(small_pipeline, tmp_path):
+    job, log = (config(small_pipeline, tmp_path / "run"), []), tmp_path / "log"
     statuses = wait_for(start_ranks(2, [job], log, die_between_epochs), 240)
     assert statuses == [1, -signal.SIGKILL]
-    told = (folder / "between-log-0.txt").read_text()
+    told = (tmp_path / "log-0.txt").read_text()
     assert "the process of rank 1 is gone, and this one still waits for it" in told
     assert "_get_work" in told  # where it waited
 
 
-def test_a_silent_rank_ends_the_run_within_the_timeout(small_pipeline, folder):
-    out, timeout = folder / "silent", 15
-    job = (config(small_pipeline, out), [f"parallel.timeout_seconds={timeout}"])
-    ranks = start_ranks(2, [job], folder / "silent-log")
-    wait_for_state(out, ranks)
-    os.kill(ranks[1].pid, signal.SIGSTOP)  # as if its node were cut off: alive, and not answering
+def test_a_silent_rank_ends_the_run_within_the_timeout(small_pipeline, tmp_path):
+    timeout = 15
+    job = (config(small_pipeline, tmp_path / "run"), [f"parallel.timeout_seconds={timeout}"])
+    silent = functools.partial(be_still_at_step_10, (1,))
+    ranks = start_ranks(2, [job], tmp_path / "log", silent)
+    until(lambda: is_still(ranks[1]), ranks[1:])
     stopped = time.monotonic()
     ranks[0].join(timeout + SURVIVOR_SECONDS)
     waited = time.monotonic() - stopped
@@ -171,21 +203,21 @@ def test_a_silent_rank_ends_the_run_within_the_timeout(small_pipeline, folder):
 
 
 def test_ranks_that_come_back_cannot_touch_what_another_attempt_did(
-    small_pipeline, folder, reference
+    small_pipeline, tmp_path, reference
 ):
-    out = folder / "back"
+    out = tmp_path / "run"
     job = (config(small_pipeline, out), STRATEGIES["ddp"])
-    old = start_ranks(2, [job], folder / "back-old-log")
-    wait_for_state(out, old)
-    for process in old:
-        os.kill(process.pid, signal.SIGSTOP)
-    run_ranks(2, [job], folder / "back-new-log")
+    still = functools.partial(be_still_at_step_10, (0, 1))
+    old = start_ranks(2, [job], tmp_path / "old-log", still)
+    until(lambda: all(map(is_still, old)), old)
+    assert states(out)
+    run_ranks(2, [job], tmp_path / "new-log")
     after = {path: path.read_bytes() for path in (out / "state").rglob("*") if path.is_file()}
     bundle = (out / "bundle" / "generator.safetensors").read_bytes()
     for process in old:
         os.kill(process.pid, signal.SIGCONT)
     assert wait_for(old) == [2, 2]
-    assert "attempt 2 has taken over" in (folder / "back-old-log-0.txt").read_text()
+    assert "attempt 2 has taken over" in (tmp_path / "old-log-0.txt").read_text()
     assert all(path.read_bytes() == content for path, content in after.items())
     assert (out / "bundle" / "generator.safetensors").read_bytes() == bundle
     assert bundle == (reference("ddp") / "bundle" / "generator.safetensors").read_bytes()

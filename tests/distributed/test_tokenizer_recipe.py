@@ -50,19 +50,17 @@ def write_images(folder: Path) -> None:
     write_manifest(folder, Manifest("images", 16, ("a", "b"), (8, 8)))
 
 
-def train(
-    folder: Path, ranks: int, *overrides: str, fresh: bool
-) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
     write_images(folder / "images")
     places = [f"out={folder / 'out'}", f"data.path={folder / 'images'}"]
     command = ["lgm_scale/train.py", "yamls/tokenizer_b.yaml", *places, *SMALL, *overrides]
-    return run_command(*command, ranks=ranks, fresh=fresh)
+    return run_command(*command, ranks=ranks)
 
 
 @pytest.mark.slow
 @pytest.mark.system
 def test_two_ranks_train_with_every_loss_on(tmp_path):
-    done = train(tmp_path, 2, "assets.allow_random_assets=true", fresh=False)
+    done = train(tmp_path, 2, "assets.allow_random_assets=true")
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert "RANDOM WEIGHTS" in output
@@ -83,7 +81,7 @@ def test_two_ranks_train_with_every_loss_on(tmp_path):
 @pytest.mark.slow
 @pytest.mark.system
 def test_missing_assets_end_the_command_with_status_2(tmp_path):
-    done = train(tmp_path, 1, fresh=True)
+    done = train(tmp_path, 0)
     output = done.stdout + done.stderr
     assert done.returncode == 2, output
     assert "assets.vgg16: assets/vgg16-397923af.pth is not a file" in output

@@ -1,4 +1,4 @@
-"""The training command, disturbed: DISTURB=bug in rank 1, or a machine that is taken away."""
+"""The training command, disturbed: DISTURB=bug or kill in rank 1, or a machine is taken away."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.training.stopping import StopRequest
 
-BUG_STEP, TAKEN_STEP = 3, 10
+LAUNCH = ("-m", "composer.cli.launcher", "-n", "2", "tests/system/disturbed_train.py")
+RANK_1_STEP, TAKEN_STEP = 3, 10
 
 loss, on_signal = LGMTrainingModel.loss, StopRequest._on_signal
 told = threading.Event()
@@ -23,12 +24,16 @@ def note_signal(self, number, frame):
 
 
 def disturbed_loss(self, outputs, batch):
-    if os.environ["DISTURB"] == "bug" and os.environ["RANK"] == "1" and batch["step"] == BUG_STEP:
-        raise ZeroDivisionError("a bug in rank 1")
-    if os.environ["DISTURB"] == "taken" and batch["step"] == TAKEN_STEP:
+    disturb = os.environ["DISTURB"]
+    if os.environ["RANK"] == "1" and batch["step"] == RANK_1_STEP:
+        if disturb == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if disturb == "bug":
+            raise ZeroDivisionError("a bug in rank 1")
+    if disturb == "taken" and batch["step"] == TAKEN_STEP:
         if os.environ["RANK"] == "0":
             os.kill(os.getppid(), signal.SIGTERM)  # the launcher, which tells all ranks
-        assert told.wait(120)
+        assert told.wait(600)
     return loss(self, outputs, batch)
 
 

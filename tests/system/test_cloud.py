@@ -1,24 +1,21 @@
-"""Runs under the launchers of docs/cloud.md, on machines whose disks are lost.
+"""A run on machines that are taken away, and their disks with them.
 
-torchrun, composer and the interpreters that they start are the real ones.
+Under composer's launcher, whose ranks are forked from it. Real interpreters under composer and
+torchrun: `slurm/test_training_jobs.py`.
 """
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import pytest
-from disturbed_train import TAKEN_STEP
+from disturbed_train import LAUNCH, TAKEN_STEP
+from forked_commands import fork_ranks
 from moto.server import ThreadedMotoServer
-from small_pipeline import ROOT, metrics, run_command
+from small_pipeline import metrics, run_command
 
-BIN = Path(sys.executable).parent
 TRAIN = "lgm_scale/train.py"
 STEPS = 20
 
@@ -44,21 +41,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def launch(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(BIN / launcher[0]), *launcher[1:], *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=800,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "DISTURB": "taken"}, check=False,
-    )  # fmt: skip
-
-
-def test_a_machine_is_taken_away_and_its_disk_with_it(small_pipeline, tmp_path: Path, bucket: str):
+def test_a_machine_is_taken_away_and_its_disk_with_it(
+    small_pipeline, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+):
     config = small_pipeline.generator_config(
         small_pipeline.root / "cloud",
         train={"max_duration": f"{STEPS}ba", "global_batch_size": 8, "precision": "fp32"},
@@ -66,16 +51,14 @@ def test_a_machine_is_taken_away_and_its_disk_with_it(small_pipeline, tmp_path: 
         logging={"interval": 1, "progress_bar": False},
         checkpoint={"interval": f"{STEPS}ba"},
     )
-    # Undisturbed, as one machine under torchrun.
-    torchrun = ["torchrun", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    whole = launch(torchrun, TRAIN, config, f"out={tmp_path}/whole")
-    assert whole.returncode == 0, whole.stdout
+    whole = run_command(TRAIN, config, f"out={tmp_path}/whole", ranks=2)
+    assert whole.returncode == 0, whole.stderr
 
     # A machine under composer, which is told that it will be taken away.
     common = [f"checkpoint.folder={bucket}/cloud"]
-    program, out = "tests/system/disturbed_train.py", f"out={tmp_path}/first"
-    machine = launch(["composer", "-n", "2"], program, config, out, *common)
-    assert machine.returncode == 75, machine.stdout
+    monkeypatch.setenv("DISTURB", "taken")
+    machine = run_command(*LAUNCH, config, f"out={tmp_path}/first", *common, prepare=fork_ranks)
+    assert machine.returncode == 75, machine.stdout + machine.stderr
     stopped_at = len(metrics(tmp_path / "first"))
     assert TAKEN_STEP < stopped_at < STEPS
 

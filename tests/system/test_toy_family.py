@@ -72,7 +72,7 @@ def test_it_is_unknown_without_its_module_and_told_so(root):
 def test_its_rules_and_its_plan(root):
     path = config(root, "plan", objective={"label_dropout": 2.0})
     assert_user_error(train(path), "objective.label_dropout: 2.0 must be in [0, 1)")
-    plan = train(config(root, "plan"), "--dry-run", "--world-size", "4", fresh=True)
+    plan = train(config(root, "plan"), "--dry-run", "--world-size", "4")
     assert plan.returncode == 0, plan.stderr
     assert "fsdp2" in plan.stdout
     assert "   4   " in plan.stdout

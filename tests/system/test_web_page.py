@@ -63,7 +63,7 @@ def served(bundle: Path, log: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     temporary = log.with_name("temporary")
     temporary.mkdir()
     (server,) = start_calls(1, _serve, temporary, str(bundle), "--port", "0", log=log)
-    said, deadline = Path(f"{log}-0.txt"), time.monotonic() + 240
+    said, deadline = Path(f"{log}-0.txt"), time.monotonic() + 600
     while not (found := re.search(r"http://\S+", said.read_text() if said.exists() else "")):
         assert server.is_alive(), said.read_text()
         assert time.monotonic() < deadline
@@ -85,7 +85,7 @@ def opened(browser: str, address: str) -> Iterator[Any]:
     with sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=browser, args=list(FLAGS))
         page = chromium.new_page()
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(400_000)
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address, wait_until="networkidle")
         yield page

@@ -23,7 +23,7 @@ from lgm_scale.checkpoint.tensors import ShardCopy
 from lgm_scale.errors import CheckpointError, DivergenceError, SupersededError
 from lgm_scale.storage.stores import Storage
 
-PATIENCE = 120  # seconds, for a thread on a busy machine
+PATIENCE = 600  # seconds, for a thread on a busy machine
 
 
 def config(pipeline, out: Path, interval: str = "2ba") -> Path:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.batching import generate_work
+from streaming.base.dataset import _ShardState
 from streaming.base.shared import prefix as shared_prefix
 from streaming.base.world import World
 from test_images import dataset_of, write_images
@@ -154,6 +155,7 @@ def test_a_fetch_that_never_ends_is_an_error(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(EpochDataset, "prepare_shard", lambda *_: None)  # and never there
     with pytest.raises(DataError, match=r"shard\.\d+\.mds did not arrive within 1 s"):
         list(dataset)
+    dataset._shard_states[:] = _ShardState.LOCAL  # or a thread would wait at the process' end
 
 
 def test_labels_outside_the_classes_are_named(tmp_path):

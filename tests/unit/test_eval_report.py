@@ -251,7 +251,7 @@ def in_browser(
          f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000",
          f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--dump-dom",
          copy.as_uri()],
-        capture_output=True, text=True, timeout=180, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     title = re.search(r"<title>seen:(.*?)</title>", done.stdout, re.DOTALL)
     assert title is not None, done.stdout[:500] + done.stderr[-2000:]

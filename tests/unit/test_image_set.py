@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+import threading
 import time
 import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -248,9 +251,22 @@ def test_what_a_killed_process_was_writing_goes(bundles, tmp_path, name):
 # --- several processes ------------------------------------------------------------------------
 
 
-def _sample_on_a_rank(*words: str) -> None:
+def _sample_on_a_rank(enough: int, found: Callable[[], list[Path]], *words: str) -> None:
+    """The command, which stands still once there are `enough` chunks, until it is killed."""
+    real = image_set.sample_images
+
+    def sampled(*args, **options):
+        if len(found()) >= enough:
+            threading.Event().wait()
+        return real(*args, **options)
+
+    image_set.sample_images = sampled
     sys.argv = ["sample.py", *words]
     exit_on_user_error(sample.main)
+
+
+def _chunks(folder: Path) -> list[Path]:
+    return list(folder.glob("chunks/*/*.safetensors"))
 
 
 @pytest.mark.slow
@@ -262,15 +278,18 @@ def test_killed_ranks_lose_the_chunk_in_work_and_no_more(bundles, tmp_path, name
     alone, out = tmp_path / f"alone-{name}", tmp_path / name
     assert typed(sample.main, bundles / "dit", "--out", alone, *words).status == 0
     command = [str(bundles / "dit"), "--out", str(out), *words]
-    ranks = start_calls(2, _sample_on_a_rank, *command, log=tmp_path / "log")
-    pattern = f"{name}.chunks/chunks/*/*.safetensors" if "." in name else f"{name}/chunks/*/*.saf*"
-    deadline = time.monotonic() + 240
-    while len(kept := list(tmp_path.glob(pattern))) < 7 and time.monotonic() < deadline:
+    chunks = tmp_path / f"{name}.chunks" if "." in name else out
+    found = functools.partial(_chunks, chunks)
+    ranks = start_calls(2, _sample_on_a_rank, 50, found, *command, log=tmp_path / "log")
+    deadline = time.monotonic() + 600
+    while len(found()) < 7:
+        assert time.monotonic() < deadline
+        assert all(rank.is_alive() for rank in ranks)
         time.sleep(0.005)
     for rank in ranks:
         rank.kill()
     wait_for(ranks)
-    kept = [path for path in tmp_path.glob(pattern) if not path.name.startswith(".")]
+    kept = found()
     assert 7 <= len(kept) < 60
     done = run_command("-m", "lgm_scale.sample", *command, ranks=3)
     assert done.returncode == 0, done.stderr

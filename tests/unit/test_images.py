@@ -230,7 +230,7 @@ def test_an_unreachable_shard_neither_ends_nor_hangs_an_epoch(tmp_path, num_work
     shard = sorted(folder.glob("shard.*.mds"))[lost]
     shard.unlink()
     dataset = dataset_of([SourceConfig(path=str(folder), cache=str(tmp_path / "cache"))])
-    timeout = 90 if num_workers else 0  # of a loader whose worker says nothing at all
+    timeout = 600 if num_workers else 0  # of a loader whose worker says nothing at all
     loader = CheckedLoader(dataset, batch_size=4, num_workers=num_workers, timeout=timeout)
     with pytest.raises(DataError, match=rf"is not complete: .*{shard.name} could not be fetched"):
         list(loader)
@@ -246,6 +246,19 @@ def test_a_shard_that_another_process_gives_up_at_this_moment_is_named(tmp_path,
     monkeypatch.setattr(StreamingDataset, "prepare_shard", meanwhile)
     with pytest.raises(DataError, match=r"shard\.00000\.mds could not be fetched by another proc"):
         dataset.prepare_shard(0)
+
+
+def test_every_process_of_a_node_names_the_cause(tmp_path):
+    """A loader hands on the words of one worker: not always of the one that failed."""
+    folder = write_images(tmp_path / "mds", 24)
+    sorted(folder.glob("shard.*.mds"))[0].unlink()
+    dataset = dataset_of([SourceConfig(path=str(folder), cache=str(tmp_path / "cache"))])
+    said = []
+    for _ in range(2):  # the second look finds the shard lost, as another process does
+        with pytest.raises(DataError, match=r"shard\.00000\.mds could not be fetched: ") as error:
+            dataset.prepare_shard(0)
+        said.append(str(error.value))
+    assert said[0] == said[1]
 
 
 # Manifests

@@ -36,6 +36,7 @@ NAMES: list[tuple[Any, str, str]] = [
     (StreamingDataset, "resample_streams", "mixtures and proportions are ignored"),
     (StreamingDataset, "_event", "a failed fetch does not stop the other threads"),
     (StreamingDataset, "_shard_states", "other processes do not learn of a failed fetch"),
+    (StreamingDataset, "_cache_filelock_path", "the cause of another process's failure is lost"),
     (StreamingDataset, "sample_offset_per_stream", "a mixture draws samples of other sources"),
     (StreamingDataset, "sample_offset_per_shard", "the runs of samples within shards are unknown"),
     (StreamingDataset, "stream_per_shard", "a sample's source, and so its label, is unknown"),

@@ -320,4 +320,4 @@ def test_a_reader_that_has_seen_enough_is_no_error(command: list[str]):
     assert process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=60) == -signal.SIGPIPE
+    assert process.wait(timeout=600) == -signal.SIGPIPE

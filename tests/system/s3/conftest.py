@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 from fault_proxy import FaultProxy
-from gateway import Gateway, MissingServerError, install
+from gateway import Gateway
+from system_packages import CEPH, obstacle
 
 
 @pytest.fixture(scope="session")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A running Ceph gateway; skips where it can be neither found nor installed."""
-    try:
-        install()
-    except MissingServerError as error:
-        pytest.skip(str(error))
+    if reason := obstacle(*CEPH):
+        pytest.skip(reason)
     # The daemons' sockets want a short path.
     gateway = Gateway(tmp_path_factory.mktemp("ceph"))
     try:
@@ -65,7 +64,11 @@ class Bucket:
 
 @pytest.fixture
 def bucket(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    """A new bucket, with this process's environment set for it."""
+    """A new bucket, with this process's environment set for it.
+
+    A test that has broken the gateway, or left it stopped, breaks no other.
+    """
+    gateway.mend()
     with FaultProxy(gateway.endpoint) as proxy:
         bucket = Bucket(f"bucket-{uuid.uuid4().hex[:12]}", gateway, proxy)
         bucket.client().create_bucket(Bucket=bucket.name)

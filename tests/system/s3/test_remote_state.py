@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 
 import pytest
-from rank_processes import run_ranks, start_ranks, wait_for
+from rank_processes import run_ranks, start_ranks, wait_for, waited_for
 from safetensors.torch import load_file
-from small_pipeline import ROOT, metrics
+from small_pipeline import assert_user_error, metrics, run_command
 
+from lgm_scale.checkpoint.checkpointer import Checkpointer
 from lgm_scale.checkpoint.manifest import StateManifest
+from lgm_scale.training.callbacks import StepKeys
 
 pytestmark = pytest.mark.servers
 
@@ -36,21 +37,28 @@ def manifests(bucket) -> list[str]:
     return sorted(key for key in bucket.objects() if key.endswith("manifest.json"))
 
 
+def die_at_step_9() -> None:
+    """Let both ranks die with two states stored."""
+    Checkpointer.save = waited_for(Checkpointer.save)  # type: ignore[method-assign]
+    start = StepKeys.batch_start
+
+    def batch_start(self, state, logger):
+        start(self, state, logger)
+        if state.batch["step"] == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StepKeys.batch_start = batch_start  # type: ignore[method-assign]
+
+
 def test_a_run_survives_its_machine(small_pipeline, bucket, tmp_path):
     reference = tmp_path / "reference"
     run_ranks(2, [(config(small_pipeline, reference, None), [])], tmp_path / "reference-log")
     folder = f"{bucket.url}/runs/remote"
     first = tmp_path / "first"
     path = config(small_pipeline, first, folder)
-    ranks = start_ranks(2, [(path, [])], tmp_path / "first-log")
-    deadline = time.monotonic() + 240
-    while len(manifests(bucket)) < 2:
-        assert time.monotonic() < deadline
-        assert all(process.is_alive() for process in ranks)
-        time.sleep(0.05)
-    for process in ranks:
-        process.kill()
-    wait_for(ranks)
+    statuses = wait_for(start_ranks(2, [(path, [])], tmp_path / "first-log", die_at_step_9))
+    assert statuses[0] == -signal.SIGKILL
+    assert len(manifests(bucket)) == 2
     shutil.rmtree(first)  # the machine is gone
     second = tmp_path / "second"
     path = config(small_pipeline, second, folder)
@@ -70,18 +78,13 @@ def test_a_run_survives_its_machine(small_pipeline, bucket, tmp_path):
     assert len(folders) == 2
     assert StateManifest.from_bytes(objects[manifests(bucket)[-1]]).step == STEPS
     assert objects["runs/remote/metrics.jsonl"] == (second / "metrics.jsonl").read_bytes()
-    assert json.loads(objects["runs/remote/attempts/0002.json"])["resumed_step"] > 0
+    resumed = json.loads(objects["runs/remote/attempts/0002.json"])["resumed_step"]
+    assert resumed == 6  # the state of step 8 is torn
 
     # A third machine finds the run finished, and gets its result.
     third = tmp_path / "third"
     path = config(small_pipeline, third, folder)
-    result = subprocess.run(
-        [sys.executable, "lgm_scale/train.py", str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_command("lgm_scale/train.py", path)
     assert result.returncode == 0, result.stderr
     assert "is finished" in result.stdout
     name = Path("bundle") / "generator.safetensors"
@@ -101,15 +104,6 @@ def test_a_store_that_refuses_is_one_clear_error(
     for key, value in change.items():
         monkeypatch.setenv(key, value)
     folder = f"{bucket.url}/run" if change else "s3://no-such-bucket-here/run"
-    result = subprocess.run(
-        [sys.executable, "lgm_scale/train.py", str(config(small_pipeline, tmp_path / "r", folder))],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2, result.stderr[-2000:]
-    assert "Traceback" not in result.stderr
-    assert f"checkpoint.folder: {folder}" in result.stderr
-    assert told in result.stderr
+    result = run_command("lgm_scale/train.py", config(small_pipeline, tmp_path / "r", folder))
+    assert_user_error(result, f"checkpoint.folder: {folder}", told)
     assert "wrong-secret" not in result.stderr + result.stdout

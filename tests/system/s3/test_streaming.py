@@ -7,22 +7,23 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from small_pipeline import ROOT, assert_user_error, metrics, run_command
+from small_pipeline import assert_user_error, metrics, run_command
 from test_images import write_images
 
 from lgm_scale.data.config import SourceConfig
 from lgm_scale.data.epochs import CheckedLoader, StreamOptions
 from lgm_scale.data.images import ImageDataset
 from lgm_scale.data.preparation.convert import convert_folder
+from lgm_scale.data.preparation.parts import PartsFolder
 from lgm_scale.data.preparation.verify import verify
 from lgm_scale.errors import DataError
 from lgm_scale.storage.transfer import Patience
@@ -70,7 +71,8 @@ def epoch(loader: CheckedLoader) -> list[int]:
     return [i for batch in loader for i in batch["sample_ids"].tolist()]
 
 
-QUICK = Patience(timeout=1, retry_seconds=20)
+CALM = Patience(timeout=20, retry_seconds=300)
+"""For tests that need no fault to last: passing ones pass sooner, on any machine."""
 
 
 # Passing faults
@@ -79,7 +81,7 @@ QUICK = Patience(timeout=1, retry_seconds=20)
 @pytest.mark.parametrize("mode", ["500", "503", "reset", "truncate"])
 def test_every_fourth_answer_may_fail(bucket, data, mode):
     with bucket.proxy.failing(mode, match="shard.", every=4) as fault:
-        seen = epoch(loader_of(data, QUICK))
+        seen = epoch(loader_of(data, CALM))
     assert sorted(seen) == list(range(NUM_IMAGES))
     assert fault.done >= 3
     assert verify(data.path).problems == []
@@ -88,31 +90,31 @@ def test_every_fourth_answer_may_fail(bucket, data, mode):
     assert shards == {name: stored[name] for name in stored if name.startswith("shard.")}
 
 
-@pytest.mark.parametrize("seconds", [5, 30])
-def test_the_server_may_be_gone_for_a_while(bucket, data, seconds):
+def test_the_server_may_be_gone_for_half_a_minute(bucket, data):
     """With the timeouts of the configuration's defaults."""
     loader = loader_of(data, Patience())
     bucket.proxy.go_away()
-    threading.Timer(seconds, bucket.proxy.come_back).start()
     begun = time.monotonic()
+    threading.Timer(30, bucket.proxy.come_back).start()
     assert sorted(epoch(loader)) == list(range(NUM_IMAGES))
-    assert time.monotonic() - begun >= seconds
+    assert time.monotonic() - begun >= 30
 
 
 def test_the_real_service_may_restart(bucket, data, gateway):
-    batches = iter(loader_of(data, Patience()))
-    seen = next(batches)["sample_ids"].tolist()
+    loader = loader_of(data, Patience())
     gateway.stop_service()
-    time.sleep(2)  # the workers go on asking
-    gateway.start_service()
-    for batch in batches:
-        seen += batch["sample_ids"].tolist()
-    assert sorted(seen) == list(range(NUM_IMAGES))
+    before = bucket.proxy.count("shard.")
+    with ThreadPoolExecutor(1) as reader:
+        seen = reader.submit(epoch, loader)
+        while bucket.proxy.count("shard.") < before + 3 and not seen.done():
+            time.sleep(0.05)
+        gateway.start_service()  # once it was asked, and could not answer
+        assert sorted(seen.result()) == list(range(NUM_IMAGES))
 
 
 def test_a_flipped_bit_is_fetched_again(bucket, data):
     with bucket.proxy.failing("flip", match="shard.00003", first=1) as fault:
-        assert sorted(epoch(loader_of(data, QUICK))) == list(range(NUM_IMAGES))
+        assert sorted(epoch(loader_of(data, CALM))) == list(range(NUM_IMAGES))
     assert fault.done == 1
     assert bucket.proxy.count("shard.00003") == 2
 
@@ -120,13 +122,15 @@ def test_a_flipped_bit_is_fetched_again(bucket, data):
 # Lasting faults: loud, within the time, and resumed at the sample
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("mode", ["503", "hang", "gone", "flip"])
+@pytest.mark.parametrize(
+    ("mode", "workers"), [("503", 0), ("503", 2), ("hang", 2), ("gone", 2), ("flip", 0)]
+)
 def test_a_lost_shard_stops_the_epoch_and_nothing_is_lost_or_repeated(bucket, data, mode, workers):
-    calm = Patience(timeout=10, retry_seconds=60)
-    whole = epoch(loader_of(data, calm))
+    whole = epoch(loader_of(data, CALM))
     shutil.rmtree(data.cache)
-    loader = loader_of(data, Patience(timeout=1, retry_seconds=3), workers)
+    # A damaged file is told at once; other shards must not be lost to a busy machine meanwhile.
+    patience = CALM if mode == "flip" else Patience(timeout=1, retry_seconds=3)
+    loader = loader_of(data, patience, workers)
     seen: list[int] = []
     lost = rf"shard\.\d+\.mds ({'has another' if mode == 'flip' else 'could not be fetched'})"
     begun = time.monotonic()
@@ -147,7 +151,7 @@ def test_a_lost_shard_stops_the_epoch_and_nothing_is_lost_or_repeated(bucket, da
     state = loader.dataset.state_dict(len(seen), from_beginning=True)
     assert (state["epoch"], state["sample_in_epoch"]) == (0, len(seen))
     del loader
-    resumed = loader_of(data, calm, workers)
+    resumed = loader_of(data, CALM, workers)
     resumed.load_state_dict(state)
     assert epoch(resumed) == whole[len(seen) :]
 
@@ -177,7 +181,7 @@ def test_what_cannot_work_is_one_error_before_the_start(
         if fault:
             stack.enter_context(bucket.proxy.failing(fault))
         error = stack.enter_context(pytest.raises(DataError, match=text))
-        loader_of(source, QUICK)
+        loader_of(source, CALM)
     out, err = capfd.readouterr()
     for secret in (SECRET, "wrong-secret"):
         assert secret not in str(error.value) + out + err
@@ -185,11 +189,11 @@ def test_what_cannot_work_is_one_error_before_the_start(
 
 
 def test_a_cache_belongs_to_one_data_set(bucket, data, source):
-    loader_of(data, QUICK, workers=0)
+    loader_of(data, CALM, workers=0)
     convert_folder(source, f"{bucket.url}/other", 8, staging=f"{data.cache}-staging")
     other = SourceConfig(path=f"{bucket.url}/other", cache=data.cache)
     with pytest.raises(DataError, match="holds another data set than s3://"):
-        loader_of(other, QUICK)
+        loader_of(other, CALM)
 
 
 def test_a_full_disk_is_named_and_leaves_no_damage(bucket, data, tmp_path):
@@ -201,7 +205,7 @@ def test_a_full_disk_is_named_and_leaves_no_damage(bucket, data, tmp_path):
     try:
         small = SourceConfig(path=data.path, cache=str(disk / "cache"))
         with pytest.raises(DataError, match=r"no space is left in .*cache"):
-            epoch(loader_of(small, QUICK))
+            epoch(loader_of(small, CALM))
         stored = {key.split("/")[1]: value for key, value in bucket.objects().items()}
         for path in (disk / "cache").glob("shard.*"):
             assert path.read_bytes() == stored[path.name]
@@ -211,13 +215,16 @@ def test_a_full_disk_is_named_and_leaves_no_damage(bucket, data, tmp_path):
 
 
 def test_a_cache_with_a_limit_still_gives_everything(bucket, data):
-    limit = 6 * max(len(v) for k, v in bucket.objects().items() if "shard." in k)
-    options = StreamOptions(QUICK, predownload=16, cache_limit=limit)
+    shard = max(len(v) for k, v in bucket.objects().items() if "shard." in k)
+    limit = 6 * shard
+    options = StreamOptions(CALM, predownload=16, cache_limit=limit)
     arguments = {"image_size": 16, "train": True, "seed": 1, "batch_size": 8, "options": options}
     loader = CheckedLoader(ImageDataset((data,), **arguments), num_workers=1, batch_size=8)
     for _ in range(2):
         assert sorted(epoch(loader)) == list(range(NUM_IMAGES))
-    assert sum(path.stat().st_size for path in Path(data.cache).glob("*")) <= limit
+    # What is being fetched does not count yet: a worker has three threads that fetch.
+    found = sum(path.stat().st_size for path in Path(data.cache).glob("shard.*"))
+    assert found <= limit + 2 * shard
 
 
 # The commands
@@ -233,8 +240,8 @@ def test_a_training_stops_with_status_2_and_resumes_to_the_same_numbers(
     result = run_command("data_tools/encode_latents.py", *arguments, "--shard-size", "3000")
     assert result.returncode == 0, result.stderr
     assert verify(f"{bucket.url}/latents").problems == []
-    data = {"path": f"{bucket.url}/latents", "num_workers": 1, "predownload": 8, "timeout": 1.0}
-    data |= {"retry_seconds": 3.0}
+    data = {"path": f"{bucket.url}/latents", "num_workers": 1, "predownload": 8, "timeout": 9.0}
+    data |= {"retry_seconds": 10.0}
     runs = {}
     for name in ("undisturbed", "disturbed"):
         changes = {"data": {**data, "cache": str(tmp_path / f"cache-{name}")}}
@@ -243,30 +250,29 @@ def test_a_training_stops_with_status_2_and_resumes_to_the_same_numbers(
         }  # fmt: skip
         runs[name] = small_pipeline.generator_config(tmp_path / name, **changes)
     train = "lgm_scale/train.py"
-    assert run_command(train, runs["undisturbed"]).returncode == 0
+    patient = "data.retry_seconds=300"
+    assert run_command(train, runs["undisturbed"], patient).returncode == 0
     with bucket.proxy.failing("503", match="shard.00003"):
         stopped = run_command(train, runs["disturbed"])
     assert_user_error(stopped, "is not complete", "shard.00003.mds could not be fetched")
     assert SECRET not in stopped.stdout + stopped.stderr
     assert not (tmp_path / "disturbed" / "bundle").exists()
-    again = run_command(train, runs["disturbed"], "data.retry_seconds=30")
+    again = run_command(train, runs["disturbed"], patient)
     assert again.returncode == 0, again.stderr
     assert metrics(tmp_path / "disturbed") == metrics(tmp_path / "undisturbed")
     assert not stored.exists()
 
 
-def killed(command: list[str], environment: dict[str, str], ready) -> None:
-    """Start a command, and kill it and its processes when `ready` says so."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 90
-    while not ready():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def die_after_four_parts() -> None:
+    """Let SIGKILL meet a command and its workers once four parts are written."""
+    write = PartsFolder.write
+
+    def write_and_die(self, *args, **options):
+        write(self, *args, **options)
+        if len(list(self.folder.glob("part.*.json"))) >= 4:
+            os.killpg(0, signal.SIGKILL)
+
+    PartsFolder.write = write_and_die  # type: ignore[method-assign]
 
 
 def contents(bucket, folder: str) -> dict[str, bytes]:
@@ -278,39 +284,34 @@ def renamed(objects: dict[str, bytes], folder: str) -> dict[str, bytes]:
 
 
 def test_a_killed_conversion_leaves_the_objects_of_an_undisturbed_one(bucket, source, tmp_path):
-    options = ["--shard-size", "8000", "--workers", "2", "--staging"]
-    program = [sys.executable, "data_tools/images_to_mds.py", str(source), "--out"]
-    whole = [*program, f"{bucket.url}/whole", *options, str(tmp_path / "a")]
-    subprocess.run(whole, cwd=ROOT, env=bucket.environment, check=True)
-    command = [*program, f"{bucket.url}/killed", *options, str(tmp_path / "b")]
-    ready = lambda: len(list((tmp_path / "b").glob("part.*.json"))) >= 4  # noqa: E731
-    killed(command, bucket.environment, ready)
+    def converted(name: str, **options) -> subprocess.CompletedProcess[str]:
+        places = ["--out", f"{bucket.url}/{name}", "--staging", tmp_path / name]
+        words = [source, *places, "--shard-size", "8000", "--workers", "2"]
+        return run_command("data_tools/images_to_mds.py", *words, **options)
+
+    assert converted("whole").returncode == 0
+    assert converted("killed", prepare=die_after_four_parts).returncode == -signal.SIGKILL
     assert "killed/manifest.json" not in bucket.objects()
-    finished = {k for k in contents(bucket, "killed")}
+    finished = contents(bucket, "killed")
     before = sum(method == "PUT" for method, _ in bucket.proxy.requests)
-    subprocess.run(command, cwd=ROOT, env=bucket.environment, check=True)
+    assert converted("killed").returncode == 0
     assert renamed(contents(bucket, "killed"), "whole") == contents(bucket, "whole")
     writes = sum(method == "PUT" for method, _ in bucket.proxy.requests) - before
     assert writes <= len(contents(bucket, "killed")) - len(finished) + 2  # at most those in flight
-    again = subprocess.run(
-        command, cwd=ROOT, env=bucket.environment, check=True, capture_output=True, text=True
-    )
-    assert "nothing to do" in again.stdout
+    assert "nothing to do" in converted("killed").stdout
 
 
 def test_a_killed_encoding_is_finished_by_other_ranks(bucket, small_pipeline, tmp_path):
-    program = "data_tools/encode_latents.py"
     inputs = ["--tokenizer", small_pipeline.tokenizer, "--images", small_pipeline.images]
-    options = ["--shard-size", "2000", "--batch-size", "3", "--workers", "0"]
+    inputs += ["--shard-size", "2000", "--batch-size", "3", "--workers", "0"]
 
-    def to(name: str) -> list[str]:
+    def encoded(name: str, **options) -> subprocess.CompletedProcess[str]:
         places = ["--out", f"{bucket.url}/{name}", "--staging", tmp_path / name]
-        return list(map(str, [*inputs, *options, *places]))
+        return run_command("data_tools/encode_latents.py", *inputs, *places, **options)
 
-    assert run_command(program, *to("whole")).returncode == 0
-    ready = lambda: len(list((tmp_path / "killed").glob("part.*.json"))) >= 5  # noqa: E731
-    killed([sys.executable, program, *to("killed")], bucket.environment, ready)
-    result = run_command(program, *to("killed"), ranks=2)
+    assert encoded("whole").returncode == 0
+    assert encoded("killed", prepare=die_after_four_parts).returncode == -signal.SIGKILL
+    result = encoded("killed", ranks=2)
     assert result.returncode == 0, result.stderr
     assert renamed(contents(bucket, "killed"), "whole") == contents(bucket, "whole")
     assert verify(f"{bucket.url}/killed").problems == []

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +20,10 @@ from virtual_cluster import VirtualCluster
 
 from launchers.records import Start, Starts
 
-STEPS = 300
+STEPS, INTERVAL = 60, 10
+PATIENCE = 600  # seconds, on a machine with other work
 CONFIG = "yamls/quickstart/dit.yaml"
+HELD = "held"
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Desk:
         environment = os.environ | self.cluster.environment | {"PYTHONPATH": str(self.folder)}
         return subprocess.run(
             [sys.executable, script, *map(str, args)],
-            cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120,
+            cwd=self.folder, env=environment, capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
 
     def train(self, out: str, *overrides: str, nodes: int = 2, exclude: str = "") -> Job:
@@ -54,7 +56,7 @@ class Desk:
             *(f"out={out}", f"tokenizer={small.tokenizer}", f"data.path={small.latents}"),
             *("data.num_samples=68", "model.latent_dim=8", "model.num_base_tokens=16"),
             *("lengths.choices=[8,4,16]", "train.global_batch_size=8"),
-            *(f"train.max_duration={STEPS}ba", "checkpoint.interval=50ba"),
+            *(f"train.max_duration={STEPS}ba", f"checkpoint.interval={INTERVAL}ba"),
             *("logging.interval=5", "logging.progress_bar=false", *more),
         ]
 
@@ -73,6 +75,28 @@ class Desk:
                 if word in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found.append(pid)
         return found
+
+    def hold(self, name: str, *steps: int) -> None:
+        """Let a run wait before these steps until it is released, or asked to stop.
+
+        No test may miss its moment: 60 steps take a second on a machine that is idle.
+        """
+        for step in steps:
+            (self.folder / HELD / f"{name}-{step}").touch()
+
+    def release(self, name: str, step: int) -> None:
+        (self.folder / HELD / f"{name}-{step}").unlink()
+
+    def clear(self) -> None:
+        """Leave nothing of a test to the next one, or to its own second try."""
+        self.cluster.clear()
+        for pid in [
+            pid for node in self.cluster.nodes for pid in self.processes(node, b"submitit")
+        ]:
+            os.kill(pid, signal.SIGKILL)
+        for name in ("runs", HELD):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / HELD).mkdir()
 
     def status(self, out: Path) -> str:
         """What `launchers/status.py` says of a run."""
@@ -106,13 +130,13 @@ class Job:
         """Where it was started last, rank 0's node first."""
         return self.starts()[-1].nodes
 
-    def wait(self, *states: str, seconds: float = 300) -> str:
+    def wait(self, *states: str) -> str:
         """Wait for one of the states that a job stays in; by default, for any of them."""
         final = states or ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
-        self.until(lambda: self.state() in final, f"be {' or '.join(final)}", seconds)
+        self.until(lambda: self.state() in final, f"be {' or '.join(final)}")
         return self.state()
 
-    def until(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
         """Wait, and on failure say how the job is."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -121,14 +145,12 @@ class Job:
             time.sleep(0.05)
 
     def reach(self, step: int) -> None:
-        """Wait until that many steps are done."""
+        """Wait until it is held before that step."""
+        held = self.desk.folder / HELD / f"{self.out.name}-{step}.reached"
 
         def reached() -> bool:
             assert self.state() in ("PENDING", "RUNNING", "COMPLETING"), self.log()[-6000:]
-            try:
-                return bool(rows := metrics(self.out)) and rows[-1]["step"] + 1 >= step
-            except (OSError, json.JSONDecodeError):  # not there, or a line half written
-                return False
+            return held.exists()
 
         self.until(reached, f"reach step {step}")
 
@@ -175,11 +197,41 @@ def _parent(pid: int) -> int:
     return 0
 
 
+def _insert(file: Path, before: str, text: str) -> None:
+    code = file.read_text()
+    assert code.count(before) == 1
+    file.write_text(code.replace(before, text + before))
+
+
 def copy_checkout(target: Path) -> None:
     """The project's code and configurations, as a person has them."""
     skip = shutil.ignore_patterns("__pycache__", ".*")
     for name in ("lgm_scale", "data_tools", "eval", "launchers", "yamls"):
         shutil.copytree(ROOT / name, target / name, ignore=skip)
+    held = target / HELD
+    _insert(  # training waits where `Desk.hold` says, and says that it does
+        target / "lgm_scale" / "training" / "stopping.py",
+        "    def batch_end(self",
+        f"""    def batch_start(self, state: State, logger: Logger) -> None:
+        import time, pathlib
+        held = pathlib.Path({str(held)!r}, f"{{state.run_name}}-{{state.timestamp.batch.value}}")
+        while held.exists() and not self._asked:
+            held.with_suffix(".reached").touch()
+            time.sleep(0.05)
+
+""",
+    )
+    _insert(  # the second part of a sweep waits before its second batch
+        target / "lgm_scale" / "evaluation" / "sweep" / "samples.py",
+        "    count = len(indices)\n",
+        f"""    import sys, time, pathlib
+    global _calls
+    _calls = globals().get("_calls", 0) + 1
+    held = pathlib.Path({str(held)!r}, "part")
+    while _calls > 1 and "part=1/3" in sys.argv and held.exists():
+        time.sleep(0.05)
+""",
+    )
     values = {
         **{"gpus_per_node": 2, "cpus_per_gpu": 1, "time": "30", "grace_seconds": 30},
         "temporary": "/dev/shm",  # every node's own here

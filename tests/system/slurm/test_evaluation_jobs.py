@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from desk import Desk
+from desk import HELD, Desk
+from small_pipeline import run_command
 from small_sweep import make_sweep_inputs, numbers_of, results_of, sweep_file
 
-pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def test_an_array_with_a_kill_gives_the_table_of_one_process(desk: Desk, tmp_path: Path):
     made = make_sweep_inputs(tmp_path)
     alone = tmp_path / "alone"
-    config = sweep_file(made, alone, num_images=1200, chunk_size=20, batch_size=20)
-    result = subprocess.run(
-        [sys.executable, "eval/sweep.py", str(config)],
-        cwd=desk.folder,
-        env=os.environ | {"PYTHONPATH": str(desk.folder)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    config = sweep_file(made, alone, num_images=240, chunk_size=20, batch_size=20)
+    result = run_command("eval/sweep.py", config)
     assert result.returncode == 0, result.stderr
+    part = desk.folder / HELD / "part"
+    part.touch()
     job = desk.submit(
         "runs/array",
         *("--job", "eval", "--config", str(config), "--array", "3", "--gpus-per-node", "1"),
@@ -44,9 +38,8 @@ def test_an_array_with_a_kill_gives_the_table_of_one_process(desk: Desk, tmp_pat
 
     job.until(makes_chunks, "make a chunk")
     os.kill(working[0], signal.SIGKILL)
-    job.until(
-        lambda: job.state(join) in ("COMPLETED", "FAILED", "CANCELLED"), "be joined", seconds=180
-    )
+    part.unlink()
+    job.until(lambda: job.state(join) in ("COMPLETED", "FAILED", "CANCELLED"), "be joined")
     killed = job.log(job_id=second)
     assert job.state(join) == "COMPLETED", killed + job.log(job_id=join)
     assert "rank 0 on" in killed

@@ -9,7 +9,7 @@ import yaml
 from desk import CONFIG, Desk, Job
 from small_sweep import results_of
 
-pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def stages(photos: Path) -> dict[str, dict]:
@@ -79,7 +79,7 @@ def test_a_pipeline_runs_from_photographs_to_a_table(desk: Desk):
     ids = [line.split()[1].rstrip(":") for line in lines]
     assert len(ids) == 6  # with the job that joins the sweep
     last = Job(desk, desk.folder / "runs" / "p" / "report", [ids[-1]])
-    assert last.wait(seconds=240) == "COMPLETED", [
+    assert last.wait() == "COMPLETED", [
         (job_id, last.state(job_id), last.log(job_id=job_id)[-2000:]) for job_id in ids
     ]
     rows = results_of(last.out)["rows"]

@@ -10,80 +10,80 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from desk import CONFIG, STEPS, Desk, Job
+from desk import CONFIG, PATIENCE, STEPS, Desk, Job
 from small_pipeline import metrics
 
-pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def test_two_nodes_give_the_numbers_of_one(desk: Desk, undisturbed: list[float]):
-    job = desk.train("runs/plain")
+def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
+    """One run on two nodes, stopped in four ways, at other steps each time."""
+    desk.hold("stopped", 5, 15, 25, 35)
+    job = desk.train("runs/stopped")
     # The job runs a copy of the code: what happens to the checkout now is none of its business.
     train = desk.folder / "lgm_scale" / "train.py"
     code = train.read_text()
+    train.write_text("raise SystemExit('edited')\n")
     try:
-        train.write_text("raise SystemExit('edited')\n")
+        stop_in_four_ways(desk, job)
         assert job.wait() == "COMPLETED", job.log()
     finally:
         train.write_text(code)
     assert len(undisturbed) == STEPS
     assert job.losses() == undisturbed
-    status = desk.status(job.out)
-    assert "restarts   0" in status
-    assert f"step       {STEPS} of {STEPS}" in status
-    assert "finished" in status
-
-
-def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
-    """One run, stopped in five ways, at other steps each time."""
-    job = desk.train("runs/stopped")
-    cluster = desk.cluster
-    job.reach(30)
-    cluster.run("scancel", "--signal=USR2", job.id)
-    job.restarted(1)
-    job.reach(60)
-    cluster.run("scontrol", "requeue", job.id)
-    job.restarted(2)
-    job.reach(90)
-    cluster.run("scancel", "--signal=TERM", job.id)
-    job.restarted(3)
-    job.reach(120)
-    urgent = ["--partition=high", f"--nodes={cluster.num_nodes}", "--exclusive"]
-    cluster.run("sbatch", *urgent, "--output=/dev/null", "--wrap=sleep 1")
-    job.restarted(4)
-    job.reach(150)
-    os.kill(job.trainer_on(job.nodes()[1]), signal.SIGKILL)
-    assert job.wait() == "COMPLETED", job.log()
-    assert job.losses() == undisturbed
     # The other rank is told at once, and may be killed by Slurm before it could note its own end.
-    killed, resumed = job.starts()[4].first_failure(), job.starts()[5]
+    killed, resumed = job.starts()[3].first_failure(), job.starts()[4]
     assert killed is not None
-    assert resumed.time - killed.time < 120  # seconds, however busy the machine
+    assert resumed.time - killed.time < 280  # seconds on a busy machine; a timeout would be 300
     status = desk.status(job.out)
-    assert "restarts   5" in status, status
+    for words in ("restarts   4", f"step       {STEPS} of {STEPS}", "finished"):
+        assert words in status, status
     for words in ("SIGUSR2, state saved", "SIGTERM, state saved", "ended first: signal 9"):
         assert words in status, status
+
+
+def stop_in_four_ways(desk: Desk, job: Job) -> None:
+    """Asked twice, taken its nodes by a more urgent job, and killed on one of them."""
+    cluster = desk.cluster
+    job.reach(5)
+    cluster.run("scancel", "--signal=USR2", job.id)
+    job.restarted(1)
+    job.reach(15)
+    cluster.run("scancel", "--signal=TERM", job.id)
+    job.restarted(2)
+    job.reach(25)
+    urgent = ["--partition=high", f"--nodes={cluster.num_nodes}", "--exclusive"]
+    cluster.run("sbatch", *urgent, "--output=/dev/null", "--wrap=sleep 1")
+    job.restarted(3)
+    desk.release("stopped", 25)
+    job.reach(35)
+    os.kill(job.trainer_on(job.nodes()[1]), signal.SIGKILL)
+    desk.release("stopped", 35)
 
 
 def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undisturbed: list[float]):
     """Two runs lose a node at once: one of two nodes, and the only one, which comes back later."""
     cluster, patience = desk.cluster, 15  # seconds
+    for name in ("pair", "lonely"):
+        desk.hold(name, 5)
     pair = desk.train("runs/pair", f"parallel.timeout_seconds={patience}", exclude="n3")
     lonely = desk.train("runs/lonely", nodes=1, exclude="n1,n2")
     try:
-        lonely.reach(40)
+        lonely.reach(5)
         stale = lonely.trainer_on("n3")
         os.kill(stale, signal.SIGSTOP)  # it must still be there when its successor runs
         cluster.link("n3", up=False)
-        pair.reach(40)
+        pair.reach(5)
         cut_at = time.monotonic()
         cluster.link("n2", up=False)
+        desk.release("pair", 5)
         # Rank 0 fails by its own timeout; Slurm starts the job again when it gives up the node.
         end = pair.folder / pair.id / "attempts" / "00000-rank00000.json"
-        pair.until(end.exists, "fail", patience + 60)
+        pair.until(end.exists, "fail")
         failed_after = time.monotonic() - cut_at
         assert json.loads(end.read_text())["status"] == 1
         assert "Timed out waiting" in pair.log()
@@ -94,16 +94,17 @@ def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undistu
         second = lonely.out / "state" / "attempts" / "0002.json"
         lonely.until(second.exists, "be resumed")
         os.kill(stale, signal.SIGCONT)
+        desk.release("lonely", 5)
+        late = "this is attempt 1 of the run, and attempt 2 has taken over since"
+        lonely.until(lambda: late in lonely.log(), "tell the stale trainer")
         assert pair.wait() == "COMPLETED", pair.log()
         assert lonely.wait() == "COMPLETED", lonely.log()
     finally:
         for node in ("n2", "n3"):
             cluster.link(node, up=True)
-    assert patience - 1 < failed_after < patience + 60
+    assert patience - 1 < failed_after < patience + 240  # on a busy machine; the default is 300
     assert pair.losses() == undisturbed
     assert lonely.losses() == pytest.approx(undisturbed, abs=1e-3)  # one rank: sums differ
-    late = lonely.log()
-    assert "this is attempt 1 of the run, and attempt 2 has taken over since" in late
     states = [path.name for path in (lonely.out / "state").glob("ba*")]
     assert all(name.endswith("-a0002") for name in states), states
     for job in (pair, lonely):
@@ -134,20 +135,25 @@ def test_other_launchers_with_explicit_node_ranks(desk: Desk, undisturbed: list[
             env=os.environ | desk.cluster.environment | {"PYTHONPATH": str(desk.folder)},
         )  # fmt: skip
 
+    desk.hold("by-hand", 25)
     first = srun(composer)
-    deadline = time.monotonic() + 180
-    while not list((out / "state").glob("ba00000100-*/manifest.json")):
+    deadline = time.monotonic() + PATIENCE
+    while not list((out / "state").glob("ba00000020-*/manifest.json")):
         assert first.poll() is None, first.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    desk.cluster.run("scancel", "--name=by-hand", "--signal=KILL")
-    first.communicate(timeout=120)
+    for pid in desk.processes("n2", b"run_name=by-hand"):  # the launcher and what it launched
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    first.communicate(timeout=PATIENCE)
+    desk.release("by-hand", 25)
     assert first.returncode != 0
     desk.cluster.wait_until_idle()
     second = srun(torchrun)
-    text, _ = second.communicate(timeout=240)
+    text, _ = second.communicate(timeout=PATIENCE)
     assert second.returncode == 0, text
-    assert "resumed after step 1" in text  # 100, or 150
+    resumed = re.findall(r"resumed after step (\d+)", text)
+    assert resumed == ["20"], text
     assert [row["loss"] for row in metrics(out)] == undisturbed
 
 
@@ -189,6 +195,7 @@ def test_three_failures_at_one_step_are_enough(desk: Desk):
 
 
 def test_a_live_run_is_not_joined(desk: Desk):
+    desk.hold("live", 10)
     job = desk.train("runs/live")
     again = ["--cluster", "virtual.yaml", "--config", "yamls/quickstart/dit.yaml"]
     again += ["--nodes", "2", "--gpus-per-node", "1"]

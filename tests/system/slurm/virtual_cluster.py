@@ -1,5 +1,6 @@
 """A real Slurm on one machine: every node has its own network, host name and address.
 
+    export PYTHONPATH=tests
     python tests/system/slurm/virtual_cluster.py up [NODES]     prints what to export, and stays up
     python tests/system/slurm/virtual_cluster.py down FOLDER
 
@@ -8,7 +9,7 @@ processes under one folder. A node is a network namespace behind a bridge, so th
 taken down. Nothing outlives `down`: processes, namespaces, bridge and folder go.
 
 Nodes have `gpus` generic resources that stand for nothing: jobs ask for GPUs as they do anywhere,
-and compute on the CPU. Needs root, and Debian's packages of `slurm_packages`.
+and compute on the CPU. Needs root, and the packages `system_packages.SLURM`.
 """
 
 from __future__ import annotations
@@ -27,29 +28,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ports import keep_port
 from slurm_packages import obstacle
 
 STATE_FILE = "cluster.json"
 SYSTEM_TABLES = ("mysql_system_tables.sql", "mysql_system_tables_data.sql")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _free_network() -> str:
-    """First three numbers of a network that no interface here is in."""
-    shown = subprocess.run(["ip", "addr"], capture_output=True, text=True, check=True).stdout
-    return next(
-        f"10.77.{k}"
-        for k in range(100, 200)
-        if f"10.77.{k}." not in shown and f"lgmv{k}-" not in shown
-    )
-
-
-def _wait(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def _wait(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -126,16 +112,14 @@ class VirtualCluster:
             _kill(-pid, signal.SIGTERM)
         for pid in self.processes.values():
             try:
-                _wait(lambda pid=pid: not _alive(pid), "a daemon's end", 5)
+                _wait(lambda pid=pid: not _alive(pid), "a daemon's end", 15)
             except RuntimeError:
                 _kill(-pid, signal.SIGKILL)
         self._end_processes_on_nodes()  # what slurmd has left behind keeps a namespace alive
         for node in self.nodes:
-            for words in (
-                ("link", "del", self._interface(node)),
-                ("netns", "del", self._namespace(node)),
-            ):
-                subprocess.run(["ip", *words], stderr=subprocess.DEVNULL, check=False)
+            for kind, name in (("link", self._interface(node)), ("netns", self._namespace(node))):
+                words = ["ip", kind, "del", name]
+                subprocess.run(words, stderr=subprocess.DEVNULL, check=False)
         subprocess.run(["ip", "link", "del", self._bridge], stderr=subprocess.DEVNULL, check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -147,7 +131,7 @@ class VirtualCluster:
     # --- how it comes up ----------------------------------------------------------------------
 
     def _start(self) -> None:
-        self.network = _free_network()
+        self._take_network()
         for name in ("run", "log", "state"):
             (self.folder / name).mkdir()
         self.folder.chmod(0o755)
@@ -177,21 +161,36 @@ class VirtualCluster:
             )
         self.wait_until_idle()
 
+    def clear(self) -> None:
+        """End all jobs and plug all cables in; start anew if that does not give idle nodes."""
+        try:
+            if not all(map(_alive, self.processes.values())):
+                raise RuntimeError("a daemon has ended")
+            for node in self.nodes:
+                self.link(node, up=True)
+            self.run("scancel", "--full", "--signal=KILL", "--user=root", check=False)
+            self.run("scancel", "--user=root", check=False)
+            self.wait_until_idle()
+        except (RuntimeError, subprocess.CalledProcessError):
+            self.down()
+            self.processes.clear()
+            self.__enter__()
+
     def wait_until_idle(self) -> None:
         """Wait for all nodes to be up and free; also for those that were given up."""
-        self.run(
-            "scontrol", "update", f"nodename={','.join(self.nodes)}", "state=resume", check=False
-        )
+        names = f"nodename={','.join(self.nodes)}"
+        self.run("scontrol", "update", names, "state=resume", check=False)
 
         def idle() -> bool:
-            return len(
-                self.run("sinfo", "-hN", "-p", "debug", "-t", "idle", check=False).split("\n")
-            ) == (self.num_nodes)
+            shown = self.run("sinfo", "-hN", "-p", "debug", "-t", "idle", check=False)
+            return len(shown.split("\n")) == self.num_nodes
 
-        _wait(idle, f"{self.num_nodes} idle nodes", 120)
+        _wait(idle, f"{self.num_nodes} idle nodes")
 
     def _start_accounting(self) -> None:
-        port, run, log = _free_port(), self.folder / "run", self.folder / "log"
+        self._kept = [keep_port() for _ in range(3)]
+        port, dbd_port, controller = (kept.getsockname()[1] for kept in self._kept)
+        run, log = self.folder / "run", self.folder / "log"
         database = self.folder / "database"
         database.mkdir()
         tables = "".join((Path("/usr/share/mysql") / name).read_text() for name in SYSTEM_TABLES)
@@ -215,7 +214,6 @@ class VirtualCluster:
         )
         ready = log / "mariadbd.out"
         _wait(lambda: "ready for connections" in ready.read_text(), "a running database")
-        dbd_port, controller = _free_port(), _free_port()
         host = socket.gethostname().split(".")[0]
         self._write_configuration(host, controller, dbd_port)
         accounting = self.folder / "slurmdbd.conf"
@@ -283,8 +281,19 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
         own = "".join(f"{self.network}.{k} n{k}\n" for k in range(1, self.num_nodes + 1))
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{self.network}.254 {host}\n{own}")
 
+    def _take_network(self) -> None:
+        """Make the bridge of a network that nobody here is in; another cluster gets another."""
+        shown = subprocess.run(["ip", "addr"], capture_output=True, text=True, check=True).stdout
+        for number in range(100, 200):
+            self.network = f"10.77.{number}"
+            if f"{self.network}." in shown or self._interface("") in shown:
+                continue
+            made = ["ip", "link", "add", self._bridge, "type", "bridge"]
+            if subprocess.run(made, capture_output=True, check=False).returncode == 0:
+                return
+        raise RuntimeError("virtual cluster: no free network")
+
     def _start_network(self) -> None:
-        self._ip("link", "add", self._bridge, "type", "bridge")
         self._ip("addr", "add", f"{self.network}.254/24", "dev", self._bridge)
         self._ip("link", "set", self._bridge, "up")
         for number, node in enumerate(self.nodes, start=1):
