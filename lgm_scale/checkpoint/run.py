@@ -15,7 +15,13 @@ from typing import Any
 from composer.core import State
 
 from lgm_scale.checkpoint.manifest import MANIFEST_NAME, RUN_NAME, StateName
-from lgm_scale.checkpoint.run_folder import HISTORY_NAME, METRICS_NAME, Changes, RunFolder
+from lgm_scale.checkpoint.run_folder import (
+    HISTORY_NAME,
+    METRICS_NAME,
+    Changes,
+    RunFolder,
+    compiled,
+)
 from lgm_scale.checkpoint.scalars import renew_learning_rates
 from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import CheckpointError
@@ -23,7 +29,7 @@ from lgm_scale.parallel.collectives import on_rank_zero
 from lgm_scale.storage.files import write_whole
 from lgm_scale.storage.stores import Storage, open_storage
 
-__all__ = ["EnteredRun", "apply_changes", "enter_run", "leave_result"]
+__all__ = ["EnteredRun", "apply_changes", "begun_compiled", "enter_run", "leave_result"]
 
 log = logging.getLogger("lgm_scale")
 
@@ -49,9 +55,25 @@ def enter_run(folder: RunFolder) -> EnteredRun:
 
     Raises: ConfigError with the keys that differ; CheckpointError.
     """
-    location = folder.config.checkpoint.folder or str(folder.path / "state")
-    storage = open_storage(location, "checkpoint.folder", folder.config.data.patience)
+    storage = _open(folder)
     return EnteredRun(*on_rank_zero(lambda: _enter(folder, storage)), storage)
+
+
+def begun_compiled(folder: RunFolder) -> bool | None:
+    """Whether the run that goes on here was compiled; None for a new one. Called on rank 0.
+
+    Raises: ConfigError, CheckpointError if nothing can live here.
+    """
+    found, storage = folder.begun_compiled(), _open(folder)
+    if found is None and _has_state(storage):
+        run = _recorded_run(storage)
+        found = None if run is None else compiled(run["config"])
+    return found
+
+
+def _open(folder: RunFolder) -> Storage:
+    location = folder.config.checkpoint.folder or str(folder.path / "state")
+    return open_storage(location, "checkpoint.folder", folder.config.data.patience)
 
 
 def _enter(folder: RunFolder, storage: Storage) -> tuple[str, bool, Changes]:
@@ -118,6 +140,10 @@ def _open_run(storage: Storage, run_name: str, config: dict[str, Any]) -> dict[s
 
     Raises: CheckpointError if it is damaged, or is missing where there are states.
     """
+    return _recorded_run(storage) or _write_run(storage, run_name, config)
+
+
+def _recorded_run(storage: Storage) -> dict[str, Any] | None:
     try:
         return json.loads(storage.read(RUN_NAME))
     except FileNotFoundError:
@@ -128,7 +154,7 @@ def _open_run(storage: Storage, run_name: str, config: dict[str, Any]) -> dict[s
             ) from None
     except ValueError as error:
         raise CheckpointError(f"{storage.root}/{RUN_NAME} is damaged ({error})") from error
-    return _write_run(storage, run_name, config)
+    return None
 
 
 def _write_run(storage: Storage, run_name: str, config: dict[str, Any]) -> dict[str, Any]:

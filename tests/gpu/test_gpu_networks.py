@@ -25,7 +25,7 @@ from lgm_scale.flow import (
     sample_timesteps,
     velocity_target,
 )
-from lgm_scale.layers import extra_channel_attention, masked_attention, proportional_attention
+from lgm_scale.layers import ATTENTION_FORMS, proportional_attention
 from lgm_scale.parallel.blocks import compile_blocks
 from lgm_scale.randomness import Purpose, keyed_normal, keyed_uniforms, stream_keys
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig
@@ -105,7 +105,7 @@ def test_both_attention_forms_are_attention_over_duplicates(
         return {name: value.detach().cpu().double() for name, value in named.items()}
 
     expected = run(duplicated_attention, CPU, torch.float64)
-    for form in (masked_attention, extra_channel_attention, proportional_attention):
+    for form in (*ATTENTION_FORMS.values(), proportional_attention):
         assert far(run(form, device, dtype), expected, bound) == {}
 
 
