@@ -13,8 +13,6 @@ from lgm_scale.config.schema import TrainingRun
 from lgm_scale.layers import Attention, DiTBlock, SwiGLU
 from lgm_scale.parallel.collectives import first_of_ranks
 
-__all__ = ["compiler_problem", "settle_compile"]
-
 log = logging.getLogger("lgm_scale")
 
 

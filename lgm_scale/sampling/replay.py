@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Recorder", "ReplayedVelocity", "record_graph"]
-
 Recorder = Callable[[Callable[..., Tensor], list[Tensor]], tuple[Callable[[], object], Tensor]]
 """(function, its inputs) -> (what computes it again from the same inputs, where its result is)."""
 
