@@ -33,8 +33,6 @@ from lgm_scale.planning.workload import (
     strategy_label,
 )
 
-__all__ = ["Networks", "cost_line", "describe", "networks"]
-
 
 @dataclass(frozen=True)
 class Networks:
