@@ -8,10 +8,10 @@ Images/s and utilisation (the network's own count of operations over the peak), 
 compiled, of training steps and of whole samplings of 25 guided Euler steps, latents not decoded. A
 cell is one network, form, mode and K. Cells run by importance: training before sampling, compiled
 before reference before eager, the largest size first; then what is to be chosen by measurement:
-compiled with another form of attention (`train.attention`), and samplings of few images: as they
-are, replayed as CUDA graphs, and with matrices that autocast casts at every call. One that would
-probably exceed the budget is dropped, and said so (`--forms` picks some); one that needs too much
-memory is noted, and the next one runs.
+compiled with another form of attention (`train.attention`) or with 8-bit floats, and samplings of
+few images: as they are, replayed as CUDA graphs, and with matrices that autocast casts at every
+call. One that would probably exceed the budget is dropped, and said so (`--forms` picks some); one
+that needs too much memory is noted, and the next one runs.
 
 Written after every cell: OUT/gpu.json. Before the cells: OUT/calibration.json, for
 `lgm_scale/train.py ... --dry-run --simulate --calibration` (docs/planning.md).
@@ -48,7 +48,8 @@ from benchmarks.harness import print_table
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.lgm.config import DIT_SIZES
 from lgm_scale.layers import ATTENTION_FORMS, cast_matrices, choose_attention
-from lgm_scale.parallel.blocks import compile_blocks
+from lgm_scale.parallel.blocks import compile_blocks, transformer_blocks
+from lgm_scale.parallel.float8 import float8_problem, use_float8
 from lgm_scale.planning.hardware import GPU, GPUS
 from lgm_scale.sampling.replay import ReplayedVelocity, record_graph
 
@@ -74,6 +75,7 @@ CHOICES = (
     ("sample", "few"),
     ("sample", "few-graphs"),
     ("sample", "few-uncast"),
+    ("train", "float8"),
     ("train", "mask"),
 )
 """What is compared with the main forms and each other, to be made the default or not."""
@@ -116,6 +118,10 @@ class Benchmark:
                 "mode": group.mode, "network": group.form, "size": group.size,
                 "num_tokens": num_tokens, "batch": size,
             }  # fmt: skip
+            absent = float8_problem(self.args.device) if group.form == "float8" else None
+            if absent is not None:
+                self._note(cell, "dropped", absent)
+                continue
             need = self.longest.get((group.mode, group.form), FIRST_CELL)
             if need > self.left:
                 why = (
@@ -158,7 +164,9 @@ class Benchmark:
             cast_matrices(net, torch.bfloat16)  # as a pipeline does
         attends = group.form in ATTENTION_FORMS
         choose_attention(net, group.form if attends else "auto")
-        if group.form == "compiled" or attends:
+        if group.form == "float8":
+            use_float8(transformer_blocks(net))
+        if group.form in ("compiled", "float8") or attends:
             backend = "eager" if self.args.tiny else "inductor"
             compile_blocks(net, self.args.num_tokens, backend=backend)
         return net

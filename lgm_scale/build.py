@@ -27,12 +27,13 @@ from lgm_scale.config.inputs import count_problems
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import OptimizerConfig, TrainingRun
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
-from lgm_scale.errors import CheckpointError, DataError, LGMError
+from lgm_scale.errors import CheckpointError, ConfigError, DataError, LGMError
 from lgm_scale.families.base import family_of
 from lgm_scale.initial_weights import initial_weights
 from lgm_scale.layers import choose_attention
 from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
 from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
+from lgm_scale.parallel.float8 import float8_problem, use_float8
 from lgm_scale.parallel.trainers import start_trainer
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
@@ -201,6 +202,10 @@ def build_trainer(
         "none yet), or look at the data."
     )
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
+    if config.train.float8:
+        problem = float8_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        raise_everywhere(None if problem is None else ConfigError(f"train.float8: {problem}"))
+        use_float8(transformer_blocks(model))
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
     choose_attention(model.net, config.train.attention)
     if config.train.compile is True:  # auto is settled before

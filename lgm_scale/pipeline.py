@@ -144,7 +144,7 @@ class Pipeline(ABC, Generic[AnyBundle]):
         """
         return {}
 
-    def unchanging(self) -> list[nn.Module]:
+    def unchanging(self) -> list[Any]:
         """Networks whose weights nobody changes once they are read."""
         return [self.bundle.net]
 

@@ -58,6 +58,7 @@ _ON_REQUEST = (
     "train.precision",
     "train.compile",
     "train.attention",
+    "train.float8",
     "train.device_microbatch_size",
     "train.device_microbatch_tokens",
 )

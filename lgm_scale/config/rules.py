@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 
 from lgm_scale.config.loading import (
     check_config,
@@ -65,7 +66,7 @@ def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> 
     family = family_of(config)
     problems = [*_batch(config, world_size), *_lengths(config, family), *_numbers(config)]
     problems += [*_optimizer(config), *_times(config, family), *_batch_scaling(config)]
-    problems += _attention(config, has_gpu)
+    problems += [*_attention(config, has_gpu), *_float8(config, has_gpu)]
     problems += broken_data_rules(config.data)
     problems += parallel_rules(config, world_size, has_gpu)
     problems += family.rules(config)
@@ -145,6 +146,24 @@ def _attention(config: TrainingRun, has_gpu: bool | None) -> Iterator[str]:
     reason = "no GPU is here" if has_gpu is False else uncompiled_reason(config)
     if config.train.attention == "flex" and reason is not None:
         yield f"train.attention: flex needs blocks compiled for a GPU ({reason}); use auto"
+
+
+def _float8(config: TrainingRun, has_gpu: bool | None) -> Iterator[str]:
+    if not config.train.float8:
+        return
+    reason = uncompiled_reason(config)
+    problems = {
+        "torchao is not installed; pip install torchao": find_spec("torchao") is None,
+        "no GPU is here": has_gpu is False,
+        f"the blocks are not compiled ({reason})": reason is not None,
+        "train.precision: fp32 rounds nothing": config.train.precision == "fp32",
+        f"parallel.strategy: {config.parallel.strategy} was not tried with it; use ddp": (
+            config.parallel.strategy != "ddp"
+        ),
+    }
+    for problem, found in problems.items():
+        if found:
+            yield f"train.float8: true, but {problem}; or set it to false"
 
 
 def _numbers(config: TrainingRun) -> Iterator[str]:

@@ -92,6 +92,9 @@ class TrainConfig:
     attention: Literal["auto", "mask", "channel", "flex"] = "auto"
     """How the sizes of merged tokens reach attention: by a mask, by an extra channel, or by
     FlexAttention in compiled blocks; equal up to rounding. auto: channel on a GPU, else mask."""
+    float8: bool = False
+    """Round what a generator's attention and MLP layers multiply to 8-bit floats, by torchao: an
+    approximation, for GPUs like H100, compiled, under ddp."""
     batch_scaling: Literal["constant_samples", "constant_tokens"] = "constant_samples"
     """Generator, `constant_tokens`: batch and micro-batch sizes are those of the longest length,
     and a step at K takes K_max / K times as many samples. The learning rate is not rescaled."""

@@ -18,7 +18,7 @@ Recorder = Callable[[Callable[..., Tensor], list[Tensor]], tuple[Callable[[], ob
 
 def record_graph(call: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Any, Tensor]:
     """Record `call` on the current CUDA device, after one run in which libraries set up."""
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call(*inputs)

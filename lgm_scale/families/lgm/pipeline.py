@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.lgm.bundle import LGMBundle, load_lgm_bundle
@@ -79,7 +80,7 @@ class LGMPipeline(Pipeline[LGMBundle]):
             "tokenizer": count_parameters(self.bundle.tokenizer),
         }
 
-    def unchanging(self) -> list[nn.Module]:
+    def unchanging(self) -> list[Any]:
         """The network, unless adapters are added to copies of its weights."""
         return [] if self.bundle.adapters else [self.bundle.net]
 
