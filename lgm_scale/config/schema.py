@@ -86,7 +86,7 @@ class TrainConfig:
     stay, up to rounding, and short lengths do not run in many small pieces."""
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
     """Type of the networks' matrix products; weights are float32."""
-    compile: bool | Literal["auto"] = "auto"
+    compile: Literal["auto", True, False] = "auto"
     """Compile a generator's blocks, one graph per token length. auto: on a GPU, where nothing
     speaks against it; a run that goes on stays what it was when it began."""
     attention: Literal["auto", "mask", "channel", "flex"] = "auto"
