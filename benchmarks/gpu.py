@@ -118,7 +118,7 @@ class Benchmark:
                 "mode": group.mode, "network": group.form, "size": group.size,
                 "num_tokens": num_tokens, "batch": size,
             }  # fmt: skip
-            absent = float8_problem(self.args.device) if group.form == "float8" else None
+            absent = self._absent(group.form)
             if absent is not None:
                 self._note(cell, "dropped", absent)
                 continue
@@ -153,6 +153,12 @@ class Benchmark:
         del net, make
         torch.compiler.reset()  # its graphs hold the network's shapes, and count against its limit
         self._free()
+
+    def _absent(self, form: str) -> str | None:
+        """Why a form cannot be measured here; None if it can."""
+        if form == "flex" and self.args.device.type == "cpu":
+            return "FlexAttention has no backward pass on a CPU, from torch 2.8 on"
+        return float8_problem(self.args.device) if form == "float8" else None
 
     def _network(self, group: Group) -> nn.Module:
         device = self.args.device

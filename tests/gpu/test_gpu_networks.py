@@ -107,7 +107,10 @@ def test_both_attention_forms_are_attention_over_duplicates(
         return {name: value.detach().cpu().double() for name, value in named.items()}
 
     expected = run(duplicated_attention, CPU, torch.float64)
-    for form in (*ATTENTION_FORMS.values(), proportional_attention):
+    forms = dict(ATTENTION_FORMS, chosen=proportional_attention)
+    if device.type == "cpu" and not torch.__version__.startswith("2.7."):
+        del forms["flex"]  # newer versions refuse its backward pass there
+    for form in forms.values():
         assert far(run(form, device, dtype), expected, bound) == {}
 
 
