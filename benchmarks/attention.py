@@ -4,8 +4,7 @@
 
 mask: log sizes as a float mask. channel: log sizes in an extra channel of the keys, which leaves
 the flash kernels open. flex: added to the scores by FlexAttention, compiled, on a GPU.
-`lgm_scale.layers.proportional_attention` uses, per device,
-the mask or the channel, whichever is faster here.
+`lgm_scale.layers.proportional_attention` uses, per device, the mask or the channel, by default.
 """
 
 from __future__ import annotations
