@@ -1,10 +1,10 @@
-"""Two forms of proportional attention, timed against each other and against plain attention.
+"""The forms of proportional attention, timed against each other and against plain attention.
 
     python -m benchmarks.attention [--device cuda]
 
 mask: log sizes as a float mask. channel: log sizes in an extra channel of the keys, which leaves
-the flash kernels open. `lgm_scale.layers.proportional_attention` uses, per device, the one
-that is faster here.
+the flash kernels open. flex: added to the scores by FlexAttention, compiled, on a GPU.
+`lgm_scale.layers.proportional_attention` uses, per device, the mask or the channel, by default.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import alternating_medians, command_line, parse_device, print_table
-from lgm_scale.layers import extra_channel_attention, masked_attention
+from lgm_scale.layers import ATTENTION_FORMS
+from lgm_scale.parallel.torch_internals import allow_recompilations
 
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "plain": lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v),
-    "mask": masked_attention,
-    "channel": extra_channel_attention,
+    **ATTENTION_FORMS,
 }
 
 
@@ -58,6 +58,10 @@ def main() -> int:
     parser.add_argument("--num-tokens", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 72, 80])
     args = parse_device(parser, gpu_batch=256, cpu_batch=4)
+    flex = FORMS.pop("flex")
+    if args.device.type == "cuda":  # without a compiler FlexAttention is no kernel
+        FORMS["flex"] = torch.compile(flex, dynamic=False)
+        allow_recompilations(4 * len(args.head_dims) * len(args.num_tokens))
     rows = []
     for head_dim, num_tokens in itertools.product(args.head_dims, args.num_tokens):
         tensors = inputs(args, num_tokens, head_dim)

@@ -7,8 +7,11 @@
 Images/s and utilisation (the network's own count of operations over the peak), eager and
 compiled, of training steps and of whole samplings of 25 guided Euler steps, latents not decoded. A
 cell is one network, form, mode and K. Cells run by importance: training before sampling, compiled
-before reference before eager, the largest size first. One that would probably exceed the budget is
-dropped, and said so; one that needs too much memory is noted, and the next one runs.
+before reference before eager, the largest size first; then what is to be chosen by measurement:
+compiled with another form of attention (`train.attention`) or with 8-bit floats, and samplings of
+few images: as they are, replayed as CUDA graphs, and with matrices that autocast casts at every
+call. One that would probably exceed the budget is dropped, and said so (`--forms` picks some); one
+that needs too much memory is noted, and the next one runs.
 
 Written after every cell: OUT/gpu.json. Before the cells: OUT/calibration.json, for
 `lgm_scale/train.py ... --dry-run --simulate --calibration` (docs/planning.md).
@@ -40,12 +43,15 @@ from torch import nn
 
 from benchmarks import calibration
 from benchmarks.generator import NUM_BASE_TOKENS, build_network, halving_tree, load_reference
-from benchmarks.gpu_steps import SAMPLER, TrainStep, sample_batch, seconds_of
+from benchmarks.gpu_steps import SAMPLER, TrainStep, called_again, sample_batch, seconds_of
 from benchmarks.harness import print_table
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.lgm.config import DIT_SIZES
-from lgm_scale.parallel.blocks import compile_blocks
+from lgm_scale.layers import ATTENTION_FORMS, cast_matrices, choose_attention
+from lgm_scale.parallel.blocks import compile_blocks, transformer_blocks
+from lgm_scale.parallel.float8 import float8_problem, use_float8
 from lgm_scale.planning.hardware import GPU, GPUS
+from lgm_scale.sampling.replay import ReplayedVelocity, record_graph
 
 TREE = halving_tree(NUM_BASE_TOKENS)
 FIRST_CELL = 45.0
@@ -63,13 +69,28 @@ class Group:
     size: str
 
 
-def groups(sizes: Sequence[str], with_reference: bool) -> Iterator[Group]:
-    """All groups, the most important first."""
-    for mode, form in itertools.product(("train", "sample"), ("compiled", "reference", "eager")):
-        if form != "reference":
-            yield from (Group(mode, form, size) for size in sizes)
-        elif with_reference:
+MAIN_FORMS = ("compiled", "reference", "eager")
+CHOICES = (
+    ("train", "flex"),
+    ("sample", "few"),
+    ("sample", "few-graphs"),
+    ("sample", "few-uncast"),
+    ("train", "float8"),
+    ("train", "mask"),
+)
+"""What is compared with the main forms and each other, to be made the default or not."""
+FEW = 4
+"""Images of a sampling whose time is the host's, not the GPU's."""
+FORMS = (*MAIN_FORMS, *(form for _, form in CHOICES))
+
+
+def groups(sizes: Sequence[str], with_reference: bool, forms: Sequence[str]) -> Iterator[Group]:
+    """All groups of these forms, the most important first."""
+    for mode, form in (*itertools.product(("train", "sample"), MAIN_FORMS), *CHOICES):
+        if form == "reference" and with_reference:
             yield Group(mode, form, sizes[0])
+        elif form != "reference" and form in forms:
+            yield from (Group(mode, form, size) for size in sizes)
 
 
 class Benchmark:
@@ -91,10 +112,16 @@ class Benchmark:
         net = make = None
         for num_tokens in self.args.num_tokens:
             size = max(1, self.args.tokens // num_tokens)
+            if group.form.startswith("few"):
+                size = FEW
             cell = {
                 "mode": group.mode, "network": group.form, "size": group.size,
                 "num_tokens": num_tokens, "batch": size,
             }  # fmt: skip
+            absent = self._absent(group.form)
+            if absent is not None:
+                self._note(cell, "dropped", absent)
+                continue
             need = self.longest.get((group.mode, group.form), FIRST_CELL)
             if need > self.left:
                 why = (
@@ -127,13 +154,25 @@ class Benchmark:
         torch.compiler.reset()  # its graphs hold the network's shapes, and count against its limit
         self._free()
 
+    def _absent(self, form: str) -> str | None:
+        """Why a form cannot be measured here; None if it can."""
+        if form == "flex" and self.args.device.type == "cpu":
+            return "torch 2.11 refuses the backward pass of FlexAttention on a CPU"
+        return float8_problem(self.args.device) if form == "float8" else None
+
     def _network(self, group: Group) -> nn.Module:
         device = self.args.device
         if group.form == "reference":
             return load_reference(self.args.reference, device)
         with device:
             net = build_network(group.size)
-        if group.form == "compiled":
+        if group.mode == "sample" and group.form != "few-uncast":
+            cast_matrices(net, torch.bfloat16)  # as a pipeline does
+        attends = group.form in ATTENTION_FORMS
+        choose_attention(net, group.form if attends else "auto")
+        if group.form == "float8":
+            use_float8(transformer_blocks(net))
+        if group.form in ("compiled", "float8") or attends:
             backend = "eager" if self.args.tiny else "inductor"
             compile_blocks(net, self.args.num_tokens, backend=backend)
         return net
@@ -141,7 +180,11 @@ class Benchmark:
     def _step_maker(self, group: Group, net: nn.Module) -> Callable[[int, int], Callable[[], Any]]:
         """What makes the step of K and a batch size."""
         if group.mode == "sample":
-            return lambda k, size: partial(sample_batch, net, TREE, k, size, self.args.device)
+            velocity: Any = net
+            if group.form == "few-graphs":
+                on_gpu = self.args.device.type == "cuda"
+                velocity = ReplayedVelocity(net, record_graph if on_gpu else called_again)
+            return lambda k, size: partial(sample_batch, velocity, TREE, k, size, self.args.device)
         train = TrainStep(net, TREE, self.args.device)
         return lambda k, size: partial(train, *train.batch(k, size))
 
@@ -228,6 +271,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cell-seconds", type=float, help="of timing, 3 runs at least (default: 6)")
     add("--budget", type=float, default=480.0, help="seconds for all cells (default: 480)")
     add("--peak-tflops", type=float, help="of dense bfloat16 (default: H100, H200, A100 are known)")
+    add("--forms", nargs="+", choices=FORMS, default=FORMS, help="default: all")
     add("--reference", metavar="WHERE:CALLABLE", help="another network")
     args = parser.parse_args(argv)
     args.sizes = args.sizes or (["tiny"] if args.tiny else ["xl", "b"])
@@ -275,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table = calibration.table_entry(base.name) or GPUS["h100"]
         calibration.write(args.out / "calibration.json", gpu, table, machine(args.device))
         print(f"{args.out / 'calibration.json'}; {benchmark.left:.0f} s left", flush=True)
-    for group in groups(args.sizes, args.reference is not None):
+    for group in groups(args.sizes, args.reference is not None, args.forms):
         benchmark.run(group)
     benchmark.save()
     report(benchmark)

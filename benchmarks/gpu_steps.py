@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.generator import LATENT_DIM, NUM_CLASSES
 from lgm_scale import flow
+from lgm_scale.families.lgm.guidance import Velocity
 from lgm_scale.families.lgm.sampling import sample_latents
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.parallel.torch_internals import lerp_all_
@@ -72,8 +73,16 @@ class TrainStep:
         return loss.detach()
 
 
+def called_again(
+    call: Callable[..., Tensor], inputs: list[Tensor]
+) -> tuple[Callable[[], object], Tensor]:
+    """A stand-in for a CUDA graph on a CPU: fixed memory, and the function itself."""
+    out = call(*inputs)
+    return lambda: out.copy_(call(*inputs)), out
+
+
 def sample_batch(
-    net: nn.Module, tree: MergeTree, num_tokens: int, size: int, device: torch.device
+    net: Velocity, tree: MergeTree, num_tokens: int, size: int, device: torch.device
 ) -> Tensor:
     """Latents of a batch of images, not decoded: [B, N, D]."""
     labels = torch.arange(size, device=device) % NUM_CLASSES

@@ -81,7 +81,8 @@ def type_name(hint: Any) -> str:
     if dataclasses.is_dataclass(hint):
         return "keys below"
     if origin is typing.Literal:
-        return " or ".join(f"`{value}`" for value in args)
+        texts = (json.dumps(value) if isinstance(value, bool) else value for value in args)
+        return " or ".join(f"`{text}`" for text in texts)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return " or ".join(f"`{member.value}`" for member in hint)
     if origin is types.UnionType or origin is typing.Union:

@@ -27,11 +27,13 @@ from lgm_scale.config.inputs import count_problems
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import OptimizerConfig, TrainingRun
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
-from lgm_scale.errors import CheckpointError, DataError, LGMError
+from lgm_scale.errors import CheckpointError, ConfigError, DataError, LGMError
 from lgm_scale.families.base import family_of
 from lgm_scale.initial_weights import initial_weights
+from lgm_scale.layers import choose_attention
 from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
 from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
+from lgm_scale.parallel.float8 import float8_problem, use_float8
 from lgm_scale.parallel.trainers import start_trainer
 from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
@@ -96,11 +98,15 @@ def take_initial_weights(
 
 def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedule) -> DataSpec:
     """The loader of this rank's batches, and how they are counted and split."""
-    scaled = config.train.batch_scaling == "constant_tokens"
+    train, batch_size = config.train, config.train.global_batch_size // dist.get_world_size()
+    scaled, tokens = train.batch_scaling == "constant_tokens", train.device_microbatch_tokens
+    if scaled and tokens is None:
+        size = train.device_microbatch_size or batch_size
+        tokens = size * max(config.lengths.choices)
     loader_class = partial(ScaledLoader, schedule=lengths) if scaled else CheckedLoader
     loader = loader_class(
         dataset,
-        batch_size=config.train.global_batch_size // dist.get_world_size(),
+        batch_size=batch_size,
         num_workers=config.data.num_workers,
         persistent_workers=config.data.num_workers > 0,
         worker_init_fn=ignore_stop_signals,
@@ -109,7 +115,7 @@ def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedu
     return DataSpec(
         loader,
         get_num_samples_in_batch=lambda batch: len(batch["sample_ids"]),
-        split_batch=split_by_tokens(lengths) if scaled else None,
+        split_batch=None if tokens is None else split_by_tokens(tokens),
     )
 
 
@@ -196,8 +202,13 @@ def build_trainer(
         "none yet), or look at the data."
     )
     lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
+    if config.train.float8:
+        problem = float8_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        raise_everywhere(None if problem is None else ConfigError(f"train.float8: {problem}"))
+        use_float8(transformer_blocks(model))
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
-    if config.train.compile:
+    choose_attention(model.net, config.train.attention)
+    if config.train.compile is True:  # auto is settled before
         compile_blocks(model.net, config.lengths.choices)
     metrics, history = (Path(config.out) / name for name in (METRICS_NAME, HISTORY_NAME))
     beside = {path.name: path for path in (metrics, history)}

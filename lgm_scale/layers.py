@@ -22,22 +22,24 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def proportional_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None) -> Tensor:
+def proportional_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor | None, form: str = "auto"
+) -> Tensor:
     """Attention in which a key of a cluster of s tokens counts s times: log s on its logit.
 
     softmax(q k / sqrt(d) + log s) weighs a key by s exp(q k / sqrt(d)): equal to attention over the
     s duplicated tokens. On a GPU the bias rides in an extra channel (k holds log s, q the inverse
     softmax scale, v zero), because a float mask shuts out the flash kernels; on a CPU the mask is
-    the cheaper form.
+    the cheaper form. `form` names another one of `ATTENTION_FORMS`.
 
     Shapes: q, k, v [B, H, K, C/H], log_sizes [K] or None for all sizes 1 -> [B, H, K, C/H].
     Source: LGM paper, proportional attention; the extra channel is ours.
     """
     if log_sizes is None:
         return F.scaled_dot_product_attention(q, k, v)
-    if q.device.type == "cpu":
-        return masked_attention(q, k, v, log_sizes)
-    return extra_channel_attention(q, k, v, log_sizes)
+    if form == "auto":
+        form = "mask" if q.device.type == "cpu" else "channel"
+    return ATTENTION_FORMS[form](q, k, v, log_sizes)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> Tensor:
@@ -59,8 +61,50 @@ def extra_channel_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) 
     return out[..., :head_dim]
 
 
+def score_attention(q: Tensor, k: Tensor, v: Tensor, log_sizes: Tensor) -> Tensor:
+    """Proportional attention by FlexAttention, which adds log s to a score inside its kernel.
+
+    Nothing is padded or copied, but a kernel there is only where blocks are compiled, and it
+    computes heads of 72 channels as if they had 128, the next power of two.
+
+    Shapes: q, k, v and result [B, H, K, C/H], log_sizes [K].
+    """
+    from torch.nn.attention.flex_attention import flex_attention  # late: it imports sympy
+
+    def with_size(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + log_sizes[key]
+
+    return flex_attention(q, k, v, score_mod=with_size)  # type: ignore[return-value]
+
+
+ATTENTION_FORMS = {
+    "mask": masked_attention,
+    "channel": extra_channel_attention,
+    "flex": score_attention,
+}
+"""How log sizes can reach the logits; all give the same numbers, up to rounding."""
+
+
+def choose_attention(net: nn.Module, form: str) -> None:
+    """Let every attention of a network take one of `ATTENTION_FORMS`, or `auto`, the device's."""
+    for module in net.modules():
+        if isinstance(module, Attention):
+            module.form = form
+
+
+def cast_matrices(net: nn.Module, dtype: torch.dtype) -> None:
+    """Keep linear layers in the dtype that autocast would cast them to at every call.
+
+    For a network that is only sampled: the same bits, half the memory, and at small batches a
+    fraction of the traffic. Norms, tables and positions stay as they are.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with cluster sizes.
+    """Multi-head self-attention with cluster sizes; `form` as in `proportional_attention`.
 
     Shapes: x [B, K, C] -> [B, K, C].
 
@@ -73,6 +117,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int, qk_norm: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.form = "auto"
         self.qkv = nn.Linear(width, 3 * width)
         norm = nn.RMSNorm if qk_norm else nn.Identity
         self.q_norm = norm(width // num_heads, eps=NORM_EPS)
@@ -86,7 +131,7 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(0)  # [B, H, K, C/H]
         # Under autocast a norm returns float32, for which there are no flash kernels.
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        out = proportional_attention(q, k, v, log_sizes)
+        out = proportional_attention(q, k, v, log_sizes, self.form)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
 
 

@@ -29,6 +29,7 @@ from lgm_scale.bundle import check_kind, local_bundle, read_info
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
 from lgm_scale.families.base import families
 from lgm_scale.families.generator import generator_families
+from lgm_scale.layers import cast_matrices
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.protocols import Bundle, GeneratorNetwork, ImageTokenizer
@@ -84,7 +85,11 @@ class Pipeline(ABC, Generic[AnyBundle]):
         Raises: CheckpointError if it is none, damaged, or of another format version.
         """
         device = usable_device(device)
-        return cls(cls.load(folder, device), _dtype(device, dtype), str(folder))
+        pipe = cls(cls.load(folder, device), _dtype(device, dtype), str(folder))
+        if pipe.dtype is not torch.float32:
+            for net in pipe.unchanging():
+                cast_matrices(net, pipe.dtype)
+        return pipe
 
     # --- what a family says -------------------------------------------------------------------
 
@@ -139,6 +144,14 @@ class Pipeline(ABC, Generic[AnyBundle]):
         Raises: CheckpointError if the bundle does not say.
         """
         return {}
+
+    def unchanging(self) -> list[Any]:
+        """Networks whose weights nobody changes once they are read."""
+        return [self.bundle.net]
+
+    def replay(self) -> None:
+        """Replay the network's evaluations as CUDA graphs from now on. Raises: ConfigError."""
+        raise ConfigError(f"cuda-graphs: {self.kind} bundles are sampled without them, so far")
 
     def plain_config(self, num_tokens: int) -> SamplerConfig:
         """Settings at K tokens, before what the bundle itself stores: the family's."""

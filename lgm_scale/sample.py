@@ -68,6 +68,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="growing length: from shifted time T on K tokens; the row's own length ends it",
     )  # fmt: skip
     parser.add_argument("--device", help="default: a CUDA device if there is one")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true",
+        help="replay the network as CUDA graphs: the same numbers, for small batches (not "
+        "measured on a GPU yet)",
+    )  # fmt: skip
     add_import_option(parser)
     args = parser.parse_args(argv)
     if args.num_images is None and args.classes is None:
@@ -200,6 +205,8 @@ def _make_grid(args: argparse.Namespace, out: Path, growth: list[tuple[float, in
     from lgm_scale.pipeline import load_pipeline
 
     pipe = load_pipeline(args.bundle, device=args.device)
+    if args.cuda_graphs:
+        pipe.replay()
     labels = pipe.class_indices(args.classes)
     lengths = args.num_tokens or [pipe.num_base_tokens]
     refuse_without_effect(args.uncond_num_tokens, growth, max(lengths))
@@ -238,6 +245,8 @@ def _make_many(args: argparse.Namespace, out: Path, growth: list[tuple[float, in
 
     device = join_ranks()
     pipe = load_pipeline(args.bundle, device=args.device or device)
+    if args.cuda_graphs:
+        pipe.replay()
     labels = class_labels(pipe, args.classes, args.num_images)
     (num_tokens,) = args.num_tokens or [pipe.num_base_tokens]
     refuse_without_effect(args.uncond_num_tokens, growth, num_tokens)

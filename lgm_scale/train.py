@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from lgm_scale.checkpoint.run_folder import RunFolder
-from lgm_scale.config.rules import load_training_run
+from lgm_scale.config.rules import load_training_run, uncompiled_reason
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import exit_on_user_error
 from lgm_scale.families.base import add_import_option, family_of
@@ -144,14 +144,18 @@ def train(config: TrainingRun, folder: RunFolder) -> int:
         take_initial_weights,
     )
     from lgm_scale.checkpoint.checkpointer import Checkpointer
-    from lgm_scale.checkpoint.run import apply_changes, enter_run, leave_result
+    from lgm_scale.checkpoint.run import apply_changes, begun_compiled, enter_run, leave_result
     from lgm_scale.parallel.collectives import on_rank_zero
+    from lgm_scale.parallel.compilation import settle_compile
     from lgm_scale.parallel.peers import PeerWatch
     from lgm_scale.training.ema import EMA
     from lgm_scale.training.stopping import StopRequest
 
     dist.initialize_dist(get_device(None), config.parallel.timeout_seconds)
     with StopRequest(config.parallel.timeout_seconds) as stop, PeerWatch():
+        begun = on_rank_zero(lambda: begun_compiled(folder))
+        recorded, config = settle_compile(config, begun, uncompiled_reason(config))
+        folder = RunFolder(folder.path, recorded, folder.allowed)
         run = enter_run(folder)
         if run.finished:
             return _say(f"run {config.run_name} is finished: {folder.bundle}")

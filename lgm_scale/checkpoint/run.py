@@ -15,7 +15,13 @@ from typing import Any
 from composer.core import State
 
 from lgm_scale.checkpoint.manifest import MANIFEST_NAME, RUN_NAME, StateName
-from lgm_scale.checkpoint.run_folder import HISTORY_NAME, METRICS_NAME, Changes, RunFolder
+from lgm_scale.checkpoint.run_folder import (
+    HISTORY_NAME,
+    METRICS_NAME,
+    Changes,
+    RunFolder,
+    compiled,
+)
 from lgm_scale.checkpoint.scalars import renew_learning_rates
 from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import CheckpointError
@@ -47,9 +53,25 @@ def enter_run(folder: RunFolder) -> EnteredRun:
 
     Raises: ConfigError with the keys that differ; CheckpointError.
     """
-    location = folder.config.checkpoint.folder or str(folder.path / "state")
-    storage = open_storage(location, "checkpoint.folder", folder.config.data.patience)
+    storage = _open(folder)
     return EnteredRun(*on_rank_zero(lambda: _enter(folder, storage)), storage)
+
+
+def begun_compiled(folder: RunFolder) -> bool | None:
+    """Whether the run that goes on here was compiled; None for a new one. Called on rank 0.
+
+    Raises: ConfigError, CheckpointError if nothing can live here.
+    """
+    found, storage = folder.begun_compiled(), _open(folder)
+    if found is None and _has_state(storage):
+        run = _recorded_run(storage)
+        found = None if run is None else compiled(run["config"])
+    return found
+
+
+def _open(folder: RunFolder) -> Storage:
+    location = folder.config.checkpoint.folder or str(folder.path / "state")
+    return open_storage(location, "checkpoint.folder", folder.config.data.patience)
 
 
 def _enter(folder: RunFolder, storage: Storage) -> tuple[str, bool, Changes]:
@@ -116,6 +138,10 @@ def _open_run(storage: Storage, run_name: str, config: dict[str, Any]) -> dict[s
 
     Raises: CheckpointError if it is damaged, or is missing where there are states.
     """
+    return _recorded_run(storage) or _write_run(storage, run_name, config)
+
+
+def _recorded_run(storage: Storage) -> dict[str, Any] | None:
     try:
         return json.loads(storage.read(RUN_NAME))
     except FileNotFoundError:
@@ -126,7 +152,7 @@ def _open_run(storage: Storage, run_name: str, config: dict[str, Any]) -> dict[s
             ) from None
     except ValueError as error:
         raise CheckpointError(f"{storage.root}/{RUN_NAME} is damaged ({error})") from error
-    return _write_run(storage, run_name, config)
+    return None
 
 
 def _write_run(storage: Storage, run_name: str, config: dict[str, Any]) -> dict[str, Any]:

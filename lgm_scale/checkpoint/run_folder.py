@@ -57,11 +57,18 @@ _ON_REQUEST = (
     "assets.",
     "train.precision",
     "train.compile",
+    "train.attention",
+    "train.float8",
     "train.device_microbatch_size",
+    "train.device_microbatch_tokens",
 )
 """Keys that change what later steps compute and not what a state means: weights, moments, averages,
 the place in the data and the draws of every step stay what they are. `--allow-change` is for them.
 (Other betas or another decay of the average would change what the moments and the average are.)"""
+
+_COMPILE = "train.compile"
+_OLDER_DEFAULTS = {_COMPILE: False}
+"""What a record that lacks a key means, where the key's default is another one by now."""
 
 Changes = dict[str, dict[str, Any]]
 """Key -> {"from": value, "to": value}."""
@@ -207,6 +214,11 @@ class RunFolder:
         write_json(self.path / HISTORY_NAME, [*self.history(), entry])
         write_whole(self.path / CONFIG_NAME, _text(self.config))
 
+    def begun_compiled(self) -> bool | None:
+        """`train.compile` of the run that lives here; None where there is none yet."""
+        there = self._begun()
+        return None if there is None else compiled(there)
+
     def record_result(self) -> None:
         """Note that there is a result, if the run's duration was changed before."""
         history = self.history()
@@ -239,23 +251,32 @@ class RunFolder:
         return there if begun else None
 
 
+def compiled(there: dict[str, Any]) -> bool:
+    """`train.compile` of a recorded configuration; a start settles `auto` before it records."""
+    return there.get("train", {}).get("compile", _OLDER_DEFAULTS[_COMPILE]) is True
+
+
 def differing(there: dict[str, Any], config: TrainingRun) -> dict[str, tuple[Any, Any]]:
     """Key -> (recorded value, value now) where they differ, except for keys that may.
 
-    A key that the record does not know, because it is younger, counts with its default.
+    A key that the record does not know, because it is younger, counts with its default; and
+    `train.compile: auto` is whatever the record says.
     """
     old = _flatten(there)
+    younger = {key: value for key, value in _OLDER_DEFAULTS.items() if key not in old}
     try:
         there = to_dict(load_config(without_removed_keys(there, type(config)), type(config)))
-        old = _flatten(there)
+        old = _flatten(there) | younger
     except InvalidValues as error:  # it has keys that this version does not know: they are told
         if error.rest is not None:
-            old = _flatten(to_dict(error.rest)) | old
+            old = _flatten(to_dict(error.rest)) | younger | old
     new = _flatten(to_dict(config))
     return {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
+        if old.get(key) != new.get(key)
+        and not key.startswith(_FREE_KEYS)
+        and not (key == _COMPILE and new.get(key) == "auto")
     }
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from importlib.util import find_spec
 
 from lgm_scale.config.loading import (
     check_config,
@@ -65,12 +67,29 @@ def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> 
     family = family_of(config)
     problems = [*_batch(config, world_size), *_lengths(config, family), *_numbers(config)]
     problems += [*_optimizer(config), *_times(config, family), *_batch_scaling(config)]
+    problems += [*_attention(config, has_gpu), *_float8(config, has_gpu)]
     problems += broken_data_rules(config.data)
     problems += parallel_rules(config, world_size, has_gpu)
     problems += family.rules(config)
     if has_gpu is False and config.train.precision == "amp_bf16":
         problems.append("train.precision: amp_bf16 needs a GPU and none is here; use fp32")
     return problems
+
+
+def uncompiled_reason(config: TrainingRun) -> str | None:
+    """Why a run is not compiled on a GPU; None if it is.
+
+    `auto` is on unless a rule would refuse `true`, and that rule's words are the reason.
+    """
+    wanted = config.train.compile
+    if wanted != "auto":
+        return None if wanted else "train.compile: false"
+    asked = replace(config, train=replace(config.train, compile=True))
+    lines = [*parallel_rules(asked, 1, None), *family_of(config).rules(asked)]
+    against = [line for line in lines if line.startswith("train.compile: ")]
+    if not against:
+        return None
+    return f"train.compile: auto is off; {against[0].rsplit('; ', 1)[0].split(': ', 1)[1]}"
 
 
 def _batch(config: TrainingRun, world_size: int) -> Iterator[str]:
@@ -94,6 +113,17 @@ def _batch(config: TrainingRun, world_size: int) -> Iterator[str]:
             f"train.device_microbatch_size: {micro} does not divide the {per_rank} samples per "
             f"rank ({size} over {world_size} ranks); valid: {', '.join(map(str, valid))}"
         )
+    tokens, longest = train.device_microbatch_tokens, max(config.lengths.choices, default=1)
+    if tokens is not None and micro is not None:
+        yield (
+            f"train.device_microbatch_tokens: {tokens} beside train.device_microbatch_size: "
+            f"{micro}; set one of them to null"
+        )
+    if tokens is not None and tokens < longest:
+        yield (
+            f"train.device_microbatch_tokens: {tokens} does not hold one sample of {longest} "
+            f"tokens, the longest of lengths.choices; make it {longest} or more"
+        )
 
 
 def _lengths(config: TrainingRun, family: Family) -> Iterator[str]:
@@ -111,6 +141,30 @@ def _lengths(config: TrainingRun, family: Family) -> Iterator[str]:
         yield f"lengths.weights: {len(weights)} weights for {len(choices)} choices; give one each"
     if min(weights, default=0) < 0 or sum(weights) <= 0:
         yield f"lengths.weights: {list(weights)} must be 0 or more, with a sum above 0"
+
+
+def _attention(config: TrainingRun, has_gpu: bool | None) -> Iterator[str]:
+    reason = "no GPU is here" if has_gpu is False else uncompiled_reason(config)
+    if config.train.attention == "flex" and reason is not None:
+        yield f"train.attention: flex needs blocks compiled for a GPU ({reason}); use auto"
+
+
+def _float8(config: TrainingRun, has_gpu: bool | None) -> Iterator[str]:
+    if not config.train.float8:
+        return
+    reason = uncompiled_reason(config)
+    problems = {
+        "torchao is not installed; pip install torchao": find_spec("torchao") is None,
+        "no GPU is here": has_gpu is False,
+        f"the blocks are not compiled ({reason})": reason is not None,
+        "train.precision: fp32 rounds nothing": config.train.precision == "fp32",
+        f"parallel.strategy: {config.parallel.strategy} was not tried with it; use ddp": (
+            config.parallel.strategy != "ddp"
+        ),
+    }
+    for problem, found in problems.items():
+        if found:
+            yield f"train.float8: true, but {problem}; or set it to false"
 
 
 def _numbers(config: TrainingRun) -> Iterator[str]:

@@ -81,10 +81,20 @@ class TrainConfig:
     """Samples per step, of all ranks together."""
     device_microbatch_size: int | None = None
     """Samples that a rank computes at once; null: all of its share of the batch."""
+    device_microbatch_tokens: int | None = None
+    """The same for a generator, as tokens: at K a rank computes this / K samples at once. Losses
+    stay, up to rounding, and short lengths do not run in many small pieces."""
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
     """Type of the networks' matrix products; weights are float32."""
-    compile: bool = False
-    """Compile a generator's blocks, one graph per token length."""
+    compile: Literal["auto", True, False] = "auto"
+    """Compile a generator's blocks, one graph per token length. auto: on a GPU, where nothing
+    speaks against it; a run that goes on stays what it was when it began."""
+    attention: Literal["auto", "mask", "channel", "flex"] = "auto"
+    """How the sizes of merged tokens reach attention: by a mask, by an extra channel, or by
+    FlexAttention in compiled blocks; equal up to rounding. auto: channel on a GPU, else mask."""
+    float8: bool = False
+    """Round what a generator's attention and MLP layers multiply to 8-bit floats, by torchao: an
+    approximation, for GPUs like H100, compiled, under ddp."""
     batch_scaling: Literal["constant_samples", "constant_tokens"] = "constant_samples"
     """Generator, `constant_tokens`: batch and micro-batch sizes are those of the longest length,
     and a step at K takes K_max / K times as many samples. The learning rate is not rescaled."""

@@ -210,6 +210,11 @@ class Family(ABC):
 
 NOT_COMPILED = "train.compile: true is for generators without lora, so far; set it to false"
 """The line that a family yields whose networks are not compiled."""
+UNSIZED = (
+    "train.attention: {} is for merged tokens, which have sizes, and this model attends to none; "
+    "set it to auto"
+)
+"""The line of a family whose tokens have no sizes."""
 
 
 # --- the registry ---------------------------------------------------------------------------------

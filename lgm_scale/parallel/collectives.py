@@ -69,10 +69,15 @@ def on_rank_zero(decide: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def raise_everywhere(error: LGMError | None) -> None:
-    """Raise the error of the first rank that has one, on all ranks. Every rank must call it."""
+def first_of_ranks(value: Result | None) -> Result | None:
+    """What the first rank that has something has, on all ranks. Every rank must call it."""
     from composer.utils import dist as composer_dist  # late, as above
 
-    for found in composer_dist.all_gather_object(error):
-        if found is not None:
-            raise found
+    return next((v for v in composer_dist.all_gather_object(value) if v is not None), None)
+
+
+def raise_everywhere(error: LGMError | None) -> None:
+    """Raise the error of the first rank that has one, on all ranks. Every rank must call it."""
+    found = first_of_ranks(error)
+    if found is not None:
+        raise found

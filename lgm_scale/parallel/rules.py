@@ -84,13 +84,13 @@ def _deepspeed(config: TrainingRun) -> Iterator[str]:
         )
     if deepspeed.bucket_mib < 1:
         yield f"parallel.deepspeed.bucket_mib: {deepspeed.bucket_mib} must be 1 or more"
-    if config.train.compile and deepspeed.stage == 3:
+    if config.train.compile is True and deepspeed.stage == 3:
         yield (
             "train.compile: true has no use with parallel.deepspeed.stage: 3, whose hooks gather "
             "weights inside the blocks: torch compiles the pieces between them over and over, and "
             "gives up; set it to false, or use stage: 2 or parallel.strategy: fsdp"
         )
-    elif config.train.compile and _torch_version() > (2, 7):
+    elif config.train.compile is True and _torch_version() > (2, 7):
         # Backend aot_eager, twelve steps: off by 0.09. With inductor, four steps agreed to 1e-6.
         yield (
             "train.compile: true gave wrong losses under parallel.strategy: deepspeed in a test of "

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lgm_scale.config.rules import broken_rules
+from lgm_scale.config.rules import broken_rules, uncompiled_reason
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig, TrainingRun
 from lgm_scale.errors import ConfigError
 from lgm_scale.parallel.memory import planned_bytes
@@ -81,8 +81,25 @@ class Choice:
         if parallel.deepspeed is not None:
             parts.append(f"parallel.deepspeed.stage={parallel.deepspeed.stage}")
         parts.append(f"parallel.activation_checkpointing={parallel.activation_checkpointing:g}")
-        parts.append(f"train.device_microbatch_size={self.shape.num_samples}")
-        return " ".join(parts)
+        return " ".join([*parts, *self._micro_batch()])
+
+    def _micro_batch(self) -> list[str]:
+        """As tokens where the run has several lengths and its family takes it, so that all fill."""
+        size, train = self.shape.num_samples, self.config.train
+        own = {"device_microbatch_size": size, "device_microbatch_tokens": None}
+        by_tokens = {
+            "device_microbatch_size": None,
+            "device_microbatch_tokens": size * self.shape.num_tokens,
+        }
+        run = replace(self.config, train=replace(train, **by_tokens))  # type: ignore[arg-type]
+        several = len(set(self.config.lengths.choices)) > 1
+        if several and not broken_rules(run, 1, None):
+            own = by_tokens
+        return [
+            f"train.{name}={'null' if value is None else value}"
+            for name, value in own.items()
+            if value is not None or getattr(train, name) is not None
+        ]
 
 
 class Search:
@@ -157,7 +174,7 @@ class Search:
         network: Any = self.nets.network
         flops = self.nets.passes * self.per_rank * network.flops(self.num_tokens)
         times = choice.shape.micro_batches
-        time = predict(step, times, self.gpu, choice.config.train.compile, flops)
+        time = predict(step, times, self.gpu, uncompiled_reason(choice.config) is None, flops)
         return replace(choice, time=time)
 
     def _choice(self, config: TrainingRun, size: int) -> Choice:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lgm_scale.config.loading import to_dict
+from lgm_scale.config.rules import uncompiled_reason
 from lgm_scale.config.schema import (
     DeepSpeedConfig,
     FSDPConfig,
@@ -122,6 +123,7 @@ def describe(config: TrainingRun, world_size: int, options: PlanOptions | None =
         _work(config, nets),
         _memory(config, nets, world_size),
         _epoch(config),
+        *_compiled(config),
         cost_line(config, nets, world_size, options or PlanOptions()),
     ]
     if options is None or not (options.simulate or options.advise):
@@ -205,6 +207,14 @@ def _gathered(nets: Networks, parallel: ParallelConfig) -> int:
     if parallel.fsdp is not None and parallel.fsdp.shard == "grad_op":
         return 4 * nets.num_parameters
     return 4 * (2 + 1) * nets.largest_block
+
+
+def _compiled(config: TrainingRun) -> list[str]:
+    """What `auto` means for this run."""
+    if config.train.compile != "auto":
+        return []
+    on = "train.compile: auto is on, on GPUs; a CPU, or a GPU whose compiler fails, goes without"
+    return [uncompiled_reason(config) or on]
 
 
 def _epoch(config: TrainingRun) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lgm_scale.config.rules import uncompiled_reason
 from lgm_scale.config.schema import ParallelConfig, TrainingRun
 from lgm_scale.parallel.memory import ParameterInfo
 from lgm_scale.planning.advice import advise
@@ -59,7 +60,10 @@ def print_simulation(config: TrainingRun, world_size: int, options: PlanOptions)
 def step_shape(config: TrainingRun, world_size: int, num_tokens: int) -> StepShape:
     """Micro-batches of a rank's step at K, as configured."""
     samples = -(-samples_of_step(config, num_tokens) // world_size)
-    size = config.train.device_microbatch_size
+    size, tokens = config.train.device_microbatch_size, config.train.device_microbatch_tokens
+    if tokens is not None:
+        size = min(samples, tokens // num_tokens)
+        return StepShape(size, num_tokens, -(-samples // size))
     if size is None:
         return StepShape(samples, num_tokens)
     times = samples_of_step(config, num_tokens) // config.train.global_batch_size
@@ -127,7 +131,8 @@ def _times(
             shape = step_shape(config, world_size, k)
             found = plan_step(config, nets.infos(), world_size, shape) or longest
         steps[k] = found
-    form = "compiled" if config.train.compile else "uncompiled (train.compile: false)"
+    reason = uncompiled_reason(config)
+    form = "compiled" if reason is None else f"uncompiled ({reason})"
     errors = sorted({gpu.error for gpu in options.gpus})
     rows = [
         f"PREDICTED time of a step, {form}; nothing has run on a GPU, expect "
@@ -140,9 +145,7 @@ def _times(
         seconds = {}
         for k, step in steps.items():
             shape = step_shape(config, world_size, k)
-            time = predict(
-                step, shape.micro_batches, gpu, config.train.compile, model_flops(nets, shape)
-            )
+            time = predict(step, shape.micro_batches, gpu, reason is None, model_flops(nets, shape))
             seconds[k] = time.total
             rows.append(_time_row(gpu.name, k, time, samples_of_step(config, k)))
         totals.append((gpu, mean_seconds(config, seconds)))

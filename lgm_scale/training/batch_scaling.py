@@ -1,4 +1,4 @@
-"""More samples per step at small K, at the same tokens per step.
+"""More samples per step or micro-batch at small K, at the same tokens.
 
 The stream delivers batches of one size, which is what makes its order elastic and resumable. A
 step at K takes K_max / K of them in a row, K_max being the longest length of the run. K is a
@@ -68,14 +68,14 @@ class LoaderStep(Callback):
         self.loader.step = state.timestamp.batch.value
 
 
-def split_by_tokens(
-    schedule: LengthSchedule,
-) -> Callable[[dict[str, Any], int | float], Sequence[Any]]:
-    """A splitter into micro-batches of equal tokens: the configured size is for the longest K."""
+def split_by_tokens(num_tokens: int) -> Callable[[dict[str, Any], int | float], Sequence[Any]]:
+    """A splitter into micro-batches of at most so many tokens, whatever K is.
+
+    Composer weighs each by its samples, so that the last one may be smaller.
+    """
 
     def split(batch: dict[str, Any], microbatch_size: int | float) -> Sequence[Any]:
-        factor = loader_batches(schedule, batch["num_tokens"])
-        size = min(int(microbatch_size) * factor, len(batch["sample_ids"]))  # an epoch's last
+        size = min(num_tokens // batch["num_tokens"], len(batch["sample_ids"]))
         return default_split_batch(batch, size)
 
     return split

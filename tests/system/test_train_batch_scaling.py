@@ -80,7 +80,7 @@ def test_a_resumed_run_takes_the_same_samples(small_pipeline, undisturbed, stop,
 
 
 def test_micro_batches_hold_equal_tokens(small_pipeline, undisturbed):
-    split = split_by_tokens(LengthSchedule([16, 8, 4]))
+    split = split_by_tokens(2 * 16)
     for k, size in ((16, 4), (8, 8), (4, 16)):
         batch = {"sample_ids": torch.arange(size), "num_tokens": k, "step": 0}
         assert [len(part["sample_ids"]) * k for part in split(batch, 2)] == [32, 32]
@@ -89,6 +89,21 @@ def test_micro_batches_hold_equal_tokens(small_pipeline, undisturbed):
         metrics(train_in_process(config)), metrics(undisturbed[0]), strict=True
     ):
         assert row["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+
+
+def test_micro_batches_by_tokens_change_no_loss(small_pipeline):
+    plain = {"batch_scaling": "constant_samples", "max_duration": "6ba"}
+    whole = train_in_process(scaled_config(small_pipeline, "by-samples", **plain))
+    # At K = 16, 8 and 4: four micro-batches of 1, then 3 and 1, then one of 4.
+    parts = [
+        split_by_tokens(24)({"sample_ids": torch.arange(4), "num_tokens": k}, 4) for k in (16, 8, 4)
+    ]
+    assert [[len(part["sample_ids"]) for part in each] for each in parts] == [[1] * 4, [3, 1], [4]]
+    config = scaled_config(small_pipeline, "by-tokens", device_microbatch_tokens=24, **plain)
+    rows, expected = metrics(train_in_process(config)), metrics(whole)
+    assert [row["num_tokens"] for row in rows] == [16, 8, 4] * 2
+    for row, other in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-6)
 
 
 @pytest.mark.slow
@@ -130,6 +145,13 @@ def test_rules_and_plan(small_pipeline):
     tokenizer = str(small_pipeline.tokenizer_config(small_pipeline.root / "tokenizer-rules"))
     with pytest.raises(ConfigError, match="is for generators"):
         load_training_run(tokenizer, ["train.batch_scaling=constant_tokens"], 1, has_gpu=False)
+    with pytest.raises(ConfigError, match="device_microbatch_tokens: 64 is for generators"):
+        load_training_run(tokenizer, ["train.device_microbatch_tokens=64"], 1, has_gpu=False)
+    with pytest.raises(ConfigError, match=r"tokens: 15 does not hold one sample of 16 tokens"):
+        load_training_run(path, ["train.device_microbatch_tokens=15"], 1, has_gpu=False)
+    both = ["train.device_microbatch_tokens=32", "train.device_microbatch_size=2"]
+    with pytest.raises(ConfigError, match="device_microbatch_size: 2; set one of them to null"):
+        load_training_run(path, both, 1, has_gpu=False)
     config = load_training_run(path, ["data.num_samples=68"], 1, has_gpu=False)
     text = describe(config, 1)
     assert text.count("  64   ") == 3  # tokens per step, at each K

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.lgm.config import DIT_SIZES
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.layers import extra_channel_attention, proportional_attention
+from lgm_scale.layers import (
+    ATTENTION_FORMS,
+    choose_attention,
+    extra_channel_attention,
+    proportional_attention,
+    score_attention,
+)
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 
 # As published, at D = 32, N = 256 and 1000 classes: width, layers, heads, millions of parameters.
@@ -88,7 +94,10 @@ def attention_over_duplicates(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
     )
 
 
-@pytest.mark.parametrize("attend", [proportional_attention, extra_channel_attention])
+FORMS = [proportional_attention, extra_channel_attention, score_attention]
+
+
+@pytest.mark.parametrize("attend", FORMS)
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 80, 30])
 def test_a_merged_token_attends_like_its_duplicates(attend, head_dim):
     q, k, v = attention_inputs(head_dim, torch.float64)
@@ -105,34 +114,51 @@ def test_without_sizes_attention_is_plain():
 
 
 @pytest.mark.parametrize("head_dim", [64, 72, 80])
-def test_both_forms_agree_in_float32(head_dim):
+def test_all_forms_agree_in_float32(head_dim):
     q, k, v = attention_inputs(head_dim, torch.float32)
     log_sizes = SIZES.float().log()
     masked = proportional_attention(q, k, v, log_sizes)
-    extra = extra_channel_attention(q, k, v, log_sizes)
-    torch.testing.assert_close(extra, masked, atol=2e-6, rtol=0)
+    for attend in FORMS[1:]:
+        torch.testing.assert_close(attend(q, k, v, log_sizes), masked, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("head_dim", [64, 72, 80])
-def test_both_forms_are_right_within_rounding_in_bfloat16(head_dim):
+def test_all_forms_are_right_within_rounding_in_bfloat16(head_dim):
     """Against float64 on the same rounded inputs. One unit of rounding at 2 is 2^-7."""
     q, k, v = attention_inputs(head_dim, torch.bfloat16)
     exact = attention_over_duplicates(q.double(), k.double(), v.double())
     log_sizes = SIZES.float().log()
-    for attend in (proportional_attention, extra_channel_attention):
+    for attend in FORMS:
         out = attend(q, k, v, log_sizes)
         assert out.dtype == torch.bfloat16
         assert (out.double() - exact).abs().max() < 2**-6
 
 
-def test_both_forms_have_the_same_gradients():
+def test_all_forms_have_the_same_gradients():
     gradients = []
-    for attend in (proportional_attention, extra_channel_attention):
+    # Newer versions refuse FlexAttention's backward pass on a CPU; tests/gpu has it.
+    for attend in FORMS if torch.__version__.startswith("2.7.") else FORMS[:2]:
         inputs = [x.requires_grad_() for x in attention_inputs(72, torch.float64)]
         out = attend(*inputs, SIZES.double().log())
         gradients.append(torch.autograd.grad(out.square().sum(), inputs))
-    for masked, extra in zip(*gradients, strict=True):
-        torch.testing.assert_close(extra, masked, atol=1e-11, rtol=0)
+    for found in gradients[1:]:
+        for mine, masked in zip(found, gradients[0], strict=True):
+            torch.testing.assert_close(mine, masked, atol=1e-11, rtol=0)
+
+
+def test_a_network_takes_the_form_that_is_chosen(golden_dit, monkeypatch):
+    called = []
+    for name, form in ATTENTION_FORMS.items():
+        monkeypatch.setitem(
+            ATTENTION_FORMS, name, lambda *given, f=form, n=name: called.append(n) or f(*given)
+        )
+    inputs = attention_inputs(16, torch.float32)
+    for name in ("auto", *ATTENTION_FORMS):
+        choose_attention(golden_dit, name)
+        form = golden_dit.blocks[-1].attn.form
+        proportional_attention(*inputs, SIZES.float().log(), form)
+    choose_attention(golden_dit, "auto")
+    assert called == ["mask", *ATTENTION_FORMS], "auto is the mask on a CPU"
 
 
 # --- the network ------------------------------------------------------------------------------

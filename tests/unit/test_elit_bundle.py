@@ -313,3 +313,14 @@ def test_the_command_draws_a_grid_of_budgets(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*sys.argv[:1], *map(str, arguments), "--num-tokens", "5"])
     with pytest.raises(ConfigError, match="num_tokens: 5 is no budget"):
         sample_command.main()
+
+
+def test_matrices_that_are_cast_once_give_the_same_bits(bundle):
+    cpu = torch.device("cpu")
+    cast = ELITPipeline.from_bundle(bundle, "cpu", torch.bfloat16)
+    plain = ELITPipeline(ELITPipeline.load(bundle, cpu), torch.bfloat16)
+    assert torch.bfloat16 in {p.dtype for p in cast.bundle.net.parameters()}
+    first, second = (pipe([0, 1], num_steps=4, progress_bar=False) for pipe in (cast, plain))
+    assert np.array_equal(first, second)
+    with pytest.raises(ConfigError, match="bundles are sampled without them"):
+        cast.replay()

@@ -136,6 +136,15 @@ def test_reduced_precision_stays_close(bundle, pipe):
     assert 0 < np.abs(difference).max() < 16
 
 
+def test_matrices_that_are_cast_once_give_the_same_bits(bundle):
+    """What autocast does at every call, done when a bundle is read; norms stay float32."""
+    cast = LGMPipeline.from_bundle(bundle, "cpu", torch.bfloat16)
+    plain = LGMPipeline(LGMPipeline.load(bundle, torch.device("cpu")), torch.bfloat16)
+    kinds = [{p.dtype for p in pipe.bundle.net.blocks.parameters()} for pipe in (cast, plain)]
+    assert kinds == [{torch.float32, torch.bfloat16}, {torch.float32}]
+    assert np.array_equal(quiet(cast, [0, 2], 8), quiet(plain, [0, 2], 8))
+
+
 def test_importing_the_package_imports_no_torch():
     code = "import sys, lgm_scale; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -257,6 +266,7 @@ def test_the_command_draws_a_grid(bundle, tmp_path, monkeypatch):
         (["--grow", "0-4"], "'0-4' is not T:K"),
         (["--grow", "0:4", "0.1:8", "--num-tokens", "16"], "it ends at 8 tokens"),
         (["--num-tokens", "16", "3"], "num_tokens: 3 is outside"),
+        (["--device", "cpu", "--cuda-graphs"], "cuda-graphs: the pipeline is on cpu"),
     ],
 )
 def test_the_command_names_what_is_wrong(bundle, tmp_path, monkeypatch, arguments, text):

@@ -261,8 +261,9 @@ def test_advice_validates_fits_and_is_the_fastest(monkeypatch):
     (paste,) = [line for line in text.splitlines() if line.startswith("paste")]
     overrides = shlex.split(paste.removeprefix("paste"))
     advised = load_training_run(str(YAMLS / "dit_xl.yaml"), [*TINY, *overrides], 8, None)
-    size = advised.train.device_microbatch_size
-    assert size is not None
+    tokens = advised.train.device_microbatch_tokens
+    assert tokens is not None
+    size = tokens // 64
     step = plan_step(advised, networks(advised).infos(), 8, StepShape(size, 64, 64 // size))
     assert step is not None
     assert step.peak < memory

@@ -12,6 +12,7 @@ from lgm_scale.families.lgm.sampling import initial_noise, sample
 from lgm_scale.flow import NoiseScale
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig, Solver
+from lgm_scale.sampling.replay import ReplayedVelocity
 
 LENGTHS = [32, 64, 128, 256]
 NULL = 10
@@ -271,6 +272,28 @@ def test_an_image_does_not_depend_on_its_batch(net, tree, cfg_scale):
         torch.testing.assert_close(images(batch), together[batch], atol=5e-6, rtol=0)
     assert torch.equal(images([0, 1, 2, 3, 4]), together)
     assert (together[0] - together[3]).abs().max() > 0.1, "one label, two indices, one image"
+
+
+def test_a_replayed_velocity_gives_the_same_bits(net, tree):
+    """With a stand-in for a graph, which like one reads and writes fixed memory."""
+    made = []
+
+    def record(call, inputs):
+        out = torch.full_like(inputs[0], float("nan"))
+        made.append(inputs[0].shape)
+        return lambda: out.copy_(call(*inputs)), out
+
+    replayed = ReplayedVelocity(net, record, keep=2)
+    config = SamplerConfig(num_steps=6, cfg_scale=3.0, cfg_interval=(0.3, 1.0))
+    for num_tokens, size in ((32, 2), (32, 2), (64, 2), (32, 1)):
+        cut = tree.assignment(num_tokens)
+        noise, labels = randn(size, num_tokens, 8), torch.arange(size)
+        images = [sample(v, noise, labels, NULL, cut, config) for v in (net, replayed)]
+        assert torch.equal(*images)
+    # Plain and guided steps have a graph each; two are kept, and a kept one is not made again.
+    assert [shape[:2] for shape in made] == [
+        (2, 32), (4, 32), (2, 64), (4, 64), (1, 32), (2, 32),
+    ]  # fmt: skip
 
 
 # --- configuration ----------------------------------------------------------------------------

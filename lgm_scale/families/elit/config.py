@@ -10,6 +10,7 @@ from typing import Literal
 from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.errors import CheckpointError, DataError
+from lgm_scale.families.base import UNSIZED
 from lgm_scale.published import COMMAND, PUBLISHED
 
 CONFIG_NAME = PUBLISHED["sd_vae_config"].name
@@ -155,11 +156,16 @@ def elit_rules(config: ELITRun) -> Iterator[str]:
     if not problems:
         known = token_lengths(model, space)
         yield from length_rules(config.lengths.choices, known, "lengths.choices")
+    why = (
+        "is for generators of merged tokens; the first and last blocks of this one see all tokens "
+        "at every length"
+    )
+    if config.train.attention != "auto":
+        yield UNSIZED.format(config.train.attention)
     if config.train.batch_scaling == "constant_tokens":
-        yield (
-            "train.batch_scaling: constant_tokens is for generators of merged tokens; the first "
-            "and last blocks of this one see all tokens at every length"
-        )
+        yield f"train.batch_scaling: constant_tokens {why}"
+    if config.train.device_microbatch_tokens is not None:
+        yield f"train.device_microbatch_tokens: {config.train.device_microbatch_tokens} {why}"
     if space.kind == "sd_vae" and space.vae is None:
         yield (
             "space.vae: missing; name the folder of the autoencoder that made the latents, as "

@@ -94,7 +94,7 @@ def _lora(config: LGMRun) -> Iterator[str]:
             f"init_from: {config.init_from}; an adapter starts from lora.base alone; remove "
             "init_from, or lora"
         )
-    if config.train.compile:
+    if config.train.compile is True:
         yield NOT_COMPILED
     if config.evaluation is not None:
         yield (

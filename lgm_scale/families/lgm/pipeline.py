@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lgm_scale.errors import CheckpointError
+from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.lgm.bundle import LGMBundle, load_lgm_bundle
+from lgm_scale.families.lgm.guidance import Velocity
 from lgm_scale.families.lgm.sampling import check_nested, sample_latents
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.flow import NoiseScale
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pipeline import Pipeline, count_parameters
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig
+from lgm_scale.sampling.replay import ReplayedVelocity
 
 # Published with 256 base tokens, per-position guidance and 25 grid points.
 _PUBLISHED_CFG_SCALE = {32: 10.5, 64: 8.0, 128: 6.5}
@@ -43,6 +46,12 @@ class LGMPipeline(Pipeline[LGMBundle]):
     """
 
     kind = "generator"
+
+    def __init__(
+        self, bundle: LGMBundle, dtype: torch.dtype = torch.float32, source: str = "this bundle"
+    ) -> None:
+        super().__init__(bundle, dtype, source)
+        self._velocity: Velocity = bundle.velocity
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device) -> LGMBundle:
@@ -70,6 +79,16 @@ class LGMPipeline(Pipeline[LGMBundle]):
             "generator": count_parameters(self.bundle.net),
             "tokenizer": count_parameters(self.bundle.tokenizer),
         }
+
+    def unchanging(self) -> list[Any]:
+        """The network, unless adapters are added to copies of its weights."""
+        return [] if self.bundle.adapters else [self.bundle.net]
+
+    def replay(self) -> None:
+        """Replay the network's evaluations as CUDA graphs from now on. Raises: ConfigError."""
+        if self.device.type != "cuda":
+            raise ConfigError(f"cuda-graphs: the pipeline is on {self.device}; they need a GPU")
+        self._velocity = ReplayedVelocity(self.bundle.velocity)
 
     @property
     def noise_scale(self) -> NoiseScale:
@@ -119,7 +138,7 @@ class LGMPipeline(Pipeline[LGMBundle]):
         net, stats = self.bundle.net, self.bundle.stats
         with self._autocast():
             latents = sample_latents(
-                self.bundle.velocity, self.bundle.tree, seed, indices, labels.to(self.device),
+                self._velocity, self.bundle.tree, seed, indices, labels.to(self.device),
                 net.null_label, num_tokens, net.latent_dim, config, self.noise_scale,
                 stats.contrasts, on_step,
             )  # fmt: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lgm_scale.config.schema import STRICT, ReconstructionsConfig, TrainingRun
-from lgm_scale.families.base import NOT_COMPILED
+from lgm_scale.families.base import NOT_COMPILED, UNSIZED
 from lgm_scale.published import COMMAND, PUBLISHED, Asset, missing_lines
 
 RECONSTRUCTION_FILES = ("tokenizer.safetensors", "merge_tree.safetensors")
@@ -140,12 +140,14 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
     special = {"truncate": 1, "none": model.num_base_tokens}
     lowest = special.get(model.length_control, model.num_codebooks)
     yield from outside_choices(config.lengths.choices, lowest, model.num_base_tokens)
+    why = "is for generators; a tokenizer's step costs the same at every length"
+    if config.train.attention != "auto":
+        yield UNSIZED.format(config.train.attention)
     if config.train.batch_scaling == "constant_tokens":
-        yield (
-            "train.batch_scaling: constant_tokens is for generators; a tokenizer's step costs the "
-            "same at every length"
-        )
-    if config.train.compile:
+        yield f"train.batch_scaling: constant_tokens {why}"
+    if config.train.device_microbatch_tokens is not None:
+        yield f"train.device_microbatch_tokens: {config.train.device_microbatch_tokens} {why}"
+    if config.train.compile is True:
         yield NOT_COMPILED
     if config.init_from is not None and model.pretrained_encoder is not None:
         yield (
