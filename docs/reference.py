@@ -206,6 +206,10 @@ def of_runs() -> Iterator[str]:
             yield from table(TrainingRun, "", refusals, leave_out=["task"])
         yield f"\n## `task: {family.task}`\n"
         yield from table(schema, "", refusals, leave_out=shared)
+        theirs, own = typing.get_type_hints(TrainingRun), typing.get_type_hints(schema)
+        for name in [name for name in theirs if name in shared and own[name] != theirs[name]]:
+            known = [entry.name for entry in dataclasses.fields(theirs[name])]
+            yield from table(own[name], f"{name}.", refusals, leave_out=known)
 
 
 def recipe_of(task: str) -> Path:

@@ -44,7 +44,7 @@ def measured(name: str) -> str:
 # --- the file ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, "routing"])
 def test_what_is_shipped_is_valid_and_plans_every_run_at_every_seed(name, tmp_path):
     experiment = dataclasses.replace(load_experiment(name), out=str(tmp_path))
     planned, _ = plan_runs(name, experiment, (0, 5), [])
