@@ -195,14 +195,15 @@ def build_trainer(
         f"learning rate, from the last whole state in {where} (from the start where there is "
         "none yet), or look at the data."
     )
-    lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
+    asked = config.lengths
+    lengths = LengthSchedule(asked.choices, asked.weights, config.seed, asked.longest_first)
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
     if config.train.compile:
-        compile_blocks(model.net, config.lengths.choices)
+        compile_blocks(model.net, asked.choices)
     metrics, history = (Path(config.out) / name for name in (METRICS_NAME, HISTORY_NAME))
     beside = {path.name: path for path in (metrics, history)}
     callbacks: list[Callback] = [
-        StepKeys(lengths, config.lengths.per_sample),
+        StepKeys(lengths, asked.per_sample),
         FiniteGuard(model.record, advice),  # before the EMA moves
         ema,
         MetricsLog(
