@@ -20,7 +20,6 @@ from lgm_scale.storage.files import file_hash, folder_aside, replace_folder, wri
 
 FORMAT_VERSION = 1
 INFO_NAME = "bundle.json"
-DEMO = Path(__file__).parent / "demo"
 _SUFFIXES = (".safetensors", ".json")
 
 
@@ -147,8 +146,6 @@ def set_sampling_defaults(folder: str | Path, defaults: dict[int, dict[str, Any]
 def local_bundle(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a bundle; one that is named owner/name, as no folder here, is downloaded.
 
-    `demo` is the package's own generator of Fashion-MNIST, unless a folder here has the name.
-
     Only bundle.json is, and the safetensors and JSON files that it lists; who loads them checks
     every hash.
     `revision` is a branch, tag or commit of the repository.
@@ -161,8 +158,7 @@ def local_bundle(name: str | Path, revision: str | None = None) -> Path:
                 f"revision: {revision!r} goes with a repository of the hub, and {name} is a path; "
                 "leave it out"
             )
-        demo = str(name) == "demo" and not Path(name).exists()
-        return DEMO if demo else Path(name)
+        return Path(name)
     folder = download(str(name), [INFO_NAME], revision)
     files = list(read_info(folder)["files"])
     _refuse_foreign(files, name)

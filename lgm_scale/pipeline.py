@@ -324,8 +324,7 @@ def load_pipeline(
     """The pipeline of whatever generator a bundle holds.
 
     `folder` may be owner/name of a repository of the model hub, if there is no such folder; it is
-    downloaded then, at `revision` (a branch, tag or commit). `demo` is the generator of
-    Fashion-MNIST in the package.
+    downloaded then, at `revision` (a branch, tag or commit).
 
     Default: a CUDA device if there is one, and bfloat16 where a GPU computes it natively.
 
