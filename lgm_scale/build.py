@@ -201,7 +201,8 @@ def build_trainer(
         f"learning rate, from the last whole state in {where} (from the start where there is "
         "none yet), or look at the data."
     )
-    lengths = LengthSchedule(config.lengths.choices, config.lengths.weights, config.seed)
+    asked = config.lengths
+    lengths = LengthSchedule(asked.choices, asked.weights, config.seed, asked.longest_first)
     if config.train.float8:
         problem = float8_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         raise_everywhere(None if problem is None else ConfigError(f"train.float8: {problem}"))
@@ -209,11 +210,11 @@ def build_trainer(
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
     choose_attention(model.net, config.train.attention)
     if config.train.compile is True:  # auto is settled before
-        compile_blocks(model.net, config.lengths.choices)
+        compile_blocks(model.net, asked.choices)
     metrics, history = (Path(config.out) / name for name in (METRICS_NAME, HISTORY_NAME))
     beside = {path.name: path for path in (metrics, history)}
     callbacks: list[Callback] = [
-        StepKeys(lengths, config.lengths.per_sample),
+        StepKeys(lengths, asked.per_sample),
         FiniteGuard(model.record, advice),  # before the EMA moves
         ema,
         MetricsLog(

@@ -128,6 +128,8 @@ def _batch(config: TrainingRun, world_size: int) -> Iterator[str]:
 
 def _lengths(config: TrainingRun, family: Family) -> Iterator[str]:
     choices, weights = config.lengths.choices, config.lengths.weights
+    if config.lengths.longest_first < 0:
+        yield f"lengths.longest_first: {config.lengths.longest_first} must be 0 or more"
     if not choices:
         yield "lengths.choices: empty; name at least one token length"
     if config.lengths.per_sample and not family.mixes_lengths(config):
@@ -242,6 +244,11 @@ def _batch_scaling(config: TrainingRun) -> Iterator[str]:
         yield (
             "train.batch_scaling: constant_tokens needs a cycle of lengths, or an epoch has no "
             "known number of steps; drop lengths.weights"
+        )
+    if config.lengths.longest_first:
+        yield (
+            f"train.batch_scaling: constant_tokens needs a cycle of lengths from the first step; "
+            f"set lengths.longest_first to 0, not {config.lengths.longest_first}"
         )
     longest = max(config.lengths.choices, default=1)
     odd = sorted({k for k in config.lengths.choices if k < 1 or longest % k != 0})

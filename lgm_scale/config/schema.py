@@ -34,6 +34,10 @@ class LengthsConfig:
     """K of the steps, in turn; with `weights` the values that are drawn."""
     weights: tuple[float, ...] | None = None
     """How often each of `choices` is drawn, relative to the others; null: in turn."""
+    longest_first: int = 0
+    """Steps at the largest of `choices` before the others have their turn (ours). Tokens that are
+    merged before they mean anything become all alike, and a short run stays there. Dry runs
+    predict times without it."""
     per_sample: bool = False
     """One draw per image instead of one per step; for `length_control: truncate` alone."""
 

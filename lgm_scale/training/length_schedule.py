@@ -17,13 +17,21 @@ from lgm_scale.randomness import Purpose, keyed_uniform, stream_keys
 
 
 class LengthSchedule:
-    """A cycle through `choices` (K, which may repeat), or with `weights` a draw per step."""
+    """A cycle through `choices` (K, which may repeat), or with `weights` a draw per step.
+
+    Before step `longest_first` every step runs at the largest choice.
+    """
 
     def __init__(
-        self, choices: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0
+        self,
+        choices: Sequence[int],
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        longest_first: int = 0,
     ) -> None:
         self.choices = tuple(choices)
         self.seed = seed
+        self.longest_first = longest_first
         self.probabilities = None
         if weights is not None:
             self.probabilities = np.asarray(weights, dtype=np.float64) / sum(weights)
@@ -34,6 +42,8 @@ class LengthSchedule:
 
     def place(self, step: int) -> int:
         """Which of `choices` a step takes: an index, for what stands beside them."""
+        if step < self.longest_first:
+            return max(range(len(self.choices)), key=self.choices.__getitem__)
         if self.probabilities is None:
             return step % len(self.choices)
         # A generator made anew from its key has no state that a resume would have to carry.
@@ -45,6 +55,8 @@ class LengthSchedule:
 
         Nothing is copied to the host. A schedule without weights draws evenly.
         """
+        if step < self.longest_first:
+            return torch.full_like(sample_ids, max(self.choices))
         uniform = keyed_uniform(stream_keys(self.seed, Purpose.LENGTH, step, sample_ids))  # [B]
         shares = self.probabilities
         if shares is None:

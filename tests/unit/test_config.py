@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SWEEP = ROOT / "yamls/eval_sweep.yaml"  # trains nothing; see test_eval_sweep.py
 PUBLISHED = sorted(set(ROOT.glob("yamls/*.yaml")) - {SWEEP})
 QUICKSTART = [ROOT / f"yamls/quickstart/{name}.yaml" for name in ("tokenizer", "dit", "elit")]
+DEMO = [ROOT / f"yamls/demo/{name}.yaml" for name in ("tokenizer", "dit")]
 TOKENIZER = str(QUICKSTART[0])
 GENERATOR = str(QUICKSTART[1])
 
@@ -51,7 +52,9 @@ def test_there_is_a_recipe_for_every_published_size():
     }
 
 
-@pytest.mark.parametrize("path", PUBLISHED + QUICKSTART, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", PUBLISHED + QUICKSTART + DEMO, ids=lambda path: path.parts[-2] + path.stem
+)
 def test_recipes_build_with_the_expected_size(path):
     config = load_training_run(str(path), [], 1, has_gpu=None)
     with torch.device("meta"):
@@ -77,6 +80,7 @@ def test_recipes_build_with_the_expected_size(path):
         ("lengths.choices=[3,8]", "lengths.choices: [3] outside [4, 64]"),
         ("lengths.choices=[8,65]", "lengths.choices: [65] outside [4, 64]"),
         ("lengths.choices=[]", "lengths.choices: empty"),
+        ("lengths.longest_first=-1", "lengths.longest_first: -1 must be 0 or more"),
         ("lengths.weights=[1]", "lengths.weights: 1 weights for 7 choices"),
         ("lengths.weights=[0,0,0,0,0,0,0]", "sum above 0"),
         ("train.device_microbatch_size=5", "train.device_microbatch_size: 5 does not divide"),
@@ -91,6 +95,7 @@ def test_recipes_build_with_the_expected_size(path):
         ("ema.decay=1.0", "ema.decay: 1.0 must be in [0, 1)"),
         ("objective.pixel=-1", "objective.pixel: -1.0 must be 0 or more"),
         ("seed=-1", "seed: -1 must be 0 or more"),
+        ("model.quantizer=none", "objective.entropy: 0.01 reads codes, and model.quantizer: none"),
         ("train.compile=true", "train.compile: true is for generators"),
     ],
 )

@@ -125,7 +125,7 @@ def test_a_value_stands_for_a_list_of_one_and_lists_multiply(made, tmp_path):
     assert raw["cells"] == [{"num_tokens": [4], "length_schedule": [[]]}]
 
 
-@pytest.mark.parametrize("name", ["quickstart/sweep.yaml", "eval_sweep.yaml"])
+@pytest.mark.parametrize("name", ["quickstart/sweep.yaml", "demo/sweep.yaml", "eval_sweep.yaml"])
 def test_the_sweeps_that_come_along_are_well_formed(name):
     text = (ROOT / "yamls" / name).read_text()
     assert all(word in text for word in ("Command", "Hardware", "Time", "Result", f"yamls/{name}"))

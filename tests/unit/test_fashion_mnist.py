@@ -80,6 +80,20 @@ def test_the_same_again_does_nothing_and_other_files_are_refused(tmp_path, capsy
     assert contents(tmp_path / "out") == before
 
 
+def test_the_first_images_alone_are_another_data_set(tmp_path, capsys):
+    source, out = write_files(tmp_path / "idx"), tmp_path / "out"
+    main(["--source", str(source), "--out", str(out), "--train-images", "20"])
+    assert "train: 20 images" in capsys.readouterr().out
+    labels = read_split(source, "train").labels[:20]
+    found = read_labels(out / "train", read_manifest(out / "train", "images"))
+    assert list(found) == sorted(labels)
+    with pytest.raises(DataError, match="holds another data set"):
+        convert(source, out)
+    for count in ("0", "24"):
+        with pytest.raises(DataError, match=rf"train: {count} of 23 images .* give 1 to 23"):
+            main(["--source", str(source), "--out", str(tmp_path / "x"), "--train-images", count])
+
+
 def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch):
     source = write_files(tmp_path / "idx")
     monkeypatch.setattr(fashion_mnist, "IMAGES_PER_PART", 5)

@@ -348,6 +348,8 @@ def test_a_pretrained_encoder_and_a_bundle_exclude_each_other(small_pipeline, tm
     assert "model.pretrained_encoder: hub; the encoder starts from the bundle" in said
     assert "model.size: b here, tiny in" in said
     words = ("model.codebook_size=16", "model.num_codebooks=2", "model.patch_size=4")
+    words += ("model.quantizer=none", "objective.entropy=0")
     said = refusal(main, path, bundle, *words, "model.latent_dim=4")
-    for name, there in (("codebook_size", 32), ("num_codebooks", 4), ("patch_size", 8)):
-        assert f"set model.{name}={there}, or leave init_from out" in said
+    there = {"quantizer": "soft", "codebook_size": 32, "num_codebooks": 4, "patch_size": 8}
+    for name, value in there.items():
+        assert f"set model.{name}={value}, or leave init_from out" in said

@@ -252,6 +252,18 @@ def test_lengths_per_sample_follow_the_weights_and_the_sample():
     assert not torch.equal(schedule.per_sample(6, ids), drawn)
 
 
+def test_the_longest_comes_first_and_then_what_would_have_come():
+    for weights in (None, (2, 1, 1)):
+        plain = LengthSchedule((4, 16, 8), weights, seed=3)
+        late = LengthSchedule((4, 16, 8), weights, seed=3, longest_first=5)
+        assert [late.num_tokens(step) for step in range(5)] == [16] * 5
+        after = [late.num_tokens(step) for step in range(5, 30)]
+        assert after == [plain.num_tokens(step) for step in range(5, 30)]
+    ids = torch.arange(100)
+    assert (late.per_sample(4, ids) == 16).all()
+    assert torch.equal(late.per_sample(5, ids), plain.per_sample(5, ids))
+
+
 # --- in a tokenizer ---------------------------------------------------------------------------
 
 

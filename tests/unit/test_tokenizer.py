@@ -49,6 +49,20 @@ def test_every_parameter_gets_a_gradient(images, num_tokens):
     assert without == []
 
 
+def test_without_a_quantizer_latents_are_as_they_come(images):
+    sizes = dict(image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8)
+    net = Tokenizer(TokenizerModelConfig(size="tiny", quantizer="none", **sizes)).eval()
+    assert not [name for name in net.state_dict() if "quantizer" in name]
+    z = net.encode(images)
+    assert torch.equal(z, net.to_latent(net.encoder(images)))
+    out = net(images, 8)
+    assert out.code_logits is None
+    assert torch.equal(out.z, z)
+    quantized = small_tokenizer()
+    cost = 16 * 2 * 8 * 2 * 32  # tokens, twice D products with each of the codes
+    assert quantized.encoder_flops() - net.encoder_flops() == cost
+
+
 def test_exploration_is_keyed_on_seed_and_step():
     first = exploration_noise(0, 5, 16)
     assert first.shape == (120,)

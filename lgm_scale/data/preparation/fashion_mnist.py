@@ -1,17 +1,19 @@
 """Turn Fashion-MNIST into MDS shards, ready for training.
 
     python -m lgm_scale.data.preparation.fashion_mnist --out DATA [--source DIR | --download]
+        [--train-images N] [--val-images N]
 
 Its four files come from DIR; without it from where the package dataset-fashion-mnist of Debian and
 Ubuntu has them (/usr/share/datasets/fashion-mnist); with --download torchvision gets them, into
 DATA/download, and compares them with their published checksums. DATA/train gets 60,000 images,
-DATA/val 10,000, padded with black to 32 x 32 and stored without loss (PNG), class by class. An
-interrupted command, run again, goes on after the shards that are finished.
+DATA/val 10,000, or the first N of either, padded with black to 32 x 32 and stored without loss
+(PNG), class by class. An interrupted command, run again, goes on after the finished shards.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,12 +56,14 @@ def download(folder: Path) -> Path:
     return folder / "FashionMNIST" / "raw"
 
 
-def convert_split(found: LabelledImages, target: Path) -> str:
-    """Write one split as MDS shards, unless `target` is there already.
+def convert_split(found: LabelledImages, target: Path, count: int | None = None) -> str:
+    """Write one split, or the first `count` images of its files, unless `target` is there already.
 
     Returns: one line to show to the user.
     Raises: DataError if `target` holds something else.
     """
+    if count is not None:
+        found = _first(found, count, target)
     made_from = {"command": "fashion_mnist", "image_size": IMAGE_SIZE, "sha256": found.sha256}
     order = np.argsort(found.labels, kind="stable")
     parts = [order[i : i + IMAGES_PER_PART] for i in range(0, len(order), IMAGES_PER_PART)]
@@ -85,6 +89,22 @@ def convert_split(found: LabelledImages, target: Path) -> str:
     return f"{target}: {len(order)} images of {IMAGE_SIZE} x {IMAGE_SIZE} in {len(CLASSES)} classes"
 
 
+def _first(found: LabelledImages, count: int, target: Path) -> LabelledImages:
+    """The first `count` images, under a hash of their own. Raises: DataError."""
+    total = len(found.labels)
+    if not 1 <= count <= total:
+        raise DataError(
+            f"{target}: {count} of {total} images are asked for; give 1 to {total}, or leave the "
+            "option out for all"
+        )
+    if count == total:
+        return found
+    images, labels = found.images[:count], found.labels[:count]
+    return LabelledImages(
+        images, labels, hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    )
+
+
 def _samples(images: np.ndarray, labels: list[int]) -> Iterator[dict[str, Any]]:
     for pixels, label in zip(images, labels, strict=True):
         buffer = io.BytesIO()
@@ -104,10 +124,13 @@ def main(argv: list[str] | None = None) -> None:
     files = parser.add_mutually_exclusive_group()
     files.add_argument("--source", type=Path, default=DEBIAN_FOLDER, help="folder of the files")
     files.add_argument("--download", action="store_true", help="get the files (30 MB)")
+    for split in SPLITS:
+        add(f"--{split}-images", type=int, metavar="N", help="only the first N (default: all)")
     options = parser.parse_args(argv)
     source = download(options.out / "download") if options.download else options.source
     for split in SPLITS:
-        print(convert_split(read_split(source, split), options.out / split))
+        count = getattr(options, f"{split}_images")
+        print(convert_split(read_split(source, split), options.out / split, count))
 
 
 if __name__ == "__main__":

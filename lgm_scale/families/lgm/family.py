@@ -255,5 +255,6 @@ def _middle_of_steps(run: LGMRun) -> Callable[[int], int] | None:
     lengths = run.lengths
     if lengths.middle is None:
         return None
-    middle, schedule = lengths.middle, LengthSchedule(lengths.choices, lengths.weights, run.seed)
+    middle = lengths.middle
+    schedule = LengthSchedule(lengths.choices, lengths.weights, run.seed, lengths.longest_first)
     return lambda step: middle[schedule.place(step)]

@@ -27,10 +27,16 @@ class TokenizerSize:
 TOKENIZER_SIZES = {
     #                    width depth heads layer scale
     "tiny": TokenizerSize(96, 2, 3, None),
+    # One head: `latent_init: aligned` tells more positions apart. After tiny, for weights alone do
+    # not tell heads.
+    "mini": TokenizerSize(96, 2, 1, None),
     "s": TokenizerSize(384, 12, 6, 1e-5),
     "b": TokenizerSize(768, 12, 12, 1e-5),
     "l": TokenizerSize(1024, 24, 16, 1e-5),
 }
+
+UNPUBLISHED = ("tiny", "mini")
+"""Sizes of ours, for which there is no pretrained encoder."""
 
 AUXILIARY_SIZE = TokenizerSize(192, 3, 3, 1e-5)
 """Size of the decoder that predicts the teacher's features."""
@@ -44,7 +50,7 @@ class TokenizerModelConfig:
     """What `network.Tokenizer` is built from."""
 
     __pydantic_config__ = STRICT
-    size: Literal["tiny", "s", "b", "l"] = "b"
+    size: Literal["tiny", "mini", "s", "b", "l"] = "b"
     """Width, layers and heads of encoder and decoder."""
     image_size: int = 256
     """Pixels along a side."""
@@ -54,10 +60,14 @@ class TokenizerModelConfig:
     """N, tokens of an image that is not merged."""
     latent_dim: int = 32
     """D, channels of a token."""
+    quantizer: Literal["soft", "none"] = "soft"
+    """soft, as published: a token becomes a softmax-weighted mean of codes; or none (ours): it
+    stays as it is. Soft quantization reads a token's direction alone and lets few numbers through;
+    a network that is small, or trained for minutes, reconstructs sharply only without it."""
     num_codebooks: int = 4
-    """Segments of the quantizer, and blocks within which tokens may merge."""
+    """Segments of the quantizer, and (without one, too) blocks within which tokens may merge."""
     codebook_size: int = 8192
-    """Codes per segment."""
+    """Codes per segment. No effect with `quantizer: none`."""
     latent_init: Literal["normal", "aligned"] = "normal"
     """normal, as published; or aligned (ours): latents and patches start from one lattice of
     positions, and attention from copying along it, in encoder and decoder. A short run from scratch
@@ -80,7 +90,8 @@ class TokenizerObjectiveConfig:
     pixel: float = 1.0
     """Mean squared error."""
     entropy: float = 0.01
-    """Codes: certain per token, diverse over the batch. It is wanted negative."""
+    """Codes: certain per token, diverse over the batch. It is wanted negative. `model.quantizer:
+    none` wants 0 here."""
     alignment: float = 0.25
     """Embeddings as similar as the latents that they stand for."""
     perceptual: float = 0.0
@@ -131,6 +142,10 @@ class TokenizerRun(TrainingRun):
     model: TokenizerModelConfig
     objective: TokenizerObjectiveConfig = field(default_factory=TokenizerObjectiveConfig)
     assets: AssetsConfig = field(default_factory=AssetsConfig)
+    augment: Literal["crop", "flip", "none"] = "crop"
+    """crop, as published: a random cut of the image made up to a quarter larger, and a random flip;
+    flip: the middle at its own size and a random flip, for small images whose every pixel counts;
+    none: the middle alone."""
     evaluation: ReconstructionsConfig | None = None
 
 
@@ -155,6 +170,11 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
             "bundle in init_from; set it to null, or remove init_from"
         )
     yield from _model(model)
+    if model.quantizer == "none" and config.objective.entropy > 0:
+        yield (
+            f"objective.entropy: {config.objective.entropy} reads codes, and model.quantizer: none "
+            "has none; set it to 0"
+        )
     clip_norm = config.optimizer.clip_norm
     two_groups = config.objective.adversarial > 0 and config.parallel.strategy == "deepspeed"
     if two_groups and clip_norm is not None:
@@ -200,8 +220,11 @@ def _model(model: TokenizerModelConfig) -> Iterator[str]:
             f"model.latent_init: aligned needs a square num_base_tokens, not "
             f"{model.num_base_tokens}; use normal"
         )
-    if model.pretrained_encoder is not None and model.size == "tiny":
-        yield "model.pretrained_encoder: there is none of size tiny; use null, or size s, b or l"
+    if model.pretrained_encoder is not None and model.size in UNPUBLISHED:
+        yield (
+            f"model.pretrained_encoder: there is none of size {model.size}; use null, or size s, "
+            "b or l"
+        )
 
 
 def outside_choices(choices: Sequence[int], lowest: int, highest: int) -> Iterator[str]:
@@ -227,7 +250,7 @@ def needed_assets(config: TokenizerRun) -> list[Asset]:
          "the adversarial loss (objective.adversarial)"),
         (objective.representation > 0, "assets.dinov2_teacher", assets.dinov2_teacher,
          f"dinov2_{assets.dinov2_size}", "the representation loss (objective.representation)"),
-        (model.pretrained_encoder not in (None, FROM_HUB) and model.size != "tiny",
+        (model.pretrained_encoder not in (None, FROM_HUB) and model.size not in UNPUBLISHED,
          "model.pretrained_encoder", model.pretrained_encoder, f"dinov2_{model.size}",
          "the encoder's pretrained start (null: from scratch)"),
     ]  # fmt: skip

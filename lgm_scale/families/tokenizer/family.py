@@ -88,6 +88,7 @@ class TokenizerFamily(Family):
             train=True,
             seed=run.seed,
             batch_size=batch_size,
+            augment=run.augment,
             options=options,
         )
 

@@ -28,6 +28,7 @@ _FIXED = {
     "size": "width, depth and heads cannot be adapted",
     "patch_size": "what a patch holds cannot be adapted; image_size may differ",
     "latent_dim": "channels cannot be adapted",
+    "quantizer": "what the decoder reads cannot be adapted",
     "num_codebooks": "codebooks cannot be adapted",
     "codebook_size": "codebooks cannot be adapted",
 }

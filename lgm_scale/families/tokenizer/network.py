@@ -30,15 +30,15 @@ class TokenizerOutput(NamedTuple):
     """What the losses read.
 
     Shapes: reconstruction [B, 3, S, S]; z [B, N, D], quantized and not merged;
-    code_logits [num_codebooks, M, codebook_size]; similarity [N, N] of the merge embeddings,
-    None where none are learned;
+    code_logits [num_codebooks, M, codebook_size], None without a quantizer;
+    similarity [N, N] of the merge embeddings, None where none are learned;
     decoded_latents [B, N, D], merged and expanded, what the decoder read;
     last_hidden [B, P, C], the input of the decoder's last layer.
     """
 
     reconstruction: Tensor
     z: Tensor
-    code_logits: Tensor
+    code_logits: Tensor | None
     similarity: Tensor | None
     decoded_latents: Tensor
     last_hidden: Tensor
@@ -195,7 +195,11 @@ class Tokenizer(nn.Module):
         self.latent_dim = dim = config.latent_dim
         self.encoder = Encoder(row, size, patch_size, tokens)
         self.to_latent = nn.Linear(row.width, dim)  # the bottleneck: C -> D
-        self.quantizer = SoftQuantizer(config.num_codebooks, config.codebook_size, dim)
+        self.quantizer = (
+            SoftQuantizer(config.num_codebooks, config.codebook_size, dim)
+            if config.quantizer == "soft"
+            else None
+        )
         self.merging = build_length_control(
             config.length_control, tokens, config.num_codebooks, dim, config.dropped_tokens
         )
@@ -219,14 +223,18 @@ class Tokenizer(nn.Module):
         """Quantized latents at full length. Shapes: [B, 3, S, S] in [-1, 1] -> [B, N, D]."""
         return self._encode(images)[0]
 
-    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantized latents [B, N, D] and the logits of their codes. Raises: ConfigError."""
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents [B, N, D], quantized if that is asked for, and the logits of their codes.
+
+        Raises: ConfigError.
+        """
         if images.shape[-2:] != (self.image_size, self.image_size):
             height, width = images.shape[-2:]
             raise ConfigError(
                 f"images of {height}x{width} given to a tokenizer of {self.image_size} pixels"
             )
-        return self.quantizer(self.to_latent(self.encoder(images)))
+        z = self.to_latent(self.encoder(images))
+        return (z, None) if self.quantizer is None else self.quantizer(z)
 
     def decode(self, z: Tensor) -> Tensor:
         """Pixels from (unmerged) latents. Shapes: [B, N, D] -> [B, 3, S, S], about [-1, 1]."""
@@ -311,7 +319,7 @@ class Tokenizer(nn.Module):
         """Operations of encoding and quantizing one image."""
         vit, latents = self.encoder.vit, self.num_base_tokens
         embed = self.decoder.num_patches * 2 * 3 * self.patch_size**2 * vit.embed_dim
-        codes = self.quantizer.codes.shape[1]
+        codes = 0 if self.quantizer is None else self.quantizer.codes.shape[1]
         quantize = latents * 2 * self.latent_dim * (vit.embed_dim + 2 * codes)
         return embed + _vit_flops(vit, 1 + self.decoder.num_patches + latents) + quantize
 

@@ -137,7 +137,7 @@ def _size(state: Mapping[str, Tensor], width: int, path: str | Path) -> Any:
     known = ", ".join(f"{name}: {row.width} x {row.depth}" for name, row in TOKENIZER_SIZES.items())
     raise CheckpointError(
         f"{path}: encoder of width {width} and {depth} blocks, {'with' if scaled else 'without'} "
-        f"layer scale; known sizes: {known} (all but tiny with layer scale)"
+        f"layer scale; known sizes: {known} (all but tiny and mini with layer scale)"
     )
 
 

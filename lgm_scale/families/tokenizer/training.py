@@ -98,8 +98,10 @@ class TokenizerTrainingModel(TrainingModel):
 
     def below_zero(self) -> str:
         """Which terms have a sign, and what to look at instead of their sum."""
+        quantizer = self.net.quantizer
+        codes = 1 if quantizer is None else quantizer.codes.shape[1]
         least = {
-            "entropy": f"from -{math.log(self.net.quantizer.codes.shape[1]):.1f} on",
+            "entropy": f"from -{math.log(codes):.1f} on",
             "representation": "a cosine, from -1 on",
             "adversarial": "minus the critic's logit, without a bound",
         }
@@ -180,7 +182,7 @@ class TokenizerTrainingModel(TrainingModel):
     ) -> Terms:
         """What reads codes, embeddings and latents; names are those of their weights."""
         terms: Terms = {}
-        if self.objective.entropy > 0:
+        if outputs.code_logits is not None and self.objective.entropy > 0:
             terms["entropy"] = entropy_loss(outputs.code_logits, reduce_mean=self.reduce_mean)
         if self.auxiliary is not None:
             assert self.frozen.teacher is not None
