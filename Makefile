@@ -94,7 +94,10 @@ test-gpu:
 	PYTHONPATH=$(CARRIED):. timeout 480 $(PYTHON) -m pytest -m '' tests/gpu
 
 coverage: $(STAMP) $(DEEPSPEED)
-	$(PYTEST) -m 'not thorough and not servers' --cov --cov-report=term:skip-covered
+	coverage erase
+	coverage run -m $(PYTEST) -m 'not thorough and not servers'
+	coverage combine --quiet
+	coverage report
 
 # Random weights; a release whose folder is not given is skipped.
 test-fidelity: $(STAMP)
