@@ -21,7 +21,10 @@ def test_equal_settings_are_one_text():
     """Finished cells of a sweep are found by it."""
     whole = SamplerConfig(cfg_interval=(0, 1), length_schedule=((0, 4), (0.5, 8)))
     lists = SamplerConfig(cfg_interval=[0.0, 1.0], length_schedule=[[0.0, 4.0], [0.5, 8]])  # type: ignore[arg-type]
-    assert json.dumps(whole.settings()) == json.dumps(lists.settings())
+    text = json.dumps(whole.settings())
+    assert text == json.dumps(lists.settings())
+    assert SamplerConfig(**json.loads(text)) == whole
+    assert type(whole.settings()["solver"]) is str  # of a member YAML would write its class
 
 
 @pytest.mark.parametrize(

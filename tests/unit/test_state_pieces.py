@@ -115,6 +115,42 @@ def test_a_vectors_first_element_is_where_torch_chunk_cuts(numel):
         assert found == (starts[rank] if rank < len(starts) else numel)
 
 
+def test_a_piece_sees_its_part_of_weight_and_moments():
+    held = nn.Parameter(torch.arange(6.0))
+    optimizer = torch.optim.AdamW([held])
+    piece = ParameterShard("p", (2, 3), 1, 3, held, optimizer, offset=2)
+    assert piece.trainable
+    assert piece.weight().tolist() == [2, 3, 4]
+    made = piece.optimizer_state()  # before the first step
+    assert {key: value.tolist() for key, value in made.items()} == {
+        "step": 0,
+        "exp_avg": [0, 0, 0],
+        "exp_avg_sq": [0, 0, 0],
+    }
+    optimizer.state[held]["note"] = 3  # no tensor: not part of a state
+    made["step"].fill_(7)
+    made["exp_avg"].fill_(5)
+    piece.weight().fill_(9)
+    assert held.tolist() == [0, 1, 9, 9, 9, 5]
+    assert optimizer.state[held]["exp_avg"].tolist() == [0, 0, 5, 5, 5, 0]
+    assert {key: value.tolist() for key, value in piece.optimizer_state().items()} == {
+        "step": 7,
+        "exp_avg": [5, 5, 5],
+        "exp_avg_sq": [0, 0, 0],
+    }
+
+
+def test_a_frozen_parameter_has_a_piece_without_moments():
+    net = nn.Linear(2, 3)
+    net.bias.requires_grad_(False)
+    found = shards_module.local_shards(net, torch.optim.AdamW([net.weight]))
+    assert [(piece.name, piece.trainable, piece.numel) for piece in found] == [
+        ("weight", True, 6),
+        ("bias", False, 3),
+    ]
+    assert found[1].optimizer_state() == {}
+
+
 def test_tables_keep_their_names_and_shapes_in_every_module():
     net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     net.register_parameter("table", nn.Parameter(torch.zeros(4, 5)))
