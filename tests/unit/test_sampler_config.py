@@ -93,6 +93,8 @@ def test_guided_rows_are_counted_at_both_lengths():
     assert config.num_forwards() == 5
     assert config.rows(8) == {8: 3, 4: 2}
     assert config.rows(2) == {2: 5}  # the weak branch is never longer than the step
+    wide = SamplerConfig(num_steps=5, timestep_shift=1, cfg_scale=2, cfg_interval=(0.25, 0.75))
+    assert [wide.guided(t) for t in wide.grid()] == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize(("weak", "num_tokens", "where"), [(8, 8, "num_tokens is 8"), (7, 8, "")])
