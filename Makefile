@@ -75,7 +75,7 @@ test-all: $(STAMP) $(DEEPSPEED)
 test-torch: $(STAMP) $(DEEPSPEED)
 	$(PYTEST) -m 'not servers' tests/distributed/test_strategies.py tests/distributed/test_kill.py \
 		tests/distributed/test_compiled.py tests/distributed/test_deepspeed.py tests/unit/test_private_names*.py \
-		tests/unit/test_merging.py tests/unit/test_sampling.py tests/unit/test_checkpoint.py
+		tests/unit/test_merging*.py tests/unit/test_sampling.py tests/unit/test_checkpoint.py
 
 # No $(VENV): a GPU machine brings its own torch, and what it lacks lies beside it.
 WHEELS := build/wheels-gpu

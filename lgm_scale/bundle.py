@@ -18,20 +18,6 @@ from lgm_scale.hub import download, is_hub_name, upload
 from lgm_scale.sampling.config import SamplerConfig
 from lgm_scale.storage.files import file_hash, folder_aside, replace_folder, write_whole
 
-__all__ = [
-    "INFO_NAME",
-    "check_kind",
-    "finish_bundle",
-    "local_bundle",
-    "model_config",
-    "push_to_hub",
-    "read_bundle",
-    "read_info",
-    "set_sampling_defaults",
-    "start_bundle",
-    "write_info",
-]
-
 FORMAT_VERSION = 1
 INFO_NAME = "bundle.json"
 _SUFFIXES = (".safetensors", ".json")

@@ -18,18 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DivergenceError",
-    "LGMError",
-    "MissingAssetError",
-    "SupersededError",
-    "end_at_once",
-    "exit_on_user_error",
-]
-
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 128 + signal.SIGINT
 UNREAD_STATUS = 128 + signal.SIGPIPE

@@ -16,17 +16,6 @@ from torch import Tensor
 from lgm_scale.merging.tree import MergeAssignment
 from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
 
-__all__ = [
-    "NoiseScale",
-    "flow_loss",
-    "interpolate",
-    "merged_noise",
-    "sample_timesteps",
-    "training_keys",
-    "unweighted_flow_loss",
-    "velocity_target",
-]
-
 
 class NoiseScale(str, Enum):
     """How noise reaches merged tokens.

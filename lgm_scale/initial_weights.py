@@ -25,17 +25,6 @@ from lgm_scale.storage.clients import is_remote
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = [
-    "GeneratorInitialWeights",
-    "InitialWeights",
-    "init_problems",
-    "initial_weights",
-    "is_absent",
-    "planned_lines",
-    "resize_grid",
-    "resize_rows",
-]
-
 _KINDS = {"ema": "averaged weights (EMA)", "model": "weights without an average"}
 
 

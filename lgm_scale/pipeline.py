@@ -33,13 +33,6 @@ from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.protocols import Bundle, GeneratorNetwork, ImageTokenizer
 from lgm_scale.sampling.config import SamplerConfig
 
-__all__ = [
-    "Pipeline",
-    "count_parameters",
-    "load_image_tokenizer",
-    "load_pipeline",
-]
-
 # Rows of 256 tokens that one batch may hold, by device: a guided step runs twice as many.
 _BATCH_ROWS = {"cuda": 128, "cpu": 32}
 

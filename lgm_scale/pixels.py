@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["PIXEL_STD", "finite_images", "psnr", "to_uint8", "to_unit_range"]
-
 PIXEL_STD = 0.5
 """What a generator of pixels divides pixels in [-1, 1] by: about the deviation of photographs."""
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-__all__ = ["Bundle", "GeneratorNetwork", "ImageTokenizer"]
-
 
 class GeneratorNetwork(Protocol):
     """What the networks of all families can say."""

@@ -16,8 +16,6 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-__all__ = ["Purpose", "keyed_normal", "keyed_uniform", "keyed_uniforms", "stream_keys"]
-
 
 class Purpose(IntEnum):
     """What a stream is for. Two purposes never share numbers.

@@ -18,8 +18,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["Fault", "FaultProxy"]
-
 ERRORS = {
     "500": (500, "InternalError"),
     "503": (503, "SlowDown"),

@@ -21,8 +21,6 @@ from lgm_scale.checkpoint.manifest import StateName
 from lgm_scale.errors import CheckpointError, SupersededError
 from lgm_scale.storage.stores import Storage
 
-__all__ = ["Attempt", "Attempts"]
-
 _FOLDER = "attempts/"
 # Set by schedulers and launchers; recorded so that a history can be told afterwards.
 _SCHEDULER_KEYS = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST", "SKYPILOT_TASK_ID")

@@ -19,8 +19,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-__all__ = ["Background"]
-
 
 class Background:
     """Parts of work, one at a time. Every rank must start the same ones at the same steps."""

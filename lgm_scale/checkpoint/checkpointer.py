@@ -54,8 +54,6 @@ from lgm_scale.storage.files import file_hash
 from lgm_scale.storage.stores import Storage
 from lgm_scale.training.ema import EMA
 
-__all__ = ["Checkpointer"]
-
 log = logging.getLogger("lgm_scale")
 
 _LONG_WAIT = 1.0  # seconds, from which on a wait is told

@@ -15,8 +15,6 @@ from typing import Any
 
 from lgm_scale.errors import CheckpointError
 
-__all__ = ["MANIFEST_NAME", "RUN_NAME", "StateFile", "StateManifest", "StateName"]
-
 MANIFEST_NAME = "manifest.json"
 RUN_NAME = "run.json"
 """Whose states lie in a folder: id, name and configuration of the run."""

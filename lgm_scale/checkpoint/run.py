@@ -23,8 +23,6 @@ from lgm_scale.parallel.collectives import on_rank_zero
 from lgm_scale.storage.files import write_whole
 from lgm_scale.storage.stores import Storage, open_storage
 
-__all__ = ["EnteredRun", "apply_changes", "enter_run", "leave_result"]
-
 log = logging.getLogger("lgm_scale")
 
 _RESULT = "result.json"

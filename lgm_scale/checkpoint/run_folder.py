@@ -26,8 +26,6 @@ from lgm_scale.initial_weights import is_absent
 from lgm_scale.storage.clients import is_remote
 from lgm_scale.storage.files import write_json, write_whole
 
-__all__ = ["HISTORY_NAME", "METRICS_NAME", "Changes", "RunFolder"]
-
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
 HISTORY_NAME = "history.json"

@@ -11,8 +11,6 @@ from composer.loggers import Logger
 from lgm_scale.checkpoint.checkpointer import Checkpointer
 from lgm_scale.training.stopping import StopRequest
 
-__all__ = ["StateSaver"]
-
 
 class StateSaver(Callback):
     """Save at step and epoch boundaries.

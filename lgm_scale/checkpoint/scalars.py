@@ -9,8 +9,6 @@ from composer.core import State
 
 from lgm_scale.parallel.composer_internals import dataset_position, restore_dataset_position
 
-__all__ = ["load_scalars", "read_scalars", "renew_learning_rates"]
-
 # A scheduler's state as torch tells it holds its functions of time. They are no plain data, and
 # come from the configuration again.
 _FUNCTIONS = "lr_lambdas"

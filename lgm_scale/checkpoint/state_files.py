@@ -18,8 +18,6 @@ from lgm_scale.errors import CheckpointError
 from lgm_scale.storage.files import file_hash
 from lgm_scale.storage.stores import Storage
 
-__all__ = ["StateFiles"]
-
 
 class StateFiles:
     """The states of one run.

@@ -24,8 +24,6 @@ from lgm_scale.errors import CheckpointError
 from lgm_scale.parallel.shards import ParameterShard
 from lgm_scale.storage.files import follow_umask
 
-__all__ = ["ShardCopy", "check_same_model", "files_needed", "read_shards"]
-
 
 class ShardCopy:
     """What this rank writes into a state, by value, in memory of its host that serves every state.

@@ -21,8 +21,6 @@ from lgm_scale.families.base import family_of
 from lgm_scale.initial_weights import init_problems
 from lgm_scale.storage.clients import is_remote
 
-__all__ = ["ToCome", "count_problems", "input_problems", "nothing_to_come"]
-
 ToCome = Callable[[str], bool]
 """Whether a path will be made by a job before this one, and so is not looked for."""
 

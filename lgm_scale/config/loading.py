@@ -21,16 +21,6 @@ from yaml import YAMLError
 
 from lgm_scale.errors import ConfigError
 
-__all__ = [
-    "InvalidValues",
-    "check_config",
-    "find_recipe",
-    "load_config",
-    "read_yaml",
-    "to_dict",
-    "without_removed_keys",
-]
-
 RunConfig = TypeVar("RunConfig")
 
 RECIPES = Path(__file__).resolve().parents[1] / "yamls"

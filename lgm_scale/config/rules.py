@@ -21,8 +21,6 @@ from lgm_scale.errors import ConfigError
 from lgm_scale.families.base import Family, families, family_of, generator_families
 from lgm_scale.parallel.rules import parallel_rules
 
-__all__ = ["broken_rules", "load_training_run"]
-
 _TIME = re.compile(r"[1-9][0-9]*(ep|ba)")
 
 

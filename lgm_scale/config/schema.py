@@ -14,26 +14,6 @@ from typing import Any, ClassVar, Literal
 
 from lgm_scale.data.config import STRICT, DataConfig
 
-__all__ = [
-    "STRICT",
-    "CheckpointConfig",
-    "DataConfig",
-    "DeepSpeedConfig",
-    "EMAConfig",
-    "EvaluationConfig",
-    "FSDPConfig",
-    "FlowObjectiveConfig",
-    "GeneratorRun",
-    "LengthsConfig",
-    "LoggingConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "ReconstructionsConfig",
-    "TrainConfig",
-    "TrainingRun",
-    "required",
-]
-
 
 def required(example: Any) -> Any:
     """A key without a default.

@@ -40,8 +40,6 @@ from lgm_scale.errors import DataError
 from lgm_scale.randomness import Purpose
 from lgm_scale.storage.transfer import Patience
 
-__all__ = ["CheckedLoader", "EpochDataset", "StreamOptions"]
-
 
 @dataclass(frozen=True)
 class StreamOptions:

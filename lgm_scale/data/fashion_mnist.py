@@ -18,8 +18,6 @@ import numpy as np
 
 from lgm_scale.errors import DataError
 
-__all__ = ["CLASSES", "DEBIAN_FOLDER", "IMAGE_SIZE", "SPLITS", "LabelledImages", "read_split"]
-
 PUBLISHED = (
     "t_shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
     "ankle_boot",

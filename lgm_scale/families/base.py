@@ -35,24 +35,6 @@ if TYPE_CHECKING:
     from lgm_scale.sampling.config import SamplerConfig
     from lgm_scale.training.model import Rehearsal, TrainingModel
 
-__all__ = [
-    "NOT_COMPILED",
-    "Companions",
-    "Evaluated",
-    "Family",
-    "GeneratorFacts",
-    "GeneratorFamily",
-    "Tool",
-    "add_import_option",
-    "families",
-    "family_of",
-    "generator_families",
-    "imported",
-    "latent_encoders",
-    "register",
-    "release_importers",
-]
-
 
 @dataclass(frozen=True)
 class Tool:

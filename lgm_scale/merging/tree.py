@@ -24,15 +24,6 @@ from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.merging.linkage import average_linkage, in_block_triangle
 from lgm_scale.storage.files import follow_umask
 
-__all__ = [
-    "TREE_NAME",
-    "MergeAssignment",
-    "MergeTree",
-    "cosine_similarity",
-    "in_block_pairs",
-    "straight_through_merge",
-]
-
 TREE_NAME = "merge_tree.safetensors"
 """File of a merge tree, in folders of latents and in bundles."""
 

@@ -17,8 +17,6 @@ from torch import nn
 
 from lgm_scale.parallel.torch_internals import allow_recompilations
 
-__all__ = ["checkpoint_blocks", "chosen_blocks", "compile_blocks", "transformer_blocks"]
-
 # Graphs per length: with and without gradients, and a last batch of another size.
 _GRAPHS_PER_LENGTH = 4
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from lgm_scale.errors import LGMError
 
-__all__ = ["mean_over_ranks", "on_rank_zero", "raise_everywhere"]
-
 Result = TypeVar("Result")
 
 

@@ -11,14 +11,10 @@ from typing import Any
 
 from composer import Trainer
 from composer.core import State
-from composer.distributed.fsdp2_utils import sync_optimizer_and_model_params
+from composer.distributed.fsdp2_utils import (
+    sync_optimizer_and_model_params as sync_optimizer_and_model_params,
+)
 
-__all__ = [
-    "ShardingTrainer",
-    "dataset_position",
-    "restore_dataset_position",
-    "sync_optimizer_and_model_params",
-]
 # `sync_optimizer_and_model_params`, public in a module that is not documented: a context inside
 # which parameters may be replaced, and after which the optimizer's groups hold the new ones.
 

@@ -25,8 +25,6 @@ from lgm_scale.config.schema import DeepSpeedConfig
 from lgm_scale.errors import DivergenceError
 from lgm_scale.parallel.deepspeed_internals import build_no_kernels
 
-__all__ = ["EngineModel", "EngineOptimizer", "settings", "shard_state", "start_engine"]
-
 _BYTES = 4  # of float32, the unit of DeepSpeed's buckets
 
 

@@ -19,14 +19,6 @@ from torch import Tensor, nn
 
 from lgm_scale.parallel.shards import ParameterShard
 
-__all__ = [
-    "build_no_kernels",
-    "live_gradients",
-    "partition_of",
-    "update_model_weights",
-    "zero_shards",
-]
-
 
 def build_no_kernels() -> None:
     """Let DeepSpeed compile no C++ when it sets its communication up.

@@ -18,8 +18,6 @@ from pathlib import Path
 
 from lgm_scale.errors import LGMError
 
-__all__ = ["first_failure_on_top"]
-
 
 @contextlib.contextmanager
 def first_failure_on_top(folder: Path) -> Iterator[None]:

@@ -26,8 +26,6 @@ from lgm_scale.parallel.blocks import transformer_blocks
 from lgm_scale.parallel.composer_internals import sync_optimizer_and_model_params
 from lgm_scale.parallel.shards import flatten_parameters
 
-__all__ = ["shard_model", "shard_state"]
-
 
 def _mesh(config: FSDPConfig) -> DeviceMesh:
     """All ranks in a row; under `hybrid`, a table: copies by shards.

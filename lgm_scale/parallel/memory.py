@@ -19,8 +19,6 @@ from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig
 from lgm_scale.parallel.deepspeed_internals import partition_of
 from lgm_scale.parallel.shards import ParameterShard, local_part
 
-__all__ = ["ParameterInfo", "StateBytes", "measured_bytes", "parameter_infos", "planned_bytes"]
-
 FLOAT = 4
 """Bytes of a number: all state is float32, whatever the precision of the computation."""
 MOMENTS = 2

@@ -17,8 +17,6 @@ import threading
 import psutil
 from composer.utils import dist
 
-__all__ = ["PeerWatch"]
-
 
 class PeerWatch:
     """Inside a `with` block, end this process some seconds after another rank of its node has died.

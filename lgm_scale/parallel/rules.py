@@ -8,8 +8,6 @@ from importlib.metadata import version
 
 from lgm_scale.config.schema import DeepSpeedConfig, TrainingRun
 
-__all__ = ["parallel_rules"]
-
 
 def parallel_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> Iterator[str]:
     """One line, `key: value; rule; fix`, for each rule of `parallel:` that is broken.

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
-__all__ = ["ParameterShard", "flatten_parameters", "gather", "local_part", "local_shards", "owned"]
-
 
 class ParameterShard:
     """Elements [start, start + numel) of a flattened parameter, kept by this rank.

@@ -12,18 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-__all__ = [
-    "TorchDispatchMode",
-    "allow_recompilations",
-    "fake_tensors",
-    "join_fake_ranks",
-    "lerp_all_",
-    "schema_of",
-    "tree_leaves",
-]
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
 
 
 def allow_recompilations(count: int) -> None:

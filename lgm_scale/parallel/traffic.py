@@ -14,8 +14,6 @@ from torch.distributed.tensor import DTensor
 
 from lgm_scale.parallel.torch_internals import TorchDispatchMode, schema_of, tree_leaves
 
-__all__ = ["Traffic", "Transfer", "moved_bytes"]
-
 _NAMES: dict[str, str] = {
     "allgather_base": "all-gather",
     "all_gather_into_tensor": "all-gather",

@@ -15,8 +15,6 @@ from lgm_scale.parallel.deepspeed_internals import update_model_weights, zero_sh
 from lgm_scale.parallel.fsdp import shard_state
 from lgm_scale.parallel.shards import ParameterShard, local_shards
 
-__all__ = ["StartedTrainer", "start_trainer"]
-
 
 class StartedTrainer(NamedTuple):
     """A trainer that has applied its strategy, and what this rank keeps under it.

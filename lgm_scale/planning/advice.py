@@ -25,8 +25,6 @@ from lgm_scale.planning.simulation import Simulated, simulate
 from lgm_scale.planning.strategies import PlannedStep, StepShape, plan_step, shard_ranks
 from lgm_scale.planning.workload import samples_of_step, strategy_label
 
-__all__ = ["GIB", "Search", "advise"]
-
 RESERVE = 1.5 * 2**30
 """Bytes that the driver, NCCL and the libraries take, and a plan does not see: our estimate."""
 FRAGMENTATION = 0.05

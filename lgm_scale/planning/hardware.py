@@ -16,8 +16,6 @@ from typing import Any
 
 from lgm_scale.errors import ConfigError
 
-__all__ = ["GPU", "GPUS", "parse_memory", "read_calibration"]
-
 UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20, "TB": 10**12, "TIB": 2**40}
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from lgm_scale.planning.hardware import GPU, GPUS, parse_memory, read_calibration
 
-__all__ = ["PlanOptions", "add_plan_options", "plan_options"]
-
 DEFAULT_UTILISATION = 0.3
 
 

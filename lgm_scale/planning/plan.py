@@ -32,8 +32,6 @@ from lgm_scale.planning.workload import (
     strategy_label,
 )
 
-__all__ = ["Networks", "cost_line", "describe", "networks"]
-
 
 @dataclass(frozen=True)
 class Networks:

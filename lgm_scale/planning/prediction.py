@@ -18,8 +18,6 @@ from lgm_scale.planning.hardware import GPU
 from lgm_scale.planning.recorder import Work
 from lgm_scale.planning.strategies import Moved, PlannedStep
 
-__all__ = ["StepTime", "collective_seconds", "predict"]
-
 BACKWARD = 2 / 3
 """Share of the passes behind which collectives hide: gradients come in the backward pass alone."""
 

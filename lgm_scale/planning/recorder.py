@@ -22,8 +22,6 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from lgm_scale.parallel.shards import local_part
 from lgm_scale.parallel.torch_internals import TorchDispatchMode, schema_of, tree_leaves
 
-__all__ = ["Product", "Recorder", "Work"]
-
 
 class Product(NamedTuple):
     """A matrix product, a convolution, or an attention with its products inside."""

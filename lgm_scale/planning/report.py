@@ -25,8 +25,6 @@ from lgm_scale.planning.workload import (
     strategy_label,
 )
 
-__all__ = ["print_simulation"]
-
 MOST_LENGTHS = 4
 """Token counts that are simulated; the time at others lies between those of their neighbours."""
 GIB = 2**30

@@ -37,8 +37,6 @@ from lgm_scale.training.clipping import GroupClipping
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.model import Rehearsal
 
-__all__ = ["Part", "Simulated", "fake_ranks", "simulate"]
-
 LATE = 10**6
 """A step in which every loss is on, whatever comes in later than others."""
 

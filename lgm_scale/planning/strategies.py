@@ -23,8 +23,6 @@ from lgm_scale.parallel.memory import (
 from lgm_scale.parallel.traffic import Transfer
 from lgm_scale.planning.simulation import Part, Simulated, simulate
 
-__all__ = ["Moved", "PlannedStep", "StepShape", "plan_step", "shard_ranks"]
-
 REUSE = 500_000_000
 """ZeRO-3 keeps gathered what is needed again within 1e9 elements, forward and backward: so many."""
 

@@ -15,17 +15,6 @@ from lgm_scale.planning.hardware import GPU
 from lgm_scale.storage.clients import is_remote
 from lgm_scale.training.length_schedule import LengthSchedule, loader_batches, steps_per_epoch
 
-__all__ = [
-    "Cost",
-    "cost_at",
-    "length_shares",
-    "samples_of_step",
-    "steps_of_epoch",
-    "steps_of_run",
-    "storage_words",
-    "strategy_label",
-]
-
 
 def length_shares(config: TrainingRun) -> dict[int, float]:
     """Share of the steps at each K, rising."""

@@ -14,8 +14,6 @@ from torch import Tensor
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["KeyReport", "Renaming", "class_names", "fit", "provenance", "translate"]
-
 _MAX_PROBLEMS = 8
 
 

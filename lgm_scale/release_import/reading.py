@@ -22,8 +22,6 @@ from torch import Tensor
 
 from lgm_scale.errors import CheckpointError
 
-__all__ = ["Weights", "entries", "read_dictionary", "shape_of", "weights_of"]
-
 _MAX_REASON = 200
 _WRAPPERS = ("module.", "_orig_mod.")  # data parallelism, torch.compile
 

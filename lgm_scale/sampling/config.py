@@ -17,8 +17,6 @@ from typing import Any
 from lgm_scale.config.schema import STRICT
 from lgm_scale.errors import ConfigError
 
-__all__ = ["CFGRescale", "Guidance", "SamplerConfig", "Solver", "outside_lengths"]
-
 _TIME_TOLERANCE = 1e-9
 
 

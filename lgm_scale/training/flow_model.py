@@ -12,8 +12,6 @@ from lgm_scale.flow import sample_timesteps, training_keys
 from lgm_scale.randomness import Purpose, keyed_uniform
 from lgm_scale.training.model import TrainingModel
 
-__all__ = ["TIMESTEP_BINS", "Draws", "FlowModel", "timestep_bins"]
-
 TIMESTEP_BINS = tuple(f"loss/t={low:.2f}-{low + 0.25:.2f}" for low in (0.0, 0.25, 0.5, 0.75))
 """Names of the four equal parts of [0, 1] by which the loss is reported, besides its mean."""
 

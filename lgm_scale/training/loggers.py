@@ -17,8 +17,6 @@ from typing_extensions import override
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.errors import ConfigError
 
-__all__ = ["STEP", "WandB", "build_loggers"]
-
 STEP = "step"
 """Name of the horizontal axis in Weights & Biases: steps of the training."""
 

@@ -36,6 +36,14 @@ def golden() -> GoldenLoader:
 
 
 @pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a small sweep reads: bundles, validation images and a metrics log; not to be changed."""
+    from small_sweep import make_sweep_inputs
+
+    return make_sweep_inputs(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture(scope="session")
 def golden_cut(golden: GoldenLoader) -> Callable[[int], tuple[MergeAssignment, torch.Tensor]]:
     """`golden_cut(K)`: the assignment of the golden DiT numbers, and where its clusters are there.
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from small_pipeline import ROOT
-from small_sweep import make_sweep_inputs, sweep_file
+from small_sweep import sweep_file
 from typed_commands import refusal, typed
 
 import launchers.pipeline
@@ -16,11 +14,6 @@ from lgm_scale.data.preparation import encode
 from lgm_scale.evaluation.commands import reconstruct, sweep
 
 DRY = "--dry-run"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    return make_sweep_inputs(tmp_path_factory.mktemp("made"))
 
 
 # --- sweeps and samples ---------------------------------------------------------------------------

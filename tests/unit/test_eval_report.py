@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
-from small_sweep import make_sweep_inputs, results_of, sweep_config
+from small_sweep import results_of, sweep_config
 
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.commands import report
@@ -26,11 +26,6 @@ from lgm_scale.evaluation.sweep.measure import measure
 from lgm_scale.evaluation.sweep.results import comparable, differences
 
 CELLS = [{"num_tokens": [4, 9, 16]}, {"num_tokens": 9, "cfg_scale": 3.0}]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    return make_sweep_inputs(tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-from small_sweep import make_sweep_inputs, numbers_of, results_of, sweep_config
+from small_sweep import numbers_of, results_of, sweep_config
 
 from lgm_scale.errors import DataError
 from lgm_scale.evaluation.sweep import samples as generate
@@ -83,11 +82,6 @@ def test_lines_advance_together_and_every_length_has_its_winner():
 
 
 # --- on a generator ---------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    return make_sweep_inputs(tmp_path_factory.mktemp("sweep"))
 
 
 def searching(made: Path, out: Path, **changes):

@@ -6,15 +6,21 @@ Read from the source, nothing is imported. A new room gets its place in `ORDER`.
 from __future__ import annotations
 
 import ast
-import io
 import re
-import tokenize
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from source_tree import (
+    ROOT,
+    circles,
+    code_of,
+    forbidden_imports,
+    imported_files,
+    imported_names,
+    is_within,
+    load_time_closure,
+    python_files,
+    relative_imports,
+)
 
 # A room may import those that come later, and no other. A room is a folder or a file; the longest
 # entry that fits a file is its room. (What `config/rules.py` hears comes from every room that has a
@@ -135,55 +141,11 @@ NAMES_NO_FAMILY = ("lgm_scale/", "eval/", "data_tools/", "launchers/", "experime
 MAX_LINES = 400
 SMALL_LINES = 50
 BANNED_NAMES = {"util", "utils", "misc", "helper", "helpers", "tmp"}
-NOT_OURS = {"build", "dist", "runs", "shared", "node_modules"}
-
-
-def python_files() -> dict[str, str]:
-    """Path from the root, with forward slashes -> source, of every Python file of ours."""
-    files = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).parts
-        hidden = any(part.startswith(".") or part.endswith(".egg-info") for part in parts)
-        if not hidden and parts[0] not in NOT_OURS:
-            files["/".join(parts)] = path.read_text(encoding="utf-8")
-    return files
 
 
 FILES = python_files()
 SOURCE = {path: text for path, text in FILES.items() if path.split("/")[0] in ROOTS}
 PACKAGE = [path for path in SOURCE if path.startswith("lgm_scale/")]
-
-
-def imported_names(tree: ast.AST) -> Iterator[str]:
-    """Absolute dotted names; `from a import b` gives both a and a.b, for b may be a module."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
-def is_within(name: str, module: str) -> bool:
-    return name == module or name.startswith(module + ".")
-
-
-def file_of(name: str, files: dict[str, str]) -> str | None:
-    """The file of ours that a dotted name is."""
-    stem = name.replace(".", "/")
-    return next((f for f in (f"{stem}.py", f"{stem}/__init__.py") if f in files), None)
-
-
-def imported_files(path: str, files: dict[str, str]) -> set[str]:
-    """Files of ours that a file imports, wherever in it: in functions and for types as well."""
-    names = set(imported_names(ast.parse(files[path])))
-    found = {file_of(name, files) for name in names} - {None, path}
-    # `from a.b import c` with a module c reads b's __init__ only to reach c.
-    inner = {name.rpartition(".")[0] for name in names if file_of(name, files)}
-    passed = {file_of(name, files) for name in inner if f"{name.replace('.', '/')}.py" not in files}
-    return {
-        f for f in found if f is not None and (f not in passed or not f.endswith("__init__.py"))
-    }
 
 
 def room(path: str) -> str | None:
@@ -202,81 +164,6 @@ def upward_imports(path: str, files: dict[str, str]) -> list[str]:
         if own is None or ORDER.index(target) < ORDER.index(own):
             found.add(target)
     return sorted(found)
-
-
-def circles(files: dict[str, str]) -> list[tuple[str, ...]]:
-    """Groups of files that import each other, directly or through others."""
-    arrows = {path: imported_files(path, files) for path in files}
-    reach = {path: set(ends) for path, ends in arrows.items()}
-    for middle in files:
-        for start in files:
-            if middle in reach[start]:
-                reach[start] |= reach[middle]
-    inside = [path for path in files if path in reach[path]]
-    groups = (tuple(p for p in inside if p in reach[s] and s in reach[p]) for s in inside)
-    return sorted({tuple(sorted(group)) for group in groups})
-
-
-def forbidden_imports(source: str, forbidden: tuple[str, ...]) -> list[str]:
-    names = set(imported_names(ast.parse(source)))
-    return sorted(name for name in names if any(is_within(name, bad) for bad in forbidden))
-
-
-def relative_imports(source: str) -> list[int]:
-    """Lines of relative imports."""
-    tree = ast.parse(source)
-    return [
-        node.lineno for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level
-    ]
-
-
-def load_time_names(source: str) -> set[str]:
-    """What importing a file imports: not the bodies of functions, nor the type checker's part."""
-    names: set[str] = set()
-    waiting: list[ast.AST] = [ast.parse(source)]
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names.update(imported_names(node))
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            waiting.extend(node.orelse)
-        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            waiting.extend(ast.iter_child_nodes(node))
-    return names
-
-
-def load_time_closure(path: str, files: dict[str, str]) -> dict[str, str]:
-    """Every outside name that importing `path` imports -> the file of ours that asks for it."""
-    outside: dict[str, str] = {}
-    waiting, seen = [path], set()
-    while waiting:
-        current = waiting.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        parents = [str(parent) + "/__init__.py" for parent in Path(current).parents]
-        waiting += [parent for parent in parents if parent in files]
-        for name in load_time_names(files[current]):
-            ours = file_of(name, files)
-            waiting += [ours] if ours else []
-            if not name.startswith("lgm_scale"):
-                outside.setdefault(name, current)
-    return outside
-
-
-def code_of(source: str) -> str:
-    """A source without comments and without docstrings, which may name whatever explains."""
-    docstrings = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            docstrings.update(lines if isinstance(node.value.value, str) else ())
-    words = [
-        token.string
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type != tokenize.COMMENT and token.start[0] not in docstrings
-    ]
-    return re.sub(r"\s*\.\s*", ".", " ".join(words))
 
 
 # --- the rules, on the tree as it is ----------------------------------------------------------
@@ -348,8 +235,7 @@ def test_torch_is_imported_neither_here_nor_through_other_modules(path):
 @pytest.mark.parametrize("path", list(FILES))
 def test_imports_are_absolute_and_files_short(path):
     assert relative_imports(FILES[path]) == []
-    most = MAX_LINES if path in SOURCE else 500
-    assert len(FILES[path].splitlines()) <= most
+    assert len(FILES[path].splitlines()) <= MAX_LINES
 
 
 def test_no_small_file_serves_one_other_file():

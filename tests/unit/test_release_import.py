@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,10 +10,9 @@ import torch
 from release_files import generator_content, shuffle, tokenizer_content
 from safetensors.torch import save_file
 from small_pipeline import assert_user_error, run_command
-from torch import Tensor
 
 from lgm_scale.bundle import read_bundle
-from lgm_scale.errors import CheckpointError, ConfigError, DataError, exit_on_user_error
+from lgm_scale.errors import CheckpointError, DataError, exit_on_user_error
 from lgm_scale.families.lgm.bundle import load_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
 from lgm_scale.families.lgm.data import LatentStats
@@ -22,19 +20,15 @@ from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
 from lgm_scale.families.lgm.release import (
     Surroundings,
     import_generator,
-    our_generator_name,
     read_stats,
 )
-from lgm_scale.families.lgm.release import config_from_shapes as generator_config
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
-from lgm_scale.families.tokenizer.release import IGNORED, import_tokenizer, our_tokenizer_name
-from lgm_scale.families.tokenizer.release import config_from_shapes as tokenizer_config
+from lgm_scale.families.tokenizer.release import import_tokenizer
 from lgm_scale.merging.nesting import ContrastStats
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.release_import.__main__ import main
-from lgm_scale.release_import.names import class_names, fit, translate
 
 TOKENIZER = TokenizerModelConfig(
     size="tiny", image_size=32, patch_size=8, num_base_tokens=16, latent_dim=8, codebook_size=32
@@ -89,54 +83,6 @@ def command(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     with pytest.raises(SystemExit) as end:
         exit_on_user_error(main)
     return int(end.value.code or 0)
-
-
-# --- names and shapes of the published checkpoints --------------------------------------------
-
-
-def published(golden_dir: Path, name: str) -> dict[str, Tensor]:
-    shapes = json.loads((golden_dir / f"lgm_release_{name}_keys.json").read_text())
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-
-
-def test_every_key_of_the_published_tokenizer_has_its_place(golden_dir):
-    state = published(golden_dir, "tokenizer")
-    config = tokenizer_config(state, "file")
-    assert config == TokenizerModelConfig()  # ViT-B, 256 pixels, 256 tokens of 32 channels
-    report = translate(state, our_tokenizer_name, IGNORED)
-    with torch.device("meta"):
-        ours = {name: value.shape for name, value in build_tokenizer(config).state_dict().items()}
-    assert {report.taken[name]: state[name].shape for name in report.taken} == ours
-    assert len(report.taken) == len(ours) == 358
-    assert set(report.taken) | set(report.ignored) == set(state)
-    assert report.counts() == {"used": 4, "renamed": 354, "ignored": 401}
-    listed = [line.split()[1].rstrip(":") for line in report.lines()][: len(state)]
-    assert set(listed) == set(state)
-
-
-def test_every_key_of_the_published_generator_has_its_place(golden_dir):
-    state = published(golden_dir, "dit_xl")
-    config = generator_config(state, 4, "file")
-    assert config == LGMModelConfig(size="xl")
-    report = translate(state, our_generator_name, {})
-    with torch.device("meta"):
-        ours = {name: value.shape for name, value in build_merge_dit(config).state_dict().items()}
-    assert {report.taken[name]: state[name].shape for name in report.taken} == ours
-    assert (len(report.taken), report.ignored) == (405, {})
-
-
-def test_the_golden_network_goes_through_the_importer(golden, golden_dit):
-    state, ours = golden("dit_tiny_state"), golden_dit.state_dict()
-    weights = fit(state, translate(state, our_generator_name, {}), ours, "file")
-    assert set(weights) == set(ours)
-    assert all(torch.equal(weights[name], ours[name]) for name in ours)
-
-
-def test_layer_scale_tells_the_sizes_apart(golden_dir):
-    state = published(golden_dir, "tokenizer")
-    bare = {name: value for name, value in state.items() if ".ls1." not in name}
-    with pytest.raises(CheckpointError, match="width 768 and 12 blocks, without layer scale"):
-        tokenizer_config(bare, "file")
 
 
 # --- round trips ------------------------------------------------------------------------------
@@ -208,15 +154,6 @@ def test_noise_scale_and_classes_reach_the_bundle(files, monkeypatch, capsys):
     assert pipe.noise_scale.value == "legacy"
     images = pipe(["newt", 0], num_tokens=8, num_steps=3, progress_bar=False)
     assert images.shape == (2, 32, 32, 3)  # type: ignore[union-attr]  # an array
-
-
-def test_imagenet_names():
-    names = class_names("imagenet", 1000)
-    assert (names[1], names[207]) == ("goldfish", "golden retriever")
-    with pytest.raises(ConfigError, match="imagenet has 1000 names, the generator 3 classes"):
-        class_names("imagenet", 3)
-    with pytest.raises(ConfigError, match="neither a text file nor"):
-        class_names("nowhere.txt", 3)
 
 
 # --- nothing is executed ----------------------------------------------------------------------
@@ -336,16 +273,6 @@ def test_a_tokenizer_that_does_not_fit_is_refused(
     for text in texts:
         assert text in error
     assert not (files / "out").exists()
-
-
-def test_the_backbone_named_in_args_must_be_the_weights_own(golden_dir):
-    from lgm_scale.families.tokenizer.release import check_args
-
-    base = argparse.Namespace(encoder_model="vit_base_patch14_dinov2.lvd142m")
-    assert check_args(base, TokenizerModelConfig(), "file") == ["encoder_model"]
-    assert check_args(None, TokenizerModelConfig(), "file") == []
-    with pytest.raises(CheckpointError, match=r"encoder_model: 'vit_base_.*expected a vit_large"):
-        check_args(base, TokenizerModelConfig(size="l"), "file")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])

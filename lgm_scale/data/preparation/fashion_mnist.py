@@ -32,8 +32,6 @@ from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
 from lgm_scale.errors import DataError, exit_on_user_error
 
-__all__ = ["convert_split", "download"]
-
 IMAGES_PER_PART = 10_000
 
 

@@ -24,8 +24,6 @@ from lgm_scale.evaluation.commands.arguments import (
 )
 from lgm_scale.storage.files import write_whole
 
-__all__ = ["draw_heat_map"]
-
 
 def draw_heat_map(result: dict[str, Any], path: Path) -> None:
     """Draw the CKNNA matrix of `measure_alignment` with its numbers, and write it as a PNG."""

@@ -21,8 +21,6 @@ from lgm_scale.evaluation.features.extraction import FeatureSpace, run_network
 from lgm_scale.frozen import read_weights
 from lgm_scale.storage.files import file_hash
 
-__all__ = ["WEIGHTS", "FashionClassifier", "FashionFeatures", "weights_metadata"]
-
 WEIGHTS = Path(__file__).parent / "weights" / "fashion_mnist.safetensors"
 WIDTH = 128
 

@@ -13,21 +13,6 @@ from scipy.linalg import eigvalsh
 
 from lgm_scale.evaluation.engine.statistics import FeatureStatistics
 
-__all__ = [
-    "FIXED_IS_SPLITS",
-    "IS_SPLITS",
-    "KID_SUBSETS",
-    "NEIGHBOURS",
-    "class_accuracy",
-    "describe_inception_score",
-    "frechet_distance",
-    "inception_score",
-    "kernel_distance",
-    "kid_subset_size",
-    "precision_recall",
-    "symmetric_distance",
-]
-
 log = logging.getLogger("lgm_scale")
 
 CROSS_CHECK = 1e-3

@@ -24,15 +24,6 @@ from lgm_scale.merging.tree import cosine_similarity, in_block_pairs
 from lgm_scale.pixels import to_unit_range
 from lgm_scale.protocols import ImageTokenizer
 
-__all__ = [
-    "DEFINITIONS",
-    "PairCosine",
-    "cknna",
-    "cknna_code_matrix",
-    "cknna_matrix",
-    "measure_alignment",
-]
-
 DEFINITIONS = {
     "cknna": "paper's text: centred, then masked to mutual neighbours",
     "cknna_code": "authors' code: masked to mutual neighbours, then unbiased HSIC",

@@ -14,8 +14,6 @@ from lgm_scale.merging.nesting import tree_from_cuts
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.release_import.reading import read_dictionary
 
-__all__ = ["read_cuts", "read_tree"]
-
 
 def read_tree(path: str | Path, own: MergeTree) -> tuple[MergeTree | None, str]:
     """The tree of a merge dictionary, or of a merge_tree.safetensors.

@@ -26,8 +26,6 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
-__all__ = ["Gateway", "MissingServerError", "install"]
-
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw", "ceph-common")
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "monmaptool")
 ACCESS_KEY = "tests-access-key"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from desk import CONFIG, Desk, copy_checkout
+from slurm_packages import obstacle
 from small_pipeline import SmallPipeline, metrics
-from virtual_cluster import VirtualCluster, obstacle
+from virtual_cluster import VirtualCluster
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ processes under one folder. A node is a network namespace behind a bridge, so th
 taken down. Nothing outlives `down`: processes, namespaces, bridge and folder go.
 
 Nodes have `gpus` generic resources that stand for nothing: jobs ask for GPUs as they do anywhere,
-and compute on the CPU. Needs root, and Debian's packages of PACKAGES.
+and compute on the CPU. Needs root, and Debian's packages of `slurm_packages`.
 """
 
 from __future__ import annotations
@@ -27,50 +27,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PACKAGES = (
-    *("slurmctld", "slurmd", "slurm-client", "slurmdbd"),
-    *("munge", "mariadb-server-core", "iproute2"),
-)
-COMMANDS = ("slurmctld", "slurmd", "sbatch", "slurmdbd", "munged", "mariadbd", "ip", "nsenter")
+from slurm_packages import obstacle
+
 STATE_FILE = "cluster.json"
 SYSTEM_TABLES = ("mysql_system_tables.sql", "mysql_system_tables_data.sql")
-
-
-def missing_commands() -> list[str]:
-    """What is not installed yet."""
-    return [name for name in COMMANDS if shutil.which(name) is None]
-
-
-def install() -> None:
-    """Install Debian's packages. Raises: RuntimeError with apt's words."""
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    apt = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=600"]
-    for command in (
-        [*apt, "update"],
-        [*apt, "install", "-y", "--no-install-recommends", *PACKAGES],
-    ):
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()[-500:]}")
-
-
-def obstacle() -> str | None:
-    """Why no cluster can run here, or None; packages are installed when that is all it takes."""
-    if os.geteuid() != 0:
-        return "a virtual Slurm cluster needs root"
-    if missing_commands():
-        if shutil.which("apt-get") is None:
-            return f"no {', '.join(missing_commands())} here, and no apt-get to install them"
-        try:
-            install()
-        except RuntimeError as error:
-            return f"Slurm cannot be installed: {error}"
-    name = f"lgmprobe{os.getpid()}"
-    probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
-    if probe.returncode != 0:
-        return f"network namespaces are not allowed here: {probe.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", name], check=False)
-    return None
 
 
 def _free_port() -> int:
