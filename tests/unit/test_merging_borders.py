@@ -157,6 +157,7 @@ def test_a_tree_from_one_cut():
     ]  # fmt: skip
     assert found.heights.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert found.num_blocks == 2
+    assert tree_from_cuts([labels(0, 0, 1)], 1).merges.tolist() == [[0, 1], [2, 3]]
 
 
 def test_cuts_that_make_no_tree_are_refused():

@@ -106,10 +106,10 @@ def test_a_vectors_first_element_is_where_torch_chunk_cuts(numel):
     starts = [int(part[0]) for part in torch.arange(numel).chunk(4)]
     for rank in range(4):
         mesh = SimpleNamespace(
-            size=lambda dim: (2, 4)[dim], get_local_rank=lambda dim, rank=rank: (1, rank)[dim]
+            size=lambda dim: (4, 2)[dim], get_local_rank=lambda dim, rank=rank: (rank, 1)[dim]
         )
         vector: Any = SimpleNamespace(
-            ndim=1, placements=[Replicate(), Shard(0)], numel=lambda: numel, device_mesh=mesh
+            ndim=1, placements=[Shard(0), Replicate()], numel=lambda: numel, device_mesh=mesh
         )
         found = shards_module._first_element(vector)
         assert found == (starts[rank] if rank < len(starts) else numel)
