@@ -24,7 +24,7 @@ JOBS ?= 3
 PYTEST = pytest -n $(JOBS)
 
 .PHONY: help install quickstart demo check check-tests test test-all test-torch test-fidelity wheels-gpu test-gpu \
-	coverage lint docs clean
+	coverage mutants lint docs clean
 
 help:
 	@echo "make quickstart   install, then the whole pipeline on demo photographs (minutes, no GPU)"
@@ -36,6 +36,7 @@ help:
 	@echo "make wheels-gpu   wheels for Python 3.12 that a GPU machine without network may lack (docs/gpu.md)"
 	@echo "make test-gpu     tests/gpu on such a machine, with the wheels that lie in build/wheels-gpu"
 	@echo "make coverage     lines and branches that 'make test' reaches"
+	@echo "make mutants MODULES=... TESTS=...   mistakes in these modules that these tests do not see"
 	@echo "make test-fidelity  imports at full size against the releases' code: LGM_RELEASE=path ELIT_RELEASE=path"
 	@echo "make lint         ruff and pyright"
 	@echo "make docs         the documentation site, into build/site (seconds, no network)"
@@ -106,7 +107,13 @@ test-gpu:
 	PYTHONPATH=$(CARRIED):. timeout 480 $(PYTHON) -m pytest -m '' tests/gpu
 
 coverage: $(STAMP) $(DEEPSPEED)
-	$(PYTEST) -m 'not thorough and not servers' --cov --cov-report=term:skip-covered
+	coverage erase
+	coverage run -m $(PYTEST) -m 'not thorough and not servers'
+	coverage combine --quiet
+	coverage report
+
+mutants: $(STAMP)
+	PYTHONPATH=tests pytest -p mutants $(addprefix --mutate ,$(MODULES)) -m 'not slow and not servers' $(TESTS)
 
 # Random weights; a release whose folder is not given is skipped.
 test-fidelity: $(STAMP)

@@ -15,6 +15,7 @@ from lgm_scale.flow import (
     merged_noise,
     sample_timesteps,
     training_keys,
+    unweighted_flow_loss,
     velocity_target,
 )
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
@@ -180,6 +181,14 @@ def test_timesteps_are_logit_normal(mean, std):
     assert 0 < t.min() < t.max() < 1
     law = scipy.stats.norm(mean, std)
     assert scipy.stats.kstest(torch.logit(t.double()).numpy(), law.cdf).pvalue > 1e-3
+
+
+def test_the_loss_of_a_grid_is_the_mean_over_all_but_the_batch():
+    target = torch.zeros(2, 3, 2, 2, dtype=torch.bfloat16)
+    target[1] = torch.arange(12.0).view(3, 2, 2)
+    loss = unweighted_flow_loss(torch.ones_like(target), target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, torch.tensor([1.0, (1 + sum(i * i for i in range(11))) / 12]))
 
 
 def test_default_timesteps_are_the_standard_logit_normal():

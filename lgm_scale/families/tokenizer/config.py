@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lgm_scale.config.schema import STRICT, ReconstructionsConfig, TrainingRun
+from lgm_scale.config.schema import STRICT, ReconstructionsConfig, TrainConfig, TrainingRun
 from lgm_scale.families.base import NOT_COMPILED, UNSIZED
 from lgm_scale.published import COMMAND, PUBLISHED, Asset, missing_lines
 
@@ -155,15 +155,7 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
     special = {"truncate": 1, "none": model.num_base_tokens}
     lowest = special.get(model.length_control, model.num_codebooks)
     yield from outside_choices(config.lengths.choices, lowest, model.num_base_tokens)
-    why = "is for generators; a tokenizer's step costs the same at every length"
-    if config.train.attention != "auto":
-        yield UNSIZED.format(config.train.attention)
-    if config.train.batch_scaling == "constant_tokens":
-        yield f"train.batch_scaling: constant_tokens {why}"
-    if config.train.device_microbatch_tokens is not None:
-        yield f"train.device_microbatch_tokens: {config.train.device_microbatch_tokens} {why}"
-    if config.train.compile is True:
-        yield NOT_COMPILED
+    yield from _train(config.train)
     if config.init_from is not None and model.pretrained_encoder is not None:
         yield (
             f"model.pretrained_encoder: {model.pretrained_encoder}; the encoder starts from the "
@@ -188,6 +180,19 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
     for name, value in vars(config.objective).items():
         if value < 0:
             yield f"objective.{name}: {value} must be 0 or more"
+
+
+def _train(train: TrainConfig) -> Iterator[str]:
+    """Lines about keys that generators alone have a use for."""
+    why = "is for generators; a tokenizer's step costs the same at every length"
+    if train.attention != "auto":
+        yield UNSIZED.format(train.attention)
+    if train.batch_scaling == "constant_tokens":
+        yield f"train.batch_scaling: constant_tokens {why}"
+    if train.device_microbatch_tokens is not None:
+        yield f"train.device_microbatch_tokens: {train.device_microbatch_tokens} {why}"
+    if train.compile is True:
+        yield NOT_COMPILED
 
 
 def _model(model: TokenizerModelConfig) -> Iterator[str]:
