@@ -177,7 +177,7 @@ def test_wrong_keys_and_types_inside_entries_are_told(tmp_path):
 
 def test_an_unknown_name_and_a_wrong_option_end_with_status_2():
     for given, line in (
-        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, length_control, sampl"),
+        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, length_control, rou"),
         (["elastic", "--jobs", "0"], "--jobs: 0 must be 1 or more"),
         (["elastic", "modell.size=b"], "modell: unknown key; did you mean 'model'?"),
     ):

@@ -56,14 +56,12 @@ def download(folder: Path) -> Path:
     return folder / "FashionMNIST" / "raw"
 
 
-def convert_split(found: LabelledImages, target: Path, count: int | None = None) -> str:
-    """Write one split, or the first `count` images of its files, unless `target` is there already.
+def convert_split(found: LabelledImages, target: Path) -> str:
+    """Write one split, unless `target` is there already.
 
     Returns: one line to show to the user.
     Raises: DataError if `target` holds something else.
     """
-    if count is not None:
-        found = _first(found, count, target)
     made_from = {"command": "fashion_mnist", "image_size": IMAGE_SIZE, "sha256": found.sha256}
     order = np.argsort(found.labels, kind="stable")
     parts = [order[i : i + IMAGES_PER_PART] for i in range(0, len(order), IMAGES_PER_PART)]
@@ -89,16 +87,16 @@ def convert_split(found: LabelledImages, target: Path, count: int | None = None)
     return f"{target}: {len(order)} images of {IMAGE_SIZE} x {IMAGE_SIZE} in {len(CLASSES)} classes"
 
 
-def _first(found: LabelledImages, count: int, target: Path) -> LabelledImages:
+def _first(found: LabelledImages, count: int | None, option: str) -> LabelledImages:
     """The first `count` images, under a hash of their own. Raises: DataError."""
     total = len(found.labels)
+    if count is None or count == total:
+        return found
     if not 1 <= count <= total:
         raise DataError(
-            f"{target}: {count} of {total} images are asked for; give 1 to {total}, or leave the "
-            "option out for all"
+            f"{option}: {count} must be 1 to {total}, the images of the files; leave the option "
+            "out for all"
         )
-    if count == total:
-        return found
     images, labels = found.images[:count], found.labels[:count]
     return LabelledImages(
         images, labels, hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
@@ -128,9 +126,14 @@ def main(argv: list[str] | None = None) -> None:
         add(f"--{split}-images", type=int, metavar="N", help="only the first N (default: all)")
     options = parser.parse_args(argv)
     source = download(options.out / "download") if options.download else options.source
-    for split in SPLITS:
-        count = getattr(options, f"{split}_images")
-        print(convert_split(read_split(source, split), options.out / split, count))
+    found = {
+        split: _first(
+            read_split(source, split), getattr(options, f"{split}_images"), f"--{split}-images"
+        )
+        for split in SPLITS
+    }
+    for split, images in found.items():
+        print(convert_split(images, options.out / split))
 
 
 if __name__ == "__main__":
