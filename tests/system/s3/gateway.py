@@ -142,6 +142,7 @@ class Gateway:
             "admin socket": f"{self.folder}/run/$name.asok",
             "crash dir": f"{self.folder}/log",
             "mon data": f"{self.folder}/mon",
+            "mon data avail crit": "0",  # else no monitor starts where a disk is 95 % full
             "osd data": f"{self.folder}/osd",
             "rgw data": f"{self.folder}/rgw",
             "ms bind ipv6": "false",
@@ -237,7 +238,10 @@ class Gateway:
         while not ready():
             ended = [name for name, process in self._running.items() if process.poll() is not None]
             if ended or time.monotonic() > deadline:
-                what = f"{ended[0]} ended" if ended else f"no answer after {START_TIMEOUT:.0f} s"
+                what = f"no answer after {START_TIMEOUT:.0f} s"
+                if ended:
+                    words = (self.folder / "log" / f"{ended[0]}.out").read_text(errors="replace")
+                    what = f"{ended[0]} ended: {words[-500:]}"
                 raise TimeoutError(f"{what}; see {self.folder}/log")
             time.sleep(0.1)
 
