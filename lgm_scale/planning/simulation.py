@@ -23,10 +23,10 @@ import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # makes them known to fake tensors
 from torch import nn
 
-from lgm_scale import layers
 from lgm_scale.build import build_optimizer
 from lgm_scale.config.schema import FSDPConfig, TrainingRun
 from lgm_scale.families.base import family_of
+from lgm_scale.layers import choose_attention
 from lgm_scale.parallel.blocks import checkpoint_blocks, transformer_blocks
 from lgm_scale.parallel.fsdp import shard_model
 from lgm_scale.parallel.shards import local_shards
@@ -118,8 +118,7 @@ def simulate(
     with ExitStack() as stack:
         stack.enter_context(fake_ranks(world_size))
         if as_gpu:
-            own_form = patch.object(layers, "masked_attention", layers.extra_channel_attention)
-            stack.enter_context(own_form)
+            choose_attention(rehearsal.model, "channel")
         _shard(config, rehearsal.model, as_gpu)
         stack.enter_context(fake_tensors())
         return _run(config, rehearsal, num_samples, num_tokens, min(micro_batches, 2), as_gpu)

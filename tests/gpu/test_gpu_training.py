@@ -191,6 +191,8 @@ def test_zero_on_one_rank_is_no_strategy(one_rank, monkeypatch):
     from lgm_scale.parallel.deepspeed_internals import zero_shards
 
     monkeypatch.setenv("LOCAL_RANK", "0")  # as a launcher would
+    # Stage 3 replaces it for good, by one that rounds otherwise: later tests compare bits.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
     for stage in (1, 2, 3):
         model = training_model(one_rank)
         optimizer = build_optimizer(OPTIMIZER, model.parameter_groups())
