@@ -201,6 +201,22 @@ def waited_for(save: Callable[..., object]) -> Callable[..., None]:
     return save_and_wait
 
 
+def die_at_step(step: int) -> None:
+    """Let SIGKILL meet every rank at the start of a step, with the states before it complete."""
+    from lgm_scale.checkpoint.checkpointer import Checkpointer  # late: for ranks alone
+    from lgm_scale.training.callbacks import StepKeys
+
+    Checkpointer.save = waited_for(Checkpointer.save)  # type: ignore[method-assign]
+    start = StepKeys.batch_start
+
+    def batch_start(self, state, logger):
+        start(self, state, logger)
+        if state.batch["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    StepKeys.batch_start = batch_start  # type: ignore[method-assign]
+
+
 def states(out: Path) -> list[str]:
     """Names of the states of a run that are sealed, oldest first."""
     return sorted(path.parent.name for path in (out / "state").glob("ba*/manifest.json"))

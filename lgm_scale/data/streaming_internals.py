@@ -211,9 +211,11 @@ class GuardedDataset(StreamingDataset):
         except BaseException as error:
             if self._shard_states[shard_id] == _FAILED:  # by another process, since the look above
                 raise self._lost(shard_id) from error
-            if isinstance(error, DataError):
-                with contextlib.suppress(OSError):  # of a full disk, which is the cause perhaps
+            with contextlib.suppress(OSError):  # of a full disk, which is the cause perhaps
+                if isinstance(error, DataError):
                     write_whole(self._cause_of(shard_id), str(error))
+                else:  # nor may another epoch's be told
+                    self._cause_of(shard_id).unlink(missing_ok=True)
             self._shard_states[shard_id] = _FAILED
             raise
         if not self.cache_limit and self._shard_states[shard_id] == _ShardState.LOCAL:

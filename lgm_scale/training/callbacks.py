@@ -9,7 +9,7 @@ import math
 import statistics
 import sys
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,13 +190,15 @@ class SpikeWatch:
 
     A spike is a loss above their mean by more than six of their standard deviations. It is no
     error: the run goes on, and a person may want to look. Spikes are not taken into the window,
-    where one would hide the next.
+    where one would hide the next; three in a row are no spikes but a new level, from which a new
+    window begins.
     """
 
-    WINDOW, LEAST, DEVIATIONS = 50, 20, 6.0
+    WINDOW, LEAST, DEVIATIONS, LEVEL = 50, 20, 6.0, 3
 
     def __init__(self) -> None:
         self._losses: dict[int | str, deque[float]] = defaultdict(lambda: deque(maxlen=self.WINDOW))
+        self._spikes: Counter[int | str] = Counter()
 
     def look(self, step: int, num_tokens: int | str, loss: float) -> str | None:
         """One line if this loss is a spike."""
@@ -204,10 +206,17 @@ class SpikeWatch:
         if len(before) >= self.LEAST:
             mean, deviation = statistics.fmean(before), statistics.pstdev(before)
             if loss > mean + self.DEVIATIONS * deviation:
-                return (
+                line = (
                     f"loss spike at step {step}, K = {num_tokens}: {loss:.4f}, where the last "
                     f"{len(before)} losses are {mean:.4f} +- {deviation:.4f}"
                 )
+                self._spikes[num_tokens] += 1
+                if self._spikes[num_tokens] == self.LEVEL:
+                    line += f"; {self.LEVEL} in a row, so later ones are compared with what follows"
+                    before.clear()
+                    self._spikes[num_tokens] = 0
+                return line
+        self._spikes[num_tokens] = 0
         before.append(loss)
         return None
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
-from rank_processes import waited_for
+from rank_processes import die_at_step
 from safetensors.torch import load_file
 from small_pipeline import assert_user_error, metrics, run_command, train_in_process
 
 from lgm_scale.build import build_dataset
 from lgm_scale.bundle import read_bundle
-from lgm_scale.checkpoint.checkpointer import Checkpointer
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
-from lgm_scale.training.callbacks import StepKeys
 from lgm_scale.training.loggers import build_loggers
 
 TRAIN = "lgm_scale/train.py"
@@ -41,23 +39,10 @@ def test_a_run_records_every_step_and_leaves_a_bundle(undisturbed):
     assert len(info["classes"]) == 17
 
 
-def die_at_step_6() -> None:
-    """Let SIGKILL meet the training command between two resume states, the first one complete."""
-    Checkpointer.save = waited_for(Checkpointer.save)  # type: ignore[method-assign]
-    start = StepKeys.batch_start
-
-    def batch_start(self, state, logger):
-        start(self, state, logger)
-        if state.batch["step"] == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    StepKeys.batch_start = batch_start  # type: ignore[method-assign]
-
-
 def test_kill_9_and_the_same_command_again_change_nothing(small_pipeline, tmp_path, undisturbed):
     out = tmp_path / "killed"
     config = small_pipeline.generator_config(out, logging={"interval": 1, "progress_bar": False})
-    assert run_command(TRAIN, config, prepare=die_at_step_6).returncode == -signal.SIGKILL
+    assert run_command(TRAIN, config, prepare=partial(die_at_step, 6)).returncode == -signal.SIGKILL
     assert (out / "state" / "ba00000004-a0001" / "manifest.json").exists()
     assert not (out / "bundle").exists()
     torn = out / "state" / "ba00000008-a0001"  # as if it had been writing the next one

@@ -44,6 +44,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small autoencoder with random weights; not to be changed."""
+    from small_vae import save_small_vae
+
+    return save_small_vae(tmp_path_factory.mktemp("vae") / "vae")
+
+
+@pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with bundles `tokenizer`, `dit` and `elit`, of random weights; not to be changed."""
     from small_elit import make_elit_bundle

@@ -23,3 +23,11 @@ def test_lengths_are_apart_and_few_losses_are_no_base():
     assert watch.look(SpikeWatch.LEAST, 8, 5.0) is None  # the first one at K = 8
     assert watch.look(SpikeWatch.LEAST, 64, 5.0) is None  # one too few before it
     assert watch.look(SpikeWatch.LEAST + 1, 64, 500.0) is not None
+
+
+def test_a_new_level_is_told_three_times_and_no_more():
+    watch = SpikeWatch()
+    told = [watch.look(step, 64, 1.0 if step < 30 else 2.0) for step in range(100)]
+    assert [step for step, line in enumerate(told) if line] == [30, 31, 32]
+    assert str(told[32]).endswith("3 in a row, so later ones are compared with what follows")
+    assert watch.look(100, 64, 9.0) is not None, "the new level has spikes of its own"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from small_pipeline import run_command
-from small_vae import save_small_vae
 from test_grids import COUNT, contents, options
 from test_images import write_images
 from test_latents import encode
@@ -16,11 +15,6 @@ from test_latents import encode
 from lgm_scale.data.preparation.latents import LatentWriter
 from lgm_scale.data.preparation.verify import verify
 from lgm_scale.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> Path:
-    return save_small_vae(tmp_path_factory.mktemp("vae") / "vae")
 
 
 @pytest.fixture(scope="module")

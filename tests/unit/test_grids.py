@@ -13,7 +13,6 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 from safetensors.torch import load_file, save_file
-from small_vae import save_small_vae
 from streaming import MDSWriter
 from test_images import write_images
 from test_latents import encode
@@ -36,11 +35,6 @@ COUNT = 40
 SIZE = 16
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 COLUMNS = ("mean", "std", "mean_flipped", "std_flipped")
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> Path:
-    return save_small_vae(tmp_path_factory.mktemp("vae") / "vae")
 
 
 @pytest.fixture(scope="module")

@@ -81,11 +81,6 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> Path:
-    return save_small_vae(tmp_path_factory.mktemp("vae") / "vae")
-
-
 def test_a_checkpoint_becomes_a_bundle_that_samples(tmp_path, vae):
     _, net = small(INTERFACE_OF_S)
     ema = {f"module.{name}": value for name, value in elit_state(net).items()}

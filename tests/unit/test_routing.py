@@ -28,6 +28,7 @@ from lgm_scale.planning.plan import networks
 from lgm_scale.planning.simulation import simulate
 from lgm_scale.randomness import Purpose
 from lgm_scale.sampling.config import SamplerConfig, Solver
+from lgm_scale.sampling.replay import ReplayedVelocity
 from lgm_scale.training.length_schedule import LengthSchedule
 
 RECIPE = str(Path(__file__).resolve().parents[2] / "yamls/quickstart/dit.yaml")
@@ -214,6 +215,26 @@ def test_branches_and_times_have_their_own_middle(net, tree, settings):
     assert rows_of(net, tree, config) == {pair: 3 * count for pair, count in expected.items()}
     assert sum(expected.values()) == config.num_forwards()
     assert any(inner < k for k, inner in expected)
+
+
+def test_a_replayed_velocity_knows_its_middle(net, tree):
+    """With a stand-in for a graph: each pair of cuts has its own, in later batches too."""
+    made = []
+
+    def record(call, inputs):
+        made.append(inputs[0].shape[1])
+        out = call(*inputs)
+        return lambda: out.copy_(call(*inputs)), out
+
+    replayed = ReplayedVelocity(net, record)
+    for middle in (8, 16, 8):
+        config = SamplerConfig(num_steps=3, middle_tokens=middle)
+        images = [
+            sample_latents(v, tree, 0, torch.arange(3), LABELS, 10, 32, 8, config)
+            for v in (net, replayed)
+        ]
+        assert torch.equal(*images)
+    assert made == [32, 32]
 
 
 @torch.no_grad()

@@ -237,6 +237,7 @@ class LGMFamily(GeneratorFamily):
 
         files = read_bundle(run.tokenizer, "tokenizer")["files"]
         bundle = LGMBundle(
+            # Not `self.network`, whose operations are the mean over the K' of training.
             net=build_merge_dit(run.model).eval().requires_grad_(False),
             tokenizer=load_tokenizer(run.tokenizer, device),
             tree=dataset.tree,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
-from rank_processes import run_ranks, start_ranks, wait_for, waited_for
+from rank_processes import die_at_step, run_ranks, start_ranks, wait_for
 from safetensors.torch import load_file
 from small_pipeline import assert_user_error, metrics, run_command
 
-from lgm_scale.checkpoint.checkpointer import Checkpointer
 from lgm_scale.checkpoint.manifest import StateManifest
-from lgm_scale.training.callbacks import StepKeys
 
 pytestmark = pytest.mark.servers
 
@@ -37,26 +35,15 @@ def manifests(bucket) -> list[str]:
     return sorted(key for key in bucket.objects() if key.endswith("manifest.json"))
 
 
-def die_at_step_9() -> None:
-    """Let both ranks die with two states stored."""
-    Checkpointer.save = waited_for(Checkpointer.save)  # type: ignore[method-assign]
-    start = StepKeys.batch_start
-
-    def batch_start(self, state, logger):
-        start(self, state, logger)
-        if state.batch["step"] == 9:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    StepKeys.batch_start = batch_start  # type: ignore[method-assign]
-
-
 def test_a_run_survives_its_machine(small_pipeline, bucket, tmp_path):
     reference = tmp_path / "reference"
     run_ranks(2, [(config(small_pipeline, reference, None), [])], tmp_path / "reference-log")
     folder = f"{bucket.url}/runs/remote"
     first = tmp_path / "first"
     path = config(small_pipeline, first, folder)
-    statuses = wait_for(start_ranks(2, [(path, [])], tmp_path / "first-log", die_at_step_9))
+    statuses = wait_for(
+        start_ranks(2, [(path, [])], tmp_path / "first-log", partial(die_at_step, 9))
+    )
     assert statuses[0] == -signal.SIGKILL
     assert len(manifests(bucket)) == 2
     shutil.rmtree(first)  # the machine is gone
