@@ -148,6 +148,8 @@ def test_a_download_is_torchvisions_and_says_what_else_helps(tmp_path, monkeypat
     main(["--download", "--out", str(tmp_path / "out")])
     assert asked == [(str(tmp_path / "out" / "download"), True)]
     assert "val: 11 images" in capsys.readouterr().out
+    main(["--out", str(tmp_path / "out")])  # as `make demo` does after it
+    assert capsys.readouterr().out.count("is already there, made from the same files") == 2
 
     def offline(root, download):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")

@@ -5,9 +5,10 @@
 
 Its four files come from DIR; without it from where the package dataset-fashion-mnist of Debian and
 Ubuntu has them (/usr/share/datasets/fashion-mnist); with --download torchvision gets them, into
-DATA/download, and compares them with their published checksums. DATA/train gets 60,000 images,
-DATA/val 10,000, or the first N of either, padded with black to 32 x 32 and stored without loss
-(PNG), class by class. An interrupted command, run again, goes on after the finished shards.
+DATA/download, where the next command finds them, and compares them with their published checksums.
+DATA/train gets 60,000 images, DATA/val 10,000, or the first N of either, padded with black to
+32 x 32 and stored without loss (PNG), class by class. An interrupted command, run again, goes on
+after the finished shards.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ def download(folder: Path) -> Path:
             f"--download: {error}; or `apt-get install dataset-fashion-mnist` as root (Debian, "
             "Ubuntu), or name a folder with the four files with --source"
         ) from error
+    return downloaded(folder)
+
+
+def downloaded(folder: Path) -> Path:
+    """Where torchvision leaves the four files."""
     return folder / "FashionMNIST" / "raw"
 
 
@@ -120,12 +126,15 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder that gets train/ and val/")
     files = parser.add_mutually_exclusive_group()
-    files.add_argument("--source", type=Path, default=DEBIAN_FOLDER, help="folder of the files")
+    files.add_argument("--source", type=Path, help="folder of the files")
     files.add_argument("--download", action="store_true", help="get the files (30 MB)")
     for split in SPLITS:
         add(f"--{split}-images", type=int, metavar="N", help="only the first N (default: all)")
     options = parser.parse_args(argv)
-    source = download(options.out / "download") if options.download else options.source
+    folder = options.out / "download"
+    source = download(folder) if options.download else options.source
+    if source is None:
+        source = downloaded(folder) if downloaded(folder).is_dir() else DEBIAN_FOLDER
     found = {
         split: _first(
             read_split(source, split), getattr(options, f"{split}_images"), f"--{split}-images"
