@@ -53,9 +53,10 @@ def main() -> int:
     prepare(experiment)
     results = train_and_measure(experiment, planned, args.jobs)
     text, page = render(experiment, results, budget), Path(experiment.page)
-    write_between_markers(page, text)
+    write_between_markers(page, text, experiment.section)
     if experiment.panels:
-        draw(experiment, results, page.with_suffix(".png"))
+        name = f"{page.stem}_{experiment.section}".rstrip("_")
+        draw(experiment, results, page.with_name(f"{name}.png"))
     print(text)
     return 0
 

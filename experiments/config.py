@@ -29,8 +29,11 @@ class Run:
 
     __pydantic_config__ = STRICT
     name: str
-    config: str
-    """YAML file of the training run."""
+    config: str | None = None
+    """YAML file of the training run; null: nothing is trained, and the resumable measurements name
+    what they measure."""
+    changes: tuple[str, ...] = ()
+    """`key=value` that make this run of the file."""
     label: str = ""
     """Name in tables and plots; empty: `name`."""
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -47,6 +50,8 @@ class Measurement:
     command: str
     result: str
     """Path of the JSON file."""
+    runs: tuple[str, ...] = ()
+    """The runs that are measured so; empty: all."""
     resumable: bool = False
     """Whether the command itself keeps what is finished; it is then called every time."""
 
@@ -71,6 +76,8 @@ class Table:
 
     __pydantic_config__ = STRICT
     columns: tuple[Column, ...]
+    runs: tuple[str, ...] = ()
+    """The runs that have lines; empty: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +98,8 @@ class Panel:
     """Whether the vertical axis begins at 0."""
     point_label: str = ""
     """Text at each point; it may hold `{path}`."""
+    runs: tuple[str, ...] = ()
+    """The runs that have curves; empty: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +116,10 @@ class Experiment:
     caption: str
     """Text above the tables; `{seeds}` and `{work}` (TFLOPs of training) besides `{path}`."""
     tables: tuple[Table, ...]
-    needs: tuple[str, ...] = ()
-    """Files and folders that `make quickstart` leaves and the runs read."""
+    section: str = ""
+    """Name of the measured part, where a page has those of several experiments."""
+    needs: dict[str, str] = field(default_factory=dict)
+    """Files and folders that the runs read -> the command that leaves them."""
     prepare: tuple[str, ...] = ()
     """Commands that come before every run; each keeps what is finished."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -118,7 +129,7 @@ class Experiment:
     rows: str = ""
     """Path of the list in a run's record of which each entry is a line; empty: the run is one."""
     panels: tuple[Panel, ...] = ()
-    """Panels of a picture beside the page, under the page's name; empty: there is none."""
+    """Panels of a picture beside the page, named after page and section; empty: there is none."""
     title: str = ""
     """Above the panels."""
 
@@ -160,11 +171,17 @@ def load_experiment(name: str) -> Experiment:
 
 def _rules(experiment: Experiment) -> Iterator[str]:
     """One line for each rule between keys that is broken."""
+    names = [run.name for run in experiment.runs]
+    known = ", ".join(names)
     for key in ("runs", "measure", "tables", "seeds"):
         if not getattr(experiment, key):
             yield f"{key}: empty; name at least one"
     yield from _run_rules(experiment)
     yield from _measurement_rules(experiment.measure)
+    for key in ("measure", "tables", "panels"):
+        for i, entry in enumerate(getattr(experiment, key)):
+            if strange := [name for name in entry.runs if name not in names]:
+                yield f"{key}.{i}.runs: {', '.join(strange)}: no run; choose from {known}"
     for i, command in enumerate(experiment.prepare):
         yield from _broken_template(f"prepare.{i}", command, {"out": ""})
 
@@ -173,7 +190,14 @@ def _run_rules(experiment: Experiment) -> Iterator[str]:
     names = [run.name for run in experiment.runs]
     yield from _repeated("runs", names)
     for i, run in enumerate(experiment.runs):
-        if not Path(run.config).is_file():
+        if run.config is None:
+            named = [entry for entry in experiment.measure if run.name in (entry.runs or names)]
+            if not all(entry.resumable for entry in named) or experiment.equal_work is not None:
+                yield (
+                    f"runs.{i}.config: missing; name a training run's YAML. Without one, a run has "
+                    "resumable measurements alone, and no part in `equal_work`"
+                )
+        elif not Path(run.config).is_file():
             yield f"runs.{i}.config: {run.config} is not a file; give a training run's YAML"
         if experiment.rows and not run.cells:
             yield f"runs.{i}.cells: empty, and `rows` needs a name for each row; name them"

@@ -13,7 +13,12 @@ from matplotlib.figure import Figure
 from experiments.config import Column, Experiment, Panel, fill, lookup
 from lgm_scale.errors import DataError
 
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+def markers(section: str) -> tuple[str, str]:
+    """What encloses the measured part of this name in a page; "" is that of the only one."""
+    name = f"measured {section}".rstrip()
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
 
 Line = Sequence[Mapping[str, Any]]
 """Records of one line of a table, or one point of a curve, one per seed."""
@@ -71,24 +76,26 @@ def render(experiment: Experiment, results: Mapping[str, Line], budget: float | 
     first = next(iter(results.values()))
     common = {"seeds": len(first), "work": None if budget is None else budget / 1e12}
     text = [fill(experiment.caption, {**first[0], **common})]
-    lines = [line for each in lines_of(experiment, results).values() for line in each]
+    lines_by_run = lines_of(experiment, results)
     for table in experiment.tables:
         heads = [column.head for column in table.columns]
+        lines = [line for name in table.runs or lines_by_run for line in lines_by_run[name]]
         entries = [[_entry(column, line) for column in table.columns] for line in lines]
         text.append("")
         text += [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *entries)]
     return "\n".join(text)
 
 
-def write_between_markers(path: Path, text: str) -> None:
+def write_between_markers(path: Path, text: str, section: str = "") -> None:
     """Replace what stands between the markers of a Markdown file; without them, append both."""
+    begin, end = markers(section)
     old = path.read_text(encoding="utf-8") if path.is_file() else f"# {path.stem}\n"
-    if BEGIN not in old or END not in old:
-        old = f"{old.rstrip()}\n\n{BEGIN}\n{END}\n"
-    head, rest = old.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
+    if begin not in old or end not in old:
+        old = f"{old.rstrip()}\n\n{begin}\n{end}\n"
+    head, rest = old.split(begin, 1)
+    tail = rest.split(end, 1)[1]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
 
 
 def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> None:
@@ -99,8 +106,8 @@ def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> Non
     lines = lines_of(experiment, results)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, axes in zip(panels, row, strict=True):
-        for points in lines.values():
-            _curve(axes, panel, points)
+        for name in panel.runs or lines:
+            _curve(axes, panel, lines[name])
         axes.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log")
         if panel.x_ticks:
             axes.set_xticks(panel.x_ticks, [str(place) for place in panel.x_ticks])
@@ -113,7 +120,7 @@ def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> Non
             axes.set_ylim(bottom=0)
         axes.margins(x=0.1)
         axes.grid(alpha=0.3)
-    row[-1].legend()
+    row[0].legend()
     figure.suptitle(experiment.title, fontsize=10)
     figure.savefig(path, dpi=120)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import statistics
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.commands import call, words
 from experiments.config import Experiment, Run, fill
 from lgm_scale.checkpoint.run_folder import RunFolder
 from lgm_scale.config.rules import load_training_run
@@ -29,12 +28,14 @@ class PlannedRun:
     """One run at one seed.
 
     Args:
+        folder: Where it is trained; None: it is not.
         changes: `key=value` of the training command.
         record: What templates and columns know of it before it is measured.
     """
 
     run: Run
-    folder: RunFolder
+    path: Path
+    folder: RunFolder | None
     changes: tuple[str, ...]
     record: Record
 
@@ -75,20 +76,25 @@ def plan_runs(
         for seed in seeds:
             path = Path(experiment.out) / f"{run.name}-seed{seed}"
             own = (f"seed={seed}", f"run_name={name}-{run.name}-seed{seed}", f"out={path}")
-            changes = (*own, *overrides, *durations.get(run.name, ()))
-            config = load_training_run(run.config, list(changes), world_size=1, has_gpu=None)
+            changes = (*own, *run.changes, *overrides, *durations.get(run.name, ()))
+            folder, steps = None, ""
+            if run.config is not None:
+                config = load_training_run(run.config, list(changes), world_size=1, has_gpu=None)
+                folder = RunFolder(path, config)
+                steps = config.train.max_duration.removesuffix("ba")
             values = {
                 "name": run.name,
                 "label": run.label or run.name,
                 "seed": seed,
                 "folder": str(path),
-                "steps": config.train.max_duration.removesuffix("ba"),
+                "steps": steps,
                 "cells": json.dumps(list(run.cells.values())),
             }
             record = {"out": experiment.out, "run": values}
-            planned.append(PlannedRun(run, RunFolder(path, config), changes, record))
+            planned.append(PlannedRun(run, path, folder, changes, record))
     for each in planned:
-        each.folder.finished()  # refuses another run's folder before anything is trained
+        if each.folder is not None:
+            each.folder.finished()  # refuses another run's folder before anything is trained
     return planned, budget
 
 
@@ -96,8 +102,11 @@ def _equal_durations(
     experiment: Experiment, overrides: Sequence[str]
 ) -> tuple[dict[str, list[str]], float]:
     configs = {
-        run.name: load_training_run(run.config, list(overrides), world_size=1, has_gpu=None)
+        run.name: load_training_run(
+            run.config, [*run.changes, *overrides], world_size=1, has_gpu=None
+        )
         for run in experiment.runs
+        if run.config is not None
     }
     first = experiment.equal_work or ""
     duration = configs[first].train.max_duration
@@ -113,26 +122,13 @@ def _equal_durations(
 
 def prepare(experiment: Experiment) -> None:
     """Run what comes before every run. Raises: ConfigError if a path of `needs` is missing."""
-    missing = [path for path in experiment.needs if not Path(path).exists()]
+    missing = {path: made for path, made in experiment.needs.items() if not Path(path).exists()}
     if missing:
-        raise ConfigError([f"{path} is missing: run `make quickstart` first" for path in missing])
+        raise ConfigError(
+            [f"{path} is missing: run `{made}` first" for path, made in missing.items()]
+        )
     for command in experiment.prepare:
         call(words(command, {"out": experiment.out}))
-
-
-def words(command: str, record: Mapping[str, Any]) -> list[str]:
-    """The words of a command, filled in after they were split; `python` is this interpreter."""
-    first, *rest = (fill(word, record) for word in shlex.split(command))
-    return [sys.executable if first == "python" else first, *rest]
-
-
-def call(command: Sequence[str]) -> None:
-    """Show a command and run it. Raises: DataError if it fails."""
-    text = shlex.join(command)
-    print("$", text, flush=True)
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise DataError(f"{text}: stopped with an error:\n{result.stderr[-3000:]}")
 
 
 def train_and_measure(
@@ -142,22 +138,28 @@ def train_and_measure(
 
     Raises: DataError if a command fails.
     """
+    # One seed of every run first: with --seeds, a page can be had before all are done.
+    by_seed = sorted(planned, key=lambda each: each.record["run"]["seed"])
     with ThreadPoolExecutor(jobs) as pool:
-        records = list(pool.map(lambda each: _record_of(experiment, each), planned))
+        records = list(pool.map(lambda each: _record_of(experiment, each), by_seed))
     results: dict[str, list[Record]] = {run.name: [] for run in experiment.runs}
-    for each, record in zip(planned, records, strict=True):
+    for each, record in zip(by_seed, records, strict=True):
         results[each.run.name].append(record)
     return results
 
 
 def _record_of(experiment: Experiment, planned: PlannedRun) -> Record:
-    if not planned.folder.finished():
-        call(["composer", "lgm_scale/train.py", planned.run.config, *planned.changes])
-    kept_path = planned.folder.path / KEPT_NAME
+    folder, config, bundle = planned.folder, planned.run.config, None
+    if folder is not None and config is not None:
+        if not folder.finished():
+            call(["composer", "lgm_scale/train.py", config, *planned.changes])
+        bundle = file_hash(folder.bundle / "bundle.json")  # it holds the hashes of the weights
+    kept_path = planned.path / KEPT_NAME
     kept = json.loads(kept_path.read_text()) if kept_path.is_file() else {}
-    bundle = file_hash(planned.folder.bundle / "bundle.json")  # it holds the hashes of the weights
     record = dict(planned.record)
     for each in experiment.measure:
+        if each.runs and planned.run.name not in each.runs:
+            continue
         command = words(each.command, record)
         key = [bundle, *command[1:]]
         entry = kept.get(each.name)

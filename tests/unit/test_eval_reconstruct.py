@@ -295,13 +295,15 @@ def refused(monkeypatch, pipeline: SmallPipeline, out: Path, *more: object) -> L
 
 def test_every_problem_of_the_command_line_is_told_at_once(small_pipeline, tmp_path, monkeypatch):
     error = refused(
-        monkeypatch, small_pipeline, tmp_path / "o", "--lengths", 3, 8, 8, 17, "--batch-size", 0
-    )
+        monkeypatch, small_pipeline, tmp_path / "o", "--lengths", 3, 8, 8, 17, "--batch-size", 0,
+        "--fashion-mnist",
+    )  # fmt: skip
     assert isinstance(error, ConfigError)
     assert [problem.split(" ")[0] for problem in error.problems] == [
         "--lengths:",
         "--lengths:",
         "--batch-size:",
+        "--fashion-mnist:",
     ]
     assert "[3, 17] outside [4, 16]" in error.problems[0]
     assert "[8] occur more than once" in error.problems[1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-from test_experiments import measured
+import dataclasses
 
-from experiments.config import Experiment, load_experiment
+import pytest
+
+from experiments.config import Column, Experiment, Panel, Table, load_experiment
 from experiments.page import draw, lines_of, mean_and_std, render, write_between_markers
 from experiments.runs import (
     Record,
@@ -17,7 +18,7 @@ def sweep_records(experiment: Experiment) -> dict[str, list[Record]]:
     """Two seeds of every run of `elastic`, with rows as a sweep gives them."""
     results: dict[str, list[Record]] = {}
     for run in experiment.runs:
-        steps = {"sit": "600", "elit": "687", "lgm": "1569"}[run.name]
+        steps = {"sit": "250", "elit": "279", "lgm": "648"}[run.name]
         values = {"name": run.name, "label": run.label, "steps": steps}
         results[run.name] = [
             {
@@ -26,8 +27,11 @@ def sweep_records(experiment: Experiment) -> dict[str, list[Record]]:
                     "rows": [
                         {
                             "cell": cell,
-                            "num_images": 544,
-                            "metrics": {"pixel_frechet": 10.0 + shift + 1000 / k},
+                            "num_images": 500,
+                            "metrics": {
+                                "fashion_frechet": 10.0 + shift + 1000 / k,
+                                "fashion_accuracy": 0.5,
+                            },
                             "work": {
                                 "tflops_per_image": k / 1000,
                                 "tflops_per_row": {str(k): k / 25000},
@@ -46,40 +50,37 @@ def sweep_records(experiment: Experiment) -> dict[str, list[Record]]:
 def test_the_table_has_a_line_per_length_and_the_spread_over_seeds(tmp_path):
     experiment = load_experiment("elastic")
     results = sweep_records(experiment)
-    table = render(experiment, results, 19.18e12)
-    assert "19.2 TFLOPs of training each; 2 seeds; 544 samples" in table
-    assert "| SiT | 64 | 600 | 2.560 | 64.00 | 26.6 ± 1.4 |" in table
+    table = render(experiment, results, 1.99e12)
+    assert "2.0 TFLOPs of training each; 2 seeds; 500 samples" in table
+    assert "| SiT | 16 | 250 | 16.00 | 73.5 ± 1.4 | 50.0 ± 0.0 |" in table
     assert table.count("| ELIT |") == table.count("| LGM |") == 3
     draw(experiment, results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_a_run_without_rows_is_one_line_and_its_lists_are_curves(tmp_path):
-    experiment = load_experiment("length_control")
-    lengths = [8, 16, 32, 48, 64]
+    panel = Panel(x="score.k", y="score.db.*.-1", x_label="K", y_label="dB", drop_last=True)
+    columns = (Column(head="run", value="run.label"), Column(head="dB", value="score.db.0.1"))
+    experiment = dataclasses.replace(
+        load_experiment("tokenizers"),
+        caption="{seeds} of {run.steps}",
+        tables=(Table(columns=columns), Table(columns=columns, runs=("tome",))),
+        panels=(panel, dataclasses.replace(panel, runs=("lgm", "tome"))),
+    )
     results = {
         run.name: [
             {
                 "run": {"label": run.name, "steps": "400"},
-                "psnr": {"num_images": 544, "lengths": lengths, "mean_psnr": [20 + s] * 5},
-                "alignment": {
-                    "lengths": lengths,
-                    "cknna": [[1.0, 0.5]] * 5,
-                    "cknna_mean": 0.5 + s,
-                    "cosine_merged": dict.fromkeys(map(str, lengths), None),
-                    "cosine_in_block": 0.25,
-                    "cosine_all": 0.125,
-                },
+                "score": {"k": [8, 16], "db": [[None, 20 + s], [1.0, 2.0]]},
             }
             for s in (0.0, 0.02)
         ]
         for run in experiment.runs
     }
     table = render(experiment, results, None)
-    same = "20.01 ± 0.01 | " * 5
-    assert table.startswith(measured("length_control").split("\n")[0].replace("3 seeds", "2 seeds"))
-    assert f"| tome | {same}0.510 ± 0.014 |" in table
-    assert "| tome | - | - | - | - | 0.250 ± 0.000 | 0.125 ± 0.000 |" in table
+    assert table.startswith("2 of 400\n\n| run | dB |\n| --- | --- |\n| lgm | 20.01 ± 0.01 |\n")
+    assert table.count("| tome | 20.01 ± 0.01 |") == 2
+    assert table.count("| lgm |") == 1
     draw(experiment, results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -96,9 +97,11 @@ def test_the_table_replaces_only_what_is_between_the_markers(tmp_path):
     doc = tmp_path / "docs" / "page.md"
     write_between_markers(doc, "first")
     doc.write_text("# Ours\n" + doc.read_text() + "Text after.\n")
+    write_between_markers(doc, "of another", "more")
     before = doc.read_text()
     write_between_markers(doc, "second")
     assert doc.read_text() == before.replace("first", "second")
+    assert "<!-- measured more: begin -->\nof another\n<!-- measured more: end -->" in before
 
 
 def test_mean_and_sample_standard_deviation():

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import yaml
+from rank_processes import ensure_server
 from small_pipeline import assert_user_error, run_command
 from typed_commands import refusal
 
 from experiments import runs
 from experiments.__main__ import main
+from experiments.commands import is_ours
 from experiments.config import Experiment, fill, load_experiment, lookup
-from experiments.page import render
+from experiments.page import markers, render
 from experiments.runs import (
     Record,
     equal_steps,
@@ -31,14 +33,15 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.sweep.config import SweepConfig, expand, with_lists
 
-SHIPPED = ("elastic", "length_control", "samplers")
+SHIPPED = ("elastic", "samplers", "tokenizers")
 HOME = Path("yamls/experiments")
 
 
-def measured(name: str) -> str:
-    """What docs/<name>.md holds between its markers."""
-    page = Path(f"docs/{name}.md").read_text(encoding="utf-8")
-    return page.split("<!-- measured: begin -->\n")[1].split("\n<!-- measured: end -->")[0]
+def measured(experiment: Experiment) -> str:
+    """What the experiment's page holds between its markers."""
+    page = Path(experiment.page).read_text(encoding="utf-8")
+    begin, end = markers(experiment.section)
+    return page.split(f"{begin}\n")[1].split(f"\n{end}")[0]
 
 
 # --- the file ---------------------------------------------------------------------------------
@@ -48,23 +51,24 @@ def measured(name: str) -> str:
 def test_what_is_shipped_is_valid_and_plans_every_run_at_every_seed(name, tmp_path):
     experiment = dataclasses.replace(load_experiment(name), out=str(tmp_path))
     planned, _ = plan_runs(name, experiment, (0, 5), [])
-    assert [each.folder.path.name for each in planned] == [
+    assert [each.path.name for each in planned] == [
         f"{run.name}-seed{seed}" for run in experiment.runs for seed in (0, 5)
     ]
     for each in planned:
-        assert each.folder.config.seed == each.record["run"]["seed"]
-        assert each.folder.config.out == str(each.folder.path)
+        if each.folder is not None:
+            assert each.folder.config.seed == each.record["run"]["seed"]
+            assert each.folder.config.out == str(each.path)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_is_shipped_has_the_table_of_its_page(name):
     experiment = load_experiment(name)
-    page = measured(name)
+    page = measured(experiment)
     for table in experiment.tables:
         assert f"| {' | '.join(column.head for column in table.columns)} |" in page
     cells = [cell for run in experiment.runs for cell in run.cells]
     if name == "samplers":
-        assert cells == re.findall(r"^\| ((?:K =|both).*?) \|", page, re.MULTILINE)
+        assert cells == re.findall(r"^\| (K =.*?) \|", page, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["elastic", "samplers"])
@@ -81,7 +85,7 @@ def test_every_cell_is_one_valid_row_of_a_sweep(name):
 
 
 def test_only_what_must_differ_does():
-    files = {run.name: read_yaml(run.config) for run in load_experiment("elastic").runs}
+    files = {run.name: read_yaml(str(run.config)) for run in load_experiment("elastic").runs}
     for key in ("optimizer", "ema", "objective"):
         assert files["sit"][key] == files["elit"][key] == files["lgm"][key]
     for run in load_experiment("elastic").runs:
@@ -93,13 +97,13 @@ def test_only_what_must_differ_does():
 
 def small(tmp_path: Path, **changes: Any) -> Path:
     """The file of a comparison of two runs that differ in one value."""
-    config = HOME / "length_control"
+    config = str(HOME / "tokenizers" / "tokenizer.yaml")
     values: dict[str, Any] = {
         "out": str(tmp_path / "runs"),
         "page": str(tmp_path / "page.md"),
         "runs": [
-            {"name": "a", "label": "First", "config": str(config / "lgm.yaml")},
-            {"name": "b", "config": str(config / "tome.yaml")},
+            {"name": "a", "label": "First", "config": config},
+            {"name": "b", "config": config, "changes": ["model.length_control=tome"]},
         ],
         "measure": [
             {
@@ -127,10 +131,11 @@ def small(tmp_path: Path, **changes: Any) -> Path:
 def test_every_problem_of_a_file_is_told_at_once(tmp_path):
     measure = {"name": "run", "command": "x {run.foldr}", "result": "{what}"}
     same = {"name": "a", "config": "no.yaml"}
+    bare = {"name": "z", "cells": {"x": {}}}
     path = small(
         tmp_path,
-        runs=[same, same],
-        measure=[measure],
+        runs=[same, same, bare],
+        measure=[measure | {"runs": ["d", "a"]}],
         prepare=["composer 'no end"],
         equal_work="c",
         rows="score.rows",
@@ -141,13 +146,15 @@ def test_every_problem_of_a_file_is_told_at_once(tmp_path):
         load_experiment(str(path))
     text = str(caught.value)
     for line in (
-        f"12 problems in {path}:",
+        f"14 problems in {path}:",
         "captions: unknown key; did you mean 'caption'?",
         "seeds: empty",
         "runs: 'a' is the name of 2 entries",
         "runs.0.config: no.yaml is not a file",
         "runs.1.cells: empty, and `rows` needs a name for each row",
-        "equal_work: 'c' is no run; choose from a, a",
+        "equal_work: 'c' is no run; choose from a, a, z",
+        "runs.2.config: missing; name a training run's YAML",
+        "measure.0.runs: d: no run; choose from a, a, z",
         "measure.0.name: 'run' is taken",
         "measure.0.command: run.foldr: no 'foldr' here; known: name, label, seed",
         "measure.0.result: what: no 'what' here; known: out, run",
@@ -177,7 +184,7 @@ def test_wrong_keys_and_types_inside_entries_are_told(tmp_path):
 
 def test_an_unknown_name_and_a_wrong_option_end_with_status_2():
     for given, line in (
-        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, length_control, rou"),
+        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, rou"),
         (["elastic", "--jobs", "0"], "--jobs: 0 must be 1 or more"),
         (["elastic", "modell.size=b"], "modell: unknown key; did you mean 'model'?"),
     ):
@@ -206,11 +213,12 @@ def test_a_path_reaches_mappings_lists_and_each_of_a_list():
 def test_every_generator_gets_the_same_work(tmp_path):
     experiment = dataclasses.replace(load_experiment("elastic"), out=str(tmp_path))
     work = {
-        run.name: training_work(load_training_run(run.config, [], 1, None))
+        run.name: training_work(load_training_run(str(run.config), [], 1, None))
         for run in experiment.runs
     }
     planned, budget = plan_runs("elastic", experiment, (0,), [])
-    assert budget == 600 * work["sit"][0]
+    assert budget is not None
+    assert budget == 250 * work["sit"][0]
     for each in planned:
         per_step, cycle = work[each.run.name]
         steps = int(each.record["run"]["steps"])
@@ -218,14 +226,14 @@ def test_every_generator_gets_the_same_work(tmp_path):
         assert steps == equal_steps(per_step, cycle, budget)
         assert steps % cycle == 0  # every length equally often
         assert steps * per_step == pytest.approx(budget, rel=0.01), each.run.name
-    assert [each.record["run"]["steps"] for each in planned] == ["600", "687", "1569"]
-    assert render_caption(experiment, budget).startswith("19.2 TFLOPs of training each; 1 seeds;")
+    assert [each.record["run"]["steps"] for each in planned] == ["250", "279", "648"]
+    assert render_caption(experiment, budget).startswith("2.0 TFLOPs of training each; 1 seeds;")
 
 
 def test_work_stays_equal_when_the_first_run_is_shortened(tmp_path):
     experiment = dataclasses.replace(load_experiment("elastic"), out=str(tmp_path))
     planned, _ = plan_runs("elastic", experiment, (0,), ["train.max_duration=60ba"])
-    assert [each.folder.config.train.max_duration for each in planned] == ["60ba", "69ba", "156ba"]
+    assert [each.record["run"]["steps"] for each in planned] == ["60", "66", "156"]
     with pytest.raises(ConfigError, match=r"of 'sit' is 1ep; give it in steps"):
         plan_runs("elastic", experiment, (0,), ["train.max_duration=1ep"])
 
@@ -276,6 +284,11 @@ def execute(path: Path, *overrides: str, jobs: int = 1) -> dict[str, list[Record
 def test_runs_are_trained_measured_and_kept(tmp_path, monkeypatch, jobs):
     commands, path = FakeCommands(monkeypatch), small(tmp_path)
     results = execute(path, "train.max_duration=30ba", jobs=jobs)
+    controls = [
+        json.loads((tmp_path / "runs" / f"{name}-seed1" / "config.json").read_text())["model"]
+        for name in "ab"
+    ]
+    assert [model["length_control"] for model in controls] == ["lgm", "tome"]
     trained = [call for call in commands.calls if call[0] == "composer"]
     assert len(trained) == 4
     assert len(commands.calls) == 8
@@ -309,6 +322,13 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path, monkeypatc
     assert any("b-seed0/bundle" in " ".join(call) for call in commands.calls)
 
 
+def test_a_measurement_of_some_runs_leaves_the_others_alone(tmp_path, monkeypatch):
+    FakeCommands(monkeypatch)
+    entry = to_dict(load_experiment(str(small(tmp_path))))["measure"][0]
+    results = execute(small(tmp_path, measure=[entry | {"runs": ["b"]}]))
+    assert ["score" in results[name][0] for name in "ab"] == [False, True]
+
+
 def test_a_resumable_command_is_called_every_time(tmp_path, monkeypatch):
     commands = FakeCommands(monkeypatch)
     entry = to_dict(load_experiment(str(small(tmp_path))))["measure"][0] | {"resumable": True}
@@ -339,10 +359,25 @@ def test_a_command_without_its_file_and_one_that_fails_are_data_errors(tmp_path,
         execute(path)
 
 
+def test_commands_of_ours_run_in_forks_and_end_as_they_would():
+    ensure_server()
+    runs.call([sys.executable, "-m", "experiments", "--help"])
+    with pytest.raises(DataError, match=r"(?s)stopped with an error:.*'elastik' is neither"):
+        runs.call([sys.executable, "-m", "experiments", "elastik"])
+    for command, forked in (
+        (["composer", "lgm_scale/train.py", "x.yaml"], True),
+        (["composer", "-n", "2", "lgm_scale/train.py", "x.yaml"], False),
+        ([sys.executable, "eval/sweep.py"], True),
+        (["tar", "x.py"], False),
+    ):
+        assert is_ours(command) == forked
+
+
 def test_preparation_asks_for_what_is_needed_and_then_runs(tmp_path, monkeypatch):
     commands = FakeCommands(monkeypatch)
-    path = small(tmp_path, needs=[str(tmp_path), str(tmp_path / "no"), "nor/this"])
-    with pytest.raises(ConfigError, match=r"(?s)no is missing: run `make quickstart`.*nor/this"):
+    needs = {str(tmp_path): "x", str(tmp_path / "no"): "make demo", "nor/this": "this way"}
+    path = small(tmp_path, needs=needs)
+    with pytest.raises(ConfigError, match=r"(?s)no is missing: run `make demo`.*nor/this.*`this w"):
         prepare(load_experiment(str(path)))
     path = small(tmp_path, prepare=["composer"])
     monkeypatch.setattr(runs, "call", commands.calls.append)

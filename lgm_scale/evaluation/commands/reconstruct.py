@@ -1,7 +1,7 @@
 """Validation images through the tokenizer at each K: PSNR, SSIM, LPIPS and rFID.
 
     python -m lgm_scale.evaluation.commands.reconstruct --bundle BUNDLE --images MDS --out FOLDER
-        [--lengths 8 16 ...] [--vgg16 FILE] [--inception FILE] [--reference FILE]
+        [--lengths 8 16 ...] [--vgg16 FILE] [--inception FILE] [--fashion-mnist] [--reference FILE]
     composer -n 8 -m lgm_scale.evaluation.commands.reconstruct --bundle BUNDLE ...
 
 Writes reconstruction.json (numbers with their whole protocol) and reconstruction.png. The numbers
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from lgm_scale import __version__
 from lgm_scale.bundle import read_info
+from lgm_scale.data.fashion_mnist import CLASSES, IMAGE_SIZE
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import (
@@ -57,6 +58,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--inception", metavar="FILE", help=f"for rFID: {PUBLISHED['inception'].path}"
     )
     parser.add_argument(
+        "--fashion-mnist", action="store_true",
+        help="also: class accuracy and distance by this package's classifier of Fashion-MNIST",
+    )  # fmt: skip
+    parser.add_argument(
         "--reference", metavar="FILE", help="also: rFID against these statistics, such as ADM's"
     )
     parser.add_argument(
@@ -91,6 +96,12 @@ def problems_of(args: argparse.Namespace, tokenizer: ImageTokenizer, least: int)
     yield from not_positive(args, "batch_size", "chunk_size", "target_psnr")
     if args.inception is not None and manifest.num_samples < 2:
         yield f"--images: {args.images} holds {manifest.num_samples} image; rFID needs 2 or more"
+    if args.fashion_mnist and (side, *manifest.classes) != (IMAGE_SIZE, *CLASSES):
+        yield (
+            f"--fashion-mnist: {args.images} holds images of {side} pixels in "
+            f"{len(manifest.classes)} classes; the classifier knows the {len(CLASSES)} of "
+            f"Fashion-MNIST at {IMAGE_SIZE} pixels; leave it out"
+        )
     if args.vgg16 is not None and side < LPIPS_SIDE:
         yield f"--vgg16: LPIPS needs {LPIPS_SIDE} pixels per side, the bundle makes {side}"
 
@@ -119,6 +130,7 @@ def main() -> int:
     from lgm_scale.evaluation.engine.stages import Engine
     from lgm_scale.evaluation.features.spaces import Spaces
     from lgm_scale.evaluation.images import ValidationImages
+    from lgm_scale.evaluation.metrics.catalogue import FASHION
     from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
     from lgm_scale.evaluation.reconstructions.adaptive import default_lengths
     from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
@@ -135,7 +147,7 @@ def main() -> int:
     out = output_folder(args.out)
     device, start = join_ranks(), time.perf_counter()
     images = ValidationImages(args.images, tokenizer.image_size)
-    spaces = Spaces.load(device, images, args.inception)
+    spaces = Spaces.load(device, images, inception=args.inception, fashion_mnist=args.fashion_mnist)
     reference = load_reference(args.reference) if args.reference else None
     check_reference(reference, spaces, tokenizer.image_size)
     lengths = set(args.lengths or default_lengths(tokenizer))
@@ -152,7 +164,7 @@ def main() -> int:
         reference=reference,
         chunk_size=args.chunk_size,
         batch_size=args.batch_size,
-        metrics=("fid",),
+        metrics=("fid", *FASHION),
     )
     rows, savings = measure(plans, Engine(out, device), sorted(lengths), args.target_psnr)
     if dist.get_global_rank() == 0:
