@@ -1,7 +1,7 @@
 """Train a generator on a tokenizer's latents, merged or truncated, and judge its samples.
 
     python -m benchmarks.latent_generators TOKENIZER_BUNDLE --images MDS --reference FILE
-        --out FILE.json [--steps N] [--noise-scale legacy] [--seed N]
+        --out FILE.json [--steps N] [--lengths K ...] [--noise-scale legacy] [--seed N]
 
 Truncated latents have no merge tree, and the trainer takes none without: a generator of them is
 of no use beside one of merged latents, except in this comparison. So here is a loop of its own, in
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.flow import NoiseScale
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.pixels import to_uint8, to_unit_range
-from lgm_scale.sampling.config import CFGRescale, SamplerConfig
+from lgm_scale.sampling.config import CFGRescale, SamplerConfig, outside_lengths
 from lgm_scale.storage.files import write_json
 
 SHARES = (1, 1, 2, 4, 8)
-"""The steps run at N over these, in turn, as in yamls/demo/dit.yaml."""
+"""Unless told otherwise steps run at N over these, in turn, as in yamls/demo/dit.yaml."""
 CLASSES, BATCH, CHUNK = 10, 64, 100
 LARGEST_LR, LEAST_LR, WARMUP, DECAY = 2e-3, 1e-4, 50, 0.99
 
@@ -77,11 +78,6 @@ def encode(tokenizer: Tokenizer, folder: str, count: int) -> tuple[Tensor, Tenso
     return torch.cat(parts), torch.cat(labels)
 
 
-def lengths_of(model: LGMTrainingModel) -> list[int]:
-    """K of the steps, in turn."""
-    return [model.net.num_base_tokens // share for share in SHARES]
-
-
 def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine."""
     if step < WARMUP:
@@ -90,13 +86,20 @@ def learning_rate(step: int, steps: int) -> float:
     return LEAST_LR + (LARGEST_LR - LEAST_LR) * (1 + math.cos(math.pi * done)) / 2
 
 
-def train(model: LGMTrainingModel, latents: Tensor, labels: Tensor, steps: int, seed: int) -> None:
-    """Train the model's network; its weights are their moving average at the end."""
+def train(
+    model: LGMTrainingModel,
+    latents: Tensor,
+    labels: Tensor,
+    cycle: Sequence[int],
+    steps: int,
+    seed: int,
+) -> None:
+    """Train at the lengths of `cycle` in turn; the weights are their moving average at the end."""
     weights = dict(model.net.named_parameters())
     average = {name: value.detach().clone() for name, value in weights.items()}
     optimizer = torch.optim.AdamW(weights.values(), betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    order, cycle = torch.empty(0, dtype=torch.int64), lengths_of(model)
+    order = torch.empty(0, dtype=torch.int64)
     for step in range(steps):
         if len(order) < BATCH:
             order = torch.randperm(len(latents), generator=generator)
@@ -147,12 +150,17 @@ def generate(
 
 
 def measure(
-    model: LGMTrainingModel, tokenizer: Tokenizer, reference: str, count: int, seed: int
+    model: LGMTrainingModel,
+    tokenizer: Tokenizer,
+    lengths: Sequence[int],
+    reference: str,
+    count: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    """Classifier distance and class accuracy of `count` samples at each K."""
+    """Classifier distance and class accuracy of `count` samples at each length."""
     judge, real = FashionFeatures(), load_reference(reference).statistics["fashion_pool"]
     rows = []
-    for k in sorted(set(lengths_of(model))):
+    for k in sorted(set(lengths)):
         images = [
             generate(model, tokenizer, k, ids, seed) for ids in torch.arange(count).split(CHUNK)
         ]
@@ -175,6 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reference", required=True, help="from eval.reference --fashion-mnist")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     parser.add_argument("--num-images", type=int, default=10_000)
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="K", help="of the steps, in turn")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--num-samples", type=int, default=500)
     parser.add_argument("--noise-scale", default="corrected", choices=[n.value for n in NoiseScale])
@@ -185,15 +194,19 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, start = load_tokenizer(options.tokenizer), time.perf_counter()
     merging = tokenizer.merging
     tree = tokenizer.merge_tree() if merging.has_tree else FirstTokens(tokenizer.num_base_tokens)
+    outside = list(outside_lengths(options.lengths or (), tree.num_blocks, tree.num_base_tokens))
+    if outside:
+        raise ConfigError([f"--lengths: {text}" for text in outside])
     latents, labels = encode(tokenizer, options.images, options.num_images)
     std, mean = torch.std_mean(latents, (0, 1), correction=0)
     torch.manual_seed(options.seed)
     net = MergeDiT.from_size("tiny", tokenizer.latent_dim, tokenizer.num_base_tokens, CLASSES)
     objective = LGMObjectiveConfig(label_dropout=0.1, noise_scale=options.noise_scale)
     model = LGMTrainingModel(net, tree, LatentStats(mean, std), objective, options.seed)
-    train(model, latents, labels, options.steps, options.seed)
-    rows = measure(model, tokenizer, options.reference, options.num_samples, options.seed)
-    forward = sum(map(net.flops, lengths_of(model))) / len(SHARES)
+    cycle = options.lengths or [net.num_base_tokens // share for share in SHARES]
+    train(model, latents, labels, cycle, options.steps, options.seed)
+    rows = measure(model, tokenizer, cycle, options.reference, options.num_samples, options.seed)
+    forward = sum(map(net.flops, cycle)) / len(cycle)
     work = 3 * BATCH * options.steps * forward
     result = {
         "rows": rows,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typed_commands import refusal
 
-from benchmarks.latent_generators import FirstTokens, generate, lengths_of, main, sampler, train
+from benchmarks.latent_generators import FirstTokens, generate, main, sampler, train
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
@@ -76,7 +76,7 @@ def test_training_moves_every_weight_and_repeats():
     for _ in range(2):
         model = generator(tok)
         before = {name: value.detach().clone() for name, value in model.net.named_parameters()}
-        train(model, latents, labels, steps=51, seed=2)
+        train(model, latents, labels, [16, 4], steps=51, seed=2)
         ends.append(dict(model.net.named_parameters()))
         assert all(not torch.equal(before[name], value) for name, value in ends[-1].items())
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -86,7 +86,6 @@ def test_guidance_is_about_two_in_every_token():
     assert sampler(N, 4, merged=True, scale=NoiseScale.CORRECTED).cfg_scale == 5
     for merged, scale in ((True, NoiseScale.LEGACY), (False, NoiseScale.CORRECTED)):
         assert sampler(N, 4, merged, scale).cfg_scale == 2
-    assert lengths_of(generator(tokenizer("lgm"))) == [16, 16, 8, 4, 2]
 
 
 def test_a_training_that_ends_in_its_warm_up_is_refused():
