@@ -24,11 +24,9 @@ _SERVER = multiprocessing.get_context("forkserver")
 _IMPORTS = (
     "composer",
     "streaming",
+    "timm",
     "lgm_scale.build",
-    "lgm_scale.evaluation.commands.sweep",
-    "lgm_scale.families.elit.training",
-    "lgm_scale.families.lgm.pipeline",
-    "lgm_scale.families.tokenizer.training",
+    "lgm_scale.evaluation.sweep.measure",
 )
 
 
