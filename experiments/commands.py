@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ def _become(args: list[str], said: Path, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # the default, for workers of its own
+    # Its shared memory, too, is looked after by a process of its own, as in any interpreter.
+    tracker: Any = resource_tracker._resource_tracker
+    tracker._fd = None
     is_module = args[0] == "-m"
     what, *rest = args[1:] if is_module else args
     sys.argv = [what, *rest]
