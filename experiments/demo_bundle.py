@@ -3,7 +3,7 @@
     python -m experiments.demo_bundle yamls/demo/long/sweep.yaml lgm_scale/demo
 
 Pipelines read it as any other bundle, and compute in float32. Merge tree and statistics of the
-latents stay as they are. The sweep's cells become the settings that a call without any samples with.
+latents stay as they are. The sweep's cells become the settings of calls that name none.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def halve(source: Path, target: Path) -> None:
     for name in info["files"]:
         if name in NETWORKS:
             weights = load_file(str(source / name))
-            save_weights({key: each.to(torch.float16) for key, each in weights.items()}, aside / name)
+            save_weights(
+                {key: each.to(torch.float16) for key, each in weights.items()}, aside / name
+            )
         else:
             shutil.copyfile(source / name, aside / name)
     info["data"] = "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017), MIT licence"
