@@ -21,6 +21,8 @@ from lgm_scale.storage.files import file_hash, folder_aside, replace_folder, wri
 
 FORMAT_VERSION = 1
 INFO_NAME = "bundle.json"
+DEMO = Path(__file__).parent / "demo"
+"""The generator that comes with the package, and that `demo` names."""
 _SUFFIXES = (".safetensors", ".json")
 
 
@@ -148,7 +150,7 @@ def local_bundle(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a bundle; one that is named owner/name, as no folder here, is downloaded.
 
     Only bundle.json is, and the safetensors and JSON files that it lists; who loads them checks
-    every hash.
+    every hash. `demo`, if no folder here is named so, is the package's own generator.
     `revision` is a branch, tag or commit of the repository.
 
     Raises: CheckpointError.
@@ -159,7 +161,7 @@ def local_bundle(name: str | Path, revision: str | None = None) -> Path:
                 f"revision: {revision!r} goes with a repository of the hub, and {name} is a path; "
                 "leave it out"
             )
-        return Path(name)
+        return DEMO if str(name) == "demo" and not Path(name).exists() else Path(name)
     folder = download(str(name), [INFO_NAME], revision)
     files = list(read_info(folder)["files"])
     _refuse_foreign(files, name)

@@ -342,7 +342,8 @@ def load_pipeline(
     """The pipeline of whatever generator a bundle holds.
 
     `folder` may be owner/name of a repository of the model hub, if there is no such folder; it is
-    downloaded then, at `revision` (a branch, tag or commit).
+    downloaded then, at `revision` (a branch, tag or commit). `demo` is the package's own generator
+    of ten classes of clothes.
 
     Default: a CUDA device if there is one, and bfloat16 where a GPU computes it natively.
 

@@ -42,7 +42,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "(--num-images). The same command again makes those that are missing.",
     )
     parser.add_argument(
-        "bundle", help="generator bundle of any family, or owner/name on the model hub"
+        "bundle",
+        help="generator bundle of any family, owner/name on the model hub, or demo: that of the "
+        "package",
     )
     parser.add_argument(
         "--classes", nargs="+",

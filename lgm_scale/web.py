@@ -44,7 +44,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         prog="python -m lgm_scale.web",
         description="Serve a page that samples from a bundle, or reconstructs pictures with it.",
     )
-    parser.add_argument("bundle", help="generator or tokenizer bundle, or owner/name on the hub")
+    parser.add_argument(
+        "bundle",
+        help="generator or tokenizer bundle, owner/name on the hub, or demo: the package's",
+    )
     parser.add_argument("--device", help="default: a CUDA device if there is one")
     parser.add_argument(
         "--host", default="127.0.0.1",

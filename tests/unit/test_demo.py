@@ -6,10 +6,17 @@ import os
 import shlex
 import subprocess
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from small_pipeline import ROOT
 
+from experiments.demo_bundle import main as make_demo_bundle
+from lgm_scale.bundle import DEMO, read_info
 from lgm_scale.config.loading import read_yaml
+from lgm_scale.errors import CheckpointError
+from lgm_scale.pipeline import load_pipeline
 
 
 @pytest.mark.parametrize("name", ["quickstart", "demo"])
@@ -27,3 +34,33 @@ def test_the_report_shows_the_commands_that_the_script_runs(name, tmp_path):
     assert [line.removeprefix("$ ") for line in printed] == [
         " ".join(shlex.split(command)) for command in shown
     ]
+
+
+def test_the_generator_in_the_package_makes_the_same_picture_again(tmp_path, monkeypatch):
+    """Without a network: nothing may be asked for. A folder of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", None)
+    first, again = (load_pipeline("demo")("ankle_boot", num_tokens=8, seed=0) for _ in range(2))
+    assert first.shape == (1, 32, 32, 3)
+    assert np.array_equal(first, again)
+    assert 20 < first.std() < 120  # neither blank nor noise
+    assert first[:, :, :2].mean() < 32  # the black frame of its training images
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) < 10e6
+    assert "Fashion-MNIST" in read_info(DEMO)["data"]
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(CheckpointError, match="demo is no bundle"):
+        load_pipeline("demo")
+
+
+def test_the_command_that_ships_it_halves_weights_and_sets_the_sampler(tmp_path):
+    sweep, copy = tmp_path / "sweep.yaml", tmp_path / "copy"
+    sweep.write_text(
+        f"{{bundle: {DEMO}, out: {tmp_path}/report, num_images: 10, metrics: [fashion_accuracy],"
+        " cells: [{num_tokens: 8, cfg_scale: 3.0}]}"
+    )
+    make_demo_bundle([str(sweep), str(copy)])
+    assert read_info(copy)["files"] == read_info(DEMO)["files"]  # what is halved stays
+    assert read_info(copy)["sampling"]["8"]["cfg_scale"] == 3.0
+    assert {each.dtype for each in load_file(copy / "generator.safetensors").values()} == {
+        torch.float16
+    }
