@@ -42,7 +42,7 @@ from lgm_scale.release_import.__main__ import main as import_main
 
 QUICKSTART = "yamls/quickstart"
 RECIPES = {"tokenizer": "tokenizer", "generator": "dit", "spatial_generator": "elit"}
-LEAST = {"generator": 250, "tokenizer": 80, "spatial_generator": 80}
+LEAST = {"generator": 250, "tokenizer": 80, "spatial_generator": 40}
 """Mistakes: of the others only in keys that the generator does not have."""
 BESIDE = {
     "parallel.fsdp.": ["parallel.strategy=fsdp"],
