@@ -9,12 +9,16 @@ STAMP := $(VENV)/.lgm_scale-installed
 DEEPSPEED := $(VENV)/.deepspeed-installed
 BIN := $(VENV)/bin
 
-# Composer's metadata caps torch, and pip obeys; uv can be told to pass over that.
-INSTALL := $(BIN)/python -m pip install --quiet --progress-bar on
+# By uv, whose downloads and unpacking run side by side. Composer's metadata caps torch below what GPU
+# machines have, and uv can be told to pass over that.
+INSTALL := $(BIN)/uv pip install --quiet --native-tls --python $(BIN)/python
 ifneq ($(TORCH),2.7)
-INSTALL := $(BIN)/uv pip install --quiet --native-tls --python $(BIN)/python --override constraints/torch-$(TORCH).txt
+INSTALL += --override constraints/torch-$(TORCH).txt
 endif
 
+# Processes share what Python compiles, whatever the shell says: compiling anew costs each 15 seconds.
+export UV_COMPILE_BYTECODE ?= 1
+export PYTHONDONTWRITEBYTECODE =
 # OpenMP threads that spin while they wait bring a shared CPU to a crawl.
 export OMP_WAIT_POLICY = passive
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -56,7 +60,7 @@ $(STAMP): pyproject.toml
 # would hide it. Its kernels are not compiled; training needs none of them.
 $(DEEPSPEED): export DS_BUILD_OPS = 0
 $(DEEPSPEED): $(STAMP)
-	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel
+	$(INSTALL) 'setuptools>=77' wheel
 	$(INSTALL) --no-build-isolation -e '.[deepspeed]'
 	@touch $@
 

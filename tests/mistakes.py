@@ -91,7 +91,11 @@ def misspelt(key: str) -> str:
 
 
 def mistakes_of_keys(
-    schema: type, before: list[str], beside: dict[str, list[str]], free: tuple[str, ...]
+    schema: type,
+    before: list[str],
+    beside: dict[str, list[str]],
+    free: tuple[str, ...],
+    like: type | None = None,
 ) -> Iterator[Mistake]:
     """Every key misspelt, and with every wrong value of its type.
 
@@ -100,8 +104,13 @@ def mistakes_of_keys(
         before: What comes before on the command line.
         beside: Beginning of keys -> what must be given with them.
         free: Keys of numbers of any sign.
+        like: A configuration whose mistakes are made elsewhere: keys of the same name and type
+            are left out, for one class of their section reads both.
     """
+    known = dict(keys_of(like)) if like is not None else {}
     for key, hint in keys_of(schema):
+        if key in known and known[key] == hint:
+            continue
         near = [word for name, words in beside.items() if key.startswith(name) for word in words]
         wrong = misspelt(key)
         yield Mistake(f"{key} misspelt", [*before, *near, f"{wrong}=1"], wrong)

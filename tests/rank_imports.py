@@ -11,6 +11,7 @@ import gc
 import importlib.util
 
 import pytest  # noqa: F401  (every child imports its parent's main module)
+from composer import algorithms  # noqa: F401  (each trainer asks for its classes)
 from composer.utils.collect_env import get_cpu_model
 
 import lgm_scale.build

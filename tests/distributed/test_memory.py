@@ -13,6 +13,7 @@ from rank_processes import run_ranks
 from test_strategies import FSDP, ZERO
 
 from lgm_scale.config.rules import load_training_run
+from lgm_scale.families.lgm.config import DIT_SIZES, DiTSize
 from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.parallel.memory import measured_bytes, parameter_infos, planned_bytes
 from lgm_scale.training.guard import FiniteGuard
@@ -34,8 +35,13 @@ SHARDED = {
 }
 
 
+WIDE = {"tiny": DiTSize(192, 16, 4, 7.0)}
+"""So many blocks that what no rank can halve, and a block that is kept whole, weigh little."""
+
+
 def measure_in_training() -> None:
     """Let a callback measure in its step 1, between backward pass and step."""
+    DIT_SIZES.update(WIDE)
     check = FiniteGuard.after_train_batch
 
     def after_train_batch(self, state, logger) -> None:
@@ -57,11 +63,10 @@ def measure_in_training() -> None:
 
 
 def config(pipeline, out: Path) -> Path:
-    # Wide enough that rows of 1 or 2, which no rank can halve, weigh little.
     return pipeline.generator_config(
         out,
         train={"max_duration": "2ba", "global_batch_size": 4, "precision": "fp32"},
-        model={"size": "s", "latent_dim": 8, "num_base_tokens": 16, "num_classes": 17},
+        model={"size": "tiny", "latent_dim": 8, "num_base_tokens": 16, "num_classes": 17},
         checkpoint={"interval": "100ba"},
     )
 
@@ -84,7 +89,8 @@ def measured(small_pipeline):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_plan_is_what_lies_in_memory(small_pipeline, measured, name):
+def test_the_plan_is_what_lies_in_memory(small_pipeline, measured, name, monkeypatch):
+    monkeypatch.setitem(DIT_SIZES, "tiny", WIDE["tiny"])
     path = config(small_pipeline, small_pipeline.root / "memory" / "plan")
     run = load_training_run(str(path), CASES[name], 2, has_gpu=False)
     with torch.device("meta"):

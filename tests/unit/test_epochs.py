@@ -109,7 +109,7 @@ def test_a_loader_gives_the_planned_batches_and_resumes_at_any_of_them(tmp_path,
 
     whole = ids(loader())
     assert len(whole) == len(loader()) == 7
-    for begun in (0, 3, 7):
+    for begun in (3, 7):
         resumed = loader()
         state = resumed.dataset.state_dict(0, from_beginning=False)
         resumed.load_state_dict({**state, "epoch": 0, "sample_in_epoch": 4 * begun})

@@ -92,7 +92,7 @@ def theirs(inception_file) -> dict[str, float]:
 
 
 class EarlyLayer:
-    """Sixty-four early features: cheap, and of full rank with a hundred images."""
+    """Sixty-four early features: cheap, and of full rank with 72 images."""
 
     outputs = {"inception_pool": 64}  # noqa: RUF012
 
@@ -118,12 +118,12 @@ def test_the_distance_is_that_of_torch_fidelity_where_the_rank_is_full(inception
 
     rng = np.random.default_rng(3)
     sets = [
-        torch.from_numpy(rng.integers(0, high, (100, 3, 8, 8), dtype=np.uint8))
+        torch.from_numpy(rng.integers(0, high, (72, 3, 8, 8), dtype=np.uint8))
         for high in (256, 240)
     ]
     space, engine = EarlyLayer(inception_file), Engine(tmp_path, torch.device("cpu"), quiet=True)
     jobs = [
-        Job(f"set{i}", {"set": i}, 100, 30, OriginalFeatures(Pictures(images), [space], CPU, 8))
+        Job(f"set{i}", {"set": i}, 72, 30, OriginalFeatures(Pictures(images), [space], CPU, 8))
         for i, images in enumerate(sets)
     ]
     engine.make_chunks(jobs, Part(), "early", may_compute=True)

@@ -204,6 +204,23 @@ def test_names_stand_on_no_line_and_inside_the_picture(swept, narrow):
             assert box.x1 <= figure.bbox.x1
 
 
+def test_what_lines_differ_in_names_them(swept):
+    (row, *_) = results_of(swept)["rows"]
+    cells: list[dict] = [
+        {"solver": "heun", "uncond_num_tokens": 4, "guidance": "autoguidance"},
+        {"uncond_num_tokens": 4, "length_schedule": [[0, 4]]},
+    ]
+    rows = [row | {"cell": row["cell"] | cell} for cell in cells] + [row | {"run_name": "mine"}]
+    legend = tradeoff_figure(rows, [], LIGHT).axes[0].get_legend()
+    assert legend is not None
+    points = f"{row['cell']['num_steps']} points"
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"{points}, heun, autoguidance at 4", f"{points}, uncond at 4, growing", f"mine, {points}",
+    ]  # fmt: skip
+    figure = tradeoff_figure([row | {"metrics": {}}], [], LIGHT)
+    assert [text.get_text() for text in figure.texts] == ["no distance was measured"]
+
+
 # --- published points -------------------------------------------------------------------------
 
 

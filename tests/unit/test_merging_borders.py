@@ -16,7 +16,7 @@ from lgm_scale.merging.linkage import (
     start_host_copy,
 )
 from lgm_scale.merging.nesting import Nesting, contrast_basis, tree_from_cuts
-from lgm_scale.merging.tree import MergeAssignment, MergeTree
+from lgm_scale.merging.tree import MergeAssignment, MergeTree, cosine_similarity
 
 # Blocks of tokens 0 to 2 and 3 to 5; 4 and 5 are closest, then 0 and 2.
 SIMILARITY = torch.full((6, 6), 0.1)
@@ -158,6 +158,10 @@ def test_a_tree_from_one_cut():
     assert found.heights.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert found.num_blocks == 2
     assert tree_from_cuts([labels(0, 0, 1)], 1).merges.tolist() == [[0, 1], [2, 3]]
+    # The two smallest parts join first, of equal ones those with the smallest member.
+    cuts = [labels(0, 1, 2, 3, 3, 4, 4), labels(0, 1, 1, 0, 0, 1, 1)]
+    merges = tree_from_cuts(cuts, 1).merges.tolist()
+    assert merges == [[3, 4], [5, 6], [1, 2], [0, 7], [8, 9], [10, 11]]
 
 
 def test_cuts_that_make_no_tree_are_refused():
@@ -170,3 +174,11 @@ def test_cuts_that_make_no_tree_are_refused():
             tree_from_cuts([labels(0, 0, 1, 1)], num_blocks)
     with pytest.raises(ConfigError, match="at 3 tokens, base token 2 shares a cluster with a tok"):
         tree_from_cuts([labels(0, 1, 1, 2)], 2)
+
+
+def test_similarities_of_half_precision_are_computed_in_full_and_double_stays():
+    vectors = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    half = vectors.to(torch.bfloat16)
+    assert torch.equal(cosine_similarity(half), cosine_similarity(half.float()))
+    assert cosine_similarity(half).dtype == torch.float32
+    assert cosine_similarity(vectors).dtype == torch.float64

@@ -59,6 +59,13 @@ def test_what_runs_at_the_coarse_cut_moves_the_shared_subspace_alone(tree):
     torch.testing.assert_close(through_coarse(x, full, torch.sin), x.sin())
 
 
+def test_autocast_does_not_round_what_passes_by_the_coarse_cut(tree):
+    nesting, x = nested_cuts(tree, 12, 5), randn(2, 12, 3).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        moved = through_coarse(x, nesting, torch.sin)
+    assert torch.equal(moved, through_coarse(x, nesting, torch.sin))
+
+
 def test_gradients_through_the_coarse_cut_are_those_of_finite_differences(tree):
     nesting, weight = nested_cuts(tree, 9, 4), randn(3, 3, seed=1).requires_grad_()
     x = randn(2, 9, 3, seed=2).requires_grad_()

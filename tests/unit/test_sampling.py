@@ -12,6 +12,7 @@ from lgm_scale.families.lgm.sampling import initial_noise, sample
 from lgm_scale.flow import NoiseScale
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.sampling.config import CFGRescale, SamplerConfig, Solver
+from lgm_scale.sampling.integration import integrate
 from lgm_scale.sampling.replay import ReplayedVelocity
 
 LENGTHS = [32, 64, 128, 256]
@@ -314,6 +315,28 @@ def test_a_setting_without_meaning_is_named(setting, text):
         SamplerConfig(**setting)
     assert len(error.value.problems) == 1
     assert error.value.problems[0].startswith(text)
+
+
+def test_heun_averages_the_velocities_at_both_ends_but_in_the_last_step():
+    """Of dz/dt = z, with a state that each step begins one higher."""
+    config = SamplerConfig(num_steps=4, solver=Solver.HEUN, timestep_shift=1.0)
+    expected, steps, ended = 1.0, [], []
+    for t, t_next in zip(config.grid(), config.grid()[1:], strict=False):
+        steps.append((t, 2))
+        h = t_next - t
+        expected = (expected + 1) * (1 + h + (h * h / 2 if t_next < 1 else 0))
+
+    def begin(z: torch.Tensor, t: float, num_tokens: int) -> torch.Tensor:
+        begun.append((t, num_tokens))
+        return z + 1
+
+    begun: list[tuple[float, int]] = []
+    start = torch.ones(1, dtype=torch.float64)
+    found = integrate(start, lambda z, *_: z, config, 2, begin, lambda: ended.append(len(begun)))
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    assert (begun, ended) == (steps, [1, 2, 3])
+    plain = integrate(start, lambda z, *_: z, config, 2)
+    assert plain.item() == pytest.approx((1 + 1 / 3 + 1 / 18) ** 2 * (1 + 1 / 3), rel=1e-12)
 
 
 def test_all_problems_are_reported_at_once():

@@ -108,3 +108,14 @@ def test_a_state_that_lacks_elements_is_refused(tmp_path):
     found = parts_of(WHOLE[0], filled=False)
     with pytest.raises(CheckpointError, match=r"not hold every element of net\.bias, net\.scale"):
         read_shards(manifest, paths, model(), *split(found))
+
+
+def test_a_state_that_was_trained_on_other_data_is_refused(tmp_path):
+    manifest = written(tmp_path, WHOLE)
+    paths = {file.name: tmp_path / file.name for file in manifest.files}
+    net = model()
+    net.fixed_buffers = ("table",)  # type: ignore[assignment]  # the data determine it
+    read_shards(manifest, paths, net, *split(parts_of(WHOLE[0], filled=False)))
+    net.table[0] = 9  # type: ignore[index]
+    with pytest.raises(CheckpointError, match="trained on other data: its table differs"):
+        read_shards(manifest, paths, net, *split(parts_of(WHOLE[0], filled=False)))

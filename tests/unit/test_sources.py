@@ -143,6 +143,35 @@ def test_bad_tars_and_lists_are_named(folder, tmp_path):
         read_classes(tmp_path / "twice.txt")
 
 
+def test_tars_and_lists_that_hold_too_little_are_named(folder, tmp_path):
+    flat, _ = flat_tar(folder, tmp_path / "val.tar")
+    text = tmp_path / "labels.txt"
+    with pytest.raises(DataError, match=r"--labels: .* is no file"):
+        list_source(str(flat), None, text)
+    text.write_text("")
+    with pytest.raises(DataError, match=r"--labels: .* is empty"):
+        list_source(str(flat), None, text)
+    text.write_text("a.JPEG n01440764\nb.JPEG\n")
+    with pytest.raises(DataError, match=r"line 2 of .* has no class"):
+        list_source(str(flat), None, text)
+    text.write_text("n01440764\n" * 6)
+    with pytest.raises(DataError, match="--labels: has no effect"):
+        list_source(str(tar_of_folders(folder, tmp_path / "train.tar")), None, text)
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        add(tar, "notes.txt", b"x")
+    for members, said in [
+        ({"a/0.JPEG": jpeg(0), "1.JPEG": jpeg(1)}, r"with and without .* \(such as 1\.JPEG\)"),
+        ({"notes.txt": b"x"}, "holds no image"),
+        ({"n0.tar": inner.getvalue()}, r"n0\.tar holds no image"),
+    ]:
+        with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+            for name, data in members.items():
+                add(tar, name, data)
+        with pytest.raises(DataError, match=said):
+            list_source(str(tmp_path / "bad.tar"))
+
+
 def write_parquet(folder: Path, out: Path, features: bool = True, **changes) -> Path:
     """Two files as the hubs make them, with row groups of two."""
     images = sorted(folder.rglob("*.JPEG"))

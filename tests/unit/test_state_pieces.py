@@ -63,16 +63,16 @@ def shards_of(runs: Runs, shape: tuple[int, ...] = (2, 3)) -> list[ParameterShar
 
 
 def test_equal_shards_are_dealt_like_cards_and_empty_ones_to_nobody(monkeypatch):
-    runs: list[Runs] = [[(0, 6)] * 4 + [(0, 3), (0, 0)] for _ in range(2)]
-    runs += [[(0, 6)] * 4 + [(3, 3), (0, 0)]]
+    runs: list[Runs] = [[(0, 6)] * 4 + [(0, 3), (0, 0), (0, 5)] for _ in range(2)]
+    runs += [[(0, 6)] * 4 + [(3, 3), (0, 0), (5, 1)]]
     verdicts = []
     for rank in range(3):
         monkeypatch.setattr(shards_module, "dist", Ranks(rank, runs))
         verdicts.append(owned(shards_of(runs[rank])))
     assert verdicts == [
-        [True, False, False, True, True, False],
-        [False, True, False, False, False, False],
-        [False, False, True, False, True, False],
+        [True, False, False, True, True, False, True],
+        [False, True, False, False, False, False, False],
+        [False, False, True, False, True, False, True],
     ]
 
 

@@ -70,6 +70,14 @@ def test_missing_and_short_shards_are_listed(images):
     assert "class 'cat' has" in text
 
 
+def test_data_without_a_file_or_without_hashes_are_named(images):
+    manifest = read_manifest(images, "images")
+    write_manifest(images, replace(manifest, files={**manifest.files, "gone.npy": "0"}))
+    assert "gone.npy is missing" in verify(str(images)).problems
+    write_manifest(images, replace(manifest, files={}))
+    assert any("keeps no hashes" in problem for problem in verify(str(images)).problems)
+
+
 def test_counts_and_sizes_are_compared(images):
     manifest = read_manifest(images, "images")
     write_manifest(images, replace(manifest, class_counts=(5, 4), image_size=24))
