@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lgm_scale.config.loading import load_config
+from lgm_scale.config.loading import load_config, without_removed_keys
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.base import families
 from lgm_scale.families.generator import generator_families
@@ -121,7 +121,7 @@ def read_bundle(folder: str | Path, *kinds: str) -> dict[str, Any]:
 def model_config(info: dict[str, Any], name: str, schema: type, folder: str | Path) -> Any:
     """One of a bundle's configurations, typed. Raises: CheckpointError."""
     try:
-        return load_config(info["models"][name], schema)
+        return load_config(without_removed_keys(info["models"][name], schema), schema)
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: its {name} configuration is damaged: {error}") from error
 

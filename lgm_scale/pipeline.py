@@ -167,14 +167,14 @@ class Pipeline(ABC, Generic[AnyBundle]):
 
     # --- what follows from it -----------------------------------------------------------------
 
-    def row_flops(self, num_tokens: int, middle_tokens: int | None = None) -> int:
-        """Operations of one network row at K tokens, with nested routing K' in the middle."""
+    def row_flops(self, num_tokens: int) -> int:
+        """Operations of one network row at K tokens."""
         return self.bundle.net.flops(num_tokens)
 
     def image_flops(self, config: SamplerConfig, num_tokens: int) -> int:
         """Operations of one image: every network row at its own length, and the decoder."""
-        rows = config.routed_rows(num_tokens)
-        network = sum(count * self.row_flops(*lengths) for lengths, count in rows.items())
+        rows = config.rows(num_tokens)
+        network = sum(count * self.row_flops(length) for length, count in rows.items())
         return network + self.decoder_flops()
 
     def default_config(self, num_tokens: int) -> SamplerConfig:
@@ -201,10 +201,6 @@ class Pipeline(ABC, Generic[AnyBundle]):
             settings["cfg_scale"] = cfg_scale
         config = replace(self.default_config(num_tokens), **settings)
         self.check(config, num_tokens)
-        family = generator_families()[self.kind]
-        problems = list(family.setting_problems(self.info, num_tokens, config))
-        if problems:
-            raise ConfigError(problems)
         return config
 
     def __call__(

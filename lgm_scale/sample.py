@@ -69,9 +69,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--grow", nargs="+", metavar="T:K",
         help="growing length: from shifted time T on K tokens; the row's own length ends it",
     )  # fmt: skip
-    parser.add_argument(
-        "--route", nargs="+", metavar="T:K", help="middle_schedule: from shifted time T on, K'"
-    )
     parser.add_argument("--device", help="default: a CUDA device if there is one")
     parser.add_argument(
         "--cuda-graphs", action="store_true",
@@ -95,7 +92,7 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     """One flag per field of `SamplerConfig`; growing length is --grow, which fits every row."""
     hints = get_type_hints(SamplerConfig)
     for entry in fields(SamplerConfig):
-        if entry.name.endswith("_schedule"):
+        if entry.name == "length_schedule":
             continue
         kind, options = hints[entry.name], {"help": entry.metadata["help"]}
         if isinstance(kind, type) and issubclass(kind, Enum):
@@ -110,11 +107,10 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says about the sampler; what it does not, the bundle does."""
     given = {entry.name: getattr(args, entry.name, None) for entry in fields(SamplerConfig)}
-    given["middle_schedule"] = tuple(growth_of(args.route, "--route")) or None
     return {name: value for name, value in given.items() if value is not None}
 
 
-def growth_of(entries: list[str] | None, flag: str = "--grow") -> list[tuple[float, int]]:
+def growth_of(entries: list[str] | None) -> list[tuple[float, int]]:
     """Parse `T:K` entries. Raises: ConfigError."""
     growth = []
     for entry in entries or []:
@@ -122,7 +118,7 @@ def growth_of(entries: list[str] | None, flag: str = "--grow") -> list[tuple[flo
             t, num_tokens = entry.split(":")
             growth.append((float(t), int(num_tokens)))
         except ValueError:
-            raise ConfigError(f"{flag}: {entry!r} is not T:K, for example 0.1:64") from None
+            raise ConfigError(f"--grow: {entry!r} is not T:K, for example 0.1:64") from None
     return growth
 
 

@@ -136,10 +136,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def without_removed_keys(values: dict[str, Any], schema: type) -> dict[str, Any]:
-    """A recorded configuration of an earlier version, without keys that are gone by now."""
+    """A recorded configuration of an earlier version, without keys that are gone by now.
+
+    A section or a list stays, and is refused as unknown: what it asked for is gone, too.
+    """
     kept = {}
     for key, value in values.items():
-        if key in getattr(schema, "removed", {}):
+        if key in getattr(schema, "removed", {}) and not isinstance(value, dict | list):
             continue
         inner = _field_type(schema, key) if dataclasses.is_dataclass(schema) else None
         nested = isinstance(value, dict) and dataclasses.is_dataclass(inner)

@@ -30,6 +30,7 @@ class LengthsConfig:
     """Token lengths of training: a cycle, or with weights a draw per step. Equal on all ranks."""
 
     __pydantic_config__ = STRICT
+    removed: ClassVar[dict[str, str]] = {"middle": "it was for model.routing; remove the key"}
     choices: tuple[int, ...] = required([64, 32])
     """K of the steps, in turn; with `weights` the values that are drawn."""
     weights: tuple[float, ...] | None = None

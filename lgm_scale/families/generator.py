@@ -87,11 +87,6 @@ class GeneratorFamily(Family):
     ) -> Iterator[str]:
         """Lines about (K, settings) whose token counts the generator of a bundle does not have."""
 
-    def setting_problems(self, info: Any, num_tokens: int, config: SamplerConfig) -> Iterator[str]:
-        """Lines about settings at K that the generator of a bundle does not have."""
-        if config.routed:
-            yield "middle_tokens: this generator has no model.routing; leave the middle keys out"
-
     def described_models(self, run: Any) -> dict[str, Any]:
         """Entry `models` of the bundle.json that the run will leave. Raises: CheckpointError."""
         return {"generator": to_dict(run.model)}

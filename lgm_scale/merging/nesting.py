@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -71,39 +71,6 @@ class Nesting:
     def expand(self, z: Tensor) -> Tensor:
         """Give every fine cluster its coarse one's value. Shapes: [B, K', D] -> [B, K, D]."""
         return z.index_select(-2, self.parents)
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # as `contrast_basis`
-def nested_cuts(
-    tree: MergeTree, fine: int, coarse: int, device: torch.device | str = "cpu"
-) -> Nesting:
-    """Two cuts of a tree, related once: the check of `between` waits for a GPU.
-
-    Raises: ConfigError for a length outside the tree, or a coarse one with more tokens.
-    """
-    return Nesting.between(tree.assignment(fine, device), tree.assignment(coarse, device))
-
-
-def through_coarse(x: Tensor, nesting: Nesting, middle: Callable[[Tensor], Tensor]) -> Tensor:
-    """Let `middle` work on the coarse cut, and bring back to the fine one what it changed.
-
-        x + A (middle(M x) - M x),    A the expansion of K' clusters to the K within them
-
-    The difference of the fine clusters within a coarse one passes by untouched, and a `middle` that
-    changes nothing changes nothing here.
-
-    Shapes: x [B, K, C] -> [B, K, C]; `middle` is [B, K', C] -> [B, K', C].
-    Source: ours.
-    """
-    # Two matrix products, no gather: the gradient of a gather adds up in any order on a GPU. In
-    # full precision, or the residual stream would be rounded on the way.
-    members = (nesting.pool > 0).to(x.dtype)  # [K, K'], A
-    with torch.autocast(x.device.type, enabled=False):
-        before = nesting.merge(x)  # [B, K', C]
-    after = middle(before)
-    with torch.autocast(x.device.type, enabled=False):
-        return x + members.to(after.dtype) @ (after - before)
 
 
 @dataclass(frozen=True)

@@ -89,21 +89,11 @@ class SamplerConfig:
     guidance: Guidance = _setting(
         "what the weak branch lacks: the class, or with autoguidance tokens alone", Guidance.CFG
     )
-    middle_tokens: int | None = _setting(
-        "experimental, for generators with model.routing: tokens of the middle blocks", None
-    )
-    uncond_middle_tokens: int | None = _setting(
-        "the same of guidance's weak branch; default: those of the strong one", None
-    )
-    middle_schedule: tuple[tuple[float, int], ...] = _setting(
-        "(t, K') pairs in place of middle_tokens: from shifted time t on, K'; the first t is 0", ()
-    )
 
     def __post_init__(self) -> None:
         """Refuse settings without meaning, all at once."""
-        for name in ("length_schedule", "middle_schedule"):
-            pairs = tuple((float(t), int(num_tokens)) for t, num_tokens in getattr(self, name))
-            object.__setattr__(self, name, pairs)
+        schedule = tuple((float(t), int(num_tokens)) for t, num_tokens in self.length_schedule)
+        object.__setattr__(self, "length_schedule", schedule)
         object.__setattr__(self, "cfg_interval", tuple(map(float, self.cfg_interval)))
         problems = [
             *self._enum_problems("cfg_rescale", CFGRescale),
@@ -111,8 +101,8 @@ class SamplerConfig:
             *self._enum_problems("guidance", Guidance),
             *self._number_problems(),
         ]
-        if not problems:
-            problems = [*self._schedule_problems("length"), *self._schedule_problems("middle")]
+        if not problems and schedule:
+            problems = self._schedule_problems()
         if problems:
             raise ConfigError(problems, "sampler")
 
@@ -129,15 +119,8 @@ class SamplerConfig:
             problems.append(f"cfg_interval: ({lo}, {hi}) must be ordered and inside [0, 1]")
         if not 0 < self.timestep_shift < math.inf:
             problems.append(f"timestep_shift: {self.timestep_shift} must be above 0, and finite")
-        for name in ("uncond_num_tokens", "middle_tokens", "uncond_middle_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(f"{name}: {value} must be 1 or more")
-        if self.middle_tokens is not None and self.middle_schedule:
-            problems.append(
-                f"middle_tokens: {self.middle_tokens} beside a middle_schedule, which says it for "
-                "every time; leave one of them out"
-            )
+        if self.uncond_num_tokens is not None and self.uncond_num_tokens < 1:
+            problems.append(f"uncond_num_tokens: {self.uncond_num_tokens} must be 1 or more")
         if self.guidance is Guidance.AUTOGUIDANCE and self.uncond_num_tokens is None:
             problems.append(
                 "guidance: autoguidance needs uncond_num_tokens, the fewer tokens of its weak "
@@ -154,13 +137,10 @@ class SamplerConfig:
             return [f"{name}: {given!r} is unknown; use {' or '.join(m.value for m in values)}"]
         return []
 
-    def _schedule_problems(self, kind: str) -> list[str]:
-        schedule: tuple[tuple[float, int], ...] = getattr(self, f"{kind}_schedule")
-        if not schedule:
-            return []
-        text = f"{kind}_schedule: {[list(entry) for entry in schedule]}"
-        times = [t for t, _ in schedule]
-        lengths = [num_tokens for _, num_tokens in schedule]
+    def _schedule_problems(self) -> list[str]:
+        text = f"length_schedule: {[list(entry) for entry in self.length_schedule]}"
+        times = [t for t, _ in self.length_schedule]
+        lengths = [num_tokens for _, num_tokens in self.length_schedule]
         last_start = self.grid()[-2]
         problems = []
         if times[0] != 0 or any(b <= a for a, b in itertools.pairwise(times)):
@@ -170,11 +150,7 @@ class SamplerConfig:
                 f"{text} never reaches its last length: the last of {self.num_steps - 1} steps "
                 f"starts at t = {last_start:.4g}"
             )
-        if kind == "middle" and min(lengths) < 1:
-            problems.append(f"{text} must have 1 token or more")
-        elif kind == "length" and (
-            lengths[0] < 1 or any(b < a for a, b in itertools.pairwise(lengths))
-        ):
+        if lengths[0] < 1 or any(b < a for a, b in itertools.pairwise(lengths)):
             problems.append(f"{text} must not shrink: clusters are split, never joined")
         return problems
 
@@ -210,35 +186,6 @@ class SamplerConfig:
     def uncond_length(self, num_tokens: int) -> int:
         """Tokens of the weak branch of a step at `num_tokens`."""
         return min(self.uncond_num_tokens or num_tokens, num_tokens)
-
-    @property
-    def routed(self) -> bool:
-        """Whether middle blocks are asked to run at a token count of their own."""
-        return bool(self.middle_tokens or self.uncond_middle_tokens or self.middle_schedule)
-
-    def middle_at(self, t: float, length: int) -> int:
-        """Tokens of the middle blocks in an evaluation at time t and K = `length`."""
-        begun = [k for start, k in self.middle_schedule if start <= t + _TIME_TOLERANCE]
-        return min(begun[-1] if begun else self.middle_tokens or length, length)
-
-    def uncond_middle_at(self, t: float, length: int) -> int:
-        """The same of the weak branch, where that has `length` tokens."""
-        return min(self.uncond_middle_tokens or self.middle_at(t, length), length)
-
-    def middle_problems(self, num_tokens: int, low: int) -> Iterator[str]:
-        """Lines about middles outside [low, K], when K = `num_tokens` are asked for."""
-        weak = self.uncond_length(num_tokens)
-        named = [("middle_schedule", inner, num_tokens) for _, inner in self.middle_schedule]
-        for name, inner, most in (
-            ("middle_tokens", self.middle_tokens, num_tokens),
-            ("uncond_middle_tokens", self.uncond_middle_tokens, weak),
-            *named,
-        ):
-            if inner is not None and not low <= inner <= most:
-                yield (
-                    f"{name}: {inner} where the branch has {most} tokens; its middle blocks run at "
-                    f"{low} (blocks of the tree that never merge) to {most}"
-                )
 
     def check_guidance(self, num_tokens: int) -> None:
         """Refuse autoguidance whose weak branch is not weaker, when `num_tokens` are asked for.
@@ -279,31 +226,16 @@ class SamplerConfig:
     def rows(self, num_tokens: int) -> dict[int, int]:
         """Network rows per image at each length, when `num_tokens` are asked for."""
         rows: Counter[int] = Counter()
-        for (length, _), count in self.routed_rows(num_tokens).items():
-            rows[length] += count
-        return dict(rows)
-
-    def routed_rows(self, num_tokens: int) -> dict[tuple[int, int], int]:
-        """Network rows per image at each length and, of that, tokens of the middle blocks."""
-        rows: Counter[tuple[int, int]] = Counter()
         for start, t in self.evaluations():
             length = self.length_at(start, num_tokens)
-            rows[length, self.middle_at(t, length)] += 1
+            rows[length] += 1
             if self.guided(t):
-                weak = self.uncond_length(length)
-                rows[weak, self.uncond_middle_at(t, weak)] += 1
+                rows[self.uncond_length(length)] += 1
         return dict(rows)
 
     def settings(self) -> dict[str, Any]:
-        """Plain values that make the same configuration again.
-
-        All fields, but those of nested routing only where it is asked for: finished work of before
-        keeps its name.
-        """
+        """All fields as plain values, which make the same configuration again."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        for name in ("middle_tokens", "uncond_middle_tokens", "middle_schedule"):
-            if not values[name]:
-                del values[name]
         return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
 
     def lengths(self, num_tokens: int) -> set[int]:

@@ -30,13 +30,13 @@ def record_graph(call: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Any
 
 
 class ReplayedVelocity:
-    """A velocity that is recorded once for each (batch size, cuts), and replayed from then on.
+    """A velocity that is recorded once for each (batch size, cut), and replayed from then on.
 
     A graph reads and writes fixed memory: weights must stay where they are, and the last `keep`
     graphs hold what one evaluation needs. Shapes: those of the velocity.
 
     Args:
-        velocity: (z_t, t, labels, assignment, middle) -> Tensor, without waiting for the GPU.
+        velocity: (z_t, t, labels, assignment) -> Tensor, without waiting for the GPU.
         record: Makes a graph.
         keep: Graphs at most; the oldest one goes.
     """
@@ -47,20 +47,17 @@ class ReplayedVelocity:
         self.velocity, self.record, self.keep = velocity, record, keep
         self._graphs: dict[Any, tuple[list[Tensor], Callable[[], object], Tensor, Any]] = {}
 
-    def __call__(
-        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: Any, middle: Any = None
-    ) -> Tensor:
-        """Velocity at the state, which the caller may keep; `middle` is that of nested routing."""
+    def __call__(self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: Any) -> Tensor:
+        """Velocity at the state, which the caller may keep."""
         given = (z_t, t, labels)
-        # The cuts are part of the graph, and kept with it: no others have their identity then.
-        cuts = (id(assignment), None if middle is None else id(middle.coarse))
-        key = (cuts, *((tuple(x.shape), x.dtype) for x in given))
+        # The cut is part of the graph, and kept with it: no other one has its identity then.
+        key = (id(assignment), *((tuple(x.shape), x.dtype) for x in given))
         if key not in self._graphs:
             while len(self._graphs) >= self.keep:
                 del self._graphs[next(iter(self._graphs))]
             inputs = [x.clone() for x in given]
-            again, out = self.record(lambda *xs: self.velocity(*xs, assignment, middle), inputs)
-            self._graphs[key] = (inputs, again, out, (assignment, middle))
+            again, out = self.record(lambda *xs: self.velocity(*xs, assignment), inputs)
+            self._graphs[key] = (inputs, again, out, assignment)
         inputs, again, out, _ = self._graphs[key]
         for mine, new in zip(inputs, given, strict=True):
             mine.copy_(new)

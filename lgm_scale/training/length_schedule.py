@@ -38,17 +38,13 @@ class LengthSchedule:
 
     def num_tokens(self, step: int) -> int:
         """The length K of a step; steps count from 0."""
-        return self.choices[self.place(step)]
-
-    def place(self, step: int) -> int:
-        """Which of `choices` a step takes: an index, for what stands beside them."""
         if step < self.longest_first:
-            return max(range(len(self.choices)), key=self.choices.__getitem__)
+            return max(self.choices)
         if self.probabilities is None:
-            return step % len(self.choices)
+            return self.choices[step % len(self.choices)]
         # A generator made anew from its key has no state that a resume would have to carry.
         rng = np.random.default_rng([self.seed, int(Purpose.LENGTH), step])
-        return int(rng.choice(len(self.choices), p=self.probabilities))
+        return self.choices[rng.choice(len(self.choices), p=self.probabilities)]
 
     def per_sample(self, step: int, sample_ids: Tensor) -> Tensor:
         """One draw per image, keyed on (seed, step, sample): [B] int64 -> K [B] int64.

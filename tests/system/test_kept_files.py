@@ -223,25 +223,7 @@ def without_times(results: dict[str, Any]) -> dict[str, Any]:
     }
     # What is off counts, not the words of the advice beside it.
     off = sorted(results["off"])
-    config = _of_before(results["config"])
-    return results | rows | {"versions": None, "run": None, "off": off, "config": config}
-
-
-YOUNGER = {"middle_tokens": [None], "uncond_middle_tokens": [None], "middle_schedule": [[]]}
-"""Settings of sampling that this configuration's file is older than, with their defaults."""
-
-
-def _of_before(config: Any) -> Any:
-    """A sweep's configuration without the younger settings, where they have their defaults."""
-    if isinstance(config, list):
-        return [_of_before(entry) for entry in config]
-    if not isinstance(config, dict):
-        return config
-    return {
-        key: _of_before(value)
-        for key, value in config.items()
-        if key not in YOUNGER or value != YOUNGER[key]
-    }
+    return results | rows | {"versions": None, "run": None, "off": off}
 
 
 @pytest.mark.parametrize("name", SWEEPS)

@@ -56,6 +56,19 @@ def test_a_generator_bundle_holds_all_it_needs(bundles):
     assert not loaded.net.training
 
 
+@pytest.mark.parametrize(("routing", "loads"), [(None, True), ({"first": 1, "last": 1}, False)])
+def test_a_key_that_is_gone_is_passed_over_where_it_asked_for_nothing(bundles, routing, loads):
+    path = bundles[1] / "bundle.json"
+    info = json.loads(path.read_text())
+    info["models"]["generator"]["routing"] = routing
+    path.write_text(json.dumps(info))
+    if loads:
+        assert load_lgm_bundle(bundles[1]).net is not None
+        return
+    with pytest.raises(CheckpointError, match="routing: is gone; nested routing did not pay"):
+        load_lgm_bundle(bundles[1])
+
+
 def test_one_tokenizer_has_one_identity(bundles):
     assert tokenizer_id(bundles[0]) == tokenizer_id(bundles[1])
 

@@ -13,10 +13,8 @@ from lgm_scale.config.loading import to_dict
 from lgm_scale.config.rules import load_training_run, uncompiled_reason
 from lgm_scale.config.schema import TrainingRun
 from lgm_scale.families.elit.network import ELIT
-from lgm_scale.families.lgm.config import RoutingConfig
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.layers import choose_attention
-from lgm_scale.merging.nesting import nested_cuts
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel import compilation
 from lgm_scale.parallel.blocks import compile_blocks
@@ -119,27 +117,6 @@ def test_without_the_raised_limit_torch_gives_up(fresh_compiler, golden_dit, tre
     for num_tokens in LENGTHS:
         step(golden_dit, tree, num_tokens)
     assert counter.graphs == torch._dynamo.config.recompile_limit < len(LENGTHS)
-
-
-def test_nested_routing_has_a_graph_for_each_token_count(fresh_compiler, tree):
-    torch.manual_seed(0)
-    eager, compiled = (
-        MergeDiT(64, 3, 4, 8, 256, 10, RoutingConfig(first=1, last=1)) for _ in range(2)
-    )
-    for parameter in eager.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    compiled.load_state_dict(eager.state_dict())
-    compiled.trained_middles, counter = {64: {16: 0.5, 64: 0.5}, 32: {16: 1.0}}, GraphCounter()
-    compile_blocks(compiled, (64, 32), backend=counter)
-    t, labels = torch.tensor([0.2, 0.8]), torch.tensor([1, 5])
-    for num_tokens, inner in [(64, 16), (64, 64), (32, 16)] * 2:
-        cuts = nested_cuts(tree, num_tokens, inner)
-        z_t = torch.randn(2, num_tokens, 8)
-        losses = [net(z_t, t, labels, cuts.fine, cuts).square().mean() for net in (eager, compiled)]
-        torch.testing.assert_close(losses[1], losses[0])
-        losses[1].backward()
-    assert counter.graphs == 3
-    assert torch._dynamo.config.recompile_limit >= 3 * 4
 
 
 def test_an_elit_has_a_graph_per_budget_and_one_for_its_outer_blocks(fresh_compiler):

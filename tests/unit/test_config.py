@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lgm_scale.checkpoint.run_folder import RunFolder
+from lgm_scale.checkpoint.run_folder import RunFolder, differing
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError
@@ -171,6 +171,15 @@ def test_the_resolved_configuration_can_be_read_again(tmp_path):
     path = tmp_path / "again.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(to_dict(config)))))
     assert load_training_run(str(path), [], 1, None) == config
+
+
+def test_a_record_may_name_keys_that_are_gone_where_they_asked_for_nothing():
+    config = load_training_run(GENERATOR, [], 1, None)
+    there = to_dict(config)
+    there["model"]["routing"] = there["lengths"]["middle"] = None
+    assert differing(there, config) == {}
+    there["lengths"]["middle"] = [8]
+    assert differing(there, config) == {"lengths.middle": ([8], None)}
 
 
 def test_the_plan_names_work_and_memory():

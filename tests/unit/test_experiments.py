@@ -47,7 +47,7 @@ def measured(experiment: Experiment) -> str:
 # --- the file ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, "routing"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_what_is_shipped_is_valid_and_plans_every_run_at_every_seed(name, tmp_path):
     experiment = dataclasses.replace(load_experiment(name), out=str(tmp_path))
     planned, _ = plan_runs(name, experiment, (0, 5), [])
@@ -184,7 +184,7 @@ def test_wrong_keys_and_types_inside_entries_are_told(tmp_path):
 
 def test_an_unknown_name_and_a_wrong_option_end_with_status_2():
     for given, line in (
-        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, rou"),
+        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, samplers, tok"),
         (["elastic", "--jobs", "0"], "--jobs: 0 must be 1 or more"),
         (["elastic", "modell.size=b"], "modell: unknown key; did you mean 'model'?"),
     ):

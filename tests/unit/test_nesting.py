@@ -10,9 +10,7 @@ from lgm_scale.merging.nesting import (
     ContrastStats,
     Nesting,
     contrast_basis,
-    nested_cuts,
     split_clusters,
-    through_coarse,
     tree_from_cuts,
 )
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
@@ -41,39 +39,12 @@ def test_merging_in_two_stages_is_merging_at_once_for_all_pairs(tree):
     z = randn(3, 32, 4)
     for fine, coarse in ((k, below) for k in range(2, 33) for below in range(2, k + 1)):
         cut, below = tree.assignment(fine), tree.assignment(coarse)
-        nesting = nested_cuts(tree, fine, coarse)
+        nesting = Nesting.between(cut, below)
         torch.testing.assert_close(nesting.merge(cut.merge(z)), below.merge(z), atol=1e-6, rtol=0)
         merged = below.merge(z)
         assert torch.equal(cut.unmerge(nesting.expand(merged)), below.unmerge(merged))
         back = nesting.merge(nesting.expand(merged))
         torch.testing.assert_close(back, merged, atol=1e-6, rtol=0)
-
-
-def test_what_runs_at_the_coarse_cut_moves_the_shared_subspace_alone(tree):
-    nesting, x = nested_cuts(tree, 12, 5), randn(2, 12, 3)
-    torch.testing.assert_close(through_coarse(x, nesting, lambda m: m), x, atol=0, rtol=0)
-    moved = through_coarse(x, nesting, torch.sin)
-    means = nesting.merge(x)
-    torch.testing.assert_close(moved - x, nesting.expand(means.sin() - means))
-    full = nested_cuts(tree, 12, 12)
-    torch.testing.assert_close(through_coarse(x, full, torch.sin), x.sin())
-
-
-def test_autocast_does_not_round_what_passes_by_the_coarse_cut(tree):
-    nesting, x = nested_cuts(tree, 12, 5), randn(2, 12, 3).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        moved = through_coarse(x, nesting, torch.sin)
-    assert torch.equal(moved, through_coarse(x, nesting, torch.sin))
-
-
-def test_gradients_through_the_coarse_cut_are_those_of_finite_differences(tree):
-    nesting, weight = nested_cuts(tree, 9, 4), randn(3, 3, seed=1).requires_grad_()
-    x = randn(2, 9, 3, seed=2).requires_grad_()
-
-    def run(x, weight):
-        return through_coarse(x, nesting, lambda m: m + torch.tanh(m @ weight))
-
-    assert torch.autograd.gradcheck(run, (x, weight))
 
 
 def test_cuts_that_are_not_nested_are_refused(tree):

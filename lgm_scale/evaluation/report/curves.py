@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from lgm_scale.evaluation.metrics.catalogue import METRICS
 from lgm_scale.evaluation.report.drawing import NamedPoint, Theme, dress, name_points
-from lgm_scale.evaluation.sweep.config import middle_label
 
 PUBLISHED_NAME = "gFID-50K"
 """Published points stand beside this metric and no other."""
@@ -80,8 +79,6 @@ def _lines(rows: Sequence[dict[str, Any]]) -> list[_Line]:
             parts.append(f"{weak} at {cell['uncond_num_tokens']}")
         if cell["length_schedule"]:
             parts.append("growing")
-        if middle := middle_label(cell):
-            parts.append(middle)
         groups.setdefault(", ".join(parts), []).append(row)
     return [
         _Line(label, sorted(group, key=lambda row: row["cell"]["num_tokens"]))

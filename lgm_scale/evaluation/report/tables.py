@@ -13,11 +13,11 @@ from lgm_scale.evaluation.metrics.catalogue import METRICS
 Row = dict[str, Any]
 _SETTINGS = (
     "cfg_interval", "cfg_rescale", "timestep_shift", "solver", "uncond_num_tokens", "guidance",
-    "length_schedule", "middle_tokens", "uncond_middle_tokens", "middle_schedule",
+    "length_schedule",
 )  # fmt: skip
 """Shown only where rows differ in them."""
 _TITLES = {"num_tokens": "K", "cfg_scale": "guidance", "num_steps": "points",
-           "guidance": "weak branch", "middle_tokens": "K' of the middle"}  # fmt: skip
+           "guidance": "weak branch"}  # fmt: skip
 
 
 class Cell(NamedTuple):

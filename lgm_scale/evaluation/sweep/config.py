@@ -7,7 +7,7 @@ type-checks and compares the configuration with the files it names.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -156,17 +156,7 @@ class Cell:
             parts.append(f"{weak} at {sampler.uncond_num_tokens}")
         if sampler.length_schedule:
             parts.append("grows " + " ".join(f"{t:g}:{k}" for t, k in sampler.length_schedule))
-        if sampler.routed:
-            parts.append(middle_label(self.values()))
         return ", ".join(parts)
-
-
-def middle_label(cell: Mapping[str, Any]) -> str:
-    """`middle at 16, of uncond at 8`: nested routing of a cell's values, "" without."""
-    schedule = " ".join(f"{t:g}:{k}" for t, k in cell.get("middle_schedule", ()))
-    strong, weak = cell.get("middle_tokens") or schedule, cell.get("uncond_middle_tokens")
-    parts = [f"middle at {strong}"] if strong else []
-    return ", ".join([*parts, *([f"weak middle at {weak}"] if weak else [])])
 
 
 def combinations(config: SweepConfig) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -201,7 +191,7 @@ def with_lists(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-_DEPTH = {"cfg_interval": 1, "length_schedule": 2, "middle_schedule": 2}
+_DEPTH = {"cfg_interval": 1, "length_schedule": 2}
 """How deep the lists of one value are nested."""
 
 
@@ -209,6 +199,6 @@ def _as_list(key: str, value: Any) -> Any:
     depth, inner = 0, value
     while isinstance(inner, list):
         depth, inner = depth + 1, inner[0] if inner else None
-    if _DEPTH.get(key) == 2 and value == []:
+    if key == "length_schedule" and value == []:
         return [[]]
     return value if depth > _DEPTH.get(key, 0) else [value]

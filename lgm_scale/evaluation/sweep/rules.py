@@ -99,7 +99,6 @@ def broken_rules(
             facts, classes = _family(info).facts(info, config.bundle), list(info["classes"])
             pairs = [(cell.num_tokens, cell.sampler) for cell in cells]
             problems += _family(info).length_problems(info, config.bundle, pairs)
-            problems += _settings(info, pairs)
             problems += [*facts.problems, *_fashion(config, facts, classes)]
             if len(classes) != facts.num_classes:
                 problems.append(
@@ -159,13 +158,6 @@ def _cells(config: SweepConfig) -> tuple[list[Cell], list[str]]:
         if times > 1:
             problems[f"cells: {cell.label} occurs {times} times; name each cell once"] = None
     return cells, list(problems)
-
-
-def _settings(info: dict[str, Any], pairs: Sequence[tuple[int, SamplerConfig]]) -> list[str]:
-    """What the cells ask for and the generator does not have, each told once."""
-    family = _family(info)
-    lines = (line for k, config in pairs for line in family.setting_problems(info, k, config))
-    return [f"cells: {line}" for line in dict.fromkeys(lines)]
 
 
 def _metrics(config: SweepConfig) -> Iterator[str]:

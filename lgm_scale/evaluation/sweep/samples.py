@@ -105,8 +105,7 @@ def work_of(pipe: Pipeline, cell: Cell) -> dict[str, Any]:
         "tflops_per_image": pipe.image_flops(sampler, cell.num_tokens) / 1e12,
         "decoder_tflops": pipe.decoder_flops() / 1e12,
         "tflops_per_row": {
-            str(k) if k == inner else f"{k}/{inner}": pipe.row_flops(k, inner) / 1e12
-            for k, inner in sorted(sampler.routed_rows(cell.num_tokens))
+            str(k): pipe.row_flops(k) / 1e12 for k in sorted(sampler.rows(cell.num_tokens))
         },
         "steps": sampler.num_steps - 1,
         "evaluations": len(evaluations),

@@ -63,7 +63,6 @@ def winners(known: Mapping[Cell, Metrics], metric: str) -> list[Cell]:
         group = (
             cell.num_tokens, how.num_steps, how.solver, how.uncond_num_tokens,
             how.guidance, how.length_schedule,
-            how.middle_tokens, how.uncond_middle_tokens, how.middle_schedule,
         )  # fmt: skip
         groups.setdefault(group, []).append(cell)
     return [min(group, key=lambda cell: known[cell][metric]) for group in groups.values()]

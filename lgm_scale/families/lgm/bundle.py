@@ -34,7 +34,6 @@ from lgm_scale.families.lgm.lora import Adapter, with_adapter
 from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
 from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer
 from lgm_scale.families.tokenizer.network import Tokenizer
-from lgm_scale.merging.nesting import Nesting
 from lgm_scale.merging.tree import TREE_NAME, MergeAssignment, MergeTree
 from lgm_scale.weights import load_weights, save_weights
 
@@ -65,15 +64,10 @@ class LGMBundle:
         return self._adapted[num_tokens]
 
     def velocity(
-        self,
-        z_t: Tensor,
-        t: Tensor,
-        labels: Tensor,
-        assignment: MergeAssignment,
-        middle: Nesting | None = None,
+        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment
     ) -> Tensor:
         """What the sampler integrates, at each length with its own network; see `MergeDiT`."""
-        return self.network(assignment.num_tokens)(z_t, t, labels, assignment, middle)
+        return self.network(assignment.num_tokens)(z_t, t, labels, assignment)
 
 
 def save_lgm_bundle(

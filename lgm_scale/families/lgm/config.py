@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from lgm_scale.config.schema import (
-    STRICT,
-    FlowObjectiveConfig,
-    GeneratorRun,
-    LengthsConfig,
-    required,
-)
+from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.errors import DataError
 from lgm_scale.families.base import NOT_COMPILED
@@ -41,21 +35,13 @@ DIT_SIZES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingConfig:
-    """Nested routing (ours, experimental): the middle blocks run on a coarser cut of the tree."""
-
-    __pydantic_config__ = STRICT
-    first: int = required(1)
-    """Blocks before the middle, which see all K tokens."""
-    last: int = required(1)
-    """Blocks after it, which do, too."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class LGMModelConfig:
     """Arguments of `network.MergeDiT`."""
 
     __pydantic_config__ = STRICT
+    removed: ClassVar[dict[str, str]] = {
+        "routing": "nested routing did not pay (docs/faster.md); remove the key"
+    }
     size: Literal["tiny", "s", "b", "l", "xl", "h"] = "b"
     """Width, layers and heads."""
     latent_dim: int = 32
@@ -66,30 +52,6 @@ class LGMModelConfig:
     """Blocks within which tokens merge: the tokenizer's `num_codebooks`."""
     num_classes: int = 1000
     """Classes of the data."""
-    routing: RoutingConfig | None = None
-    """null: all blocks see all K tokens. Else `lengths.middle` says how many the middle sees."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LGMLengthsConfig(LengthsConfig):
-    """Token lengths of training, with K' of the middle blocks beside K."""
-
-    __pydantic_config__ = STRICT
-    middle: tuple[int, ...] | None = None
-    """K' of each of `choices`, at most its K; for `model.routing`. K' = K is the whole network."""
-
-    def middle_shares(self) -> dict[int, dict[int, float]]:
-        """Share of each K' of the steps at K, by K; nothing without `middle`."""
-        sums: dict[int, dict[int, float]] = {}
-        weights = self.weights or (1.0,) * len(self.choices)
-        for k, inner, weight in zip(self.choices, self.middle or (), weights, strict=False):
-            at_k = sums.setdefault(k, {})
-            at_k[inner] = at_k.get(inner, 0.0) + weight
-        return {
-            k: {inner: weight / sum(at_k.values()) for inner, weight in at_k.items()}
-            for k, at_k in sums.items()
-            if sum(at_k.values())
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +85,6 @@ class LGMRun(GeneratorRun):
     tokenizer: str
     """Bundle of the tokenizer that made the latents; its decoder goes into the final bundle."""
     model: LGMModelConfig
-    lengths: LGMLengthsConfig
     objective: LGMObjectiveConfig = field(default_factory=LGMObjectiveConfig)
     lora: LoRAConfig | None = None
 
@@ -156,46 +117,11 @@ def _lora(config: LGMRun) -> Iterator[str]:
             yield f"lora.{key}: {value} must be above 0"
 
 
-def _routing(config: LGMRun) -> Iterator[str]:
-    routing, middle, choices = config.model.routing, config.lengths.middle, config.lengths.choices
-    if routing is None:
-        if middle is not None:
-            yield (
-                f"lengths.middle: {list(middle)} is for nested routing; set model.routing.first "
-                "and model.routing.last, or leave it out"
-            )
-        return
-    depth = DIT_SIZES[config.model.size].depth
-    for name in ("first", "last"):
-        if getattr(routing, name) < 0:
-            yield f"model.routing.{name}: {getattr(routing, name)} must be 0 or more"
-    if routing.first + routing.last >= depth:
-        yield (
-            f"model.routing.first: {routing.first} and last {routing.last} leave no middle of the "
-            f"{depth} blocks of size {config.model.size}; their sum must be below {depth}"
-        )
-    if middle is None or len(middle) != len(choices):
-        given = "missing" if middle is None else f"{len(middle)} K' for {len(choices)} choices"
-        yield (
-            f"lengths.middle: {given}; model.routing needs one K' for each of lengths.choices, "
-            "at most its K"
-        )
-        return
-    lowest = config.model.num_blocks
-    for num_tokens, inner in dict.fromkeys(zip(choices, middle, strict=True)):
-        if not lowest <= inner <= num_tokens:
-            yield (
-                f"lengths.middle: {inner} beside K = {num_tokens}; K' must be in [{lowest}, "
-                f"{num_tokens}], from the blocks that never merge to K itself"
-            )
-
-
 def lgm_rules(config: LGMRun) -> Iterator[str]:
     """Lines `key: value; rule; fix` for every rule that the configuration breaks."""
     lowest, highest = config.model.num_blocks, config.model.num_base_tokens
     yield from outside_choices(config.lengths.choices, lowest, highest)
     yield from _lora(config)
-    yield from _routing(config)
     model: Any = config.model
     for name in ("latent_dim", "num_base_tokens", "num_blocks", "num_classes"):
         if getattr(model, name) < 1:

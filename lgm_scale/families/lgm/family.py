@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -110,7 +110,6 @@ class LGMFamily(GeneratorFamily):
         from lgm_scale.families.lgm.network import build_merge_dit
 
         net = build_merge_dit(run.model)
-        net.trained_middles = run.lengths.middle_shares()
         if run.lora is not None:
             add_adapter(net, run.lora.rank, run.lora.alpha)
         return net
@@ -121,7 +120,6 @@ class LGMFamily(GeneratorFamily):
 
         from lgm_scale.families.lgm.data import LatentStats
         from lgm_scale.families.lgm.training import LGMTrainingModel
-        from lgm_scale.merging.nesting import nested_cuts
         from lgm_scale.merging.tree import MergeTree
         from lgm_scale.training.model import Rehearsal
 
@@ -129,13 +127,8 @@ class LGMFamily(GeneratorFamily):
         with torch.device("cpu"):  # any tree will do, but its cuts are numbers
             tree = MergeTree.from_embeddings(torch.randn(tokens, 8), run.model.num_blocks)
             tree.assignment(num_tokens)  # kept
-            # Of the K' at this K the largest: the peak of memory, and the most time.
-            most = max(run.lengths.middle_shares().get(num_tokens, {num_tokens: 1}))
-            nested_cuts(tree, num_tokens, most, torch.device("cpu"))
         stats = LatentStats(torch.empty(dim), torch.empty(dim))
-        middle = None if run.model.routing is None else lambda step: most
-        net = self.network(run)
-        model = LGMTrainingModel(net, tree, stats, run.objective, run.seed, middle)
+        model = LGMTrainingModel(self.network(run), tree, stats, run.objective, run.seed)
         latents = torch.empty(num_samples, tokens, dim, dtype=torch.float16)
         return Rehearsal(
             model, {"latents": latents, "labels": torch.empty(num_samples, dtype=torch.int64)}
@@ -157,9 +150,7 @@ class LGMFamily(GeneratorFamily):
             base = load_base(run, dataset.tree)
             net, stats = base.net, base.stats
             add_adapter(net, run.lora.rank, run.lora.alpha)
-        net.trained_middles = run.lengths.middle_shares()
-        middle = _middle_of_steps(run)
-        return LGMTrainingModel(net, dataset.tree, stats, run.objective, run.seed, middle)
+        return LGMTrainingModel(net, dataset.tree, stats, run.objective, run.seed)
 
     @override
     def export(
@@ -212,14 +203,6 @@ class LGMFamily(GeneratorFamily):
         yield from (f"cells: {text}" for text in outside_lengths(lengths, low, high))
 
     @override
-    def setting_problems(self, info: Any, num_tokens: int, config: SamplerConfig) -> Iterator[str]:
-        generator = info["models"]["generator"] if config.routed else {}
-        if generator.get("routing") is None:
-            yield from super().setting_problems(info, num_tokens, config)
-            return
-        yield from config.middle_problems(num_tokens, generator["num_blocks"])
-
-    @override
     def described_models(self, run: LGMRun) -> dict[str, Any]:
         from lgm_scale.bundle import read_bundle
 
@@ -232,13 +215,11 @@ class LGMFamily(GeneratorFamily):
     ) -> Evaluated:
         from lgm_scale.bundle import read_bundle
         from lgm_scale.families.lgm.bundle import LGMBundle
-        from lgm_scale.families.lgm.network import build_merge_dit
         from lgm_scale.families.tokenizer.bundle import load_tokenizer
 
         files = read_bundle(run.tokenizer, "tokenizer")["files"]
         bundle = LGMBundle(
-            # Not `self.network`, whose operations are the mean over the K' of training.
-            net=build_merge_dit(run.model).eval().requires_grad_(False),
+            net=self.network(run).eval().requires_grad_(False),
             tokenizer=load_tokenizer(run.tokenizer, device),
             tree=dataset.tree,
             stats=dataset.stats,
@@ -247,15 +228,3 @@ class LGMFamily(GeneratorFamily):
         )
         own = {name: files[name] for name in RECONSTRUCTION_FILES}
         return Evaluated(bundle, reconstruction=own)
-
-
-def _middle_of_steps(run: LGMRun) -> Callable[[int], int] | None:
-    """K' of a step, which stands beside its K; None without nested routing."""
-    from lgm_scale.training.length_schedule import LengthSchedule
-
-    lengths = run.lengths
-    if lengths.middle is None:
-        return None
-    middle = lengths.middle
-    schedule = LengthSchedule(lengths.choices, lengths.weights, run.seed, lengths.longest_first)
-    return lambda step: middle[schedule.place(step)]

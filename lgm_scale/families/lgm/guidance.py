@@ -15,9 +15,8 @@ from lgm_scale.merging.nesting import Nesting
 from lgm_scale.merging.tree import MergeAssignment
 from lgm_scale.sampling.config import CFGRescale
 
-Velocity = Callable[..., Tensor]
-"""(z_t [B, K, D], t [B], labels [B], assignment) -> v [B, K, D]: a `MergeDiT` or its like;
-for nested routing it takes `middle`, a `Nesting`, as well."""
+Velocity = Callable[[Tensor, Tensor, Tensor, MergeAssignment], Tensor]
+"""(z_t [B, K, D], t [B], labels [B], assignment) -> v [B, K, D]: a `MergeDiT` or its like."""
 
 
 def guided_velocity(
@@ -59,7 +58,6 @@ def coarse_guided_velocity(
     nesting: Nesting,
     cfg_scale: float,
     cfg_rescale: CFGRescale,
-    weak_velocity: Velocity | None = None,
 ) -> Tensor:
     """Weak branch at K' tokens; guidance in the subspace that both branches share.
 
@@ -68,7 +66,6 @@ def coarse_guided_velocity(
     would push v_c's fine detail up by w - 1.) PER_POSITION divides by the *fine* cluster's size.
     The weak branch is unconditional; without a `null_label` it keeps the class (autoguidance): then
     what pushes is the difference between much and little detail, not between class and any.
-    `weak_velocity` is its network, where that is another than `velocity`.
 
     Shapes: z_t [B, K, D], t [B], labels [B] -> [B, K, D] float32. Plain guidance at K' = K.
     Source: ours. Costs K' / K of guidance's second half.
@@ -77,8 +74,7 @@ def coarse_guided_velocity(
     # M x_t is a state of the kind that the network was trained on.
     weak = labels if null_label is None else torch.full_like(labels, null_label)
     v_cond = velocity(z_t, t, labels, nesting.fine).float()  # [B, K, D]
-    weak_velocity = weak_velocity or velocity
-    v_uncond = weak_velocity(nesting.merge(z_t), t, weak, nesting.coarse).float()  # [B, K', D]
+    v_uncond = velocity(nesting.merge(z_t), t, weak, nesting.coarse).float()  # [B, K', D]
     delta = nesting.expand(nesting.merge(v_cond) - v_uncond)  # [B, K', D] -> [B, K, D]
     if cfg_rescale is CFGRescale.NONE:
         return v_cond + (cfg_scale - 1) * delta

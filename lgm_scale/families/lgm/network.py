@@ -9,13 +9,11 @@ Source: LGM paper, merge-aware diffusion transformer, on LightningDiT blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from lgm_scale.errors import ConfigError
-from lgm_scale.families.lgm.config import DIT_SIZES, LGMModelConfig, RoutingConfig
+from lgm_scale.families.lgm.config import DIT_SIZES, LGMModelConfig
 from lgm_scale.layers import (
     NORM_EPS,
     Attention,
@@ -29,7 +27,6 @@ from lgm_scale.layers import (
     initialize_transformer,
     swiglu_hidden,
 )
-from lgm_scale.merging.nesting import Nesting, through_coarse
 from lgm_scale.merging.tree import MergeAssignment
 
 
@@ -51,7 +48,6 @@ class MergeDiT(nn.Module):
         latent_dim: D.
         num_base_tokens: N, the length of the position table.
         num_classes: Classes without the null label.
-        routing: Blocks that see all K tokens where the others run at K' < K; it has no weights.
 
     Raises: ConfigError if the heads do not divide the width.
     Source: LGM paper, merge-aware diffusion transformer.
@@ -65,7 +61,6 @@ class MergeDiT(nn.Module):
         latent_dim: int,
         num_base_tokens: int,
         num_classes: int,
-        routing: RoutingConfig | None = None,
     ) -> None:
         super().__init__()
         if width % num_heads != 0:
@@ -73,9 +68,6 @@ class MergeDiT(nn.Module):
         self.latent_dim = latent_dim
         self.num_base_tokens = num_base_tokens
         self.num_classes = num_classes
-        self.routing = routing
-        self.trained_middles: Mapping[int, Mapping[int, float]] = {}
-        """Share of each K' of the steps at K, in a network that is trained with `routing`."""
         self.x_embed = nn.Linear(latent_dim, width)
         self.pos_embed = nn.Parameter(torch.empty(1, num_base_tokens, width))
         self.t_embed = TimestepEmbedding(width)
@@ -88,17 +80,11 @@ class MergeDiT(nn.Module):
 
     @classmethod
     def from_size(
-        cls,
-        size: str,
-        latent_dim: int,
-        num_base_tokens: int,
-        num_classes: int,
-        routing: RoutingConfig | None = None,
+        cls, size: str, latent_dim: int, num_base_tokens: int, num_classes: int
     ) -> MergeDiT:
         """Build the network of a size that `DIT_SIZES` names."""
         row = DIT_SIZES[size]
-        sizes = (row.width, row.depth, row.num_heads, latent_dim, num_base_tokens, num_classes)
-        return cls(*sizes, routing)
+        return cls(row.width, row.depth, row.num_heads, latent_dim, num_base_tokens, num_classes)
 
     @property
     def null_label(self) -> int:
@@ -110,79 +96,42 @@ class MergeDiT(nn.Module):
         initialize_transformer(self, self.pos_embed)
 
     def forward(
-        self,
-        z_t: Tensor,
-        t: Tensor,
-        labels: Tensor,
-        assignment: MergeAssignment,
-        middle: Nesting | None = None,
+        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment
     ) -> Tensor:
-        """Predict the velocity; with `middle`, whose fine cut is `assignment`, by nested routing.
-
-        The blocks between the first and the last then run on the coarse cut, K' tokens. A network
-        whose middle has all K tokens is the one without routing, to the bit.
+        """Predict the velocity.
 
         Shapes: z_t [B, K, D], t [B] in [0, 1], labels [B] int64 (num_classes = null) -> [B, K, D].
-        Raises: ConfigError for a smaller middle without `routing`.
         """
         # (a), (b): a cluster stands where its tokens do on average. The same P that merges latents,
         # so the position of a merged token is the merged position, at every K.
         x = self.x_embed(z_t) + assignment.merge(self.pos_embed).to(z_t.dtype)  # [B, K, C]
         condition = self.t_embed(t) + self.label_embed(labels)  # [B, C]
-
-        def run(x: Tensor, first: int, end: int, cut: MergeAssignment) -> Tensor:
-            # (c): as a key, a cluster of s tokens weighs as much as s tokens would. At K = N all
-            # sizes are 1 and their logarithms 0: plain attention.
-            log_sizes = None
-            if cut.num_tokens < cut.num_base_tokens:
-                log_sizes = cut.sizes.to(torch.float32).log()
-            for block in list(self.blocks)[first:end]:
-                x = block(x, condition, log_sizes)
-            return x
-
-        depth = len(self.blocks)
-        if middle is None or middle.coarse.num_tokens == assignment.num_tokens:
-            return self.final(run(x, 0, depth, assignment), condition)
-        first, end = self._middle()
-        x = run(x, 0, first, assignment)
-        # No positions again: those of the K tokens are in x, and are merged with it.
-        x = through_coarse(x, middle, lambda m: run(m, first, end, middle.coarse))
-        return self.final(run(x, end, depth, assignment), condition)
-
-    def _middle(self) -> tuple[int, int]:
-        """The blocks that run at K': from the first index up to the second."""
-        if self.routing is None:
-            raise ConfigError("middle_tokens: this network was built without model.routing")
-        return self.routing.first, len(self.blocks) - self.routing.last
+        # (c): as a key, a cluster of s tokens weighs as much as s tokens would. At K = N all sizes
+        # are 1 and their logarithms 0: plain attention.
+        log_sizes = None
+        if assignment.num_tokens < assignment.num_base_tokens:
+            log_sizes = assignment.sizes.to(torch.float32).log()
+        for block in self.blocks:
+            x = block(x, condition, log_sizes)
+        return self.final(x, condition)
 
     def block_lengths(self, num_tokens: int) -> set[int]:
-        """Token counts at which blocks run when K tokens are asked for: K, and in training K'."""
-        return {num_tokens, *self.trained_middles.get(num_tokens, ())}
+        """Token counts at which blocks run when K tokens are asked for: K alone."""
+        return {num_tokens}
 
-    def flops(self, num_tokens: int, middle_tokens: int | None = None) -> int:
+    def flops(self, num_tokens: int) -> int:
         """Operations of one forward pass of one sample at K tokens, a multiply-add being two.
-
-        `middle_tokens` is K'; without it all blocks run at K, and in a network that is being
-        trained with `routing` it is the mean over the K' of the steps at K.
 
         Merging the position table (2 N K C, once per batch) is left out.
         """
-        if middle_tokens is None:
-            shares = self.trained_middles.get(num_tokens, {num_tokens: 1})
-            return round(sum(share * self.flops(num_tokens, k) for k, share in shares.items()))
         width = self.pos_embed.shape[-1]
-        mlp, depth = 3 * width * swiglu_hidden(width), len(self.blocks)
+        block = block_flops(num_tokens, width, 3 * width * swiglu_hidden(width))
         ends = ends_flops(num_tokens, width, self.t_embed.num_features, self.latent_dim)
-        if middle_tokens == num_tokens:
-            return depth * block_flops(num_tokens, width, mlp) + ends
-        first, end = self._middle()
-        outer = (depth - end + first) * block_flops(num_tokens, width, mlp)
-        inner = (end - first) * block_flops(middle_tokens, width, mlp)
-        return outer + inner + 4 * num_tokens * middle_tokens * width + ends  # to K' and back
+        return len(self.blocks) * block + ends
 
 
 def build_merge_dit(config: LGMModelConfig) -> MergeDiT:
     """A generator with fresh weights."""
     return MergeDiT.from_size(
-        config.size, config.latent_dim, config.num_base_tokens, config.num_classes, config.routing
+        config.size, config.latent_dim, config.num_base_tokens, config.num_classes
     )

@@ -121,10 +121,6 @@ class LGMPipeline(Pipeline[LGMBundle]):
         contrasts = self.bundle.stats.contrasts
         check_nested(config, num_tokens, self.bundle.tree, self.noise_scale, contrasts)
 
-    def row_flops(self, num_tokens: int, middle_tokens: int | None = None) -> int:
-        """Operations of one network row at K tokens, with nested routing K' in the middle."""
-        return self.bundle.net.flops(num_tokens, middle_tokens)
-
     @torch.inference_mode()
     def latents(
         self,

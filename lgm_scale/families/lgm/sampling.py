@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,12 +72,6 @@ class _Trajectory:
             self.nestings[fine, coarse] = Nesting.between(self.cut(fine), self.cut(coarse))
         return self.nestings[fine, coarse]
 
-    def routed(self, length: int, middle_tokens: int) -> Velocity:
-        """The velocity at K = `length` with K' tokens in its middle blocks."""
-        if middle_tokens == length:
-            return self.velocity
-        return partial(self.velocity, middle=self.nesting(length, middle_tokens))
-
     def start(self, num_tokens: int) -> Tensor:
         """The noise as seen at K' <= K tokens: [B, K', D]."""
         if num_tokens == self.final.num_tokens:
@@ -100,22 +93,18 @@ class _Trajectory:
         """Velocity at time t, guided where the settings say so: [B, K, D] -> float32 [B, K, D]."""
         config = self.config
         times = torch.full((len(z_t),), t, device=z_t.device, dtype=torch.float32)  # [B]
-        middle = config.middle_at(t, length)
-        velocity = self.routed(length, middle)
         if not config.guided(t):
-            return velocity(z_t, times, self.labels, self.cut(length)).float()
-        state = (velocity, z_t, times, self.labels)
+            return self.velocity(z_t, times, self.labels, self.cut(length)).float()
+        state = (self.velocity, z_t, times, self.labels)
         strength = (config.cfg_scale, config.cfg_rescale)
         # The weak branch is the same network: without the class, with fewer tokens, or both. Where
         # it has all tokens, both branches share one batch.
         coarse = config.uncond_length(length)
-        weak_middle = config.uncond_middle_at(t, coarse)
-        if (coarse, weak_middle) == (length, middle):
+        if coarse == length:
             null = self.null_label
             return guided_velocity(*state, null, self.cut(length), *strength).float()
         null = None if config.guidance is Guidance.AUTOGUIDANCE else self.null_label
-        weak = self.routed(coarse, weak_middle)
-        return coarse_guided_velocity(*state, null, self.nesting(length, coarse), *strength, weak)
+        return coarse_guided_velocity(*state, null, self.nesting(length, coarse), *strength)
 
 
 @torch.inference_mode()
@@ -133,8 +122,8 @@ def sample(
     """Integrate the ODE from noise (t = 0) to data (t = 1).
 
     `noise` [B, K, D] is at the length asked for, also when the trajectory starts with fewer;
-    `labels` are int64 [B]. `tree` is needed by `config.nested` and `config.routed`, the data's
-    `contrasts` by a growing length.
+    `labels` are int64 [B]. `tree` is needed by `config.nested` alone, the data's `contrasts` by a
+    growing length.
 
     Shapes: -> unmerged latents [B, N, D], standardised.
     Raises: ConfigError if something needed is missing, or autoguidance has no weaker branch.
@@ -189,9 +178,6 @@ def check_nested(
     config.check_guidance(num_tokens)
     for length in config.rows(num_tokens):
         tree.assignment(length)
-    problems = list(config.middle_problems(num_tokens, tree.num_blocks))
-    if problems:
-        raise ConfigError(problems, "sampler")
     if config.nested and scale == NoiseScale.LEGACY:
         raise ConfigError(
             "sampler: uncond_num_tokens and length_schedule need a generator trained with "
