@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_pipeline import ROOT
+from small_sweep import make_images
 
 from experiments.demo_bundle import main as make_demo_bundle
 from lgm_scale.bundle import DEMO, read_info
@@ -54,9 +55,10 @@ def test_the_generator_in_the_package_makes_the_same_picture_again(tmp_path, mon
 
 def test_the_command_that_ships_it_halves_weights_and_sets_the_sampler(tmp_path):
     sweep, copy = tmp_path / "sweep.yaml", tmp_path / "copy"
+    make_images(tmp_path, 32, per_class=1, classes=read_info(DEMO)["classes"])
     sweep.write_text(
-        f"{{bundle: {DEMO}, out: {tmp_path}/report, num_images: 10, metrics: [fashion_accuracy],"
-        " cells: [{num_tokens: 8, cfg_scale: 3.0}]}"
+        f"{{bundle: {DEMO}, out: {tmp_path}/report, images: {tmp_path}/mds, num_images: 10,"
+        " metrics: [fashion_accuracy], cells: [{num_tokens: 8, cfg_scale: 3.0}]}"
     )
     make_demo_bundle([str(sweep), str(copy)])
     assert read_info(copy)["files"] == read_info(DEMO)["files"]  # what is halved stays
