@@ -10,13 +10,14 @@ import pytest
 from lgm_scale.config.rules import broken_rules
 from lgm_scale.config.schema import (
     DeepSpeedConfig,
+    LengthsConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
 )
 from lgm_scale.data.config import DataConfig
 from lgm_scale.families.base import family_of
-from lgm_scale.families.lgm.config import LGMLengthsConfig, LGMModelConfig, LGMRun
+from lgm_scale.families.lgm.config import LGMModelConfig, LGMRun
 from lgm_scale.families.tokenizer.config import (
     TokenizerModelConfig,
     TokenizerObjectiveConfig,
@@ -29,7 +30,7 @@ COMMON = {
     "run_name": "run",
     "out": "runs/run",
     "data": DataConfig(path="data"),
-    "lengths": LGMLengthsConfig(choices=(8,)),
+    "lengths": LengthsConfig(choices=(8,)),
     "train": TrainConfig(max_duration="1ep", global_batch_size=8),
 }
 GENERATOR = LGMRun(**COMMON, task="generator", tokenizer="bundle", model=LGMModelConfig())
