@@ -58,7 +58,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_nothing_beside(installed):
     expected |= {
         "yamls" / path.relative_to(ROOT / "yamls") for path in ROOT.glob("yamls/**/*.yaml")
     }
-    for folder in ("templates", "weights"):
+    for folder in ("templates", "weights", "demo"):
         expected |= {path.relative_to(PACKAGE) for path in PACKAGE.glob(f"**/{folder}/*")}
     expected |= {Path("py.typed")}
     package = installed / "lgm_scale"
