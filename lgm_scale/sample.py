@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _MARGIN = 4
+GRID_CLASSES = 10
+"""Columns of a grid for which no class was named."""
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -48,7 +50,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--classes", nargs="+",
-        help="indices or names; with --num-images in turn, or CLASS=COUNT each (default: all)",
+        help="indices or names; with --num-images in turn, or CLASS=COUNT each (default: all; of a "
+        f"grid the first {GRID_CLASSES})",
     )  # fmt: skip
     parser.add_argument("--num-tokens", nargs="+", type=int, help="rows; default: all tokens")
     parser.add_argument(
@@ -77,8 +80,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     add_import_option(parser)
     args = parser.parse_args(argv)
-    if args.num_images is None and args.classes is None:
-        parser.error("the following arguments are required: --classes")
     for key in ("num_images", "batch_size", "chunk_size"):
         value = getattr(args, key)
         if value is not None and value < 1:
@@ -209,7 +210,7 @@ def _make_grid(args: argparse.Namespace, out: Path, growth: list[tuple[float, in
     pipe = load_pipeline(args.bundle, device=args.device)
     if args.cuda_graphs:
         pipe.replay()
-    labels = pipe.class_indices(args.classes)
+    labels = pipe.class_indices(args.classes or range(min(GRID_CLASSES, pipe.num_classes)))
     lengths = args.num_tokens or [pipe.num_base_tokens]
     refuse_without_effect(args.uncond_num_tokens, growth, max(lengths))
     settings: list[dict[str, Any]] = [

@@ -14,6 +14,7 @@ from small_pipeline import ROOT
 from small_sweep import make_images
 
 from experiments.demo_bundle import main as make_demo_bundle
+from lgm_scale import sample
 from lgm_scale.bundle import DEMO, read_info
 from lgm_scale.config.loading import read_yaml
 from lgm_scale.errors import CheckpointError
@@ -51,6 +52,18 @@ def test_the_generator_in_the_package_makes_the_same_picture_again(tmp_path, mon
     (tmp_path / "demo").mkdir()
     with pytest.raises(CheckpointError, match="demo is no bundle"):
         load_pipeline("demo")
+
+
+def test_readmes_first_command_draws_every_class(tmp_path, monkeypatch, capsys):
+    line = next(
+        line for line in (ROOT / "README.md").read_text().splitlines() if "sample demo" in line
+    )
+    command = line.split("&&")[1].split("#")[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", command.split("-m ")[1].split())
+    assert sample.main() == 0
+    assert "grid.png: 10 classes at 3 lengths" in capsys.readouterr().out
+    assert (tmp_path / "grid.png").is_file()
 
 
 def test_the_command_that_ships_it_halves_weights_and_sets_the_sampler(tmp_path):

@@ -155,3 +155,8 @@ def test_it_judges_nothing_but_fashion_mnist(made, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", [*words, "--out", str(tmp_path / "r.safetensors")])
     with pytest.raises(ConfigError, match=r"--fashion-mnist: .* 16 pixels; its classifier looks"):
         reference.main()
+
+
+def test_a_missing_reference_is_made_with_the_options_of_these_metrics(made, tmp_path):
+    with pytest.raises(ConfigError, match=r"reference SOURCE --out \S+ --fashion-mnist`"):
+        config_for(made, tmp_path / "out", reference=str(tmp_path / "r.safetensors"))

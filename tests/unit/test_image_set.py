@@ -182,7 +182,7 @@ def test_what_is_no_image_set_is_left_alone(bundles, tmp_path, name):
         (["--num-images", "4", "--classes", "dgo"], "no class is named 'dgo'; nearest: dog"),
         (["--num-images", "4", "--classes", "3"], "index 3 is outside [0, 2]"),
         (["--classes", "dog", "--chunk-size", "4"], "--chunk-size goes with --num-images"),
-        ([], "the following arguments are required: --classes"),
+        ([], "is no image file; end it in .png"),
         (["--num-images", "4", "--out", "a.png"], "name a folder, or a.npz"),
         (["--num-images", "4", "--out", "nowhere/a"], "nowhere is no folder; make it first"),
         (["--num-images", "4", "--uncond-num-tokens", "99"], "99 has no effect"),

@@ -211,7 +211,7 @@ def _files(config: SweepConfig, made: Sequence[str]) -> Iterator[str]:
     hints = {
         "metrics_log": "give the metrics.jsonl of the generator's training, or leave the key out",
         "reference": f"make one with `python -m {_COMMANDS}.reference SOURCE --out "
-        f"{config.reference} --inception {config.inception}`, where SOURCE is "
+        f"{config.reference}{_features(config)}`, where SOURCE is "
         f"{PUBLISHED[REFERENCE[0]].path} (`{COMMAND} --fetch {REFERENCE[0]}`) or images of yours; "
         "or leave the key out",
     }
@@ -234,6 +234,13 @@ def _files(config: SweepConfig, made: Sequence[str]) -> Iterator[str]:
             yield "reference: missing, and so is `images`; samples have nothing to be compared with"
         if config.vgg16:
             yield "images: missing, and vgg16 measures reconstructions of them; or drop vgg16"
+
+
+def _features(config: SweepConfig) -> str:
+    """Options of the command `reference` for the features that this sweep compares."""
+    given = {"inception": config.inception, "dinov2": config.dinov2}
+    words = [f" --{name} {path}" for name, path in given.items() if path]
+    return "".join(words) + " --fashion-mnist" * any(map(_is_fashion, config.metrics))
 
 
 def _is_fashion(metric: str) -> bool:
