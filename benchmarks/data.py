@@ -252,6 +252,17 @@ def conversion_rates(folder: Path, repeats: int) -> None:
     }
     title = f"Conversion of 500 x 375 JPEGs, {len(blobs)} files, one process"
     print_rates(title, "images", len(blobs), candidates, repeats)
+    convert(None)
+    kept = folder / f"made{next(made) - 1}"
+    options: Any = {"image_size": SIDE, "train": True, "seed": 0, "batch_size": BATCH}
+    rates = {"bare JPEG decode (Pillow)": candidates["bare JPEG decode (Pillow)"]}
+    for where in ("workers", "device"):
+        data = ImageDataset(kept, crop_on=where, **options)
+        rates[f"ours, training, crop_on: {where}"] = lambda data=data: [
+            data[i] for i in range(len(blobs))
+        ]
+    title = f"Images of 500 x 375, {len(blobs)} files, a worker's part per core-second"
+    print_rates(title, "images", len(blobs), rates, repeats, clock=time.process_time)
 
 
 def main() -> None:

@@ -66,8 +66,8 @@ class ImageDataset(EpochDataset):
         max_scale: Largest scale before the random crop; 1 for no scaling.
         crop_on: Who scales, cuts and flips for augment "crop", with the same bits: "workers" (the
             default), the "device" where the batch trains, or "auto": the device if it is a GPU. On
-            the device, an item is what `scaling.cut_window` says, and a batch of them becomes one
-            of images by `finish_batch`.
+            the device, an item is what `scaling.cut_window` says, with two ints, and a batch of
+            such items becomes one of images by `finish_batch`.
 
     Raises: DataError if a source is no complete MDS folder of images; ConfigError for an
         augmentation that there is not.
@@ -120,14 +120,13 @@ class ImageDataset(EpochDataset):
         sample: dict[str, Any] = super().get_item(sample_id, retry)
         name = f"sample {sample_id} of {self.streams[0].local}"
         image = decode_image(sample["image"], name)
-        item: dict[str, Any] = {
-            "labels": torch.tensor(int(sample["label"]), dtype=torch.int64),
-            "sample_ids": torch.tensor(int(sample_id), dtype=torch.int64),
-        }
+        label = int(sample["label"])
         if self._device_crop is not None:
             rng = self._draws(sample_id)
             crop = draw_crop(image, self.image_size, rng, self.max_scale)
-            return item | cut_window(crop, rng.random() < 0.5, self.image_size, self._side, name)
+            flip = rng.random() < 0.5
+            window = cut_window(crop, flip, self.image_size, self._side, name)
+            return {**window, "labels": label, "sample_ids": int(sample_id)}
         if self.augment == "crop":
             rng = self._draws(sample_id)
             image = random_resized_crop(image, self.image_size, rng, self.max_scale)
@@ -137,7 +136,11 @@ class ImageDataset(EpochDataset):
                 image = center_crop(image, self.image_size)
             flip = self.augment == "flip" and self._draws(sample_id).random() < 0.5
         pixels = planes(image)
-        return item | {"images": pixels.flip(2) if flip else pixels}
+        return {
+            "images": pixels.flip(2) if flip else pixels,
+            "labels": torch.tensor(label, dtype=torch.int64),
+            "sample_ids": torch.tensor(int(sample_id), dtype=torch.int64),
+        }
 
     def _draws(self, sample_id: int) -> np.random.Generator:
         key = [self.seed, self.epoch, int(sample_id), _AUGMENTATION_STREAM]
