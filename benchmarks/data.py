@@ -25,18 +25,26 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils.data import default_collate
 from torchvision import datasets as vision
 from torchvision.transforms import v2
 
 from benchmarks.harness import command_line, print_rates, print_table
 from data_tools.demo_images import DemoArguments, make_demo_images
 from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.decoding import MAX_SCALE, center_crop, decode_image, random_resized_crop
+from lgm_scale.data.decoding import (
+    MAX_SCALE,
+    center_crop,
+    decode_image,
+    draw_crop,
+    random_resized_crop,
+)
 from lgm_scale.data.epochs import CheckedLoader
 from lgm_scale.data.images import ImageDataset, planes
 from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.preparation.convert import convert_folder, convert_image, encode_jpeg
 from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
+from lgm_scale.data.scaling import DeviceCrop, cut_window
 from lgm_scale.families.lgm.data import STATS_NAME, LatentStats, LGMLatentDataset
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
@@ -67,6 +75,9 @@ def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
         "ours, evaluation": made_like(train=False),
         "ours, training without scaling": made_like(train=True, max_scale=1.0),
         "ours, training (scale, crop, flip)": made_like(train=True),
+        "ours, training, a worker's part of it (crop_on: device)": made_like(
+            train=True, crop_on="device"
+        ),
         "torchvision ImageFolder, the same kind of crop": vision.ImageFolder(
             str(folder / "photos" / "train"), transform
         ),
@@ -86,25 +97,50 @@ def image_rates(folder: Path, files: list[Path], repeats: int) -> None:
 
 
 def image_shares(files: list[Path]) -> None:
-    """Where the time of a training image goes."""
-    seconds: dict[str, float] = {}
-    for i, path in enumerate(files):
-        rng = np.random.default_rng(i)
-        value: Any = path
-        for part, work in {
-            "read": Path.read_bytes,
-            "decode": decode_image,
-            "scale and crop": lambda image, rng=rng: random_resized_crop(image, SIDE, rng),
-            "to tensor": planes,
-            "flip": lambda pixels: pixels.flip(2),
-        }.items():
-            start = time.process_time()
-            value = work(value)
-            seconds[part] = seconds.get(part, 0.0) + time.process_time() - start
-    total = sum(seconds.values())
-    print("\nShare of a training image's time")
-    rows = [(part, each / total, each / len(files) * 1e6) for part, each in seconds.items()]
-    print_table({"part": "", "share": ".0%", "us": ",.0f"}, rows)
+    """Where the time of a training image goes, with crops made by the worker and by the device."""
+    parts: dict[str, dict[str, Any]] = {
+        "workers": {
+            "read": lambda path, rng: path.read_bytes(),
+            "decode": lambda data, rng: decode_image(data),
+            "draw, scale and crop": lambda image, rng: random_resized_crop(image, SIDE, rng),
+            "to tensor": lambda image, rng: planes(image),
+            "flip": lambda pixels, rng: pixels.flip(2),
+        },
+        "device": {
+            "read": lambda path, rng: path.read_bytes(),
+            "decode": lambda data, rng: decode_image(data),
+            "draw": lambda image, rng: draw_crop(image, SIDE, rng),
+            "pixels and place": lambda crop, rng: cut_window(crop, True, SIDE, SIDE, ""),
+        },
+    }
+    for crop_on, works in parts.items():
+        seconds: dict[str, float] = {}
+        for i, path in enumerate(files):
+            rng = np.random.default_rng(i)
+            value: Any = path
+            for part, work in works.items():
+                start = time.process_time()
+                value = work(value, rng)
+                seconds[part] = seconds.get(part, 0.0) + time.process_time() - start
+        total = sum(seconds.values())
+        print(f"\nShare of a training image's time in a worker, crop_on: {crop_on}")
+        rows = [(part, each / total, each / len(files) * 1e6) for part, each in seconds.items()]
+        print_table({"part": "", "share": ".0%", "us": ",.0f"}, rows)
+
+
+def device_part(folder: Path, repeats: int) -> None:
+    """What `crop_on: device` leaves to the device: a GPU, or where there is none, a core."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options: Any = {"seed": 0, "batch_size": BATCH, "crop_on": "device"}
+    data = ImageDataset(folder / "mds", image_size=SIDE, train=True, **options)
+    finish, count = DeviceCrop(SIDE, SIDE), 16 if device.type == "cpu" else BATCH
+    batch = default_collate([data[i] for i in range(count)])
+    batch = {name: value.to(device) for name, value in batch.items()}
+    operations = 2 * 3 * SIDE**2 * finish.num_taps / 1e6
+    title = f"The device's part, {count} images on {device}, by the clock on the wall: "
+    title += f"{operations:.1f} M integer multiply-adds an image"
+    work: dict[str, Callable[[], object]] = {"scale, cut, flip": lambda: finish(batch)}
+    print_rates(title, "images", count, work, repeats, device)
 
 
 def write_latents(out: str, staging: str | None, count: int) -> None:
@@ -216,6 +252,17 @@ def conversion_rates(folder: Path, repeats: int) -> None:
     }
     title = f"Conversion of 500 x 375 JPEGs, {len(blobs)} files, one process"
     print_rates(title, "images", len(blobs), candidates, repeats)
+    convert(None)
+    kept = folder / f"made{next(made) - 1}"
+    options: Any = {"image_size": SIDE, "train": True, "seed": 0, "batch_size": BATCH}
+    rates = {"bare JPEG decode (Pillow)": candidates["bare JPEG decode (Pillow)"]}
+    for where in ("workers", "device"):
+        data = ImageDataset(kept, crop_on=where, **options)
+        rates[f"ours, training, crop_on: {where}"] = lambda data=data: [
+            data[i] for i in range(len(blobs))
+        ]
+    title = f"Images of 500 x 375, {len(blobs)} files, a worker's part per core-second"
+    print_rates(title, "images", len(blobs), rates, repeats, clock=time.process_time)
 
 
 def main() -> None:
@@ -232,6 +279,7 @@ def main() -> None:
         files = sorted((folder / "photos" / "train").rglob("*.jpg"))
         image_rates(folder, files, args.repeats)
         image_shares(files)
+        device_part(folder, args.repeats)
         conversion_rates(folder, args.repeats)
         latent_rates(folder, args.latents, args.remote, args.repeats)
 

@@ -5,7 +5,9 @@
 Two ranks under DDP over gloo on CPU, each with half of the state. A round is `--interval` training
 steps (forward, backward, AdamW, moving average); the rounds alternate between no state, a state
 that is waited for, and one that is written beside the steps. What the main threads are held up is
-timed by itself, on the slower rank: on shared cores rounds differ by more than a state costs.
+timed by itself, on the slower rank: on shared cores rounds differ by more than a state costs. Its
+own processor time of that is the copy, nearly all of it; the rest are waits, for the other rank, a
+free core, or the disk.
 """
 
 from __future__ import annotations
@@ -69,8 +71,8 @@ class Training:
         self.checkpointer.bind(self.step.model, shards, self.ema)
         self.checkpointer.begin(self.state)
         stop.tell = self.checkpointer.parts_done
-        self.held_up: dict[str, list[float]] = {}
-        """Seconds of each round, by the round's name."""
+        self.held_up: dict[str, list[tuple[float, float]]] = {}
+        """Seconds of each round, and processor time of the main thread, by the round's name."""
         self.one_step()  # makes the moments
         self.checkpointer.save(self.state)  # finds its memory
         self.checkpointer.finish()
@@ -93,20 +95,21 @@ class Training:
             self.one_step()
             clock(lambda: checkpointer.proceed(self.stop.least))
         clock(checkpointer.finish)  # as the next save would
-        self.held_up.setdefault(name, []).append(clock.seconds)
+        self.held_up.setdefault(name, []).append((clock.seconds, clock.working))
 
 
 class Clock:
-    """Seconds that the calls through it took, together."""
+    """Seconds that the calls through it took, together, and this thread's processor time."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = self.working = 0.0
 
     def __call__(self, action: Callable[[], object]) -> None:
         """Call it."""
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.thread_time()
         action()
         self.seconds += time.perf_counter() - begun
+        self.working += time.thread_time() - worked
 
 
 ROUNDS = {"none": (False, False), "waited for": (True, True), "beside the steps": (True, False)}
@@ -121,8 +124,11 @@ def _measure(args: argparse.Namespace, folder: str) -> list[tuple]:
     for name in rounds:
         of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, training.held_up[name])
-        held_up = statistics.median(map(max, zip(*of_ranks, strict=True)))
-        rows.append((name, seconds[name] / seconds["none"], 100 * held_up / seconds["none"]))
+        slower = [max(both) for both in zip(*of_ranks, strict=True)]
+        shares = [
+            100 * statistics.median(part) / seconds["none"] for part in zip(*slower, strict=True)
+        ]
+        rows.append((name, seconds[name] / seconds["none"], *shares))
     return rows
 
 
@@ -137,7 +143,8 @@ def main() -> int:
         f"{args.num_tokens} tokens per rank, float32, a state of {size / 2**20:.0f} MiB every "
         f"{args.interval} steps, median of {args.repeats} rounds\n"
     )
-    print_table({"states": "", "round, none = 1": ".3f", "main thread held up, %": ".2f"}, rows)
+    held_up = {"main thread held up, %": ".2f", "its own work of that, %": ".2f"}
+    print_table({"states": "", "round, none = 1": ".3f", **held_up}, rows)
     return 0
 
 

@@ -114,6 +114,7 @@ def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedu
     )
     return DataSpec(
         loader,
+        microbatch_transforms=dataset.finish_batch,
         get_num_samples_in_batch=lambda batch: len(batch["sample_ids"]),
         split_batch=None if tokens is None else split_by_tokens(tokens),
     )

@@ -40,6 +40,7 @@ _FREE_KEYS = (
     "data.retry_seconds",
     "checkpoint.interval",
     "checkpoint.keep",
+    "crop_on",
     "evaluation",
     "parallel.",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -62,6 +63,18 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray).convert("RGB")
 
 
+class Crop(NamedTuple):
+    """Where a crop of a scaled image is, before it is made.
+
+    `image` has been halved as often as need be; `scaled` is the width and height to which the
+    bicubic filter brings it, `corner` the left and top of the part, in pixels after scaling.
+    """
+
+    image: Image.Image
+    scaled: tuple[int, int]
+    corner: tuple[int, int]
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Scale the smaller side to `size` and cut the middle out.
 
@@ -70,9 +83,19 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Source: the centre crop of "Diffusion Models Beat GANs on Image Synthesis" (ADM), from its
     description; FID references are made this way.
     """
-    image = _resize_smaller_side(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    image, (width, height) = _smaller_side(image, size)
+    return _made(Crop(image, (width, height), ((width - size) // 2, (height - size) // 2)), size)
+
+
+def draw_crop(
+    image: Image.Image, size: int, rng: np.random.Generator, max_scale: float = MAX_SCALE
+) -> Crop:
+    """Draw what `random_resized_crop` makes."""
+    image, (width, height) = _smaller_side(
+        image, int(rng.integers(size, int(size * max_scale) + 1))
+    )
+    left = int(rng.integers(width - size + 1))
+    return Crop(image, (width, height), (left, int(rng.integers(height - size + 1))))
 
 
 def random_resized_crop(
@@ -82,19 +105,22 @@ def random_resized_crop(
 
     Source: the training crop of ADM, from its description (box halving, then bicubic).
     """
-    smaller = int(rng.integers(size, int(size * max_scale) + 1))
-    image = _resize_smaller_side(image, smaller)
-    left = int(rng.integers(image.width - size + 1))
-    top = int(rng.integers(image.height - size + 1))
-    return image.crop((left, top, left + size, top + size))
+    return _made(draw_crop(image, size, rng, max_scale), size)
 
 
-def _resize_smaller_side(image: Image.Image, smaller: int) -> Image.Image:
-    """Scale so that the smaller side is exactly `smaller`: box halving, then bicubic."""
+def _smaller_side(image: Image.Image, smaller: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Halve with a box filter while both sides are at least twice `smaller`.
+
+    Returns: The image, and the width and height that make its smaller side exactly `smaller`.
+    """
     while min(image.size) >= 2 * smaller:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = smaller / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if (width, height) == image.size:
-        return image
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return image, (round(image.width * scale), round(image.height * scale))
+
+
+def _made(crop: Crop, size: int) -> Image.Image:
+    image, scaled, (left, top) = crop
+    if scaled != image.size:
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +116,11 @@ class EpochDataset(GuardedDataset):
         """Whether a sample is seen mirrored in this epoch: a function of (seed, epoch, id)."""
         key = [self.seed, int(Purpose.FLIP), self.epoch, int(sample_id)]
         return bool(np.random.default_rng(key).integers(2))
+
+    @property
+    def finish_batch(self) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+        """What is left to do with a batch, or a part of one, on its device; None: nothing."""
+        return None
 
     @property
     def epoch_samples(self) -> int:

@@ -8,22 +8,37 @@ repeats it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.decoding import MAX_SCALE, center_crop, decode_image, random_resized_crop
+from lgm_scale.data.decoding import (
+    MAX_SCALE,
+    center_crop,
+    decode_image,
+    draw_crop,
+    random_resized_crop,
+)
 from lgm_scale.data.epochs import EpochDataset, StreamOptions
+from lgm_scale.data.scaling import DeviceCrop, check_pillow, cut_window, largest_window
 from lgm_scale.errors import ConfigError
 
 Augment = Literal["crop", "flip", "none"]
 
+CropOn = Literal["auto", "device", "workers"]
+
 _AUGMENTATION_STREAM = 0x696D67  # keeps these draws apart from other uses of (seed, epoch, sample)
+
+
+# A worker's pixels are Pillow's own bytes, and are copied into the batch at once.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 def planes(image: Image.Image) -> Tensor:
@@ -49,6 +64,10 @@ class ImageDataset(EpochDataset):
         seed: Decides the order and the augmentation, with the epoch and the sample id alone.
         batch_size: Samples per device and batch; the library deals out samples by it.
         max_scale: Largest scale before the random crop; 1 for no scaling.
+        crop_on: Who scales, cuts and flips for augment "crop", with the same bits: "workers" (the
+            default), the "device" where the batch trains, or "auto": the device if it is a GPU. On
+            the device, an item is what `scaling.cut_window` says, with two ints, and a batch of
+            such items becomes one of images by `finish_batch`.
 
     Raises: DataError if a source is no complete MDS folder of images; ConfigError for an
         augmentation that there is not.
@@ -64,6 +83,7 @@ class ImageDataset(EpochDataset):
         batch_size: int,
         augment: Augment | None = None,
         max_scale: float = MAX_SCALE,
+        crop_on: CropOn = "workers",
         options: StreamOptions | None = None,
     ) -> None:
         if max_scale < 1:
@@ -81,21 +101,48 @@ class ImageDataset(EpochDataset):
         self.image_size = image_size
         self.augment: Augment = augment or ("crop" if train else "none")
         self.max_scale = max_scale
+        self._device_crop: DeviceCrop | None = None
+        on_device = crop_on == "device" or (crop_on == "auto" and torch.cuda.is_available())
+        if on_device and self.augment == "crop":
+            check_pillow()
+            stored = self.manifest.image_size
+            one_size = stored is not None and stored < 2 * image_size
+            self._side = stored if one_size and stored else largest_window(image_size)
+            self._device_crop = DeviceCrop(image_size, self._side)
 
-    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, torch.Tensor]:
+    @property
+    @override
+    def finish_batch(self) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
+        return self._device_crop
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """Decode, crop and augment one sample."""
         sample: dict[str, Any] = super().get_item(sample_id, retry)
-        image = decode_image(sample["image"], f"sample {sample_id} of {self.streams[0].local}")
-        rng = np.random.default_rng([self.seed, self.epoch, int(sample_id), _AUGMENTATION_STREAM])
+        name = f"sample {sample_id} of {self.streams[0].local}"
+        image = decode_image(sample["image"], name)
+        label = int(sample["label"])
+        if self._device_crop is not None:
+            rng = self._draws(sample_id)
+            crop = draw_crop(image, self.image_size, rng, self.max_scale)
+            flip = rng.random() < 0.5
+            window = cut_window(crop, flip, self.image_size, self._side, name)
+            return {**window, "labels": label, "sample_ids": int(sample_id)}
         if self.augment == "crop":
+            rng = self._draws(sample_id)
             image = random_resized_crop(image, self.image_size, rng, self.max_scale)
-        elif image.size != (self.image_size, self.image_size):
-            image = center_crop(image, self.image_size)
+            flip = rng.random() < 0.5
+        else:
+            if image.size != (self.image_size, self.image_size):
+                image = center_crop(image, self.image_size)
+            flip = self.augment == "flip" and self._draws(sample_id).random() < 0.5
         pixels = planes(image)
-        if self.augment != "none" and rng.random() < 0.5:
-            pixels = pixels.flip(2)
         return {
-            "images": pixels,
-            "labels": torch.tensor(int(sample["label"]), dtype=torch.int64),
+            "images": pixels.flip(2) if flip else pixels,
+            "labels": torch.tensor(label, dtype=torch.int64),
             "sample_ids": torch.tensor(int(sample_id), dtype=torch.int64),
         }
+
+    def _draws(self, sample_id: int) -> np.random.Generator:
+        key = [self.seed, self.epoch, int(sample_id), _AUGMENTATION_STREAM]
+        # numpy splits integers into words of 32 bits; an array of words is the same key, sooner.
+        return np.random.default_rng(np.array(key, np.uint32) if max(key) < 1 << 32 else key)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from gpu_cases import CASES, TREE, no_waiting
+from PIL import Image
 
 from benchmarks.gpu_steps import TrainStep
+from lgm_scale.data.decoding import draw_crop, random_resized_crop
+from lgm_scale.data.scaling import DeviceCrop, cut_window, largest_window
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.merging.linkage import start_host_copy
 from lgm_scale.parallel.blocks import checkpoint_blocks
@@ -33,6 +37,27 @@ def test_a_step_never_waits(device, steps, recompute):
     assert all(math.isfinite(value) for value in torch.stack(losses).tolist())
     moved = [(a - w).abs().max() for a, w in zip(steps.average, steps.weights, strict=True)]
     assert max(moved) > 0, "weights move, and the average behind them"
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_crops_are_those_of_pillow(device, size):
+    items, expected = [], []
+    for seed, (height, width) in enumerate([(size, size), (375, 500), (2 * size - 1, 90)]):
+        rngs = [np.random.default_rng(seed) for _ in range(3)]
+        pixels = rngs[0].choice([0, 85, 255], (height, width, 3)).astype(np.uint8)
+        image, flip = Image.fromarray(pixels), seed == 1
+        drawn = draw_crop(image, size, rngs[1])
+        items.append(cut_window(drawn, flip, size, largest_window(size), "image"))
+        made = np.asarray(random_resized_crop(image, size, rngs[2])).transpose(2, 0, 1)
+        expected.append(torch.from_numpy(made[..., ::-1].copy() if flip else made.copy()))
+    batch = {
+        name: torch.from_numpy(np.stack([item[name] for item in items])).to(device)
+        for name in items[0]
+    }
+    finish = DeviceCrop(size, largest_window(size))
+    with no_waiting(device):
+        images = finish(batch)["images"]
+    assert torch.equal(images.cpu(), torch.stack(expected))
 
 
 def test_waiting_is_seen(device):

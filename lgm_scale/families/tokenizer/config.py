@@ -146,6 +146,10 @@ class TokenizerRun(TrainingRun):
     """crop, as published: a random cut of the image made up to a quarter larger, and a random flip;
     flip: the middle at its own size and a random flip, for small images whose every pixel counts;
     none: the middle alone."""
+    crop_on: Literal["auto", "device", "workers"] = "auto"
+    """Where that cut is scaled, made and flipped, with equal bits: by the workers that decode, or
+    on the device that trains, which spares them more than half of their time; auto: on the device
+    if it is a GPU. May change between resumes."""
     evaluation: ReconstructionsConfig | None = None
 
 
@@ -162,6 +166,11 @@ def tokenizer_rules(config: TokenizerRun) -> Iterator[str]:
             "bundle in init_from; set it to null, or remove init_from"
         )
     yield from _model(model)
+    if config.crop_on == "device" and config.augment != "crop":
+        yield (
+            f"crop_on: device has no effect with augment: {config.augment}, which scales nothing "
+            "for training; set it to auto"
+        )
     if model.quantizer == "none" and config.objective.entropy > 0:
         yield (
             f"objective.entropy: {config.objective.entropy} reads codes, and model.quantizer: none "

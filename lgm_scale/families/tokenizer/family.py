@@ -89,6 +89,7 @@ class TokenizerFamily(Family):
             seed=run.seed,
             batch_size=batch_size,
             augment=run.augment,
+            crop_on=run.crop_on,
             options=options,
         )
 
