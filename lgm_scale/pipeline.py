@@ -184,8 +184,10 @@ class Pipeline(ABC, Generic[AnyBundle]):
     def default_config(self, num_tokens: int) -> SamplerConfig:
         """Settings of a call at K tokens that names none: the bundle's own, where it has some."""
         config = self.plain_config(num_tokens)
-        if gives_average(self.info):  # its guidance is in the weights; two evaluations
-            config = replace(config, solver=Solver.MEAN_FLOW, cfg_scale=1.0, num_steps=3)
+        if gives_average(self.info):  # two evaluations; its guidance is in the weights
+            config = replace(
+                config, solver=Solver.MEAN_FLOW, cfg_scale=1.0, num_steps=3, timestep_shift=0.5
+            )
         stored = self.info.get("sampling", {}).get(str(num_tokens), {})
         try:
             return replace(config, **stored)

@@ -138,8 +138,8 @@ def _mean_flow(run: Any, known: bool) -> Iterator[str]:
         yield f"objective.mean_flow.guidance: {flow.guidance} must be 1 (none) or more, and finite"
     if run.train.compile is True:
         yield (
-            "train.compile: true, and compiled blocks have no derivative along the flow "
-            "(objective.mean_flow); set it to false"
+            "train.compile: true is not for objective.mean_flow, for compiled blocks have no "
+            "derivative along the flow; set it to false"
         )
     parallel = run.parallel
     if parallel.strategy == "deepspeed" and (parallel.deepspeed or DeepSpeedConfig()).stage == 3:
