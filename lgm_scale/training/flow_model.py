@@ -74,10 +74,10 @@ class FlowModel(TrainingModel):
     ) -> Predicted:
         """The network's velocity on the way from noise to z; with `mean_flow`, as its average says.
 
-        `net` is (z_t, t, labels, and with `mean_flow` end) -> velocity; `sizes` are numbers [K, 1]
-        of mean 1 over base tokens by which guidance is divided.
+        `net` is (z_t, t, labels, and with `mean_flow` end) -> velocity. Guidance is divided by
+        `sizes`, those of merged tokens relative to their mean.
 
-        Shapes: z and noise [B, ...].
+        Shapes: z and noise [B, ...], sizes [K, 1] -> as z twice, [B].
         """
         keys, t, labels = draws
         flow = self.objective.mean_flow
