@@ -48,7 +48,8 @@ def training_work(config: Any) -> tuple[float, int]:
     with torch.device("meta"):  # shapes are enough to count
         net: Any = family_of(config).network(config)
     forward = statistics.mean(net.flops(k) for k in choices)
-    return 3 * config.train.global_batch_size * forward, len(choices)
+    passes = family_of(config).forward_passes(config)
+    return passes * config.train.global_batch_size * forward, len(choices)
 
 
 def equal_steps(work: float, cycle: int, budget: float) -> int:

@@ -87,5 +87,10 @@ def training_keys(seed: int, step: int, sample_ids: Tensor) -> dict[Purpose, Ten
     """Stream keys of one training step: what a sample draws depends on (seed, step, sample id)."""
     return {
         purpose: stream_keys(seed, purpose, step, sample_ids)
-        for purpose in (Purpose.NOISE, Purpose.TIMESTEP, Purpose.LABEL_DROPOUT)
+        for purpose in (
+            Purpose.NOISE,
+            Purpose.TIMESTEP,
+            Purpose.LABEL_DROPOUT,
+            Purpose.END_TIME,
+        )
     }

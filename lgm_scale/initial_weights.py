@@ -144,6 +144,10 @@ class GeneratorInitialWeights(InitialWeights):
             rule = "width, depth and heads cannot be adapted"
             yield self.refuse("model.size", here, there, rule)
 
+    def new_end_time(self, here: bool, there: bool) -> tuple[str, ...]:
+        """What is new where the bundle's network gives the velocity and this one its average."""
+        return ("end_embed.",) if here and not there else ()
+
     @cached_property
     def classes(self) -> tuple[str, ...]:
         """Names of the bundle's classes."""
@@ -164,6 +168,11 @@ class GeneratorInitialWeights(InitialWeights):
     @override
     def stated(self, dataset: Any = None) -> Iterator[str]:
         yield from super().stated(dataset)
+        if "end_embed." in self.new:
+            yield (
+                "end times: the bundle's network gives the velocity, which is the average velocity "
+                "at the first step, up to any end"
+            )
         if dataset is None:
             here = self.run.model.num_classes
             yield (

@@ -12,9 +12,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 NORM_EPS = torch.finfo(torch.float32).eps
 """Epsilon of every RMSNorm, as in the release; torch's default would change with the dtype."""
+NO_END_TIME = "end: a network of the velocity has no end time; leave it out, or build it with one"
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -240,6 +242,18 @@ class TimestepEmbedding(nn.Module):
         return self.mlp(features.to(next(self.parameters()).dtype))
 
 
+class EndTimeEmbedding(TimestepEmbedding):
+    """Embedding of the time from t to the end of a step, for networks of the average velocity.
+
+    It adds nothing at first (`zero`): weights of a velocity give the same numbers with it.
+    """
+
+    @override
+    def forward(self, t: Tensor, end: Tensor | None = None) -> Tensor:
+        """Embed end - t, both [B]; without an end 0, where the average velocity is the velocity."""
+        return super().forward(torch.zeros_like(t) if end is None else end - t)
+
+
 class LabelEmbedding(nn.Module):
     """Class table; its last row is the null label of classifier-free guidance.
 
@@ -284,6 +298,8 @@ def initialize_transformer(net: nn.Module, *tables: Tensor) -> None:
             zero(module.modulation[-1])
         if isinstance(module, FinalLayer):
             zero(module.linear)
+        if isinstance(module, EndTimeEmbedding):
+            zero(module.mlp[-1])
 
 
 def zero(layer: nn.Module) -> None:
@@ -309,11 +325,11 @@ def block_flops(tokens: int, width: int, mlp: int) -> int:
     )
 
 
-def ends_flops(tokens: int, width: int, features: int, state_dim: int) -> int:
+def ends_flops(tokens: int, width: int, features: int, state_dim: int, num_times: int = 1) -> int:
     """Operations of what surrounds the blocks for one sample: embeddings and modulated output.
 
-    `features` are the frequencies of the embedding of t, `state_dim` numbers per token of the
-    state.
+    `features` are the frequencies of the embedding of a time, `num_times` how many times are
+    embedded, `state_dim` numbers per token of the state.
     """
-    embeddings = 2 * features * width + 2 * width * width
+    embeddings = num_times * (2 * features * width + 2 * width * width)
     return embeddings + tokens * 2 * 2 * state_dim * width + 2 * width * 2 * width

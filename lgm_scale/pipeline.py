@@ -28,12 +28,16 @@ from tqdm import tqdm
 from lgm_scale.bundle import check_kind, local_bundle, read_info
 from lgm_scale.errors import CheckpointError, ConfigError, LGMError
 from lgm_scale.families.base import families
-from lgm_scale.families.generator import generator_families
+from lgm_scale.families.generator import (
+    generator_families,
+    gives_average,
+    solver_problems,
+)
 from lgm_scale.layers import cast_matrices
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.pixels import finite_images, to_uint8
 from lgm_scale.protocols import Bundle, GeneratorNetwork, ImageTokenizer
-from lgm_scale.sampling.config import SamplerConfig
+from lgm_scale.sampling.config import SamplerConfig, Solver
 
 # Rows of 256 tokens that one batch may hold, by device: a guided step runs twice as many.
 _BATCH_ROWS = {"cuda": 128, "cpu": 32}
@@ -180,6 +184,10 @@ class Pipeline(ABC, Generic[AnyBundle]):
     def default_config(self, num_tokens: int) -> SamplerConfig:
         """Settings of a call at K tokens that names none: the bundle's own, where it has some."""
         config = self.plain_config(num_tokens)
+        if gives_average(self.info):  # two evaluations; its guidance is in the weights
+            config = replace(
+                config, solver=Solver.MEAN_FLOW, cfg_scale=1.0, num_steps=3, timestep_shift=0.5
+            )
         stored = self.info.get("sampling", {}).get(str(num_tokens), {})
         try:
             return replace(config, **stored)
@@ -201,6 +209,8 @@ class Pipeline(ABC, Generic[AnyBundle]):
             settings["cfg_scale"] = cfg_scale
         config = replace(self.default_config(num_tokens), **settings)
         self.check(config, num_tokens)
+        if problems := list(solver_problems(self.info, [config], "sampler")):
+            raise ConfigError(problems)
         return config
 
     def __call__(

@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     FLIP = 7
     SAMPLING_NOISE = 8
     LATENT_SAMPLE = 9
+    END_TIME = 10
     CRITIC_VIEW = 16
     DIFF_AUGMENT = 17
 

@@ -188,6 +188,18 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeanFlowConfig:
+    """MeanFlow: train the average velocity up to an end time, for samples in one to four steps."""
+
+    __pydantic_config__ = STRICT
+    share: float = 0.5
+    """Share of samples that are trained up to a later time; the others train the velocity."""
+    guidance: float = 2.0
+    """Guidance w that goes into the weights; on merged tokens the mean over base tokens, divided by
+    the sizes as `cfg_rescale: per_position` does. 1: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FlowObjectiveConfig:
     """The objective of every generator: rectified flow, with times from a logit-normal law."""
 
@@ -198,6 +210,8 @@ class FlowObjectiveConfig:
     """Of the same normal."""
     label_dropout: float = 0.1
     """Share of samples that train the unconditional branch."""
+    mean_flow: MeanFlowConfig | None = None
+    """null: the velocity alone is trained. Goes with `model.end_time: true`."""
 
 
 @dataclass(frozen=True, kw_only=True)

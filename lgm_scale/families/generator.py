@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from lgm_scale.config.loading import to_dict
-from lgm_scale.config.schema import EvaluationConfig
+from lgm_scale.config.schema import DeepSpeedConfig, EvaluationConfig
 from lgm_scale.families.base import Family, families, imported
 
 if TYPE_CHECKING:
@@ -61,13 +64,22 @@ class GeneratorFamily(Family):
     about_noise: ClassVar[str] = "A column starts from one noise."
     """For pictures in a report whose rows are token counts: what one column is."""
 
+    takes_mean_flow: ClassVar[bool] = False
+    """Whether its networks can give the average velocity: `model.end_time`."""
+
     def rules(self, run: Any) -> Iterator[str]:
         """Rules of the objective, which all generators share."""
         objective = run.objective
+        yield from _mean_flow(run, self.takes_mean_flow)
         if not 0 <= objective.label_dropout < 1:
             yield f"objective.label_dropout: {objective.label_dropout} must be in [0, 1)"
         if objective.timestep_std <= 0:
             yield f"objective.timestep_std: {objective.timestep_std} must be above 0"
+
+    @override
+    def forward_passes(self, run: Any) -> int:
+        """Three, or with MeanFlow seven: two for its guidance, two for the derivative."""
+        return 3 if run.objective.mean_flow is None else 7
 
     def num_classes(self, run: Any) -> int | None:
         """Classes of the model."""
@@ -100,6 +112,67 @@ class GeneratorFamily(Family):
     def pipeline(self) -> Any:
         """The class that makes images from its bundles: a `pipeline.Pipeline`."""
         return imported(self.pipeline_class)
+
+
+def _mean_flow(run: Any, known: bool) -> Iterator[str]:
+    """Rules of `objective.mean_flow`, and of the network that goes with it."""
+    flow, end_time = run.objective.mean_flow, known and run.model.end_time
+    if flow is None:
+        if end_time:
+            yield (
+                "model.end_time: true, and nothing trains it; set objective.mean_flow, or "
+                "model.end_time to false"
+            )
+        return
+    if not known:
+        yield f"objective.mean_flow: networks of task {run.task} have no end time; set it to null"
+        return
+    if not end_time:
+        yield (
+            "objective.mean_flow: needs a network that knows where a step ends; set model.end_time "
+            "to true"
+        )
+    if not 0 < flow.share <= 1:
+        yield f"objective.mean_flow.share: {flow.share} must be above 0 and at most 1"
+    if not 1 <= flow.guidance < math.inf:
+        yield f"objective.mean_flow.guidance: {flow.guidance} must be 1 (none) or more, and finite"
+    if run.train.compile is True:
+        yield (
+            "train.compile: true is not for objective.mean_flow, for compiled blocks have no "
+            "derivative along the flow; set it to false"
+        )
+    parallel = run.parallel
+    if parallel.strategy == "deepspeed" and (parallel.deepspeed or DeepSpeedConfig()).stage == 3:
+        yield (
+            "parallel.deepspeed.stage: 3 gathers weights by hooks that have no derivative along "
+            "the flow (objective.mean_flow); use stage: 2, or parallel.strategy: fsdp"
+        )
+
+
+def solver_problems(
+    info: dict[str, Any], configs: Iterable[SamplerConfig], key: str
+) -> Iterator[str]:
+    """The problem of solvers that ask another velocity of a bundle's network than it gives.
+
+    `info` is its bundle.json, `key` says what asks for the solvers.
+    """
+    average = gives_average(info)
+    for name in sorted({config.solver.value for config in configs}):
+        if average and name != "mean_flow":
+            yield (
+                f"{key}: solver {name} knows no end of a step, and this generator was trained with "
+                "objective.mean_flow; take solver mean_flow"
+            )
+        if name == "mean_flow" and not average:
+            yield (
+                f"{key}: solver mean_flow needs a generator that was trained with "
+                "objective.mean_flow, and this one gives the velocity; take euler or heun"
+            )
+
+
+def gives_average(info: dict[str, Any]) -> bool:
+    """Whether the network of a bundle gives the average velocity up to an end time."""
+    return bool(info.get("models", {}).get("generator", {}).get("end_time"))
 
 
 def generator_families() -> dict[str, GeneratorFamily]:

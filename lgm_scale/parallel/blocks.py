@@ -9,10 +9,11 @@ Order matters: recompute, then compile, then shard. What comes later lies around
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from lgm_scale.parallel.torch_internals import allow_recompilations
@@ -51,19 +52,21 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], ratio: float) -> None:
 
     The forward of these blocks is replaced in place, and so no parameter changes its name.
     """
+    for index in chosen_blocks(len(blocks), ratio):
+        block = blocks[index]
+        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+
+
+def _recomputed(forward: Callable[..., Any], *inputs: Any) -> Any:
+    """The result of `forward`, whose activations are computed again where there is a gradient."""
     # Late: it imports sympy, and a dry run recomputes nothing.
     from torch.utils.checkpoint import checkpoint
 
-    for index in chosen_blocks(len(blocks), ratio):
-        block = blocks[index]
-        block.forward = partial(  # type: ignore[method-assign]
-            checkpoint,
-            block.forward,
-            use_reentrant=False,
-            # The blocks draw no random numbers: keeping the generator's state would cost a copy
-            # from the device in every block.
-            preserve_rng_state=False,
-        )
+    if not torch.is_grad_enabled():  # also because checkpoint has no derivative along a flow
+        return forward(*inputs)
+    # The blocks draw no random numbers: keeping the generator's state would cost a copy from the
+    # device in every block.
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def compile_blocks(net: BlockNetwork, lengths: Iterable[int], **options: Any) -> None:

@@ -45,11 +45,13 @@ class Guidance(str, Enum):
 class Solver(str, Enum):
     """EULER: one evaluation per step. HEUN: two (trapezoid), but one in the last step.
 
+    MEAN_FLOW: one per step, of the average velocity over the step; for networks that give it.
     Training draws t below 1, so no solver asks the network for the velocity at t = 1.
     """
 
     EULER = "euler"
     HEUN = "heun"
+    MEAN_FLOW = "mean_flow"
 
 
 def _setting(help: str, default: Any) -> Any:
@@ -77,7 +79,10 @@ class SamplerConfig:
     timestep_shift: float = _setting(
         "a of t' = a t / (1 + (a - 1) t): below 1, more steps are near the noise", 0.2
     )
-    solver: Solver = _setting("one evaluation of the network per step, or two", Solver.EULER)
+    solver: Solver = _setting(
+        "one evaluation of the network per step, or two, or one of the average velocity",
+        Solver.EULER,
+    )
     uncond_num_tokens: int | None = _setting(
         "tokens of guidance's weak branch, or of the step where that has fewer", None
     )
@@ -119,6 +124,11 @@ class SamplerConfig:
             problems.append(f"cfg_interval: ({lo}, {hi}) must be ordered and inside [0, 1]")
         if not 0 < self.timestep_shift < math.inf:
             problems.append(f"timestep_shift: {self.timestep_shift} must be above 0, and finite")
+        if self.solver is Solver.MEAN_FLOW and (self.cfg_scale > 1 or self.uncond_num_tokens):
+            problems.append(
+                "solver: mean_flow has no weak branch, for guidance is in the weights; leave "
+                "cfg_scale at 1 and uncond_num_tokens out"
+            )
         if self.uncond_num_tokens is not None and self.uncond_num_tokens < 1:
             problems.append(f"uncond_num_tokens: {self.uncond_num_tokens} must be 1 or more")
         if self.guidance is Guidance.AUTOGUIDANCE and self.uncond_num_tokens is None:

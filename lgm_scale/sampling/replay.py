@@ -36,7 +36,7 @@ class ReplayedVelocity:
     graphs hold what one evaluation needs. Shapes: those of the velocity.
 
     Args:
-        velocity: (z_t, t, labels, assignment) -> Tensor, without waiting for the GPU.
+        velocity: (z_t, t, labels, assignment, maybe end) -> Tensor, without waiting for the GPU.
         record: Makes a graph.
         keep: Graphs at most; the oldest one goes.
     """
@@ -47,16 +47,20 @@ class ReplayedVelocity:
         self.velocity, self.record, self.keep = velocity, record, keep
         self._graphs: dict[Any, tuple[list[Tensor], Callable[[], object], Tensor, Any]] = {}
 
-    def __call__(self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: Any) -> Tensor:
+    def __call__(
+        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: Any, *end: Tensor
+    ) -> Tensor:
         """Velocity at the state, which the caller may keep."""
-        given = (z_t, t, labels)
+        given = (z_t, t, labels, *end)
         # The cut is part of the graph, and kept with it: no other one has its identity then.
         key = (id(assignment), *((tuple(x.shape), x.dtype) for x in given))
         if key not in self._graphs:
             while len(self._graphs) >= self.keep:
                 del self._graphs[next(iter(self._graphs))]
             inputs = [x.clone() for x in given]
-            again, out = self.record(lambda *xs: self.velocity(*xs, assignment), inputs)
+            again, out = self.record(
+                lambda z, s, y, *r: self.velocity(z, s, y, assignment, *r), inputs
+            )
             self._graphs[key] = (inputs, again, out, assignment)
         inputs, again, out, _ = self._graphs[key]
         for mine, new in zip(inputs, given, strict=True):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lgm_scale.config.schema import FlowObjectiveConfig
-from lgm_scale.flow import sample_timesteps, training_keys
+from lgm_scale.flow import interpolate, sample_timesteps, training_keys, velocity_target
+from lgm_scale.mean_flow import mean_flow_velocity, sample_spans
 from lgm_scale.randomness import Purpose, keyed_uniform
 from lgm_scale.training.model import TrainingModel
 
@@ -32,6 +34,14 @@ class Draws(NamedTuple):
     labels: Tensor
 
 
+class Predicted(NamedTuple):
+    """A prediction, what it is compared with, and when. Shapes: as the state twice, t [B]."""
+
+    v_pred: Tensor
+    v_target: Tensor
+    t: Tensor
+
+
 class FlowModel(TrainingModel):
     """What training a generator by rectified flow is, whatever its state looks like.
 
@@ -53,6 +63,35 @@ class FlowModel(TrainingModel):
         t = sample_timesteps(keys[Purpose.TIMESTEP], *law)
         dropped = keyed_uniform(keys[Purpose.LABEL_DROPOUT]) < self.objective.label_dropout
         return Draws(keys, t, torch.where(dropped, self.net.null_label, batch["labels"]))
+
+    def predict(
+        self,
+        net: Callable[..., Tensor],
+        z: Tensor,
+        noise: Tensor,
+        draws: Draws,
+        sizes: Tensor | None = None,
+    ) -> Predicted:
+        """The network's velocity on the way from noise to z; with `mean_flow`, as its average says.
+
+        `net` is (z_t, t, labels, and with `mean_flow` end) -> velocity. Guidance is divided by
+        `sizes`, those of merged tokens relative to their mean.
+
+        Shapes: z and noise [B, ...], sizes [K, 1] -> as z twice, [B].
+        """
+        keys, t, labels = draws
+        flow = self.objective.mean_flow
+        if flow is None:
+            target = velocity_target(z, noise)
+            return Predicted(net(interpolate(z, noise, t), t, labels), target, t)
+        law = self.objective.timestep_mean, self.objective.timestep_std
+        t, end = sample_spans(keys[Purpose.END_TIME], t, flow.share, *law)
+        guidance = 1 + (flow.guidance - 1) / (1.0 if sizes is None else sizes)
+        v_pred, v_target = mean_flow_velocity(
+            net, interpolate(z, noise, t), (t, end), labels, self.net.null_label,
+            velocity_target(z, noise), guidance,
+        )  # fmt: skip
+        return Predicted(v_pred, v_target, t)
 
     def noted(self, loss: Tensor, t: Tensor) -> Tensor:
         """The mean of a loss per sample, which is noted by time as well. Shapes: [B] x 2 -> []."""

@@ -67,7 +67,7 @@ def noise(*indices: int, seed: int = 0) -> torch.Tensor:
 # --- the solver -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", list(Solver))
+@pytest.mark.parametrize("solver", [Solver.EULER, Solver.HEUN])
 @pytest.mark.parametrize("shift", [0.3, 1.0])
 def test_the_exact_velocity_carries_noise_to_data(solver, shift):
     """t = 0 is noise and t = 1 data: (data - z_t) / (1 - t) is the velocity of the way."""
@@ -212,7 +212,7 @@ def test_scale_one_is_the_conditional_velocity_alone():
 
 
 @pytest.mark.parametrize("guidance", list(Guidance))
-@pytest.mark.parametrize("solver", list(Solver))
+@pytest.mark.parametrize("solver", [Solver.EULER, Solver.HEUN])
 def test_outside_the_interval_no_weak_branch_is_computed(guidance, solver):
     config = SamplerConfig(
         num_steps=9, cfg_scale=2.0, cfg_interval=(0.25, 0.5), timestep_shift=1.0,

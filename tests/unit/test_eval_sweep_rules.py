@@ -51,6 +51,8 @@ def problems_of(made: Path, tmp_path: Path, **changes: Any) -> list[str]:
         ({"part": "3/3"}, "part: '3/3' is not i/n"),
         ({"part": "first"}, "part: 'first' is not i/n"),
         ({"sampler": {"num_steps": 1}}, "cells: num_steps: 1"),
+        ({"cells": [{"num_tokens": 4, "solver": "mean_flow", "cfg_scale": 1.0}]},
+         "cells: solver mean_flow needs a generator"),
         ({"sampler": {"cfg_scale": 0.5}}, "cells: cfg_scale: 0.5"),
         ({"sampler": {"cfg_interval": [0.5, 0.2]}}, "cells: cfg_interval"),
         ({"sampler": {"timestep_shift": 0.0}}, "cells: timestep_shift"),

@@ -33,7 +33,7 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.sweep.config import SweepConfig, expand, with_lists
 
-SHIPPED = ("elastic", "samplers", "tokenizers")
+SHIPPED = ("elastic", "few_steps", "samplers", "tokenizers")
 HOME = Path("yamls/experiments")
 
 
@@ -184,7 +184,7 @@ def test_wrong_keys_and_types_inside_entries_are_told(tmp_path):
 
 def test_an_unknown_name_and_a_wrong_option_end_with_status_2():
     for given, line in (
-        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, samplers, tok"),
+        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, few_steps, "),
         (["elastic", "--jobs", "0"], "--jobs: 0 must be 1 or more"),
         (["elastic", "modell.size=b"], "modell: unknown key; did you mean 'model'?"),
     ):

@@ -207,6 +207,7 @@ def test_a_timestep_does_not_depend_on_the_batch():
 def test_training_keys_depend_on_seed_step_sample_and_purpose_alone():
     ids = torch.tensor([4, 9])
     keys = training_keys(1, 2, ids)
-    assert set(keys) == {Purpose.NOISE, Purpose.TIMESTEP, Purpose.LABEL_DROPOUT}
+    purposes = {Purpose.NOISE, Purpose.TIMESTEP, Purpose.LABEL_DROPOUT, Purpose.END_TIME}
+    assert set(keys) == purposes
     for purpose, key in keys.items():
         assert torch.equal(key, stream_keys(1, purpose, 2, ids))

@@ -65,6 +65,7 @@ ORDER = [
     "lgm_scale/frozen.py",
     "lgm_scale/weights.py",
     "lgm_scale/protocols.py",
+    "lgm_scale/mean_flow.py",
     "lgm_scale/flow.py",
     "lgm_scale/layers.py",
     "lgm_scale/merging",
@@ -84,6 +85,7 @@ ROOTS = {entry.split("/")[0] for entry in ORDER}
 PURE = (
     "lgm_scale/merging/",
     "lgm_scale/layers.py",
+    "lgm_scale/mean_flow.py",
     "lgm_scale/flow.py",
     "lgm_scale/pixels.py",
     "lgm_scale/frozen.py",

@@ -23,7 +23,12 @@ from lgm_scale.evaluation.sweep.config import (
     combinations,
     with_lists,
 )
-from lgm_scale.families.generator import GeneratorFacts, GeneratorFamily, generator_families
+from lgm_scale.families.generator import (
+    GeneratorFacts,
+    GeneratorFamily,
+    generator_families,
+    solver_problems,
+)
 from lgm_scale.published import COMMAND, PUBLISHED, missing_lines
 from lgm_scale.sampling.config import SamplerConfig
 
@@ -99,6 +104,7 @@ def broken_rules(
             facts, classes = _family(info).facts(info, config.bundle), list(info["classes"])
             pairs = [(cell.num_tokens, cell.sampler) for cell in cells]
             problems += _family(info).length_problems(info, config.bundle, pairs)
+            problems += solver_problems(info, [cell.sampler for cell in cells], "cells")
             problems += [*facts.problems, *_fashion(config, facts, classes)]
             if len(classes) != facts.num_classes:
                 problems.append(

@@ -91,6 +91,8 @@ class ELITModelConfig:
     """Side of a token, in places of the state."""
     num_classes: int = 1000
     """Classes of the data."""
+    end_time: bool = False
+    """Give the average velocity up to a time that is passed besides; for objective.mean_flow."""
     interface: InterfaceConfig | None = None
     """null: SiT, without an interface."""
 

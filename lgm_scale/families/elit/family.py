@@ -47,6 +47,7 @@ class ELITFamily(GeneratorFamily):
     task: ClassVar[str] = "spatial_generator"
     title: ClassVar[str] = "ELIT or SiT, on a grid"
     schema = ELITRun
+    takes_mean_flow: ClassVar[bool] = True
     encoders: ClassVar[dict[str, Tool]] = {
         "sd-vae": Tool(
             "lgm_scale.families.elit.encoder:AutoencoderEncoder",

@@ -36,7 +36,8 @@ class ELITInitialWeights(GeneratorInitialWeights):
         self.here, self.space = run.model, run.space
         self.there: ELITModelConfig = model_config(info, "generator", ELITModelConfig, folder)
         self.old_space: SpaceConfig = model_config(info, "space", SpaceConfig, folder)
-        self.new = _PARTS if self.there.interface is None else ()
+        self.new = self.new_end_time(self.here.end_time, self.there.end_time)
+        self.new += _PARTS if self.there.interface is None else ()
         self.left = _PARTS if self.here.interface is None else ()
 
     @override

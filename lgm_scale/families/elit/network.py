@@ -24,8 +24,10 @@ from lgm_scale.families.elit.config import SIT_SIZES, SPLITS, ELITModelConfig, S
 from lgm_scale.families.elit.interface import LAYER_NORM_EPS, Read, Write
 from lgm_scale.layers import (
     MLP,
+    NO_END_TIME,
     Attention,
     DiTBlock,
+    EndTimeEmbedding,
     FinalLayer,
     LabelEmbedding,
     TimestepEmbedding,
@@ -72,6 +74,7 @@ class SiT(nn.Module):
         side: Side of the state in latent pixels, divisible by patch_size.
         patch_size: p; N = (side / p)^2.
         num_classes: Classes without the null label.
+        end_time: Give the average velocity up to a time that is passed besides (`mean_flow`).
 
     Raises: ConfigError for sizes that do not divide.
     Source: SiT (arXiv 2401.08740), on DiT's adaLN-Zero blocks.
@@ -88,6 +91,7 @@ class SiT(nn.Module):
         side: int,
         patch_size: int,
         num_classes: int,
+        end_time: bool = False,
     ) -> None:
         super().__init__()
         if width % num_heads != 0 or width % 4 != 0:
@@ -101,6 +105,7 @@ class SiT(nn.Module):
         # Computed, so in no state: old checkpoints and other sides need no table.
         self.register_buffer("pos_embed", sincos_table(width, self.grid), persistent=False)
         self.t_embed = TimestepEmbedding(width)
+        self.end_embed = EndTimeEmbedding(width) if end_time else None
         self.label_embed = LabelEmbedding(num_classes, width)
         self.blocks = nn.ModuleList(
             DiTBlock(
@@ -150,7 +155,8 @@ class SiT(nn.Module):
         self.check_length(num_tokens)
         width, tokens = self.pos_embed.shape[-1], self.num_base_tokens
         patch = self.patch_size**2 * self.channels
-        ends = ends_flops(tokens, width, self.t_embed.num_features, patch)
+        times = 1 if self.end_embed is None else 2
+        ends = ends_flops(tokens, width, self.t_embed.num_features, patch, times)
         return ends + self._transform_flops(width, num_tokens)
 
     def _transform_flops(self, width: int, num_tokens: int) -> int:
@@ -158,25 +164,45 @@ class SiT(nn.Module):
         block = block_flops(self.num_base_tokens, width, 2 * _MLP_RATIO * width * width)
         return len(self.blocks) * block
 
-    def forward(self, z_t: Tensor, t: Tensor, labels: Tensor, num_tokens: int) -> Tensor:
-        """Predict the velocity, data - noise.
+    def forward(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        num_tokens: int,
+        end: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity, data - noise, or with `end_time` its average from t to `end`.
 
         Shapes: z_t [B, channels, side, side], t [B] in [0, 1] (1 is data), labels [B] int64
-        (num_classes = null) -> [B, channels, side, side]. `num_tokens` is K, an int.
+        (num_classes = null), end [B] -> [B, channels, side, side]. `num_tokens` is K, an int.
         Raises: ConfigError for a K that the network does not have.
         """
-        return -self.forward_released(z_t, 1 - t, labels, num_tokens)
+        if self.end_embed is None and end is not None:
+            raise ConfigError(NO_END_TIME)
+        ahead = None if self.end_embed is None else self.end_embed(t, end)
+        return -self.forward_released(z_t, 1 - t, labels, num_tokens, ahead)
 
-    def forward_released(self, x: Tensor, s: Tensor, labels: Tensor, num_tokens: int) -> Tensor:
+    def forward_released(
+        self,
+        x: Tensor,
+        s: Tensor,
+        labels: Tensor,
+        num_tokens: int,
+        ahead: Tensor | None = None,
+    ) -> Tensor:
         """The network in the release's convention: s [B] is 0 at data; predicts noise - data.
 
-        Shapes: x [B, channels, side, side], labels [B] int64 -> [B, channels, side, side].
+        Shapes: x [B, channels, side, side], labels [B] int64, ahead [B, C], the embedded end time
+        of a network that has one -> [B, channels, side, side].
         """
         self.check_length(num_tokens)
         # Contiguous: the residual stream of all blocks would keep the convolution's layout.
         tokens = self.x_embed(x).flatten(2).transpose(1, 2).contiguous()  # [B, N, C]
         tokens = tokens + self.pos_embed.to(tokens.dtype)
         condition = self.t_embed(s) + self.label_embed(labels)  # [B, C]
+        if ahead is not None:
+            condition = condition + ahead
         tokens = self.transform(tokens, condition, num_tokens)
         return self._unpatchify(self.final(tokens, condition))  # [B, N, p p channels] before
 
@@ -201,7 +227,8 @@ class ELIT(SiT):
     one network serves every budget. Depth counts head, core and tail together.
 
     Args:
-        width, depth, num_heads, channels, side, patch_size, num_classes: Arguments of `SiT`.
+        width, depth, num_heads, channels, side, patch_size, num_classes, end_time: Arguments of
+            `SiT`.
         head_blocks: Blocks before Read.
         tail_blocks: Blocks after Write.
         group_size: g, the side of a window in tokens; divides side / p. J = g^2 latents each.
@@ -222,6 +249,7 @@ class ELIT(SiT):
         side: int,
         patch_size: int,
         num_classes: int,
+        end_time: bool = False,
         *,
         head_blocks: int,
         tail_blocks: int,
@@ -229,7 +257,8 @@ class ELIT(SiT):
         drop_mode: DropMode = "skip_core",
         position_rows: int = RELEASED_POSITION_ROWS,
     ) -> None:
-        super().__init__(width, depth, num_heads, channels, side, patch_size, num_classes)
+        size = (width, depth, num_heads, channels, side, patch_size, num_classes)
+        super().__init__(*size, end_time)
         if min(head_blocks, tail_blocks) < 0 or head_blocks + tail_blocks >= depth:
             raise ConfigError(
                 f"head_blocks and tail_blocks: {head_blocks} + {tail_blocks} of {depth} blocks "
@@ -342,7 +371,7 @@ def build_elit(model: ELITModelConfig, space: SpaceConfig) -> SiT:
     row = SIT_SIZES[model.size]
     common = (
         row.width, row.depth, row.num_heads,
-        space.channels, space.side, model.patch_size, model.num_classes,
+        space.channels, space.side, model.patch_size, model.num_classes, model.end_time,
     )  # fmt: skip
     interface = model.interface
     if interface is None:

@@ -36,7 +36,9 @@ class GridNetwork(Protocol):
         """Raise ConfigError for a K that the network does not have."""
         ...
 
-    def __call__(self, z_t: Tensor, t: Tensor, labels: Tensor, num_tokens: int, /) -> Tensor:
+    def __call__(
+        self, z_t: Tensor, t: Tensor, labels: Tensor, num_tokens: int, /, *end: Tensor
+    ) -> Tensor:
         """Velocity: z_t [B, C, S, S], t [B] (1 is data), labels [B] int64 -> [B, C, S, S]."""
         ...
 
@@ -68,12 +70,15 @@ class _Guided:
     labels: Tensor
     config: SamplerConfig
 
-    def __call__(self, z_t: Tensor, t: float, length: int) -> Tensor:
+    def __call__(self, z_t: Tensor, t: float, length: int, *end: float) -> Tensor:
         """Velocity at time t and K tokens: z_t [B, C, S, S] -> float32 [B, C, S, S]."""
         net, labels, config = self.net, self.labels, self.config
-        times = torch.full((len(z_t),), t, device=z_t.device, dtype=torch.float32)
+        times, *ends = (
+            torch.full((len(z_t),), time, device=z_t.device, dtype=torch.float32)
+            for time in (t, *end)
+        )  # [B] each
         if not config.guided(t):
-            return net(z_t, times, labels, length).float()
+            return net(z_t, times, labels, length, *ends).float()
         # Autoguidance keeps the class: its branch is weak by its smaller budget alone.
         weak_labels = labels
         if config.guidance is Guidance.CFG:

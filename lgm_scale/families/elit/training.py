@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from lgm_scale.config.schema import FlowObjectiveConfig
 from lgm_scale.families.elit.network import SiT
-from lgm_scale.flow import interpolate, unweighted_flow_loss, velocity_target
+from lgm_scale.flow import unweighted_flow_loss
 from lgm_scale.pixels import PIXEL_STD, to_unit_range
 from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
-from lgm_scale.training.flow_model import FlowModel
-
-
-class ELITOutput(NamedTuple):
-    """Shapes: v_pred, v_target [B, channels, side, side], t [B] in [0, 1]."""
-
-    v_pred: Tensor
-    v_target: Tensor
-    t: Tensor
+from lgm_scale.training.flow_model import FlowModel, Predicted
 
 
 class ELITTrainingModel(FlowModel):
@@ -41,13 +33,17 @@ class ELITTrainingModel(FlowModel):
         super().__init__(net, objective, seed)
         self.latent_scale = latent_scale
 
-    def forward(self, batch: dict[str, Any]) -> ELITOutput:
+    def forward(self, batch: dict[str, Any]) -> Predicted:
         """Draw noise and t for this step, and predict the velocity at the step's budget."""
-        keys, t, labels = self.draw(batch)
+        draws = self.draw(batch)
         z = self.state(batch)
-        noise = keyed_normal(keys[Purpose.NOISE], tuple(z.shape[1:]))
-        v_pred = self.net(interpolate(z, noise, t), t, labels, batch["num_tokens"])
-        return ELITOutput(v_pred, velocity_target(z, noise), t)
+        noise = keyed_normal(draws.keys[Purpose.NOISE], tuple(z.shape[1:]))
+        return self.predict(
+            lambda z_t, t, labels, *end: self.net(z_t, t, labels, batch["num_tokens"], *end),
+            z,
+            noise,
+            draws,
+        )
 
     def state(self, batch: dict[str, Any]) -> Tensor:
         """What the flow ends at. Shapes: -> [B, channels, side, side] float32."""
@@ -58,6 +54,6 @@ class ELITTrainingModel(FlowModel):
         keys = stream_keys(self.seed, Purpose.LATENT_SAMPLE, batch["step"], ids)
         return (mean + std * keyed_normal(keys, tuple(mean.shape[1:]))) * self.latent_scale
 
-    def loss(self, outputs: ELITOutput, batch: dict[str, Any]) -> Tensor:
+    def loss(self, outputs: Predicted, batch: dict[str, Any]) -> Tensor:
         """Mean over the batch of the squared error."""
         return self.noted(unweighted_flow_loss(outputs.v_pred, outputs.v_target), outputs.t)

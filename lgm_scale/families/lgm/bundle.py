@@ -64,10 +64,10 @@ class LGMBundle:
         return self._adapted[num_tokens]
 
     def velocity(
-        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment
+        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment, *end: Tensor
     ) -> Tensor:
         """What the sampler integrates, at each length with its own network; see `MergeDiT`."""
-        return self.network(assignment.num_tokens)(z_t, t, labels, assignment)
+        return self.network(assignment.num_tokens)(z_t, t, labels, assignment, *end)
 
 
 def save_lgm_bundle(

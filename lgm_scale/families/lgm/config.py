@@ -52,6 +52,8 @@ class LGMModelConfig:
     """Blocks within which tokens merge: the tokenizer's `num_codebooks`."""
     num_classes: int = 1000
     """Classes of the data."""
+    end_time: bool = False
+    """Give the average velocity up to a time that is passed besides; for objective.mean_flow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,11 @@ def _lora(config: LGMRun) -> Iterator[str]:
         yield (
             f"init_from: {config.init_from}; an adapter starts from lora.base alone; remove "
             "init_from, or lora"
+        )
+    if config.objective.mean_flow is not None:
+        yield (
+            "objective.mean_flow: trains a whole generator; remove it, or train without lora with "
+            "init_from, which goes on from a generator's weights"
         )
     if config.train.compile is True:
         yield NOT_COMPILED

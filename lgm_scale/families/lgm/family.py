@@ -37,6 +37,7 @@ class LGMFamily(GeneratorFamily):
     task: ClassVar[str] = "generator"
     title: ClassVar[str] = "LGM, on merged tokens"
     schema = LGMRun
+    takes_mean_flow: ClassVar[bool] = True
     fixed_keys: ClassVar[tuple[str, ...]] = ("objective.noise_scale",)
     contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
     encoders: ClassVar[dict[str, Tool]] = {
@@ -82,7 +83,8 @@ class LGMFamily(GeneratorFamily):
 
     @override
     def forward_passes(self, run: LGMRun) -> int:
-        return 3 if run.lora is None else 2  # a frozen network's weights need no gradient
+        # A frozen network's weights need no gradient.
+        return super().forward_passes(run) if run.lora is None else 2
 
     @override
     def dataset(self, run: LGMRun, batch_size: int, options: StreamOptions) -> LGMLatentDataset:

@@ -15,8 +15,10 @@ from lgm_scale.merging.nesting import Nesting
 from lgm_scale.merging.tree import MergeAssignment
 from lgm_scale.sampling.config import CFGRescale
 
-Velocity = Callable[[Tensor, Tensor, Tensor, MergeAssignment], Tensor]
-"""(z_t [B, K, D], t [B], labels [B], assignment) -> v [B, K, D]: a `MergeDiT` or its like."""
+Velocity = Callable[..., Tensor]
+"""(z_t [B, K, D], t [B], labels [B], assignment) -> v [B, K, D]: a `MergeDiT` or its like.
+
+Of an average velocity, end [B] comes last."""
 
 
 def guided_velocity(

@@ -32,6 +32,7 @@ class LGMInitialWeights(GeneratorInitialWeights):
         super().__init__(run, folder, info)
         self.here = run.model
         self.there: LGMModelConfig = model_config(info, "generator", LGMModelConfig, folder)
+        self.new = self.new_end_time(self.here.end_time, self.there.end_time)
 
     @override
     def refused(self) -> Iterator[str]:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.lgm.config import DIT_SIZES, LGMModelConfig
 from lgm_scale.layers import (
+    NO_END_TIME,
     NORM_EPS,
     Attention,
     DiTBlock,
+    EndTimeEmbedding,
     FinalLayer,
     LabelEmbedding,
     SwiGLU,
@@ -48,6 +50,7 @@ class MergeDiT(nn.Module):
         latent_dim: D.
         num_base_tokens: N, the length of the position table.
         num_classes: Classes without the null label.
+        end_time: Give the average velocity up to a time that is passed besides (`mean_flow`).
 
     Raises: ConfigError if the heads do not divide the width.
     Source: LGM paper, merge-aware diffusion transformer.
@@ -61,6 +64,7 @@ class MergeDiT(nn.Module):
         latent_dim: int,
         num_base_tokens: int,
         num_classes: int,
+        end_time: bool = False,
     ) -> None:
         super().__init__()
         if width % num_heads != 0:
@@ -71,6 +75,7 @@ class MergeDiT(nn.Module):
         self.x_embed = nn.Linear(latent_dim, width)
         self.pos_embed = nn.Parameter(torch.empty(1, num_base_tokens, width))
         self.t_embed = TimestepEmbedding(width)
+        self.end_embed = EndTimeEmbedding(width) if end_time else None
         self.label_embed = LabelEmbedding(num_classes, width)
         self.blocks = nn.ModuleList(
             DiTBlock(width, Attention(width, num_heads), SwiGLU(width), _norm) for _ in range(depth)
@@ -80,11 +85,17 @@ class MergeDiT(nn.Module):
 
     @classmethod
     def from_size(
-        cls, size: str, latent_dim: int, num_base_tokens: int, num_classes: int
+        cls,
+        size: str,
+        latent_dim: int,
+        num_base_tokens: int,
+        num_classes: int,
+        end_time: bool = False,
     ) -> MergeDiT:
         """Build the network of a size that `DIT_SIZES` names."""
         row = DIT_SIZES[size]
-        return cls(row.width, row.depth, row.num_heads, latent_dim, num_base_tokens, num_classes)
+        common = (latent_dim, num_base_tokens, num_classes, end_time)
+        return cls(row.width, row.depth, row.num_heads, *common)
 
     @property
     def null_label(self) -> int:
@@ -96,16 +107,26 @@ class MergeDiT(nn.Module):
         initialize_transformer(self, self.pos_embed)
 
     def forward(
-        self, z_t: Tensor, t: Tensor, labels: Tensor, assignment: MergeAssignment
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        assignment: MergeAssignment,
+        end: Tensor | None = None,
     ) -> Tensor:
-        """Predict the velocity.
+        """Predict the velocity, or of a network with `end_time` its average from t to `end`.
 
-        Shapes: z_t [B, K, D], t [B] in [0, 1], labels [B] int64 (num_classes = null) -> [B, K, D].
+        Shapes: z_t [B, K, D], t [B] in [0, 1], labels [B] int64 (num_classes = null), end [B] from
+        t to 1 -> [B, K, D].
         """
         # (a), (b): a cluster stands where its tokens do on average. The same P that merges latents,
         # so the position of a merged token is the merged position, at every K.
         x = self.x_embed(z_t) + assignment.merge(self.pos_embed).to(z_t.dtype)  # [B, K, C]
         condition = self.t_embed(t) + self.label_embed(labels)  # [B, C]
+        if self.end_embed is not None:
+            condition = condition + self.end_embed(t, end)
+        elif end is not None:
+            raise ConfigError(NO_END_TIME)
         # (c): as a key, a cluster of s tokens weighs as much as s tokens would. At K = N all sizes
         # are 1 and their logarithms 0: plain attention.
         log_sizes = None
@@ -126,12 +147,17 @@ class MergeDiT(nn.Module):
         """
         width = self.pos_embed.shape[-1]
         block = block_flops(num_tokens, width, 3 * width * swiglu_hidden(width))
-        ends = ends_flops(num_tokens, width, self.t_embed.num_features, self.latent_dim)
+        times = 1 if self.end_embed is None else 2
+        ends = ends_flops(num_tokens, width, self.t_embed.num_features, self.latent_dim, times)
         return len(self.blocks) * block + ends
 
 
 def build_merge_dit(config: LGMModelConfig) -> MergeDiT:
     """A generator with fresh weights."""
     return MergeDiT.from_size(
-        config.size, config.latent_dim, config.num_base_tokens, config.num_classes
+        config.size,
+        config.latent_dim,
+        config.num_base_tokens,
+        config.num_classes,
+        config.end_time,
     )

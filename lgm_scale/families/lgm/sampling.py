@@ -89,12 +89,15 @@ class _Trajectory:
         basis = contrast_basis(self.tree)  # [N, R], kept with the tree: built at the first split
         return split_clusters(z_t, t, self.noise, nesting, self.final, basis, self.contrasts)
 
-    def guided(self, z_t: Tensor, t: float, length: int) -> Tensor:
+    def guided(self, z_t: Tensor, t: float, length: int, *end: float) -> Tensor:
         """Velocity at time t, guided where the settings say so: [B, K, D] -> float32 [B, K, D]."""
         config = self.config
-        times = torch.full((len(z_t),), t, device=z_t.device, dtype=torch.float32)  # [B]
+        times, *ends = (
+            torch.full((len(z_t),), time, device=z_t.device, dtype=torch.float32)
+            for time in (t, *end)
+        )  # [B] each
         if not config.guided(t):
-            return self.velocity(z_t, times, self.labels, self.cut(length)).float()
+            return self.velocity(z_t, times, self.labels, self.cut(length), *ends).float()
         state = (self.velocity, z_t, times, self.labels)
         strength = (config.cfg_scale, config.cfg_rescale)
         # The weak branch is the same network: without the class, with fewer tokens, or both. Where

@@ -9,7 +9,7 @@ from torch import Tensor
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.flow import NoiseScale, flow_loss, interpolate, merged_noise, velocity_target
+from lgm_scale.flow import NoiseScale, flow_loss, merged_noise
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose
 from lgm_scale.training.flow_model import FlowModel
@@ -59,11 +59,23 @@ class LGMTrainingModel(FlowModel):
         """Draw noise and t for this step, and predict the velocity."""
         z = (batch["latents"].float() - self.latent_mean) / self.latent_std  # [B, N, D]
         assignment = self.tree.assignment(batch["num_tokens"], z.device)
-        keys, t, labels = self.draw(batch)
-        noise = merged_noise(keys[Purpose.NOISE], assignment, z.shape[-1], self.noise_scale)
-        z_merged = assignment.merge(z)  # [B, K, D]
-        v_pred = self.net(interpolate(z_merged, noise, t), t, labels, assignment)
-        return LGMOutput(v_pred, velocity_target(z_merged, noise), assignment, t)
+        draws = self.draw(batch)
+        noise = merged_noise(draws.keys[Purpose.NOISE], assignment, z.shape[-1], self.noise_scale)
+        found = self.predict(
+            lambda z_t, t, labels, *end: self.net(z_t, t, labels, assignment, *end),
+            assignment.merge(z),  # [B, K, D]
+            noise,
+            draws,
+            self.relative_sizes(assignment),
+        )
+        return LGMOutput(found.v_pred, found.v_target, assignment, found.t)
+
+    def relative_sizes(self, assignment: MergeAssignment) -> Tensor | None:
+        """Sizes of the clusters relative to N / K, which guidance is divided by: [K, 1]."""
+        if self.noise_scale is NoiseScale.LEGACY:  # guidance by size belongs to merged noise
+            return None
+        mean = assignment.num_base_tokens / assignment.num_tokens
+        return assignment.sizes[:, None].float() / mean
 
     def loss(self, outputs: LGMOutput, batch: dict[str, Any]) -> Tensor:
         """Mean over the batch of the size-weighted squared error."""
