@@ -1,20 +1,22 @@
 """Train a generator on a tokenizer's latents, merged or truncated, and judge its samples.
 
     python -m benchmarks.latent_generators TOKENIZER_BUNDLE --images MDS --reference FILE
-        --out FILE.json [--steps N] [--lengths K ...] [--noise-scale legacy] [--seed N]
+        --out FILE.json [--steps N] [--lengths K ...] [--noise-scale legacy] [--adapter-steps N]
 
 Truncated latents have no merge tree, and the trainer takes none without: a generator of them is
 of no use beside one of merged latents, except in this comparison. So here is a loop of its own, in
 which everything but the cut is the same for both: network, objective, draws, optimizer, sampler.
 The recipe is that of yamls/demo/dit.yaml, with fewer steps. Guidance is about 2 in every token.
+With --adapter-steps a LoRA of its own follows for each length, as in the paper's published numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from lgm_scale.evaluation.metrics.scores import class_accuracy, frechet_distance
 from lgm_scale.evaluation.references.files import load_reference
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
 from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.lora import add_adapter
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.sampling import initial_noise, sample
 from lgm_scale.families.lgm.training import LGMTrainingModel
@@ -44,7 +47,9 @@ from lgm_scale.storage.files import write_json
 SHARES = (1, 1, 2, 4, 8)
 """Unless told otherwise steps run at N over these, in turn, as in yamls/demo/dit.yaml."""
 CLASSES, BATCH, CHUNK = 10, 64, 100
-LARGEST_LR, LEAST_LR, WARMUP, DECAY = 2e-3, 1e-4, 50, 0.99
+LARGEST_LR, LEAST_LR, WARMUP, DECAY, RANK = 2e-3, 1e-4, 50, 0.99, 32
+SHORTEST = 24
+"""Steps of a training, at least: of warm-up, cosine and average something must be left."""
 
 
 class FirstTokens(MergeTree):
@@ -80,9 +85,10 @@ def encode(tokenizer: Tokenizer, folder: str, count: int) -> tuple[Tensor, Tenso
 
 def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine."""
-    if step < WARMUP:
-        return LARGEST_LR * (step + 1) / WARMUP
-    done = (step - WARMUP) / (steps - WARMUP)
+    warmup = min(WARMUP, steps // 4)
+    if step < warmup:
+        return LARGEST_LR * (step + 1) / warmup
+    done = (step - warmup) / (steps - warmup)
     return LEAST_LR + (LARGEST_LR - LEAST_LR) * (1 + math.cos(math.pi * done)) / 2
 
 
@@ -93,20 +99,25 @@ def train(
     cycle: Sequence[int],
     steps: int,
     seed: int,
+    first_step: int = 0,
 ) -> None:
-    """Train at the lengths of `cycle` in turn; the weights are their moving average at the end."""
-    weights = dict(model.net.named_parameters())
+    """Train at the lengths of `cycle` in turn; the weights are their moving average at the end.
+
+    Frozen weights stay. What a step draws depends on its number, counted from `first_step`.
+    """
+    weights = {name: w for name, w in model.net.named_parameters() if w.requires_grad}
     average = {name: value.detach().clone() for name, value in weights.items()}
     optimizer = torch.optim.AdamW(weights.values(), betas=(0.9, 0.95), weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
+    decay = min(DECAY, 1 - 6 / steps)  # a short run's average forgets its start, too
     for step in range(steps):
         if len(order) < BATCH:
             order = torch.randperm(len(latents), generator=generator)
         ids, order = order[:BATCH], order[BATCH:]
         batch: dict[str, Any] = {
             "latents": latents[ids], "labels": labels[ids], "sample_ids": ids,
-            "step": step, "num_tokens": cycle[step % len(cycle)],
+            "step": first_step + step, "num_tokens": cycle[step % len(cycle)],
         }  # fmt: skip
         loss = model.loss(model(batch), batch)
         optimizer.zero_grad()
@@ -115,10 +126,10 @@ def train(
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
         optimizer.step()
         for name, value in weights.items():
-            average[name].lerp_(value.detach(), 1 - DECAY)
+            average[name].lerp_(value.detach(), 1 - decay)
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step}, K = {batch['num_tokens']}: loss {loss.item():.4f}", flush=True)
-    model.net.load_state_dict(average)
+    model.net.load_state_dict(average, strict=False)  # frozen weights are not in it
     model.net.eval()
 
 
@@ -150,17 +161,16 @@ def generate(
 
 
 def measure(
-    model: LGMTrainingModel,
+    models: Mapping[int, LGMTrainingModel],
     tokenizer: Tokenizer,
-    lengths: Sequence[int],
     reference: str,
     count: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Classifier distance and class accuracy of `count` samples at each length."""
+    """Classifier distance and class accuracy of `count` samples at each length, by its model."""
     judge, real = FashionFeatures(), load_reference(reference).statistics["fashion_pool"]
     rows = []
-    for k in sorted(set(lengths)):
+    for k, model in sorted(models.items()):
         images = [
             generate(model, tokenizer, k, ids, seed) for ids in torch.arange(count).split(CHUNK)
         ]
@@ -187,10 +197,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--num-samples", type=int, default=500)
     parser.add_argument("--noise-scale", default="corrected", choices=[n.value for n in NoiseScale])
+    parser.add_argument("--adapter-steps", type=int, help="at each length, after that")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
-    if options.steps <= WARMUP:
-        raise ConfigError(f"--steps: {options.steps} must be above the {WARMUP} of the warm-up")
+    short = [
+        f"--{key}: {steps} must be {SHORTEST} or more"
+        for key, steps in (("steps", options.steps), ("adapter-steps", options.adapter_steps))
+        if steps is not None and steps < SHORTEST
+    ]
+    if short:
+        raise ConfigError(short)
     tokenizer, start = load_tokenizer(options.tokenizer), time.perf_counter()
     merging = tokenizer.merging
     tree = tokenizer.merge_tree() if merging.has_tree else FirstTokens(tokenizer.num_base_tokens)
@@ -205,9 +221,16 @@ def main(argv: list[str] | None = None) -> None:
     model = LGMTrainingModel(net, tree, LatentStats(mean, std), objective, options.seed)
     cycle = options.lengths or [net.num_base_tokens // share for share in SHARES]
     train(model, latents, labels, cycle, options.steps, options.seed)
-    rows = measure(model, tokenizer, cycle, options.reference, options.num_samples, options.seed)
-    forward = sum(map(net.flops, cycle)) / len(cycle)
-    work = 3 * BATCH * options.steps * forward
+    models = dict.fromkeys(cycle, model)
+    for k in models if options.adapter_steps else ():
+        models[k] = copy.deepcopy(model)
+        add_adapter(models[k].net, RANK, RANK)
+        train(models[k], latents, labels, [k], options.adapter_steps, options.seed, options.steps)
+    rows = measure(models, tokenizer, options.reference, options.num_samples, options.seed)
+    forward = options.steps * sum(map(net.flops, cycle)) / len(cycle)
+    if options.adapter_steps:  # as if nothing were frozen
+        forward += options.adapter_steps * sum(map(net.flops, models))
+    work = 3 * BATCH * forward
     result = {
         "rows": rows,
         "training_tflops": work / 1e12,

@@ -46,7 +46,7 @@ class Measurement:
 
     __pydantic_config__ = STRICT
     name: str
-    """Key of its results in the run's record."""
+    """Key of its results in the run's record. Entries for different runs may share it."""
     command: str
     result: str
     """Path of the JSON file."""
@@ -68,6 +68,8 @@ class Column:
     factor: float = 1.0
     spread: bool = True
     """False: the first seed's value alone, for what is the same at every seed."""
+    without: tuple[str, ...] = ()
+    """The runs that have no such value: a dash in their lines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +179,19 @@ def _rules(experiment: Experiment) -> Iterator[str]:
         if not getattr(experiment, key):
             yield f"{key}: empty; name at least one"
     yield from _run_rules(experiment)
-    yield from _measurement_rules(experiment.measure)
-    for key in ("measure", "tables", "panels"):
-        for i, entry in enumerate(getattr(experiment, key)):
-            if strange := [name for name in entry.runs if name not in names]:
-                yield f"{key}.{i}.runs: {', '.join(strange)}: no run; choose from {known}"
+    yield from _measurement_rules(experiment.measure, names)
+    named = {
+        f"{key}.{i}.runs": entry.runs
+        for key in ("measure", "tables", "panels")
+        for i, entry in enumerate(getattr(experiment, key))
+    } | {
+        f"tables.{i}.columns.{j}.without": column.without
+        for i, table in enumerate(experiment.tables)
+        for j, column in enumerate(table.columns)
+    }
+    for key, given in named.items():
+        if strange := [name for name in given if name not in names]:
+            yield f"{key}: {', '.join(strange)}: no run; choose from {known}"
     for i, command in enumerate(experiment.prepare):
         yield from _broken_template(f"prepare.{i}", command, {"out": ""})
 
@@ -206,8 +216,11 @@ def _run_rules(experiment: Experiment) -> Iterator[str]:
         yield f"equal_work: {experiment.equal_work!r} is no run; choose from {known}"
 
 
-def _measurement_rules(entries: tuple[Measurement, ...]) -> Iterator[str]:
-    yield from _repeated("measure", [entry.name for entry in entries])
+def _measurement_rules(entries: tuple[Measurement, ...], runs: list[str]) -> Iterator[str]:
+    for run in dict.fromkeys(runs):
+        yield from _repeated(
+            f"measure of {run}", [each.name for each in entries if run in (each.runs or runs)]
+        )
     sample = {"out": "", "run": dict.fromkeys(RUN_FIELDS, "")}
     for i, entry in enumerate(entries):
         if entry.name in ("row", *sample):

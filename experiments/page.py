@@ -61,6 +61,8 @@ def mean_and_std(values: Sequence[float | None], digits: int) -> str:
 
 
 def _entry(column: Column, line: Line) -> str:
+    if line[0]["run"]["name"] in column.without:
+        return "-"
     values = [lookup(record, fill(column.value, record)) for record in line]
     if isinstance(values[0], str):
         return values[0]
@@ -101,7 +103,7 @@ def write_between_markers(path: Path, text: str, section: str = "") -> None:
 def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> None:
     """The experiment's plot: means over seeds, with their sample standard deviation as bars."""
     panels = experiment.panels
-    size = (7.2, 4.2) if len(panels) == 1 else (4.5 * len(panels), 3.6)
+    size = (7.2, 4.2) if len(panels) == 1 else (4.5 * len(panels), 4.1)
     figure = Figure(figsize=size, layout="constrained")
     lines = lines_of(experiment, results)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -120,7 +122,8 @@ def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> Non
             axes.set_ylim(bottom=0)
         axes.margins(x=0.1)
         axes.grid(alpha=0.3)
-    row[0].legend()
+    handles, labels = row[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(experiment.title, fontsize=10)
     figure.savefig(path, dpi=120)
 

@@ -60,7 +60,8 @@ def test_the_table_has_a_line_per_length_and_the_spread_over_seeds(tmp_path):
 
 def test_a_run_without_rows_is_one_line_and_its_lists_are_curves(tmp_path):
     panel = Panel(x="score.k", y="score.db.*.-1", x_label="K", y_label="dB", drop_last=True)
-    columns = (Column(head="run", value="run.label"), Column(head="dB", value="score.db.0.1"))
+    value = Column(head="dB", value="score.db.0.1", without=("none",))
+    columns = (Column(head="run", value="run.label"), value)
     experiment = dataclasses.replace(
         load_experiment("tokenizers"),
         caption="{seeds} of {run.steps}",
@@ -70,7 +71,7 @@ def test_a_run_without_rows_is_one_line_and_its_lists_are_curves(tmp_path):
     results = {
         run.name: [
             {
-                "run": {"label": run.name, "steps": "400"},
+                "run": {"name": run.name, "label": run.name, "steps": "400"},
                 "score": {"k": [8, 16], "db": [[None, 20 + s], [1.0, 2.0]]},
             }
             for s in (0.0, 0.02)
@@ -81,6 +82,7 @@ def test_a_run_without_rows_is_one_line_and_its_lists_are_curves(tmp_path):
     assert table.startswith("2 of 400\n\n| run | dB |\n| --- | --- |\n| lgm | 20.01 ± 0.01 |\n")
     assert table.count("| tome | 20.01 ± 0.01 |") == 2
     assert table.count("| lgm |") == 1
+    assert "| none | - |" in table
     draw(experiment, results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 

@@ -135,7 +135,8 @@ def test_every_problem_of_a_file_is_told_at_once(tmp_path):
     path = small(
         tmp_path,
         runs=[same, same, bare],
-        measure=[measure | {"runs": ["d", "a"]}],
+        measure=[measure | {"runs": ["d", "a"]}, measure | {"runs": ["a"]}],
+        tables=[{"columns": [{"head": "x", "value": "run.label", "without": ["e"]}]}],
         prepare=["composer 'no end"],
         equal_work="c",
         rows="score.rows",
@@ -146,7 +147,7 @@ def test_every_problem_of_a_file_is_told_at_once(tmp_path):
         load_experiment(str(path))
     text = str(caught.value)
     for line in (
-        f"14 problems in {path}:",
+        f"19 problems in {path}:",
         "captions: unknown key; did you mean 'caption'?",
         "seeds: empty",
         "runs: 'a' is the name of 2 entries",
@@ -154,7 +155,9 @@ def test_every_problem_of_a_file_is_told_at_once(tmp_path):
         "runs.1.cells: empty, and `rows` needs a name for each row",
         "equal_work: 'c' is no run; choose from a, a, z",
         "runs.2.config: missing; name a training run's YAML",
+        "measure of a: 'run' is the name of 2 entries",
         "measure.0.runs: d: no run; choose from a, a, z",
+        "tables.0.columns.0.without: e: no run; choose from a, a, z",
         "measure.0.name: 'run' is taken",
         "measure.0.command: run.foldr: no 'foldr' here; known: name, label, seed",
         "measure.0.result: what: no 'what' here; known: out, run",

@@ -7,9 +7,19 @@ import torch
 from torch import Tensor
 from typed_commands import refusal
 
-from benchmarks.latent_generators import FirstTokens, generate, main, sampler, train
+from benchmarks.latent_generators import (
+    LARGEST_LR,
+    SHORTEST,
+    FirstTokens,
+    generate,
+    learning_rate,
+    main,
+    sampler,
+    train,
+)
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
 from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.lora import TARGETS, add_adapter
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig
@@ -88,6 +98,31 @@ def test_guidance_is_about_two_in_every_token():
         assert sampler(N, 4, merged, scale).cfg_scale == 2
 
 
-def test_a_training_that_ends_in_its_warm_up_is_refused():
-    given = ("bundle", "--images", "x", "--reference", "y", "--out", "z", "--steps", "50")
-    assert "--steps: 50 must be above the 50 of the warm-up" in refusal(main, *given)
+def test_an_adapter_changes_its_layers_alone():
+    tok = tokenizer("lgm")
+    model = generator(tok)
+    before = {name: value.detach().clone() for name, value in model.net.named_parameters()}
+    add_adapter(model.net, rank=2, alpha=2)
+    latents, labels = torch.randn(80, N, D), torch.arange(80) % 10
+    train(model, latents, labels, [4], steps=SHORTEST, seed=2, first_step=600)
+    after = dict(model.net.named_parameters())
+    for name, value in before.items():
+        there = after.get(name, after.get(name.replace(".weight", ".base_layer.weight")))
+        there = there if there is not None else after[name.replace(".bias", ".base_layer.bias")]
+        assert torch.equal(there, value), name
+    ups = [value for name, value in after.items() if ".lora_B." in name]
+    assert len(ups) == len(TARGETS)
+    assert all(value.abs().max() > 0 for value in ups)
+
+
+def test_the_rate_falls_from_the_end_of_a_warm_up_also_in_a_short_training():
+    assert learning_rate(49, 600) == learning_rate(50, 600) == LARGEST_LR
+    assert learning_rate(0, 60) == pytest.approx(LARGEST_LR / 15)
+    assert learning_rate(59, 60) < LARGEST_LR / 10
+
+
+def test_a_training_that_is_over_before_it_begins_is_refused():
+    given = ("bundle", "--images", "x", "--reference", "y", "--out", "z", "--steps", "9")
+    said = refusal(main, *given, "--adapter-steps", "0")
+    assert "--steps: 9 must be 24 or more" in said
+    assert "--adapter-steps: 0 must be 24 or more" in said
