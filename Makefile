@@ -25,7 +25,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 # Python processes at once. A rank waits for others more than it computes.
 JOBS ?= 3
-PYTEST = pytest -n $(JOBS)
+PYTEST = pytest --jobs $(JOBS)
 
 .PHONY: help install quickstart demo check check-tests test test-all test-torch test-fidelity wheels-gpu test-gpu \
 	coverage mutants lint docs clean

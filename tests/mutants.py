@@ -59,6 +59,10 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
     gc.unfreeze()  # what is frozen is not found
     functions, tests = (f for f in gc.get_objects() if isinstance(f, FunctionType)), session.items
     live = {(f.__code__.co_filename, place(f.__code__)): f for f in functions}
+    files = {file for file, _ in live}
+    for name in session.config.getoption("--mutate"):
+        if str(Path(name).resolve()) not in files:
+            raise pytest.UsageError(f"{name}: these tests import no functions from it; name others")
     calls, costs = zip(*[in_fork(partial(watched, test), 900)[1] for test in tests], strict=True)
     for path in (Path(name).resolve() for name in session.config.getoption("--mutate")):
         ends = Counter[str]()

@@ -34,7 +34,14 @@ def ensure_server() -> None:
     """Start the server; it looks for what to import in PYTHONPATH alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
+        forkserver._forkserver.ensure_running()
+
+
+def share_server() -> None:
+    """Start the server for all processes that are forked from this one."""
+    ensure_server()
+    found = {"ensure_running": lambda: None}  # it is no child of theirs, to be looked after
+    os.register_at_fork(after_in_child=lambda: vars(forkserver._forkserver).update(found))
 
 
 def start_calls(
