@@ -97,11 +97,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     rooms = (not item.nodeid.startswith("tests/unit") for item in session.items)
     slow = (item.get_closest_marker("slow") for item in session.items)
     if session.config.option.jobs > 1 and (any(rooms) or any(slow)):
-        capture = session.config.pluginmanager.get_plugin("capturemanager")
-        assert capture is not None
-        capture.resume_global_capture()  # of what it says of memory that killed ranks have left
-        share_server()
-        capture.suspend_global_capture()
+        folder = session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+        share_server(folder / "server-of-ranks.txt")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

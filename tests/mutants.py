@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import resource
@@ -57,12 +58,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_runtestloop(session: pytest.Session) -> bool:
     session.config.pluginmanager.unregister(name="terminalreporter")
     gc.unfreeze()  # what is frozen is not found
+    for name in session.config.getoption("--mutate"):  # tests may import it later, or never
+        try:
+            importlib.import_module(".".join(Path(name).with_suffix("").parts))
+        except ImportError as error:
+            raise pytest.UsageError(f"--mutate {name}: {error}; name a file from here") from None
     functions, tests = (f for f in gc.get_objects() if isinstance(f, FunctionType)), session.items
     live = {(f.__code__.co_filename, place(f.__code__)): f for f in functions}
-    files = {file for file, _ in live}
-    for name in session.config.getoption("--mutate"):
-        if str(Path(name).resolve()) not in files:
-            raise pytest.UsageError(f"{name}: these tests import no functions from it; name others")
     calls, costs = zip(*[in_fork(partial(watched, test), 900)[1] for test in tests], strict=True)
     for path in (Path(name).resolve() for name in session.config.getoption("--mutate")):
         ends = Counter[str]()

@@ -115,6 +115,7 @@ def late(monkeypatch) -> Callable[[int, dict], None]:
     return on_step
 
 
+@pytest.mark.slow
 def test_what_is_written_late_is_what_was_saved(small_pipeline, tmp_path, late, monkeypatch):
     out = train_in_process(config(small_pipeline, tmp_path / "late"), on_step=late)
     monkeypatch.undo()
