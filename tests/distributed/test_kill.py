@@ -19,6 +19,7 @@ from small_pipeline import SmallPipeline, metrics
 from test_strategies import STRATEGIES
 
 from lgm_scale.data.epochs import EpochDataset
+from lgm_scale.storage.stores import Storage
 from lgm_scale.training.callbacks import StepKeys
 from lgm_scale.training.stopping import StopRequest
 
@@ -212,12 +213,14 @@ def test_ranks_that_come_back_cannot_touch_what_another_attempt_did(
     until(lambda: all(map(is_still, old)), old)
     assert states(out)
     run_ranks(2, [job], tmp_path / "new-log")
-    after = {path: path.read_bytes() for path in (out / "state").rglob("*") if path.is_file()}
+    # Not what a rank was about to write when it was stopped: that moves, to a state without manifest.
+    storage = Storage(out / "state")
+    after = {name: storage.read(name) for name in storage.names()}
     bundle = (out / "bundle" / "generator.safetensors").read_bytes()
     for process in old:
         os.kill(process.pid, signal.SIGCONT)
     assert wait_for(old) == [2, 2]
     assert "attempt 2 has taken over" in (tmp_path / "old-log-0.txt").read_text()
-    assert all(path.read_bytes() == content for path, content in after.items())
+    assert all(storage.read(name) == content for name, content in after.items())
     assert (out / "bundle" / "generator.safetensors").read_bytes() == bundle
     assert bundle == (reference("ddp") / "bundle" / "generator.safetensors").read_bytes()
