@@ -213,7 +213,7 @@ def test_ranks_that_come_back_cannot_touch_what_another_attempt_did(
     until(lambda: all(map(is_still, old)), old)
     assert states(out)
     run_ranks(2, [job], tmp_path / "new-log")
-    # Not what a rank was about to write when it was stopped: that moves, to a state without manifest.
+    # Not what a rank was writing aside when it was stopped: that moves when it goes on.
     storage = Storage(out / "state")
     after = {name: storage.read(name) for name in storage.names()}
     bundle = (out / "bundle" / "generator.safetensors").read_bytes()
