@@ -107,7 +107,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Remove the shared memory that killed ranks have left, once no process has it open."""
-    if hasattr(session.config, "workerinput") or not SHARED_MEMORY.is_dir():
+    if not SHARED_MEMORY.is_dir():
         return
     left = []
     for path in SHARED_MEMORY.glob("[0-9]*_*"):

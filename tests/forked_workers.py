@@ -2,18 +2,21 @@
 
 pytest-xdist starts interpreters, and each imports and collects: ten seconds of processor time,
 after five of the process that starts them. Here it is done once. A worker is given whole files in
-their order, and ends as pytest does; where it dies, its test has failed, and another one goes on.
+their order; where it dies, its test has failed, and another one goes on.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import groupby
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,13 +50,12 @@ class ForkedWorkers:
         left = [list(group) for _, group in groupby(range(len(ids)), lambda n: self.scope(ids[n]))]
         try:
             for _ in range(min(self.jobs, len(left))):
-                if self._fork(session):
-                    return True
+                self._fork(session)
             while self.workers:
                 for line in wait([worker.line for worker in self.workers]):
                     worker = next(worker for worker in self.workers if worker.line is line)
-                    if self._listen(session, worker, left) and self._fork(session):
-                        return True
+                    if self._listen(session, worker, left):
+                        self._fork(session)
         finally:
             for worker in self.workers:
                 worker.line.close()  # its next word fails, and its fixtures end
@@ -102,39 +104,51 @@ class ForkedWorkers:
         worker.done = word == "done"
         return False
 
-    def _fork(self, session: pytest.Session) -> bool:
-        """True in the worker, once it has run its tests and is to end as pytest does."""
+    def _fork(self, session: pytest.Session) -> None:
         ours, theirs = Pipe()
-        number, self.started = self.started, self.started + 1
-        folder = self.config._tmp_path_factory.getbasetemp() / f"w{number}"  # type: ignore[attr-defined]
+        folder = self.config._tmp_path_factory.getbasetemp() / f"w{self.started}"  # type: ignore[attr-defined]
+        self.started += 1
         sys.stdout.flush()
         sys.stderr.flush()
         if pid := os.fork():
             theirs.close()
             self.workers.append(Worker(pid, ours))
-            return False
-        ours.close()
-        for worker in self.workers:
-            worker.line.close()
-        self.workers.clear()
-        self.line = theirs
+            return
+        for line in (ours, *(worker.line for worker in self.workers)):
+            line.close()
         os.register_at_fork(after_in_child=theirs.close)  # its end is the worker's alone
+        status = 1
+        try:
+            self._work(session, theirs, folder)
+            status = 0
+        except (KeyboardInterrupt, BrokenPipeError):  # the parent's end says why
+            pass
+        except BaseException:
+            traceback.print_exc()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # what pytest does at the end of a session is the parent's
+
+    def _work(self, session: pytest.Session, line: Connection, folder: Path) -> None:
+        """Be a worker: with a folder and a file of captured words of its own, and no terminal."""
+        self.line = line
         plugins = self.config.pluginmanager
-        self.config.workerinput = {"workerid": f"w{number}"}  # type: ignore[attr-defined]
         plugins.unregister(name="terminalreporter")
         self.config.option.basetemp = str(folder)
         plugins.get_plugin("tmpdir").pytest_configure(self.config)  # type: ignore[union-attr]
         capture = plugins.get_plugin("capturemanager")
         assert capture is not None
         capture.stop_global_capturing()
-        capture.start_global_capturing()  # into files of its own
+        capture.start_global_capturing()
         capture.suspend_global_capture()
-        self._run(session, theirs)
-        capture.resume_global_capture()
-        session._setupstate.teardown_exact(None)
-        capture.suspend_global_capture()
-        theirs.send(("done", None))
-        return True
+        try:
+            self._run(session, line)
+        finally:
+            capture.resume_global_capture()
+            session._setupstate.teardown_exact(None)
+            capture.suspend_global_capture()
+        line.send(("done", None))
 
     def _run(self, session: pytest.Session, line: Connection) -> None:
         """All that the parent gives, until it gives no more, or says so meanwhile."""
@@ -146,7 +160,7 @@ class ForkedWorkers:
                 # The session in place of a next test keeps its fixtures.
                 item.ihook.pytest_runtest_protocol(item=item, nextitem=after)
                 line.send(("finished", None))
-                if line.poll():
+                if session.shouldfail or line.poll():
                     return
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
