@@ -51,6 +51,13 @@ def test_dies():
 def test_after(server, tmp_path):
     assert os.environ.setdefault("file", HERE.name) == HERE.name, "all of a file in one process"
 
+tries = []
+
+@pytest.mark.flaky(reruns=1)
+def test_of_chance():
+    tries.append(1)
+    assert len(tries) == 2
+
 @pytest.mark.skip(reason="no GPU")
 def test_skipped():
     pass
@@ -73,7 +80,8 @@ def test_everything_is_told_and_a_death_stops_nothing(folder):
         for orphan in orphans:
             os.kill(int(orphan.read_text()), signal.SIGKILL)
     assert len(orphans) == 2  # nobody waited for what a dead process has left
-    done.assert_outcomes(passed=4, failed=4, skipped=2, warnings=2)
+    outcomes = {"passed": 6, "failed": 4, "skipped": 2, "rerun": 2, "warnings": 2}
+    assert done.parseoutcomes() == outcomes
     done.stdout.fnmatch_lines(["*what it said*", "*UserWarning: beware*", "SKIPPED*no GPU"])
     done.stdout.fnmatch_lines_random(
         [
