@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from lgm_scale.checkpoint import checkpointer
 from lgm_scale.checkpoint.checkpointer import Checkpointer
-from lgm_scale.checkpoint.manifest import StateManifest
+from lgm_scale.checkpoint.manifest import StateFile, StateManifest, StateName
 from lgm_scale.checkpoint.state_files import StateFiles
 from lgm_scale.errors import CheckpointError, DivergenceError, SupersededError
 from lgm_scale.parallel.shards import ParameterShard
+from lgm_scale.storage.files import file_hash
 from lgm_scale.storage.stores import Storage
 from lgm_scale.training.ema import EMA
 
@@ -56,6 +58,14 @@ class Run:
             for value in (self.model.weight, self.model.table, self.average):
                 value.fill_(step)  # type: ignore[operator]
         return self
+
+    def saved(self, *steps: int) -> StateName:
+        """Begin, and save at these steps; the last state."""
+        self.checkpointer.begin(self.state)
+        for step in steps:
+            name = self.checkpointer.save(self.at(step).state)
+        self.checkpointer.finish()
+        return name
 
     def values(self) -> list[float]:
         return [float(v.mean()) for v in (self.model.weight, self.model.table, self.average)]  # type: ignore[operator, union-attr]
@@ -188,11 +198,7 @@ def tear(path: Path) -> None:
     ],
 )
 def test_a_damaged_state_is_passed_over(start, storage, harm, problem, caplog, tmp_path):
-    run = start(storage)
-    run.checkpointer.begin(run.state)
-    for step in (2, 4):
-        newest = run.checkpointer.save(run.at(step).state)
-    run.checkpointer.finish()
+    newest = start(storage).saved(2, 4)
     harm(Path(tmp_path, "state", str(newest), "rank-00000.safetensors"))
     again = start(storage)
     assert again.checkpointer.begin(again.state) == 2
@@ -201,11 +207,32 @@ def test_a_damaged_state_is_passed_over(start, storage, harm, problem, caplog, t
     assert problem in caplog.text
 
 
-def test_no_whole_state_is_no_new_start(start, tmp_path):
+def test_a_file_that_another_rank_found_damaged_is_as_bad(start, monkeypatch, caplog):
+    start().saved(2)
+    monkeypatch.setattr(
+        checkpointer.dist, "all_gather_object", lambda own: [own, own or "rank-00001 is damaged"]
+    )
+    again = start()
+    with pytest.raises(CheckpointError, match="none is whole"):
+        again.checkpointer.begin(again.state)
+    assert again.values() == [0, 0, 0]
+    assert "passed over: rank-00001 is damaged" in caplog.text
+
+
+def test_only_the_first_rank_writes_buffers_and_seals(start, monkeypatch, tmp_path):
     run = start()
     run.checkpointer.begin(run.state)
-    run.checkpointer.save(run.at(2).state)
+    monkeypatch.setattr(checkpointer.dist, "get_global_rank", lambda: 1)
+    name = run.checkpointer.save(run.at(2).state)
     run.checkpointer.finish()
+    assert run.checkpointer.storage.names(f"{name}/") == [f"{name}/rank-00001.safetensors"]
+    with safe_open(tmp_path / "state" / str(name) / "rank-00001.safetensors", "pt") as file:
+        assert {key.split("/")[0] for key in file.keys()} >= {"weight", "ema"}  # noqa: SIM118
+        assert not any(key.startswith("buffer/") for key in file.keys())  # noqa: SIM118
+
+
+def test_no_whole_state_is_no_new_start(start, tmp_path):
+    start().saved(2)
     (tmp_path / "state" / "ba00000002-a0001" / "rank-00000.safetensors").unlink()
     again = start()
     with pytest.raises(CheckpointError, match="holds 1 states and none is whole"):
@@ -214,10 +241,7 @@ def test_no_whole_state_is_no_new_start(start, tmp_path):
 
 
 def test_states_of_another_run_or_model_are_not_read(start, caplog):
-    run = start()
-    run.checkpointer.begin(run.state)
-    run.checkpointer.save(run.at(2).state)
-    run.checkpointer.finish()
+    start().saved(2)
     other = start(run_id="theirs")
     with pytest.raises(CheckpointError, match="none is whole"):
         other.checkpointer.begin(other.state)
@@ -310,13 +334,65 @@ def test_a_long_wait_is_told_and_a_short_one_is_not(start, monkeypatch, caplog):
     finish()
 
 
-def test_files_that_a_resume_fetched_are_gone_after_it(start, monkeypatch, tmp_path):
-    run = start(Far)
-    run.checkpointer.begin(run.state)
-    run.checkpointer.save(run.at(2).state)
-    run.checkpointer.finish()
+def test_files_that_a_resume_fetches_come_once_and_go(start, monkeypatch, tmp_path):
+    start(Far).saved(2)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
+    fetched: list[str] = []
+    get = Far.get
+    monkeypatch.setattr(Far, "get", lambda *args: (fetched.append(args[1]), get(*args))[1])
     again = start(Far)
     assert again.checkpointer.begin(again.state) == 2
+    assert fetched == ["ba00000002-a0001/rank-00000.safetensors"]
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize("storage", [Storage, Far])
+def test_each_file_is_hashed_once_where_it_is_read(start, monkeypatch, tmp_path, storage):
+    """Two nodes of two ranks: once by all where they share a folder, once by each node else."""
+    (tmp_path / "file").touch()
+    empty = file_hash(tmp_path / "file")
+    files = [StateFile(str(rank), 0, empty, []) for rank in range(4)]
+    manifest = StateManifest("mine", 2, 1, 4, "fsdp", [], {}, files)
+    needed = [[0, 1], [1, 2], [2], [3, 0]]  # by each rank
+    everyone = [{str(i) for i in own} for own in needed]
+    asked: list[list[str]] = [[], [], [], []]
+    for rank, own in enumerate(asked):
+        checker = start(storage).checkpointer
+        found = {
+            "global_rank": rank,
+            "local_rank": rank % 2,
+            "world_size": 4,
+            "local_world_size": 2,
+        }
+        with monkeypatch.context() as patch:
+            for name, value in found.items():
+                patch.setattr(checkpointer.dist, f"get_{name}", lambda value=value: value)
+            patch.setattr(checkpointer.dist, "all_gather_object", lambda own: everyone)
+            patch.setattr(checkpointer, "files_needed", lambda *args: [])
+            patch.setattr(
+                checker.storage,
+                "get",
+                lambda name, folder, own=own: (own.append(name), tmp_path / "file")[1],
+            )
+            assert checker._fetch(StateName(2, 1), manifest, tmp_path) is None
+    nodes = [sorted(asked[0] + asked[1]), sorted(asked[2] + asked[3])]
+    every = [f"ba00000002-a0001/{i}" for i in range(4)]
+    if storage is Storage:
+        assert sorted(nodes[0] + nodes[1]) == every
+        assert all(len(own) == 1 for own in asked)
+    else:
+        assert nodes == [every[:3], [every[0], every[2], every[3]]]
+        assert all(asked)
+
+
+def test_a_file_that_does_not_load_ends_the_start(start, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise CheckpointError("torn")
+
+    start().saved(2)
+    monkeypatch.setattr(checkpointer, "read_shards", refuse)
+    again = start()
+    with pytest.raises(CheckpointError, match="torn"):
+        again.checkpointer.begin(again.state)
+    assert again.reloaded == []
