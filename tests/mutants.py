@@ -110,9 +110,13 @@ def in_fork(work: Callable[[], Any], seconds: float) -> tuple[str, Any]:
     told.close()
     answer = None
     with contextlib.suppress(EOFError):
-        answer = heard.recv()
+        if heard.poll(60 + 20 * seconds):
+            answer = heard.recv()
+        else:  # it waits for ever, which takes no processor time
+            process.kill()
     process.join()
-    ends = {0: "survived", 3: "killed", -signal.SIGXCPU: "took too long"}
+    late = dict.fromkeys((-signal.SIGXCPU, -signal.SIGKILL), "took too long")
+    ends = {0: "survived", 3: "killed", **late}
     return ends.get(process.exitcode or 0, "died"), answer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -67,10 +66,10 @@ def stop_in_four_ways(desk: Desk, job: Job) -> None:
 
 def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undisturbed: list[float]):
     """Two runs lose a node at once: one of two nodes, and the only one, which comes back later."""
-    cluster, patience = desk.cluster, 15  # seconds
+    cluster = desk.cluster
     for name in ("pair", "lonely"):
         desk.hold(name, 5)
-    pair = desk.train("runs/pair", f"parallel.timeout_seconds={patience}", exclude="n3")
+    pair = desk.train("runs/pair", "parallel.timeout_seconds=15", exclude="n3")
     lonely = desk.train("runs/lonely", nodes=1, exclude="n1,n2")
     try:
         lonely.reach(5)
@@ -80,11 +79,7 @@ def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undistu
         pair.reach(5)
         cluster.link("n2", up=False)
         desk.release("pair", 5)
-        # Rank 0 fails by its own timeout; Slurm starts the job again when it gives up the node.
-        end = pair.folder / pair.id / "attempts" / "00000-rank00000.json"
-        pair.until(end.exists, "fail")
-        assert json.loads(end.read_text())["status"] == 1
-        assert f"Timed out waiting {patience}000ms" in pair.log()  # not the default's 300 s
+        # Rank 0 fails by its own timeout (`test_kill`), or Slurm gives up the node: one is first.
         pair.restarted(1)
         lonely.restarted(1)
         assert pair.nodes() == ["n1", "n4"]
