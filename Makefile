@@ -25,7 +25,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 # Python processes at once. A rank waits for others more than it computes.
 JOBS ?= 3
-PYTEST = pytest -n $(JOBS)
+PYTEST = pytest --jobs $(JOBS)
 
 .PHONY: help install quickstart demo check check-tests test test-all test-torch test-fidelity wheels-gpu test-gpu \
 	coverage mutants lint docs clean
@@ -75,14 +75,14 @@ demo: $(STAMP)
 check:
 	@$(MAKE) --no-print-directory -j2 lint check-tests
 
-# These tests compute, and each process imports everything.
-check-tests: JOBS = 2
 check-tests: $(STAMP) $(DEEPSPEED)
 	$(PYTEST) -m 'not slow and not servers' tests/unit
 
 test: $(STAMP) $(DEEPSPEED)
 	$(PYTEST) -m 'not thorough and not servers'
 
+# Servers' tests wait.
+test-all: JOBS = 4
 test-all: $(STAMP) $(DEEPSPEED)
 	$(PYTEST) -m '' --second-try
 

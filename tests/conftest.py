@@ -24,7 +24,9 @@ from typing import Any
 
 import pytest
 import torch
+from forked_workers import ForkedWorkers
 from random_weights import save_random_inception, save_random_vgg16
+from rank_processes import share_server
 from small_pipeline import SmallPipeline
 from system_packages import CHROMIUM, obstacle
 from typed_commands import typed
@@ -45,6 +47,7 @@ ROOMS = ("tests/system/slurm", "tests/system/s3", "tests/distributed", "tests/sy
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--jobs", type=int, default=1, help="in how many processes tests run")
     parser.addoption(
         "--second-try", action="store_true",
         help="run tests of servers and of chance once more if they fail, and say which did",
@@ -72,18 +75,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(crash.message if crash else report.longreprtext)
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each worker whole files, and all files that share a cluster or a gateway to one."""
-    from xdist.scheduler import LoadScopeScheduling
+def _scope(nodeid: str) -> str:
+    """A worker has whole files, and all files that share a cluster or a gateway."""
+    file = nodeid.split("::", 1)[0]
+    return next((room for room in ROOMS[:2] if file.startswith(room)), file)
 
-    class ByServer(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::", 1)[0]
-            return next((room for room in ROOMS[:2] if file.startswith(room)), file)
 
-    config.option.loadscopereorder = False  # the order is that of ROOMS
-    return ByServer(config, log)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.jobs > 1:
+        workers = ForkedWorkers(config, config.option.jobs, _scope)
+        config.pluginmanager.register(workers, "forked_workers")
 
 
 gc.disable()  # until everything is imported: each pass over what is there takes half a second
@@ -93,6 +94,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Let garbage collection pass over what was imported: a third of a second after each test."""
     gc.freeze()
     gc.enable()
+    rooms = (not item.nodeid.startswith("tests/unit") for item in session.items)
+    slow = (item.get_closest_marker("slow") for item in session.items)
+    if session.config.option.jobs > 1 and (any(rooms) or any(slow)):
+        folder = session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]
+        share_server(folder / "server-of-ranks.txt")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -101,7 +107,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Remove the shared memory that killed ranks have left, once no process has it open."""
-    if hasattr(session.config, "workerinput") or not SHARED_MEMORY.is_dir():
+    if not SHARED_MEMORY.is_dir():
         return
     left = []
     for path in SHARED_MEMORY.glob("[0-9]*_*"):

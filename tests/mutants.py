@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import resource
@@ -57,6 +58,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_runtestloop(session: pytest.Session) -> bool:
     session.config.pluginmanager.unregister(name="terminalreporter")
     gc.unfreeze()  # what is frozen is not found
+    for name in session.config.getoption("--mutate"):  # tests may import it later, or never
+        try:
+            importlib.import_module(".".join(Path(name).with_suffix("").parts))
+        except ImportError as error:
+            raise pytest.UsageError(f"--mutate {name}: {error}; name a file from here") from None
     functions, tests = (f for f in gc.get_objects() if isinstance(f, FunctionType)), session.items
     live = {(f.__code__.co_filename, place(f.__code__)): f for f in functions}
     calls, costs = zip(*[in_fork(partial(watched, test), 900)[1] for test in tests], strict=True)
@@ -104,9 +110,13 @@ def in_fork(work: Callable[[], Any], seconds: float) -> tuple[str, Any]:
     told.close()
     answer = None
     with contextlib.suppress(EOFError):
-        answer = heard.recv()
+        if heard.poll(60 + 20 * seconds):
+            answer = heard.recv()
+        else:  # it waits for ever, which takes no processor time
+            process.kill()
     process.join()
-    ends = {0: "survived", 3: "killed", -signal.SIGXCPU: "took too long"}
+    late = dict.fromkeys((-signal.SIGXCPU, -signal.SIGKILL), "took too long")
+    ends = {0: "survived", 3: "killed", **late}
     return ends.get(process.exitcode or 0, "died"), answer
 
 

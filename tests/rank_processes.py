@@ -34,7 +34,25 @@ def ensure_server() -> None:
     """Start the server; it looks for what to import in PYTHONPATH alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        forkserver.ensure_running()
+        forkserver._forkserver.ensure_running()
+
+
+def share_server(log: Path) -> None:
+    """Start the server for all processes that are forked from this one.
+
+    What it says goes to `log`: much of it is of memory that killed ranks have left.
+    """
+    own = [os.dup(1), os.dup(2)]
+    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(sink, descriptor)
+    ensure_server()
+    for descriptor, before in zip((1, 2), own, strict=True):
+        os.dup2(before, descriptor)
+        os.close(before)
+    os.close(sink)
+    found = {"ensure_running": lambda: None}  # it is no child of theirs, to be looked after
+    os.register_at_fork(after_in_child=lambda: vars(forkserver._forkserver).update(found))
 
 
 def start_calls(

@@ -158,11 +158,12 @@ def test_xl_on_1024_ranks_takes_what_another_tracker_found(num_tokens, gib):
     "lengths",
     [
         pytest.param((32,), marks=pytest.mark.slow),
-        pytest.param((64, 128, 256), marks=pytest.mark.thorough),
+        pytest.param((256,), marks=pytest.mark.thorough),
     ],
     ids=str,
 )
 def test_the_page_has_the_table_that_the_command_gives(lengths):
+    """The shortest length and the longest: a change that moves others moves these."""
     page = (Path(__file__).resolve().parents[2] / "docs/planning.md").read_text()
     rows = table(lengths).splitlines()
     assert len(rows) == 2 + 2 * len(lengths)

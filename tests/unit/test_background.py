@@ -115,6 +115,7 @@ def late(monkeypatch) -> Callable[[int, dict], None]:
     return on_step
 
 
+@pytest.mark.slow
 def test_what_is_written_late_is_what_was_saved(small_pipeline, tmp_path, late, monkeypatch):
     out = train_in_process(config(small_pipeline, tmp_path / "late"), on_step=late)
     monkeypatch.undo()
@@ -179,7 +180,9 @@ def test_a_run_that_is_replaced_seals_nothing_any_more(small_pipeline, tmp_path,
 
 
 @pytest.mark.parametrize("lost", ["put", "seal"])
-def test_an_error_ends_the_run_before_the_next_save(small_pipeline, tmp_path, monkeypatch, lost):
+def test_an_error_ends_the_run_before_the_next_save(
+    small_pipeline, tmp_path, monkeypatch, lost, caplog
+):
     def fail(*args):
         if lost == "put":
             raise OSError(28, "No space left on device")
@@ -187,6 +190,7 @@ def test_an_error_ends_the_run_before_the_next_save(small_pipeline, tmp_path, mo
 
     owner = {"put": Storage, "seal": StateFiles}[lost]
     monkeypatch.setattr(owner, lost, fail)
+    monkeypatch.setattr(checkpointer, "_LONG_WAIT", 60.0)
     steps: list[int] = []
     told = {"put": "rank 0 could not write ba00000004-a0001 to .*No space", "seal": "not sealed"}
     with pytest.raises(CheckpointError, match=told[lost]):
@@ -196,6 +200,7 @@ def test_an_error_ends_the_run_before_the_next_save(small_pipeline, tmp_path, mo
         )
     assert 3 <= steps[-1] < 8  # the state is that of the fourth step
     assert states(tmp_path / "run") == []
+    assert "waited" not in caplog.text  # for no save was under way
 
 
 def test_a_save_says_that_it_had_to_wait(small_pipeline, tmp_path, monkeypatch, caplog):

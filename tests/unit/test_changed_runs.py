@@ -212,6 +212,7 @@ def test_a_new_learning_rate_needs_to_be_allowed_and_is_recorded(small_pipeline,
     assert "optimizer.lr: 0.0005 there, 0.001 here" in refusal(main, path)
 
 
+@pytest.mark.slow
 def test_a_resume_after_a_change_is_as_exact_as_any(small_pipeline, finished, tmp_path):
     words = ("optimizer.lr=0.0005", *ALLOW_LR, "train.max_duration=8ba")
     ends = []

@@ -87,6 +87,7 @@ def test_no_graph_is_made_twice(fresh_compiler, nets, tree):
     assert counter.graphs == 2 * len(LENGTHS)
 
 
+@pytest.mark.slow
 def test_flex_attention_is_part_of_the_graph(fresh_compiler, nets, tree):
     eager, compiled, counter = nets
     choose_attention(compiled, "flex")
@@ -109,6 +110,7 @@ def test_compiled_numbers_are_the_eager_ones(fresh_compiler, nets, tree, num_tok
         torch.testing.assert_close(parameter.grad, expected[name].grad)
 
 
+@pytest.mark.slow
 def test_without_the_raised_limit_torch_gives_up(fresh_compiler, golden_dit, tree):
     """Why the limit is raised: by itself torch stops after eight graphs and runs uncompiled."""
     counter = GraphCounter()

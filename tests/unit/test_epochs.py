@@ -97,7 +97,7 @@ def test_epochs_differ_and_repeat(folder):
     assert orders[0] == orders[2] != orders[1]
 
 
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_loader_gives_the_planned_batches_and_resumes_at_any_of_them(tmp_path, workers):
     folder = write_images(tmp_path / "mds", 30)
 

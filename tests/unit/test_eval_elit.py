@@ -272,6 +272,7 @@ def test_the_report_leaves_out_what_there_is_not(swept):
     assert "merged like the tokens" not in page
 
 
+@pytest.mark.slow
 def test_both_families_share_a_table_and_a_picture(swept, swept_lgm, tmp_path):
     page = write_comparison([swept_lgm, swept], tmp_path / "both").read_text()
     assert page.count('<table class="sortable">') == 1

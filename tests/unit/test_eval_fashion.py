@@ -106,6 +106,7 @@ def test_its_features_have_the_same_bits_in_any_batch():
         assert np.array_equal(np.concatenate(parts), values)
 
 
+@pytest.mark.slow
 def test_samples_reconstructions_and_real_images_are_judged(made, training_reference, tmp_path):
     config = config_for(
         made, tmp_path / "out", reference=str(training_reference), save_npz=True, num_images=20

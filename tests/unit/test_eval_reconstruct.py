@@ -170,6 +170,7 @@ def test_an_interrupted_measurement_goes_on(small_pipeline, tmp_path, monkeypatc
     assert again["rows"][0]["metrics"] == first["rows"][0]["metrics"]
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_reconstructions(
     small_pipeline, tmp_path, monkeypatch, vgg16_file, reconstructor
 ):

@@ -108,6 +108,7 @@ def test_the_tables_hold_every_row_and_number(swept):
     assert "LPIPS is off" in text
 
 
+@pytest.mark.slow
 def test_the_report_is_drawn_again_from_what_is_stored(swept, copied):
     for path in (*copied.glob("*.png"), copied / "index.html"):
         path.unlink()
@@ -130,6 +131,7 @@ def test_a_report_of_nothing_is_refused(tmp_path):
 # --- comparison -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sweeps_that_were_measured_alike_share_a_table(made, swept, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other"
     measure(sweep_config(made, other, cells=[{"num_tokens": [4, 9], "num_steps": 6}]))

@@ -203,6 +203,7 @@ def test_features_can_be_given_up_when_numbers_are_there(made, swept, tmp_path, 
 # --- parts ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_and_a_reduction_give_what_one_run_gives(made, swept, tmp_path, sampled):
     out = tmp_path / "report"
     for index in (2, 0):

@@ -362,6 +362,7 @@ def test_a_command_without_its_file_and_one_that_fails_are_data_errors(tmp_path,
         execute(path)
 
 
+@pytest.mark.slow
 def test_commands_of_ours_run_in_forks_and_end_as_they_would():
     ensure_server()
     runs.call([sys.executable, "-m", "experiments", "--help"])

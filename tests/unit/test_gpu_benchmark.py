@@ -96,6 +96,7 @@ def test_operations_are_those_of_the_network(quick, tmp_path):
     assert by_mode["train"]["utilisation"] is None, "the peak of a CPU is not known"
 
 
+@pytest.mark.slow
 def test_what_the_budget_does_not_hold_is_dropped_and_told(quick, tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 10_000, 7))
     monkeypatch.setattr(gpu.time, "monotonic", lambda: float(next(clock)))
@@ -106,6 +107,7 @@ def test_what_the_budget_does_not_hold_is_dropped_and_told(quick, tmp_path, monk
     assert "of the budget are left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_does_not_end_the_others(quick, tmp_path, monkeypatch):
     def step(self, z, labels, ids, assignment) -> None:
         if assignment.num_tokens == 16:

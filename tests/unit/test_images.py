@@ -158,7 +158,7 @@ def test_an_unknown_augmentation_is_refused(tmp_path):
         dataset_of(tmp_path, augment="mirror")
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_resumed_epoch_repeats_the_augmentation(tmp_path, num_workers):
     folder = write_images(tmp_path / "mds", 24)
 

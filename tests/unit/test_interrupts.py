@@ -49,6 +49,7 @@ def interrupted_after(count: int, function: Callable) -> Callable:
 # --- Ctrl-C ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_saves_and_goes_on(small_pipeline, tmp_path, monkeypatch, capfd):
     checkpoint = {"interval": "100ba"}  # the only state is the one of Ctrl-C
     paths = [

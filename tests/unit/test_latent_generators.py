@@ -79,6 +79,7 @@ def test_the_decoder_reads_what_the_length_control_leaves(control, monkeypatch):
         assert torch.allclose(few, tok.merging.full_length(few, 4), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_moves_every_weight_and_repeats():
     tok = tokenizer("truncate")
     latents, labels = torch.randn(80, N, D), torch.arange(80) % 10

@@ -179,6 +179,7 @@ def test_sampling_takes_the_adapter_of_its_length(bundles, adapted):  # noqa: F8
         assert not torch.equal(images(bundle, k), images(base, k))
 
 
+@pytest.mark.slow
 def test_sampling_does_not_import_peft():
     code = "import sys, lgm_scale.families.lgm.lora; sys.exit('peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "lgm_scale"
 def checkout(tmp_path_factory) -> Path:
     """A copy of what git holds, for a build leaves folders behind that the next one picks up."""
     copy = tmp_path_factory.mktemp("build") / "checkout"
-    own = shutil.ignore_patterns(".git", "build", "runs", "shared", "*.egg-info", "__pycache__")
+    own = shutil.ignore_patterns(".*", "build", "runs", "shared", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=own)
     return copy
 

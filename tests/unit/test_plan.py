@@ -43,6 +43,7 @@ def test_the_recipe_is_the_published_one():
     }
 
 
+@pytest.mark.slow
 def test_memory_counts_both_players_and_the_frozen_networks():
     text = plan_of()
     assert "auxiliary decoder 1.6 M" in text
@@ -55,7 +56,7 @@ def test_memory_counts_both_players_and_the_frozen_networks():
     assert "frozen networks 14.7 M" in less  # VGG16's convolutions
 
 
-@pytest.mark.parametrize("size", ["s", "b", "l"])
+@pytest.mark.parametrize("size", ["s", *(pytest.param(x, marks=pytest.mark.slow) for x in "bl")])
 def test_every_size_can_be_planned(size):
     assert size in TOKENIZER_SIZES
     assert "parameters" in plan_of(f"model.size={size}")

@@ -123,12 +123,14 @@ def test_precision_changes_activations():
     assert half.activations.max() < 0.9 * full.activations.max()
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_the_closed_form():
     network = networks(tiny()).network
     expected = 3 * 32 * network.flops(64)  # type: ignore[operator]
     assert simulated().passes[0].work.flops == pytest.approx(expected, rel=0.05)  # padded heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [["space.kind=pixels", "space.vae=null", "model.patch_size=16"], []],
@@ -168,6 +170,7 @@ def test_a_ring_moves_all_but_its_own_part():
     assert collective_seconds(Moved(both, 1), gpu) == 0.0
 
 
+@pytest.mark.slow
 def test_a_prediction_is_the_sum_of_its_parts_and_compiling_helps():
     run = tiny()
     step = plan_step(run, networks(run).infos(), 8, StepShape(512, 64))

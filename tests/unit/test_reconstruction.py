@@ -71,6 +71,7 @@ def test_pixel_and_representation_loss():
     assert representation_loss(across, across.flip(-1)).abs() < 1e-6
 
 
+@pytest.mark.slow
 def test_lpips_equals_torchmetrics():
     torch.manual_seed(0)
     ours, theirs = LPIPS().eval(), _LPIPS(net="vgg", pnet_rand=True)

@@ -81,6 +81,7 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_bundle_that_samples(tmp_path, vae):
     _, net = small(INTERFACE_OF_S)
     ema = {f"module.{name}": value for name, value in elit_state(net).items()}
@@ -100,6 +101,7 @@ def test_a_checkpoint_becomes_a_bundle_that_samples(tmp_path, vae):
     assert np.asarray(images).shape == (2, 64, 64, 3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_average_is_sampled_with_its_own_positions(tmp_path, vae):
     """The velocity is that of the file's weights, positions included, as their sampler has it."""

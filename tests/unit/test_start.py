@@ -126,6 +126,7 @@ def test_mistakes_are_told_before_anything_slow_is_imported(tmp_path):
         assert slow == [], argv
 
 
+@pytest.mark.slow
 def test_a_dry_run_imports_torch_and_no_trainer(tmp_path):
     slow = (SLOW - {"torch"}) | {"torch._dynamo", "sympy"}
     for argv, status, words, found in call(DRY_RUNS, slow, tmp_path):

@@ -21,7 +21,7 @@ from virtual_cluster import VirtualCluster
 from launchers.records import Start, Starts
 
 STEPS, INTERVAL = 60, 10
-PATIENCE = 600  # seconds, on a machine with other work
+PATIENCE = 1200  # seconds, on a machine with other work
 CONFIG = "yamls/quickstart/dit.yaml"
 HELD = "held"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -67,10 +66,10 @@ def stop_in_four_ways(desk: Desk, job: Job) -> None:
 
 def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undisturbed: list[float]):
     """Two runs lose a node at once: one of two nodes, and the only one, which comes back later."""
-    cluster, patience = desk.cluster, 15  # seconds
+    cluster = desk.cluster
     for name in ("pair", "lonely"):
         desk.hold(name, 5)
-    pair = desk.train("runs/pair", f"parallel.timeout_seconds={patience}", exclude="n3")
+    pair = desk.train("runs/pair", "parallel.timeout_seconds=15", exclude="n3")
     lonely = desk.train("runs/lonely", nodes=1, exclude="n1,n2")
     try:
         lonely.reach(5)
@@ -78,15 +77,9 @@ def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undistu
         os.kill(stale, signal.SIGSTOP)  # it must still be there when its successor runs
         cluster.link("n3", up=False)
         pair.reach(5)
-        cut_at = time.monotonic()
         cluster.link("n2", up=False)
         desk.release("pair", 5)
-        # Rank 0 fails by its own timeout; Slurm starts the job again when it gives up the node.
-        end = pair.folder / pair.id / "attempts" / "00000-rank00000.json"
-        pair.until(end.exists, "fail")
-        failed_after = time.monotonic() - cut_at
-        assert json.loads(end.read_text())["status"] == 1
-        assert "Timed out waiting" in pair.log()
+        # Rank 0 fails by its own timeout (`test_kill`), or Slurm gives up the node: one is first.
         pair.restarted(1)
         lonely.restarted(1)
         assert pair.nodes() == ["n1", "n4"]
@@ -102,7 +95,6 @@ def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undistu
     finally:
         for node in ("n2", "n3"):
             cluster.link(node, up=True)
-    assert patience - 1 < failed_after < patience + 240  # on a busy machine; the default is 300
     assert pair.losses() == undisturbed
     assert lonely.losses() == pytest.approx(undisturbed, abs=1e-3)  # one rank: sums differ
     states = [path.name for path in (lonely.out / "state").glob("ba*")]
