@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import multiprocessing.util
 import os
 import shutil
 import sys
@@ -38,6 +39,7 @@ STARTED = pytest.StashKey[float]()
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Let everything that a test starts litter where pytest clears up."""
+    multiprocessing.util.get_temp_dir()  # lies elsewhere: it is removed at exit, after pytest's
     folder = tmp_path_factory.mktemp("tmp", numbered=False)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
 

@@ -52,9 +52,11 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], ratio: float) -> None:
 
     The forward of these blocks is replaced in place, and so no parameter changes its name.
     """
+    # Compiled is what lies inside, one graph for all blocks; this function would be one for each.
+    recomputed = torch.compiler.disable(_recomputed, recursive=False)
     for index in chosen_blocks(len(blocks), ratio):
         block = blocks[index]
-        block.forward = partial(_recomputed, block.forward)  # type: ignore[method-assign]
+        block.forward = partial(recomputed, block.forward)  # type: ignore[method-assign]
 
 
 def _recomputed(forward: Callable[..., Any], *inputs: Any) -> Any:
