@@ -126,8 +126,9 @@ class SamplerConfig:
             problems.append(f"timestep_shift: {self.timestep_shift} must be above 0, and finite")
         if self.solver is Solver.MEAN_FLOW and (self.cfg_scale > 1 or self.uncond_num_tokens):
             problems.append(
-                "solver: mean_flow has no weak branch, for guidance is in the weights; leave "
-                "cfg_scale at 1 and uncond_num_tokens out"
+                "solver: mean_flow has no weak branch, for guidance is in the weights; set "
+                "cfg_scale to 1 and leave uncond_num_tokens out, or take solver euler, which "
+                "generators of the velocity need"
             )
         if self.uncond_num_tokens is not None and self.uncond_num_tokens < 1:
             problems.append(f"uncond_num_tokens: {self.uncond_num_tokens} must be 1 or more")
