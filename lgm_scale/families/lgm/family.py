@@ -82,6 +82,14 @@ class LGMFamily(GeneratorFamily):
         return {"tokenizer": (run.tokenizer, "tokenizer")} | base
 
     @override
+    def mixes_lengths(self, run: LGMRun) -> bool:
+        return True
+
+    @override
+    def spreads_lengths(self, run: LGMRun) -> bool:
+        return run.lengths.per_sample
+
+    @override
     def forward_passes(self, run: LGMRun) -> int:
         # A frozen network's weights need no gradient.
         return super().forward_passes(run) if run.lora is None else 2
@@ -128,7 +136,8 @@ class LGMFamily(GeneratorFamily):
         tokens, dim = run.model.num_base_tokens, run.model.latent_dim
         with torch.device("cpu"):  # any tree will do, but its cuts are numbers
             tree = MergeTree.from_embeddings(torch.randn(tokens, 8), run.model.num_blocks)
-            tree.assignment(num_tokens)  # kept
+            for length in {num_tokens, *run.lengths.choices}:
+                tree.assignment(length)  # kept
         stats = LatentStats(torch.empty(dim), torch.empty(dim))
         model = LGMTrainingModel(self.network(run), tree, stats, run.objective, run.seed)
         latents = torch.empty(num_samples, tokens, dim, dtype=torch.float16)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.flow import NoiseScale, flow_loss, merged_noise
+from lgm_scale.flow import NoiseScale, flow_loss, interpolate, merged_noise, velocity_target
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose
-from lgm_scale.training.flow_model import FlowModel
+from lgm_scale.training.flow_model import Draws, FlowModel
 
 
 class LGMOutput(NamedTuple):
@@ -26,6 +28,9 @@ class LGMOutput(NamedTuple):
 
 class LGMTrainingModel(FlowModel):
     """Reads batches {latents [B, N, D], labels [B], sample_ids [B], step int, num_tokens int}.
+
+    With lengths.per_sample num_tokens is a list of B ints, equal ones side by side, and an output
+    a list of one for each of them.
 
     Args:
         net: The diffusion transformer.
@@ -55,11 +60,13 @@ class LGMTrainingModel(FlowModel):
         self.register_buffer("latent_std", stats.std.float())
         self.register_buffer("merge_tree", tree.merges.clone())
 
-    def forward(self, batch: dict[str, Any]) -> LGMOutput:
+    def forward(self, batch: dict[str, Any]) -> LGMOutput | list[LGMOutput]:
         """Draw noise and t for this step, and predict the velocity."""
         z = (batch["latents"].float() - self.latent_mean) / self.latent_std  # [B, N, D]
-        assignment = self.tree.assignment(batch["num_tokens"], z.device)
         draws = self.draw(batch)
+        if isinstance(batch["num_tokens"], list):
+            return self._packed(z, draws, batch["num_tokens"])
+        assignment = self.tree.assignment(batch["num_tokens"], z.device)
         noise = merged_noise(draws.keys[Purpose.NOISE], assignment, z.shape[-1], self.noise_scale)
         found = self.predict(
             lambda z_t, t, labels, *end: self.net(z_t, t, labels, assignment, *end),
@@ -70,6 +77,20 @@ class LGMTrainingModel(FlowModel):
         )
         return LGMOutput(found.v_pred, found.v_target, assignment, found.t)
 
+    def _packed(self, z: Tensor, draws: Draws, lengths: list[int]) -> list[LGMOutput]:
+        """The same where every sample has a K of its own: the network runs once for all of them."""
+        runs = {k: len(list(samples)) for k, samples in itertools.groupby(lengths)}
+        cuts = [self.tree.assignment(k, z.device) for k in runs]
+        counts = list(runs.values())
+        times, keys = draws.t.split(counts), draws.keys[Purpose.NOISE].split(counts)
+        merged = [cut.merge(part) for cut, part in zip(cuts, z.split(counts), strict=True)]
+        pairs = zip(keys, cuts, strict=True)
+        noise = [merged_noise(*pair, z.shape[-1], self.noise_scale) for pair in pairs]
+        states = list(map(interpolate, merged, noise, times))  # [B_g, K_g, D] each
+        v_pred = self.net(states, draws.t, draws.labels, cuts)
+        v_target = map(velocity_target, merged, noise)
+        return list(map(LGMOutput, v_pred, v_target, cuts, times))
+
     def relative_sizes(self, assignment: MergeAssignment) -> Tensor | None:
         """Sizes of the clusters relative to N / K, which guidance is divided by: [K, 1]."""
         if self.noise_scale is NoiseScale.LEGACY:  # guidance by size belongs to merged noise
@@ -77,7 +98,14 @@ class LGMTrainingModel(FlowModel):
         mean = assignment.num_base_tokens / assignment.num_tokens
         return assignment.sizes[:, None].float() / mean
 
-    def loss(self, outputs: LGMOutput, batch: dict[str, Any]) -> Tensor:
+    def loss(self, outputs: LGMOutput | list[LGMOutput], batch: dict[str, Any]) -> Tensor:
         """Mean over the batch of the size-weighted squared error."""
-        loss = flow_loss(outputs.v_pred, outputs.v_target, outputs.assignment, self.noise_scale)
-        return self.noted(loss, outputs.t)
+        if isinstance(outputs, LGMOutput):
+            return self.noted(self._per_sample(outputs), outputs.t)
+        losses = list(map(self._per_sample, outputs))
+        for output, loss in zip(outputs, losses, strict=True):
+            self.record.add_group(f"loss/K={output.assignment.num_tokens}", loss)
+        return self.noted(torch.cat(losses), torch.cat([output.t for output in outputs]))
+
+    def _per_sample(self, output: LGMOutput) -> Tensor:
+        return flow_loss(output.v_pred, output.v_target, output.assignment, self.noise_scale)
