@@ -101,6 +101,7 @@ def test_operations_are_those_of_the_samples(tree):
     assert counted(lambda: packed(net, tree, LENGTHS)) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_layout_is_compiled_once(tree):
     graphs = []
 

@@ -152,7 +152,7 @@ def _per_sample(config: LGMRun) -> Iterator[str]:
             "to false"
         )
     if config.lora is not None:
-        yield "lengths.per_sample: true, and an adapter (lora) is for one token length; set false"
+        yield "lengths.per_sample: true, and an adapter (lora) is for one length; set it to false"
     if train.global_batch_size < len(lengths.choices):
         yield (
             f"train.global_batch_size: {train.global_batch_size} samples do not hold the "
