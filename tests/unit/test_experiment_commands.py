@@ -1,8 +1,8 @@
-"""Commands of an experiment: in forks of one server, as if they were started, and never left alone."""
+"""Commands of an experiment: in forks of one server, as if started, and never left alone."""
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -48,12 +48,13 @@ def wait_for(said: Path, words: str) -> None:
 
 
 def test_a_command_ends_when_the_experiment_is_killed(tmp_path):
-    ensure_server()
     script, said = tmp_path / "waits.py", tmp_path / "said"
     script.write_text(WAITS)
     command = [sys.executable, str(script), str(said)]
-    experiment = multiprocessing.get_context("fork").Process(target=call, args=(command,))
-    experiment.start()
+    # Of its own, with a server of its own that imports nothing before.
+    calls = f"from experiments import commands as c; c._IMPORTS = (); c.call({command})"
+    experiment = subprocess.Popen([sys.executable, "-c", calls])
     wait_for(said, "waits")
     experiment.kill()
+    experiment.wait()
     wait_for(said, "asked to end")
