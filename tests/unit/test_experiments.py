@@ -227,14 +227,14 @@ def test_every_generator_gets_the_same_work(tmp_path):
         assert steps == equal_steps(per_step, cycle, budget)
         assert steps % cycle == 0  # every length equally often
         assert steps * per_step == pytest.approx(budget, rel=0.01), each.run.name
-    assert [each.record["run"]["steps"] for each in planned] == ["250", "279", "648"]
-    assert render_caption(experiment, budget).startswith("2.0 TFLOPs of training each; 1 seeds;")
+    assert [each.record["run"]["steps"] for each in planned] == ["1000", "1143", "2616"]
+    assert render_caption(experiment, budget).startswith("16.0 TFLOPs of training each; 1 seeds;")
 
 
 def test_work_stays_equal_when_the_first_run_is_shortened(tmp_path):
     experiment = dataclasses.replace(load_experiment("elastic"), out=str(tmp_path))
     planned, _ = plan_runs("elastic", experiment, (0,), ["train.max_duration=60ba"])
-    assert [each.record["run"]["steps"] for each in planned] == ["60", "66", "156"]
+    assert [each.record["run"]["steps"] for each in planned] == ["60", "69", "156"]
     with pytest.raises(ConfigError, match=r"of 'sit' is 1ep; give it in steps"):
         plan_runs("elastic", experiment, (0,), ["train.max_duration=1ep"])
 
