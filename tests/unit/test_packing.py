@@ -17,6 +17,7 @@ from torch import nn
 from lgm_scale.config.rules import load_training_run
 from lgm_scale.data import streaming_internals
 from lgm_scale.errors import ConfigError
+from lgm_scale.families.lgm.config import DIT_SIZES, DiTSize
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.flow import NoiseScale
 from lgm_scale.layers import choose_attention
@@ -24,6 +25,7 @@ from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks
 from lgm_scale.planning.plan import networks
 from lgm_scale.planning.report import model_flops, step_shape
+from lgm_scale.planning.simulation import simulate
 from lgm_scale.planning.workload import length_shares
 from lgm_scale.training.batch_scaling import split_evenly
 from lgm_scale.training.callbacks import StepKeys
@@ -228,7 +230,8 @@ def test_what_does_not_go_with_it_is_refused(overrides, text):
         run_of(*overrides)
 
 
-def test_a_plan_counts_every_sample_once():
+def test_a_plan_counts_every_sample_once(monkeypatch):
+    monkeypatch.setitem(DIT_SIZES, "tiny", DiTSize(128, 1, 4, 0.0))  # one block is simulated sooner
     run = run_of("train.global_batch_size=40", "train.device_microbatch_size=5", world_size=2)
     assert length_shares(run) == {8: 0.2, 16: 0.2, 32: 0.2, 64: 0.4}
     shape = step_shape(run, 2, 64)
@@ -236,6 +239,10 @@ def test_a_plan_counts_every_sample_once():
     nets = networks(run)
     flops = sum(map(nets.network.flops, [64, 64, 32, 16, 8]))  # type: ignore[operator]
     assert model_flops(nets, shape) == pytest.approx(3 * 4 * flops)
+    simulated = simulate(run, 1, shape.num_samples, shape.num_tokens)
+    assert simulated is not None
+    (passes,) = simulated.passes
+    assert passes.work.flops == pytest.approx(3 * flops, rel=0.05)
 
 
 def test_throughput_counts_the_samples_of_all_ranks():
