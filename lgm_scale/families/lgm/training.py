@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.flow import NoiseScale, flow_loss, merged_noise
+from lgm_scale.flow import NoiseScale, contrasted, flow_loss, merged_noise
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose
 from lgm_scale.training.flow_model import FlowModel
@@ -78,6 +79,8 @@ class LGMTrainingModel(FlowModel):
         return assignment.sizes[:, None].float() / mean
 
     def loss(self, outputs: LGMOutput, batch: dict[str, Any]) -> Tensor:
-        """Mean over the batch of the size-weighted squared error."""
-        loss = flow_loss(outputs.v_pred, outputs.v_target, outputs.assignment, self.noise_scale)
+        """Mean over the batch of the size-weighted squared error, contrasted."""
+        sized = {"assignment": outputs.assignment, "scale": self.noise_scale}
+        error = partial(flow_loss, outputs.v_pred, **sized)
+        loss = contrasted(error, outputs.v_target, self.objective.contrastive)
         return self.noted(loss, outputs.t)
