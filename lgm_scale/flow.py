@@ -8,6 +8,7 @@ Source: LGM paper (flow matching); noise-scale correction and size weights from 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 import torch
@@ -81,6 +82,22 @@ def flow_loss(
 def unweighted_flow_loss(v_pred: Tensor, v_target: Tensor) -> Tensor:
     """Mean squared error per sample, float32. Shapes: two of [B, C, S, S] -> [B]."""
     return (v_pred.float() - v_target.float()).square().flatten(1).mean(-1)
+
+
+def contrasted(error: Callable[[Tensor], Tensor], v_target: Tensor, weight: float) -> Tensor:
+    """The error of a prediction, less `weight` times that which it has to another sample's target.
+
+    The other one is half a batch away. A rank has every n-th sample of a batch, so for even shares
+    that is the same sample on any number of ranks. One that is alone (the rest of an epoch) has
+    no other.
+
+    Shapes: v_target [B, ...], `error` is [B, ...] -> [B]; the result is [B].
+    Source: contrastive flow matching, arXiv 2506.05350, whose other samples are drawn at random.
+    """
+    loss = error(v_target)
+    if weight == 0 or len(v_target) == 1:
+        return loss
+    return loss - weight * error(v_target.roll(len(v_target) // 2, 0))
 
 
 def training_keys(

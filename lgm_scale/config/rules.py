@@ -65,9 +65,9 @@ def load_training_run(
 def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> list[str]:
     """Every rule that the configuration breaks at this world size."""
     family = family_of(config)
-    problems = [*_batch(config, world_size), *_lengths(config, family), *_numbers(config)]
-    problems += [*_optimizer(config), *_times(config, family), *_batch_scaling(config)]
-    problems += [*_attention(config, has_gpu), *_float8(config, has_gpu)]
+    problems = [*_batch(config, world_size, family.least_batch(config)), *_lengths(config, family)]
+    problems += [*_numbers(config), *_optimizer(config), *_times(config, family)]
+    problems += [*_batch_scaling(config), *_attention(config, has_gpu), *_float8(config, has_gpu)]
     problems += broken_data_rules(config.data)
     problems += parallel_rules(config, world_size, has_gpu)
     problems += family.rules(config)
@@ -92,7 +92,7 @@ def uncompiled_reason(config: TrainingRun) -> str | None:
     return f"train.compile: auto is off; {against[0].rsplit('; ', 1)[0].split(': ', 1)[1]}"
 
 
-def _batch(config: TrainingRun, world_size: int) -> Iterator[str]:
+def _batch(config: TrainingRun, world_size: int, least: int) -> Iterator[str]:
     train = config.train
     size, micro = train.global_batch_size, train.device_microbatch_size
     if size < 1:
@@ -123,6 +123,21 @@ def _batch(config: TrainingRun, world_size: int) -> Iterator[str]:
         yield (
             f"train.device_microbatch_tokens: {tokens} does not hold one sample of {longest} "
             f"tokens, the longest of lengths.choices; make it {longest} or more"
+        )
+    elif tokens is not None and tokens < least * longest:
+        yield (
+            f"train.device_microbatch_tokens: {tokens} holds too few samples of {longest} tokens "
+            f"for the losses, which need {least}; make it {least * longest} or more"
+        )
+    if micro is not None and 1 <= micro < least:
+        yield (
+            f"train.device_microbatch_size: {micro} is too small for the losses, which need "
+            f"{least} samples; make it {least} or more"
+        )
+    if per_rank < least:
+        yield (
+            f"train.global_batch_size: {size} over {world_size} ranks is too small for the "
+            f"losses, which need {least} samples on each; make it {least * world_size} or more"
         )
 
 

@@ -211,6 +211,11 @@ class FlowObjectiveConfig:
     """Of the same normal."""
     label_dropout: float = 0.1
     """Share of samples that train the unconditional branch."""
+    contrastive: float = 0.0
+    """Weight of the squared distance to another sample's velocity, which is taken off the loss
+    (contrastive flow matching, arXiv 2506.05350, which has 0.05); 0: none. The other sample is of
+    the same micro-batch, whose size so changes what is computed; the number of ranks does not,
+    where each has an even number of samples in a micro-batch, and as many micro-batches."""
     mean_flow: MeanFlowConfig | None = None
     """null: the velocity alone is trained. Goes with `model.end_time: true`."""
 

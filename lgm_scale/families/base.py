@@ -149,6 +149,10 @@ class Family(ABC):
         """What a training step costs, in forward passes: 3, for a backward pass costs two."""
         return 3
 
+    def least_batch(self, run: Any) -> int:
+        """How many samples its losses need in a micro-batch."""
+        return 1
+
     # --- with torch ---------------------------------------------------------------------------
 
     @abstractmethod

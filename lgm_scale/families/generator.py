@@ -66,11 +66,14 @@ class GeneratorFamily(Family):
 
     takes_mean_flow: ClassVar[bool] = False
     """Whether its networks can give the average velocity: `model.end_time`."""
+    takes_contrast: ClassVar[bool] = False
+    """Whether its loss is `flow.contrasted`."""
 
     def rules(self, run: Any) -> Iterator[str]:
         """Rules of the objective, which all generators share."""
         objective = run.objective
         yield from _mean_flow(run, self.takes_mean_flow)
+        yield from _contrast(run, self.takes_contrast)
         if not 0 <= objective.label_dropout < 1:
             yield f"objective.label_dropout: {objective.label_dropout} must be in [0, 1)"
         if objective.timestep_std <= 0:
@@ -80,6 +83,10 @@ class GeneratorFamily(Family):
     def forward_passes(self, run: Any) -> int:
         """Three, or with MeanFlow seven: two for its guidance, two for the derivative."""
         return 3 if run.objective.mean_flow is None else 7
+
+    @override
+    def least_batch(self, run: Any) -> int:
+        return 2 if run.objective.contrastive else 1
 
     def num_classes(self, run: Any) -> int | None:
         """Classes of the model."""
@@ -146,6 +153,20 @@ def _mean_flow(run: Any, known: bool) -> Iterator[str]:
         yield (
             "parallel.deepspeed.stage: 3 gathers weights by hooks that have no derivative along "
             "the flow (objective.mean_flow); use stage: 2, or parallel.strategy: fsdp"
+        )
+
+
+def _contrast(run: Any, known: bool) -> Iterator[str]:
+    """Rules of `objective.contrastive`."""
+    weight = run.objective.contrastive
+    if not 0 <= weight < 1:
+        yield f"objective.contrastive: {weight} must be in [0, 1)"
+    elif weight and not known:
+        yield f"objective.contrastive: {weight} has no effect for task {run.task}; set it to 0"
+    elif weight and run.objective.mean_flow is not None:
+        yield (
+            f"objective.contrastive: {weight} is for the velocity, and objective.mean_flow trains "
+            "its average; set the one to 0, or the other to null"
         )
 
 

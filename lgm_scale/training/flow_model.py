@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lgm_scale.config.schema import FlowObjectiveConfig
 from lgm_scale.flow import interpolate, sample_timesteps, training_keys, velocity_target
@@ -93,6 +94,12 @@ class FlowModel(TrainingModel):
             velocity_target(z, noise), guidance,
         )  # fmt: skip
         return Predicted(v_pred, v_target, t)
+
+    @override
+    def below_zero(self) -> str:
+        if not self.objective.contrastive:
+            return ""
+        return "a loss below 0 is no error: objective.contrastive takes a distance off"
 
     def noted(self, loss: Tensor, t: Tensor) -> Tensor:
         """The mean of a loss per sample, which is noted by time as well. Shapes: [B] x 2 -> []."""

@@ -221,6 +221,7 @@ def run_of(*overrides: str, world_size: int = 1):
         (["train.device_microbatch_tokens=640"], "device_microbatch_tokens: 640 beside"),
         (["train.float8=true"], "train.float8: true was not tried beside lengths.per_sample"),
         (["model.end_time=true", "objective.mean_flow={}"], "objective.mean_flow: not yet beside"),
+        (["objective.contrastive=0.05"], "objective.contrastive: 0.05 not yet beside"),
         (["lora={base: x}", "lengths.choices=[8]"], "lengths.per_sample: true, and an adapter"),
         (["train.global_batch_size=4"], "4 samples do not hold the 5 lengths.choices"),
     ],

@@ -48,6 +48,7 @@ class ELITFamily(GeneratorFamily):
     title: ClassVar[str] = "ELIT or SiT, on a grid"
     schema = ELITRun
     takes_mean_flow: ClassVar[bool] = True
+    takes_contrast: ClassVar[bool] = True
     encoders: ClassVar[dict[str, Tool]] = {
         "sd-vae": Tool(
             "lgm_scale.families.elit.encoder:AutoencoderEncoder",

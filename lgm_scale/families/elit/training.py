@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lgm_scale.config.schema import FlowObjectiveConfig
 from lgm_scale.families.elit.network import SiT
-from lgm_scale.flow import unweighted_flow_loss
+from lgm_scale.flow import contrasted, unweighted_flow_loss
 from lgm_scale.pixels import PIXEL_STD, to_unit_range
 from lgm_scale.randomness import Purpose, keyed_normal, stream_keys
 from lgm_scale.training.flow_model import FlowModel, Predicted
@@ -55,5 +56,7 @@ class ELITTrainingModel(FlowModel):
         return (mean + std * keyed_normal(keys, tuple(mean.shape[1:]))) * self.latent_scale
 
     def loss(self, outputs: Predicted, batch: dict[str, Any]) -> Tensor:
-        """Mean over the batch of the squared error."""
-        return self.noted(unweighted_flow_loss(outputs.v_pred, outputs.v_target), outputs.t)
+        """Mean over the batch of the squared error, contrasted."""
+        error = partial(unweighted_flow_loss, outputs.v_pred)
+        loss = contrasted(error, outputs.v_target, self.objective.contrastive)
+        return self.noted(loss, outputs.t)

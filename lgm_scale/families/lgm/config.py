@@ -151,6 +151,11 @@ def _per_sample(config: LGMRun) -> Iterator[str]:
             f"objective.mean_flow: not yet beside {beside}; set it to null, or lengths.per_sample "
             "to false"
         )
+    if config.objective.contrastive:
+        yield (
+            f"objective.contrastive: {config.objective.contrastive} not yet beside {beside}; set "
+            "it to 0, or lengths.per_sample to false"
+        )
     if config.lora is not None:
         yield "lengths.per_sample: true, and an adapter (lora) is for one length; set it to false"
     if train.global_batch_size < len(lengths.choices):

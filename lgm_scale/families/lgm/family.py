@@ -38,6 +38,7 @@ class LGMFamily(GeneratorFamily):
     title: ClassVar[str] = "LGM, on merged tokens"
     schema = LGMRun
     takes_mean_flow: ClassVar[bool] = True
+    takes_contrast: ClassVar[bool] = True
     fixed_keys: ClassVar[tuple[str, ...]] = ("objective.noise_scale",)
     contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
     encoders: ClassVar[dict[str, Tool]] = {

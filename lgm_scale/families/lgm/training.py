@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.flow import NoiseScale, flow_loss, interpolate, merged_noise, velocity_target
+from lgm_scale.flow import (
+    NoiseScale,
+    contrasted,
+    flow_loss,
+    interpolate,
+    merged_noise,
+    velocity_target,
+)
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose
 from lgm_scale.training.flow_model import Draws, FlowModel
@@ -99,7 +107,7 @@ class LGMTrainingModel(FlowModel):
         return assignment.sizes[:, None].float() / mean
 
     def loss(self, outputs: LGMOutput | list[LGMOutput], batch: dict[str, Any]) -> Tensor:
-        """Mean over the batch of the size-weighted squared error."""
+        """Mean over the batch of the size-weighted squared error, contrasted."""
         if isinstance(outputs, LGMOutput):
             return self.noted(self._per_sample(outputs), outputs.t)
         losses = list(map(self._per_sample, outputs))
@@ -108,4 +116,6 @@ class LGMTrainingModel(FlowModel):
         return self.noted(torch.cat(losses), torch.cat([output.t for output in outputs]))
 
     def _per_sample(self, output: LGMOutput) -> Tensor:
-        return flow_loss(output.v_pred, output.v_target, output.assignment, self.noise_scale)
+        sized = {"assignment": output.assignment, "scale": self.noise_scale}
+        error = partial(flow_loss, output.v_pred, **sized)
+        return contrasted(error, output.v_target, self.objective.contrastive)
