@@ -44,7 +44,10 @@ class LossRecord:
             self._add_pair(name, pair)
 
     def add_group(self, name: str, values: Tensor) -> None:
-        """Note the values [B_g] of all samples of one group. No synchronisation."""
+        """Note the values [B_g] of a group's samples, of which there may be none. No wait.
+
+        Ranks must note equal groups in equal order, for their sums are added up.
+        """
         values = values.detach().float()
         self._add_pair(name, torch.stack((values, torch.ones_like(values))).sum(-1))
 

@@ -140,7 +140,8 @@ class LGMFamily(GeneratorFamily):
             for length in {num_tokens, *run.lengths.choices}:
                 tree.assignment(length)  # kept
         stats = LatentStats(torch.empty(dim), torch.empty(dim))
-        model = LGMTrainingModel(self.network(run), tree, stats, run.objective, run.seed)
+        net, lengths = self.network(run), run.lengths.choices
+        model = LGMTrainingModel(net, tree, stats, run.objective, run.seed, lengths)
         latents = torch.empty(num_samples, tokens, dim, dtype=torch.float16)
         return Rehearsal(
             model, {"latents": latents, "labels": torch.empty(num_samples, dtype=torch.int64)}
@@ -162,7 +163,8 @@ class LGMFamily(GeneratorFamily):
             base = load_base(run, dataset.tree)
             net, stats = base.net, base.stats
             add_adapter(net, run.lora.rank, run.lora.alpha)
-        return LGMTrainingModel(net, dataset.tree, stats, run.objective, run.seed)
+        lengths = run.lengths.choices
+        return LGMTrainingModel(net, dataset.tree, stats, run.objective, run.seed, lengths)
 
     @override
     def export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ class LGMTrainingModel(FlowModel):
         tree: Merge tree of the tokenizer that made the latents.
         stats: Statistics of the latents.
         objective: Also whether noise is merged like the data, or drawn per token.
+        lengths: Every K of a step that holds several.
     """
 
     net: MergeDiT
@@ -60,9 +62,11 @@ class LGMTrainingModel(FlowModel):
         stats: LatentStats,
         objective: LGMObjectiveConfig,
         seed: int,
+        lengths: Iterable[int] = (),
     ) -> None:
         super().__init__(net, objective, seed)
         self.tree = tree
+        self.lengths = sorted(set(lengths))
         self.noise_scale = NoiseScale(objective.noise_scale)
         self.register_buffer("latent_mean", stats.mean.float())
         self.register_buffer("latent_std", stats.std.float())
@@ -111,8 +115,9 @@ class LGMTrainingModel(FlowModel):
         if isinstance(outputs, LGMOutput):
             return self.noted(self._per_sample(outputs), outputs.t)
         losses = list(map(self._per_sample, outputs))
-        for output, loss in zip(outputs, losses, strict=True):
-            self.record.add_group(f"loss/K={output.assignment.num_tokens}", loss)
+        found = {o.assignment.num_tokens: loss for o, loss in zip(outputs, losses, strict=True)}
+        for k in self.lengths:  # also those that are not here: ranks add up what they noted
+            self.record.add_group(f"loss/K={k}", found.get(k, losses[0][:0]))
         return self.noted(torch.cat(losses), torch.cat([output.t for output in outputs]))
 
     def _per_sample(self, output: LGMOutput) -> Tensor:
