@@ -100,14 +100,12 @@ def contrasted(error: Callable[[Tensor], Tensor], v_target: Tensor, weight: floa
     return loss - weight * error(v_target.roll(len(v_target) // 2, 0))
 
 
-def training_keys(seed: int, step: int, sample_ids: Tensor) -> dict[Purpose, Tensor]:
-    """Stream keys of one training step: what a sample draws depends on (seed, step, sample id)."""
-    return {
-        purpose: stream_keys(seed, purpose, step, sample_ids)
-        for purpose in (
-            Purpose.NOISE,
-            Purpose.TIMESTEP,
-            Purpose.LABEL_DROPOUT,
-            Purpose.END_TIME,
-        )
-    }
+def training_keys(
+    seed: int, step: int, sample_ids: Tensor, *others: Purpose
+) -> dict[Purpose, Tensor]:
+    """Stream keys of one training step: what a sample draws depends on (seed, step, sample id).
+
+    Keys of noise, timestep and label dropout [B], and of `others`.
+    """
+    purposes = (Purpose.NOISE, Purpose.TIMESTEP, Purpose.LABEL_DROPOUT, *others)
+    return {purpose: stream_keys(seed, purpose, step, sample_ids) for purpose in purposes}
