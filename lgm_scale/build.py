@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -129,15 +133,46 @@ def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedu
     )
 
 
+def fan_in_growth(config: TrainingRun, net: nn.Module) -> dict[Tensor, float]:
+    """Weights of linear layers -> their fan-in over what it is at the size `optimizer.mup_base`.
+
+    Before a strategy is applied, which may rename or replace weights. Empty without that size.
+    """
+    if config.optimizer.mup_base is None:
+        return {}
+    model: Any = getattr(config, "model")  # noqa: B009 - of every generator
+    smaller: Any = {"model": replace(model, size=config.optimizer.mup_base)}
+    with torch.device("meta"):
+        other = family_of(config).network(replace(config, **smaller))
+
+    def linear(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Linear):  # depths differ, blocks of one network do not
+                yield re.sub(r"(^|\.)blocks\.\d+\.", r"\1blocks.0.", name), module
+
+    base = {name: layer.in_features for name, layer in linear(other)}
+    return {layer.weight: layer.in_features / base[name] for name, layer in linear(net)}
+
+
 def build_optimizer(
-    config: OptimizerConfig, parameter_groups: dict[str, list[nn.Module]]
+    config: OptimizerConfig,
+    parameter_groups: dict[str, list[nn.Module]],
+    growth: Mapping[Tensor, float] = MappingProxyType({}),
 ) -> torch.optim.AdamW:
-    """One AdamW for all groups; weight decay on matrices and tables, not on biases and gains."""
+    """One AdamW for all groups; weight decay on matrices and tables, not on biases and gains.
+
+    A matrix of `growth` f learns at lr / f, and so its decay is smaller, too; others at lr.
+    """
     groups = []
     for modules in parameter_groups.values():
         parameters = [p for p in parameters_of(modules) if p.requires_grad]
-        matrices = [p for p in parameters if p.ndim >= 2]
-        groups.append({"params": matrices, "weight_decay": config.weight_decay})
+        by_growth: dict[float, list[nn.Parameter]] = {1.0: []}  # first, for metrics show its rate
+        for matrix in (p for p in parameters if p.ndim >= 2):
+            by_growth.setdefault(growth.get(matrix, 1.0), []).append(matrix)
+        groups += [
+            {"params": matrices, "weight_decay": config.weight_decay, "lr": config.lr / factor}
+            for factor, matrices in by_growth.items()
+        ]
         groups.append({"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0})
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, fused=torch.cuda.is_available()
@@ -225,6 +260,7 @@ def build_trainer(
         problem = float8_problem(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         raise_everywhere(None if problem is None else ConfigError(f"train.float8: {problem}"))
         use_float8(transformer_blocks(model))
+    growth = fan_in_growth(config, model.net)
     checkpoint_blocks(transformer_blocks(model), config.parallel.activation_checkpointing)
     choose_attention(model.net, config.train.attention)
     if config.train.compile is True:  # auto is settled before
@@ -260,7 +296,7 @@ def build_trainer(
         model=model,
         train_dataloader=data,
         max_duration=config.train.max_duration,
-        optimizers=build_optimizer(config.optimizer, model.parameter_groups()),
+        optimizers=build_optimizer(config.optimizer, model.parameter_groups(), growth),
         schedulers=build_scheduler(config.optimizer),
         algorithms=_clipping(config, model),
         callbacks=callbacks,

@@ -152,6 +152,7 @@ def options_of(case: Case, model: LGMTrainingModel, world_size: int) -> dict[str
     """Of Composer's trainer."""
     config = OptimizerConfig(lr=1e-3, weight_decay=1e-2, warmup=5 if case.clip else 0)
     data = Latents()
+    growth = {p: 4.0 for block in model.net.blocks for p in block.parameters()}  # as muP has it
     loader = DataLoader(
         data, BATCH // world_size, sampler=composer_dist.get_sampler(data, shuffle=False)
     )
@@ -161,7 +162,7 @@ def options_of(case: Case, model: LGMTrainingModel, world_size: int) -> dict[str
             loader, get_num_samples_in_batch=lambda batch: len(batch["sample_ids"])
         ),
         "max_duration": f"{STEPS}ba",
-        "optimizers": build_optimizer(config, {"generator": [model.net]}),
+        "optimizers": build_optimizer(config, {"generator": [model.net]}, growth),
         "schedulers": build_scheduler(config),
         "callbacks": [Watch(model)],
         "device": "cpu",

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any, get_args, get_type_hints
 
 from lgm_scale.config.loading import (
     check_config,
@@ -67,7 +68,8 @@ def broken_rules(config: TrainingRun, world_size: int, has_gpu: bool | None) -> 
     family = family_of(config)
     problems = [*_batch(config, world_size, family.least_batch(config)), *_lengths(config, family)]
     problems += [*_numbers(config), *_optimizer(config), *_times(config, family)]
-    problems += [*_batch_scaling(config), *_attention(config, has_gpu), *_float8(config, has_gpu)]
+    problems += [*_mup(config, family), *_batch_scaling(config)]
+    problems += [*_attention(config, has_gpu), *_float8(config, has_gpu)]
     problems += broken_data_rules(config.data)
     problems += parallel_rules(config, world_size, has_gpu)
     problems += family.rules(config)
@@ -222,6 +224,22 @@ def _optimizer(config: TrainingRun) -> Iterator[str]:
         yield "optimizer.min_lr: has no effect with schedule: constant; use cosine or drop it"
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr: {optimizer.min_lr} is above lr {optimizer.lr}"
+
+
+def _mup(config: TrainingRun, family: Family) -> Iterator[str]:
+    base = config.optimizer.mup_base
+    model: Any = getattr(config, "model", None)
+    if base is None:
+        return
+    sizes = get_args(get_type_hints(type(model)).get("size"))
+    if config.task not in generator_families() or base not in sizes:
+        known = f"; it has {', '.join(sizes)}" if config.task in generator_families() else ""
+        yield f"optimizer.mup_base: {base} is no size of a generator{known}; set it to null"
+        return
+    smaller: Any = {"model": replace(model, size=base)}
+    there = replace(config, **smaller)
+    new = [line for line in family.rules(there) if line not in [*family.rules(config)]]
+    yield from (f"optimizer.mup_base: {base} cannot be compared with; {line}" for line in new)
 
 
 def _times(config: TrainingRun, family: Family) -> Iterator[str]:

@@ -63,6 +63,10 @@ class OptimizerConfig:
     """Steps over which the learning rate grows from 0."""
     clip_norm: float | None = None
     """Largest norm of a step's gradient; null: any."""
+    mup_base: str | None = None
+    """Size of the generator (`model.size`) for which `lr` was found: linear layers whose input is f
+    times as wide as there learn at lr / f, so that one rate serves all widths (muP, arXiv
+    2203.03466, for Adam). null: one rate for all layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

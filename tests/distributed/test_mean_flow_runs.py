@@ -1,4 +1,4 @@
-"""MeanFlow trained by ranks: under FSDP the steps of one process, and taken up to the same bits."""
+"""MeanFlow and muP by ranks: under FSDP the steps of one process, and taken up to the same bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def runs(small_pipeline: SmallPipeline) -> dict[str, Path]:
             model=sizes | {"end_time": True},
             objective={"mean_flow": {"share": 0.5, "guidance": 2.0}},
             train={"max_duration": f"{STEPS}ba", "global_batch_size": 8, "precision": "fp32"},
-            optimizer={"lr": 1e-3, "clip_norm": 0.5},
+            optimizer={"lr": 1e-3, "clip_norm": 0.5, "mup_base": "s"},  # hidden layers at 4e-3
             checkpoint={"interval": f"{STATE}ba", "keep": 10},
         )
 

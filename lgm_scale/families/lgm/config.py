@@ -177,6 +177,8 @@ def lgm_rules(config: LGMRun) -> Iterator[str]:
     yield from outside_choices(config.lengths.choices, lowest, highest)
     yield from _lora(config)
     yield from _per_sample(config)
+    if config.lora is not None and config.optimizer.mup_base is not None:
+        yield "optimizer.mup_base: an adapter (lora) learns at one rate; set it to null"
     model: Any = config.model
     for name in ("latent_dim", "num_base_tokens", "num_blocks", "num_classes"):
         if getattr(model, name) < 1:
