@@ -10,9 +10,11 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -72,6 +74,7 @@ def _forked(args: Sequence[str], said: Path) -> int:
 
 def _become(args: list[str], said: Path, environment: dict[str, str]) -> None:
     """Run a script, or `-m` and a module, here, as the interpreter would."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sink = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
@@ -88,3 +91,14 @@ def _become(args: list[str], said: Path, environment: dict[str, str]) -> None:
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(what, run_name="__main__")
+
+
+def _end_with_parent() -> None:
+    """Stop as a signal stops a command, once whoever asked for it is gone, killed or not.
+
+    Otherwise it would go on alone, and the experiment started anew would find its folder in use.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -83,14 +83,12 @@ def unweighted_flow_loss(v_pred: Tensor, v_target: Tensor) -> Tensor:
     return (v_pred.float() - v_target.float()).square().flatten(1).mean(-1)
 
 
-def training_keys(seed: int, step: int, sample_ids: Tensor) -> dict[Purpose, Tensor]:
-    """Stream keys of one training step: what a sample draws depends on (seed, step, sample id)."""
-    return {
-        purpose: stream_keys(seed, purpose, step, sample_ids)
-        for purpose in (
-            Purpose.NOISE,
-            Purpose.TIMESTEP,
-            Purpose.LABEL_DROPOUT,
-            Purpose.END_TIME,
-        )
-    }
+def training_keys(
+    seed: int, step: int, sample_ids: Tensor, *others: Purpose
+) -> dict[Purpose, Tensor]:
+    """Stream keys of one training step: what a sample draws depends on (seed, step, sample id).
+
+    Keys of noise, timestep and label dropout [B], and of `others`.
+    """
+    purposes = (Purpose.NOISE, Purpose.TIMESTEP, Purpose.LABEL_DROPOUT, *others)
+    return {purpose: stream_keys(seed, purpose, step, sample_ids) for purpose in purposes}

@@ -58,7 +58,8 @@ class FlowModel(TrainingModel):
 
     def draw(self, batch: dict[str, Any]) -> Draws:
         """Times and labels of this step, and the keys of everything else."""
-        keys = training_keys(self.seed, batch["step"], batch["sample_ids"])
+        others = () if self.objective.mean_flow is None else (Purpose.END_TIME,)
+        keys = training_keys(self.seed, batch["step"], batch["sample_ids"], *others)
         law = self.objective.timestep_mean, self.objective.timestep_std
         t = sample_timesteps(keys[Purpose.TIMESTEP], *law)
         dropped = keyed_uniform(keys[Purpose.LABEL_DROPOUT]) < self.objective.label_dropout

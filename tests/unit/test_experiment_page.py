@@ -52,7 +52,7 @@ def test_the_table_has_a_line_per_length_and_the_spread_over_seeds(tmp_path):
     results = sweep_records(experiment)
     table = render(experiment, results, 1.99e12)
     assert "2.0 TFLOPs of training each; 2 seeds; 500 samples" in table
-    assert "| SiT | 16 | 250 | 16.00 | 73.5 ± 1.4 | 50.0 ± 0.0 |" in table
+    assert "| SiT | 64 | 250 | 64.00 | 26.6 ± 1.4 | 50.0 ± 0.0 |" in table
     assert table.count("| ELIT |") == table.count("| LGM |") == 3
     draw(experiment, results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -206,7 +206,7 @@ def test_a_timestep_does_not_depend_on_the_batch():
 
 def test_training_keys_depend_on_seed_step_sample_and_purpose_alone():
     ids = torch.tensor([4, 9])
-    keys = training_keys(1, 2, ids)
+    keys = training_keys(1, 2, ids, Purpose.END_TIME)
     purposes = {Purpose.NOISE, Purpose.TIMESTEP, Purpose.LABEL_DROPOUT, Purpose.END_TIME}
     assert set(keys) == purposes
     for purpose, key in keys.items():
