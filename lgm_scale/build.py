@@ -31,6 +31,7 @@ from lgm_scale.config.inputs import count_problems
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.schema import OptimizerConfig, TrainingRun
 from lgm_scale.data.epochs import CheckedLoader, EpochDataset, StreamOptions
+from lgm_scale.data.streaming_internals import num_ranks, rank_place
 from lgm_scale.errors import CheckpointError, ConfigError, DataError, LGMError
 from lgm_scale.families.base import family_of
 from lgm_scale.initial_weights import initial_weights
@@ -39,12 +40,17 @@ from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks, transfo
 from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
 from lgm_scale.parallel.float8 import float8_problem, use_float8
 from lgm_scale.parallel.trainers import start_trainer
-from lgm_scale.training.batch_scaling import LoaderStep, ScaledLoader, split_by_tokens
+from lgm_scale.training.batch_scaling import (
+    LoaderStep,
+    ScaledLoader,
+    split_by_tokens,
+    split_evenly,
+)
 from lgm_scale.training.callbacks import MetricsLog, StepKeys
 from lgm_scale.training.clipping import GroupClipping, parameters_of
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.guard import FiniteGuard
-from lgm_scale.training.length_schedule import LengthSchedule
+from lgm_scale.training.length_schedule import LengthSchedule, spread_lengths
 from lgm_scale.training.loggers import build_loggers
 from lgm_scale.training.model import TrainingModel
 from lgm_scale.training.stopping import StopRequest, ignore_stop_signals
@@ -107,6 +113,9 @@ def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedu
     if scaled and tokens is None:
         size = train.device_microbatch_size or batch_size
         tokens = size * max(config.lengths.choices)
+    split = None if tokens is None else split_by_tokens(tokens)
+    if family_of(config).spreads_lengths(config):
+        split = split_evenly
     loader_class = partial(ScaledLoader, schedule=lengths) if scaled else CheckedLoader
     loader = loader_class(
         dataset,
@@ -120,7 +129,7 @@ def build_data(config: TrainingRun, dataset: EpochDataset, lengths: LengthSchedu
         loader,
         microbatch_transforms=dataset.finish_batch,
         get_num_samples_in_batch=lambda batch: len(batch["sample_ids"]),
-        split_batch=None if tokens is None else split_by_tokens(tokens),
+        split_batch=split,
     )
 
 
@@ -180,6 +189,13 @@ def build_scheduler(config: OptimizerConfig) -> ComposerScheduler:
     return ConstantWithWarmupScheduler(warmup) if config.warmup else ConstantScheduler()
 
 
+def lengths_of_step(config: TrainingRun, first: int = 0, every: int = 1) -> list[int] | None:
+    """K of a step's samples, of which a rank reads every n-th; None unless it holds all lengths."""
+    if not family_of(config).spreads_lengths(config):
+        return None
+    return spread_lengths(config.lengths.choices, config.train.global_batch_size, first, every)
+
+
 def _clipping(config: TrainingRun, model: TrainingModel) -> list[Algorithm]:
     threshold = config.optimizer.clip_norm
     if threshold is None or config.parallel.strategy == "deepspeed":  # the engine clips
@@ -195,7 +211,8 @@ def _throughput(config: TrainingRun, model: TrainingModel) -> Throughput:
     net: Any = model.net
     # Counted now: a network may read sizes off its weights, which FSDP is about to cut.
     flops = {k: net.flops(k) for k in set(config.lengths.choices)}.__getitem__
-    return Throughput(config.logging.interval, flops, None if peak is None else peak * 1e12)
+    peak_flops, spread = None if peak is None else peak * 1e12, lengths_of_step(config) or ()
+    return Throughput(config.logging.interval, flops, peak_flops, spread)
 
 
 def _watching(config: TrainingRun, dataset: EpochDataset, ema: EMA) -> list[Callback]:
@@ -251,7 +268,7 @@ def build_trainer(
     metrics, history = (Path(config.out) / name for name in (METRICS_NAME, HISTORY_NAME))
     beside = {path.name: path for path in (metrics, history)}
     callbacks: list[Callback] = [
-        StepKeys(lengths, asked.per_sample),
+        StepKeys(lengths, asked.per_sample, lengths_of_step(config, rank_place(), num_ranks())),
         FiniteGuard(model.record, advice),  # before the EMA moves
         ema,
         MetricsLog(

@@ -14,14 +14,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lgm_scale.packing import Packing
+
 NORM_EPS = torch.finfo(torch.float32).eps
 """Epsilon of every RMSNorm, as in the release; torch's default would change with the dtype."""
 NO_END_TIME = "end: a network of the velocity has no end time; leave it out, or build it with one"
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x (1 + scale) + shift, no change at zero. Shapes: x [B, K, C], shift, scale [B, C]."""
+Sizes = Tensor | Packing | None
+"""Logarithms of cluster sizes [K]; None where all are 1; of a row of several K, its `Packing`."""
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, sizes: Sizes = None) -> Tensor:
+    """adaLN: x (1 + scale) + shift, no change at zero.
+
+    Shapes: x [B, K, C], or [T, C] packed, shift and scale [B, C] -> as x.
+    """
+    if isinstance(sizes, Packing):
+        own = sizes.groups(x), sizes.samples(shift), sizes.samples(scale)
+        return sizes.join([modulate(*each) for each in zip(*own, strict=True)])
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def gated(x: Tensor, gate: Tensor, sizes: Sizes = None) -> Tensor:
+    """Every token times its sample's gate. Shapes: x [B, K, C] or [T, C], gate [B, C] -> as x."""
+    if isinstance(sizes, Packing):
+        own = sizes.groups(x), sizes.samples(gate)
+        return sizes.join([gated(*each) for each in zip(*own, strict=True)])
+    return gate.unsqueeze(1) * x
 
 
 def proportional_attention(
@@ -108,7 +128,7 @@ def cast_matrices(net: nn.Module, dtype: torch.dtype) -> None:
 class Attention(nn.Module):
     """Multi-head self-attention with cluster sizes; `form` as in `proportional_attention`.
 
-    Shapes: x [B, K, C] -> [B, K, C].
+    Shapes: x [B, K, C] -> [B, K, C], or of a packed row [T, C] -> [T, C].
 
     Args:
         width: C.
@@ -126,15 +146,22 @@ class Attention(nn.Module):
         self.k_norm = norm(width // num_heads, eps=NORM_EPS)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, log_sizes: Tensor | None = None) -> Tensor:
-        """Attend, a key counting as often as its cluster has tokens: log_sizes [K], or None."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # [B, H, K, C/H]
+    def forward(self, x: Tensor, sizes: Sizes = None) -> Tensor:
+        """Attend, a key counting as often as its cluster has tokens."""
+        qkv = self.qkv(x)
+        if isinstance(sizes, Packing):
+            groups = zip(sizes.groups(qkv), sizes.log_sizes, strict=True)
+            return self.proj(sizes.join([self._attend(*group) for group in groups]))
+        return self.proj(self._attend(qkv, sizes))
+
+    def _attend(self, qkv: Tensor, log_sizes: Tensor | None) -> Tensor:
+        """All heads. Shapes: qkv [B, K, 3 C], log_sizes [K] or None -> [B, K, C]."""
+        batch, tokens, width = qkv.shape
+        q, k, v = qkv.view(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         # Under autocast a norm returns float32, for which there are no flash kernels.
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # [B, H, K, C/H]
         out = proportional_attention(q, k, v, log_sizes, self.form)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        return out.transpose(1, 2).reshape(batch, tokens, width // 3)
 
 
 def swiglu_hidden(width: int) -> int:
@@ -176,7 +203,7 @@ class DiTBlock(nn.Module):
         x = x + gate_1 attn(norm(x) (1 + scale_1) + shift_1)
         x = x + gate_2 mlp(norm(x) (1 + scale_2) + shift_2)
 
-    Shapes: x [B, K, C], condition [B, C] -> [B, K, C].
+    Shapes: x [B, K, C] or a packed row [T, C], condition [B, C] -> as x.
 
     Args:
         norm: Makes a norm of a width; the block has two.
@@ -194,20 +221,23 @@ class DiTBlock(nn.Module):
         self.mlp = mlp
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, condition: Tensor, log_sizes: Tensor | None = None) -> Tensor:
-        """Transform x [B, K, C] under condition [B, C]; log_sizes [K], or None where all are 1."""
+    def forward(self, x: Tensor, condition: Tensor, sizes: Sizes = None) -> Tensor:
+        """Transform tokens x, of which some may stand for several, under condition [B, C]."""
         # t and label reach the block through these six vectors alone; the order is the release's.
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(
             6, dim=-1
         )  # [B, C] each
-        attended = self.attn(modulate(self.norm1(x), shift_1, scale_1), log_sizes)
-        x = x + gate_1.unsqueeze(1) * attended
-        mixed = self.mlp(modulate(self.norm2(x), shift_2, scale_2))
-        return x + gate_2.unsqueeze(1) * mixed
+        attended = self.attn(modulate(self.norm1(x), shift_1, scale_1, sizes), sizes)
+        x = x + gated(attended, gate_1, sizes)
+        mixed = self.mlp(modulate(self.norm2(x), shift_2, scale_2, sizes))
+        return x + gated(mixed, gate_2, sizes)
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and projection to the output. Shapes: [B, K, C] -> [B, K, out_dim]."""
+    """Modulated norm and projection to the output.
+
+    Shapes: [B, K, C] -> [B, K, out_dim], or of a packed row [T, C] -> [T, out_dim].
+    """
 
     def __init__(self, width: int, out_dim: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -215,10 +245,10 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out_dim)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Modulate the normed tokens [B, K, C] by condition [B, C], and project them."""
+    def forward(self, x: Tensor, condition: Tensor, sizes: Sizes = None) -> Tensor:
+        """Modulate the normed tokens by condition [B, C], and project them."""
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        return self.linear(modulate(self.norm(x), shift, scale, sizes))
 
 
 class TimestepEmbedding(nn.Module):

@@ -151,8 +151,8 @@ def _lengths(config: TrainingRun, family: Family) -> Iterator[str]:
         yield "lengths.choices: empty; name at least one token length"
     if config.lengths.per_sample and not family.mixes_lengths(config):
         yield (
-            "lengths.per_sample: true needs model.length_control: truncate; the others run at "
-            "one K per batch"
+            "lengths.per_sample: true needs model.length_control: truncate, or a generator on "
+            "merged tokens; the others run at one K per batch; set it to false"
         )
     if weights is None:
         return

@@ -40,7 +40,8 @@ class LengthsConfig:
     merged before they mean anything become all alike, and a short run stays there. Dry runs
     predict times without it."""
     per_sample: bool = False
-    """One draw per image instead of one per step; for `length_control: truncate` alone."""
+    """A K for each image instead of one per step. For `length_control: truncate` a draw; for a
+    generator on merged tokens every step holds all of `choices`, in equal parts, on each rank."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -317,6 +317,17 @@ def num_ranks() -> int:
     return World.detect().num_ranks
 
 
+def rank_place() -> int:
+    """Which one of every `num_ranks()` samples of an epoch's order this rank reads.
+
+    The library deals an epoch out to nodes and then to the ranks of each, a sample at a time
+    (`partition/orig.py`): so a rank's i-th sample is at place i * num_ranks() + rank_place(), and
+    the global batches are the same for any number of ranks. A test deals epochs out.
+    """
+    world = World.detect()
+    return world.rank_of_node * world.num_nodes + world.node
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Have a process group for a while, where ranks were started and none has made one yet."""

@@ -141,6 +141,10 @@ class Family(ABC):
         """Whether one batch may hold samples at different token counts."""
         return False
 
+    def spreads_lengths(self, run: Any) -> bool:
+        """Whether every step holds all of `lengths.choices`, in equal parts (`spread_lengths`)."""
+        return False
+
     def forward_passes(self, run: Any) -> int:
         """What a training step costs, in forward passes: 3, for a backward pass costs two."""
         return 3

@@ -16,6 +16,7 @@ import numpy as np
 from lgm_scale.config.rules import broken_rules, uncompiled_reason
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig, TrainingRun
 from lgm_scale.errors import ConfigError
+from lgm_scale.families.base import family_of
 from lgm_scale.parallel.memory import planned_bytes
 from lgm_scale.planning.hardware import GPU
 from lgm_scale.planning.options import PlanOptions
@@ -23,7 +24,12 @@ from lgm_scale.planning.plan import Networks
 from lgm_scale.planning.prediction import StepTime, predict
 from lgm_scale.planning.simulation import Simulated, simulate
 from lgm_scale.planning.strategies import PlannedStep, StepShape, plan_step, shard_ranks
-from lgm_scale.planning.workload import samples_of_step, strategy_label
+from lgm_scale.planning.workload import (
+    flops_per_sample,
+    micro_batch_lengths,
+    samples_of_step,
+    strategy_label,
+)
 
 RESERVE = 1.5 * 2**30
 """Bytes that the driver, NCCL and the libraries take, and a plan does not see: our estimate."""
@@ -89,7 +95,7 @@ class Choice:
         own = {"device_microbatch_size": size, "device_microbatch_tokens": None}
         by_tokens = {
             "device_microbatch_size": None,
-            "device_microbatch_tokens": size * self.shape.num_tokens,
+            "device_microbatch_tokens": size * max(self.config.lengths.choices),
         }
         run = replace(self.config, train=replace(train, **by_tokens))  # type: ignore[arg-type]
         several = len(set(self.config.lengths.choices)) > 1
@@ -113,6 +119,9 @@ class Search:
         self.use(options.gpus[0], options.memory)
         self.num_tokens = max(config.lengths.choices)
         self.per_rank = samples_of_step(config, self.num_tokens) // world_size
+        spread = family_of(config).spreads_lengths(config)
+        whole = len(config.lengths.choices) if spread else 1  # all lengths have their exact shares
+        self.low, self.high = LOW * whole, HIGH * whole
         self._lines: dict[tuple[bool, float], tuple[Simulated, Simulated]] = {}
         self._works: dict[tuple[float, int], PlannedStep] = {}
 
@@ -167,18 +176,19 @@ class Search:
                 choice.config,
                 parallel=ParallelConfig(activation_checkpointing=parallel.activation_checkpointing),
             )
-            found = plan_step(alone, self.infos, 1, StepShape(size, self.num_tokens))
+            found = plan_step(alone, self.infos, 1, StepShape(size, self._lengths(size)))
             assert found is not None
             self._works[key] = found
         step = replace(choice.step, passes=self._works[key].passes)
         network: Any = self.nets.network
-        flops = self.nets.passes * self.per_rank * network.flops(self.num_tokens)
+        each = flops_per_sample(network.flops, self._lengths(size))
+        flops = self.nets.passes * self.per_rank * each
         times = choice.shape.micro_batches
         time = predict(step, times, self.gpu, uncompiled_reason(choice.config) is None, flops)
         return replace(choice, time=time)
 
     def _choice(self, config: TrainingRun, size: int) -> Choice:
-        shape = StepShape(size, self.num_tokens, self.per_rank // size)
+        shape = StepShape(size, self._lengths(size), self.per_rank // size)
         simulated = self._simulated(config, size, shape.micro_batches)
         step = plan_step(config, self.infos, self.world_size, shape, simulated=simulated)
         assert step is not None
@@ -195,11 +205,11 @@ class Search:
         parallel = config.parallel
         key = (parallel.strategy == "fsdp", parallel.activation_checkpointing)
         if key not in self._lines:
-            self._lines[key] = (self._simulate(config, LOW), self._simulate(config, HIGH))
+            self._lines[key] = (self._simulate(config, self.low), self._simulate(config, self.high))
         first, second = self._lines[key]
         if len(first.live) != len(second.live):  # other operations at another size
             first = second = self._simulate(config, size)
-        part = (size - LOW) / (HIGH - LOW)
+        part = (size - self.low) / (self.high - self.low)
         live = first.live + (second.live - first.live) * part
         activations = first.activations + (second.activations - first.activations) * part
         if micro_batches > 1:  # gradients of the first are there in the passes of the others
@@ -208,11 +218,14 @@ class Search:
             live = np.maximum(live, first.state + kept + activations.max())
         return replace(first, live=live, activations=activations)
 
+    def _lengths(self, size: int) -> int | tuple[int, ...]:
+        return micro_batch_lengths(self.config, size, self.num_tokens)
+
     def _simulate(self, config: TrainingRun, size: int) -> Simulated:
         """One micro-batch under FSDP2 over all ranks, or alone."""
         own = replace(config.parallel, fsdp=None, deepspeed=None)
         ranks = self.world_size if own.strategy == "fsdp" else 1
-        found = simulate(replace(config, parallel=own), ranks, size, self.num_tokens)
+        found = simulate(replace(config, parallel=own), ranks, size, self._lengths(size))
         assert found is not None  # asked before
         return found
 
@@ -238,7 +251,7 @@ def advise(config: TrainingRun, nets: Networks, world_size: int, options: PlanOp
     ranked = sorted(map(search.timed, fitting), key=lambda choice: -choice.speed)
     best = ranked[0]
     rows = [
-        f"advice for {world_size} x {search.gpu.name}, {limit}, K = {search.num_tokens}, "
+        f"advice for {world_size} x {search.gpu.name}, {limit}, K = {found[0].shape.words}, "
         f"{search.per_rank} samples per rank; speeds are PREDICTED, see above",
         *(f"{'>' if c is best else ' '} {c.words(world_size)}" for c in ranked[:5]),
         f"paste    {best.overrides(config.parallel)}",

@@ -135,13 +135,15 @@ def describe(config: TrainingRun, world_size: int, options: PlanOptions | None =
 
 
 def _work(config: TrainingRun, nets: Networks) -> str:
-    """One line per K: its share of the steps, tokens and FLOPs of a step."""
+    """One line per K: its share of the steps or of their samples, tokens and FLOPs of a step."""
     network: Any = nets.network
+    spread = family_of(config).spreads_lengths(config)  # then lines are parts of every step
     lines = [
-        "   K   share of steps   tokens per step   TFLOPs per step (network, forward and backward)"
+        f"   K   share of {'batch' if spread else 'steps'}   tokens per step   "
+        "TFLOPs per step (network, forward and backward)"
     ]
     for k, share in length_shares(config).items():
-        samples = samples_of_step(config, k)
+        samples = round(samples_of_step(config, k) * (share if spread else 1))
         work = nets.passes * samples * network.flops(k) / 1e12
         lines.append(f"{k:4d}   {share:14.1%}   {samples * k:15,}   {work:.4g}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import numpy as np
 
 from lgm_scale.config.rules import uncompiled_reason
 from lgm_scale.config.schema import ParallelConfig, TrainingRun
+from lgm_scale.families.base import family_of
 from lgm_scale.parallel.memory import ParameterInfo
 from lgm_scale.planning.advice import advise
 from lgm_scale.planning.options import PlanOptions
@@ -20,7 +21,9 @@ from lgm_scale.planning.prediction import StepTime, predict
 from lgm_scale.planning.strategies import PlannedStep, StepShape, plan_step
 from lgm_scale.planning.workload import (
     Cost,
+    flops_per_sample,
     length_shares,
+    micro_batch_lengths,
     samples_of_step,
     steps_of_run,
     strategy_label,
@@ -58,17 +61,16 @@ def print_simulation(config: TrainingRun, world_size: int, options: PlanOptions)
 
 
 def step_shape(config: TrainingRun, world_size: int, num_tokens: int) -> StepShape:
-    """Micro-batches of a rank's step at K, as configured."""
+    """Micro-batches of a rank's step, as configured: at K, or where it holds all lengths, those."""
     samples = -(-samples_of_step(config, num_tokens) // world_size)
     size, tokens = config.train.device_microbatch_size, config.train.device_microbatch_tokens
     if tokens is not None:
         size = min(samples, tokens // num_tokens)
         return StepShape(size, num_tokens, -(-samples // size))
-    if size is None:
-        return StepShape(samples, num_tokens)
     times = samples_of_step(config, num_tokens) // config.train.global_batch_size
-    size = min(samples, size * times)
-    return StepShape(size, num_tokens, -(-samples // size))
+    size = samples if size is None else min(samples, size * times)
+    lengths = micro_batch_lengths(config, size, num_tokens)
+    return StepShape(size, lengths, -(-samples // size))
 
 
 def _memory(
@@ -78,7 +80,7 @@ def _memory(
     shape = step_shape(config, world_size, max(config.lengths.choices))
     ratio = config.parallel.activation_checkpointing
     rows = [
-        f"simulated: one of {world_size} ranks, K = {shape.num_tokens}, {shape.micro_batches} "
+        f"simulated: one of {world_size} ranks, K = {shape.words}, {shape.micro_batches} "
         f"micro-batch(es) of {shape.num_samples} samples, {config.train.precision}, uncompiled, "
         f"{ratio:.0%} of the blocks computed again",
         "  peak of memory in GiB     total   of it state",
@@ -123,6 +125,8 @@ def _times(
     config: TrainingRun, nets: Networks, world_size: int, longest: PlannedStep, options: PlanOptions
 ) -> str:
     lengths = sorted(set(config.lengths.choices))
+    if family_of(config).spreads_lengths(config):
+        lengths = lengths[-1:]  # all steps are equal
     places = np.linspace(0, len(lengths) - 1, min(MOST_LENGTHS, len(lengths)))
     steps: dict[int, PlannedStep] = {}
     for k in [lengths[round(place)] for place in places]:
@@ -147,7 +151,7 @@ def _times(
             shape = step_shape(config, world_size, k)
             time = predict(step, shape.micro_batches, gpu, reason is None, model_flops(nets, shape))
             seconds[k] = time.total
-            rows.append(_time_row(gpu.name, k, time, samples_of_step(config, k)))
+            rows.append(_time_row(gpu.name, shape.words, time, samples_of_step(config, k)))
         totals.append((gpu, mean_seconds(config, seconds)))
     count = steps_of_run(config)
     if count is None:
@@ -161,7 +165,8 @@ def _times(
 def model_flops(nets: Networks, shape: StepShape) -> float:
     """Operations of the network alone in a step of one rank, forward and backward."""
     network: Any = nets.network
-    return nets.passes * shape.num_samples * shape.micro_batches * network.flops(shape.num_tokens)
+    samples = shape.num_samples * shape.micro_batches
+    return nets.passes * samples * flops_per_sample(network.flops, shape.num_tokens)
 
 
 def mean_seconds(config: TrainingRun, seconds: dict[int, float]) -> float:
@@ -173,11 +178,11 @@ def mean_seconds(config: TrainingRun, seconds: dict[int, float]) -> float:
     )
 
 
-def _time_row(name: str, k: int, time: StepTime, images: int) -> str:
+def _time_row(name: str, k: str, time: StepTime, images: int) -> str:
     parts = (time.products, time.others, time.update, time.exposed)
     columns = zip(parts, (11, 9, 9, 10), strict=True)
     return (
-        f"  {name:17s} {k:4d} {time.total * 1e3:14.1f}"
+        f"  {name:17s} {k:>4s} {time.total * 1e3:14.1f}"
         + "".join(f"{part * 1e3:{width}.1f}" for part, width in columns)
         + f"{images / time.total:11,.0f}{time.utilisation:14.1%}"
     )

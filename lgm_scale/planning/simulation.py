@@ -93,7 +93,7 @@ def simulate(
     config: TrainingRun,
     world_size: int,
     num_samples: int,
-    num_tokens: int,
+    num_tokens: int | tuple[int, ...],
     micro_batches: int = 1,
     as_gpu: bool = True,
 ) -> Simulated | None:
@@ -106,13 +106,14 @@ def simulate(
         config: The run.
         world_size: Ranks that share the model.
         num_samples: Samples of a micro-batch.
-        num_tokens: K of the step.
+        num_tokens: K of the step, or of each sample.
         micro_batches: How many make the step; more than two cost what the second costs.
         as_gpu: Take the forms that a GPU takes: attention by an extra channel, fused AdamW,
             gradients reduced in float32. Else those of the CPU.
     """
     with torch.device("meta"):
-        rehearsal = family_of(config).rehearsal(config, num_samples, num_tokens)
+        most = num_tokens if isinstance(num_tokens, int) else max(num_tokens)
+        rehearsal = family_of(config).rehearsal(config, num_samples, most)
     if rehearsal is None:
         return None
     with ExitStack() as stack:
@@ -137,7 +138,7 @@ def _run(
     config: TrainingRun,
     rehearsal: Rehearsal,
     num_samples: int,
-    num_tokens: int,
+    num_tokens: int | tuple[int, ...],
     passes: int,
     as_gpu: bool,
 ) -> Simulated:
@@ -209,12 +210,16 @@ def _with_gradients(model: nn.Module) -> Iterator[Any]:
 
 
 def _batch(
-    config: TrainingRun, rehearsal: Rehearsal, num_samples: int, num_tokens: int
+    config: TrainingRun, rehearsal: Rehearsal, num_samples: int, num_tokens: int | tuple[int, ...]
 ) -> dict[str, Any]:
     """One batch as the loader and `training.callbacks.StepKeys` make it, without numbers."""
     batch: dict[str, Any] = {
         name: torch.empty(value.shape, dtype=value.dtype) for name, value in rehearsal.batch.items()
     }
     batch["sample_ids"] = torch.empty(num_samples, dtype=torch.int64)
-    lengths = torch.full((num_samples,), num_tokens) if config.lengths.per_sample else num_tokens
+    lengths: Any = num_tokens
+    if isinstance(num_tokens, tuple):
+        lengths = list(num_tokens)
+    elif config.lengths.per_sample:
+        lengths = torch.full((num_samples,), num_tokens)
     return batch | {"step": LATE, "num_tokens": lengths}

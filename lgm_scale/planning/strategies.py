@@ -32,8 +32,14 @@ class StepShape:
     """How large a step is on one rank: micro-batches of `num_samples` samples at K tokens."""
 
     num_samples: int
-    num_tokens: int
+    num_tokens: int | tuple[int, ...]
+    """K, or that of each sample of a micro-batch."""
     micro_batches: int = 1
+
+    @property
+    def words(self) -> str:
+        """K for a table."""
+        return str(self.num_tokens) if isinstance(self.num_tokens, int) else "all"
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,46 @@ What is computed of the network alone; a network that only the losses look throu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, ParallelConfig, TrainingRun
 from lgm_scale.families.base import family_of
 from lgm_scale.planning.hardware import GPU
 from lgm_scale.storage.clients import is_remote
-from lgm_scale.training.length_schedule import LengthSchedule, loader_batches, steps_per_epoch
+from lgm_scale.training.length_schedule import (
+    LengthSchedule,
+    loader_batches,
+    spread_lengths,
+    steps_per_epoch,
+)
+
+
+def micro_batch_lengths(
+    config: TrainingRun, num_samples: int, num_tokens: int
+) -> int | tuple[int, ...]:
+    """K of a micro-batch: `num_tokens`, or where steps hold all lengths that of each sample.
+
+    Of ranks and micro-batches that differ by a sample, the one with the most tokens.
+    """
+    if not family_of(config).spreads_lengths(config):
+        return num_tokens
+    return tuple(spread_lengths(config.lengths.choices, num_samples))
+
+
+def flops_per_sample(flops: Callable[[int], float], num_tokens: int | Sequence[int]) -> float:
+    """Operations of a forward pass of one sample at K tokens, or the mean of several."""
+    if isinstance(num_tokens, int):
+        return flops(num_tokens)
+    return sum(map(flops, num_tokens)) / len(num_tokens)
 
 
 def length_shares(config: TrainingRun) -> dict[int, float]:
-    """Share of the steps at each K, rising."""
+    """Share of the steps at each K, rising; of the samples, where every step holds all lengths."""
     lengths = config.lengths
+    if family_of(config).spreads_lengths(config):
+        spread = spread_lengths(lengths.choices, config.train.global_batch_size)
+        return {k: spread.count(k) / len(spread) for k in sorted(set(spread))}
     schedule = LengthSchedule(lengths.choices, lengths.weights, config.seed)
     if schedule.probabilities is None:
         count = len(lengths.choices)

@@ -79,3 +79,19 @@ def split_by_tokens(num_tokens: int) -> Callable[[dict[str, Any], int | float], 
         return default_split_batch(batch, size)
 
     return split
+
+
+def split_evenly(batch: dict[str, Any], microbatch_size: int | float) -> Sequence[Any]:
+    """Split a batch whose samples are sorted by K: every n-th sample goes to one micro-batch.
+
+    So each holds all lengths, and as many tokens as the others, to one sample of each length.
+    """
+    count = -(-len(batch["sample_ids"]) // int(microbatch_size))
+    return [{k: _every(v, i, count) for k, v in batch.items()} for i in range(count)]
+
+
+def _every(value: Any, first: int, step: int) -> Any:
+    if isinstance(value, Tensor):
+        part = value[first::step].contiguous()
+        return part.pin_memory() if value.is_pinned() else part
+    return value[first::step] if isinstance(value, list) else value

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,23 +34,32 @@ class StepKeys(Callback):
     """Put `step` and `num_tokens` into the batch, as ints: micro-batching leaves ints whole.
 
     Args:
-        per_sample: Whether each sample has a length of its own: `num_tokens` is then a tensor [B],
-            which micro-batching cuts like the images.
+        per_sample: Whether each sample draws a length of its own: `num_tokens` is then a tensor
+            [B], which micro-batching cuts like the images.
+        spread: Lengths of this rank's samples, where every step holds all lengths
+            (`spread_lengths`): `num_tokens` is then this list, which stays on the host.
     """
 
-    def __init__(self, schedule: LengthSchedule, per_sample: bool = False) -> None:
+    def __init__(
+        self,
+        schedule: LengthSchedule,
+        per_sample: bool = False,
+        spread: Sequence[int] | None = None,
+    ) -> None:
         self.schedule = schedule
         self.per_sample = per_sample
+        self.spread = spread
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Key the batch before it is cut into micro-batches."""
         step = state.timestamp.batch.value
         state.batch["step"] = step
-        state.batch["num_tokens"] = (
-            self.schedule.per_sample(step, state.batch["sample_ids"])
-            if self.per_sample
-            else self.schedule.num_tokens(step)
-        )
+        if self.spread is not None:
+            state.batch["num_tokens"] = list(self.spread)
+        elif self.per_sample:
+            state.batch["num_tokens"] = self.schedule.per_sample(step, state.batch["sample_ids"])
+        else:
+            state.batch["num_tokens"] = self.schedule.num_tokens(step)
 
 
 class _Step(NamedTuple):
@@ -166,7 +175,10 @@ class MetricsLog(Callback):
         seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
         for step, row, parts in zip(steps, rows, means, strict=True):
             key = f"loss/K={row['num_tokens']}"
-            by_part = {name.replace("loss", key, 1): mean for name, mean in parts.items()}
+            by_part = {  # a part that is a length has its own name already
+                name if name.startswith("loss/K=") else name.replace("loss", key, 1): mean
+                for name, mean in parts.items()
+            }
             numbers = {f"train/{name}": row[name] for name in ("lr", *step.terms)}
             logger.log_metrics({key: row["loss"]} | by_part | numbers, step=row["step"])
         rows = [row | parts for row, parts in zip(rows, means, strict=True)]

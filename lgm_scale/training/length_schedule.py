@@ -63,6 +63,22 @@ class LengthSchedule:
         return choices[torch.bucketize(uniform, bounds)]
 
 
+def spread_lengths(
+    choices: Sequence[int], batch_size: int, first: int = 0, every: int = 1
+) -> list[int]:
+    """K of the samples at places `first`, `first + every`, ... of a global batch, falling.
+
+    Every step holds all of `choices`, each at an equal share of the places, the longest first. A
+    rank reads every n-th place, and a micro-batch every n-th sample of a rank: both hold all
+    lengths in these shares, to one sample each, and no rank has longer to compute than another.
+    The lengths of a global batch do not depend on the number of ranks. The first has the most
+    tokens.
+    """
+    ordered = sorted(choices, reverse=True)
+    places = range(first, batch_size, every)
+    return [ordered[place * len(ordered) // batch_size] for place in places]
+
+
 def loader_batches(schedule: LengthSchedule, num_tokens: int) -> int:
     """Number of the stream's batches that a step at `num_tokens` takes."""
     return max(schedule.choices) // num_tokens

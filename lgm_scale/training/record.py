@@ -41,7 +41,18 @@ class LossRecord:
         values = values.detach().float()
         sums = torch.where(members, values, 0.0).sum(-1)  # [G]; a NaN stays in its group
         for name, pair in zip(names, torch.stack((sums, members.sum(-1).float()), -1), strict=True):
-            self._groups[name] = self._groups[name] + pair if name in self._groups else pair
+            self._add_pair(name, pair)
+
+    def add_group(self, name: str, values: Tensor) -> None:
+        """Note the values [B_g] of a group's samples, of which there may be none. No wait.
+
+        Ranks must note equal groups in equal order, for their sums are added up.
+        """
+        values = values.detach().float()
+        self._add_pair(name, torch.stack((values, torch.ones_like(values))).sum(-1))
+
+    def _add_pair(self, name: str, pair: Tensor) -> None:
+        self._groups[name] = self._groups[name] + pair if name in self._groups else pair
 
     def take_groups(self) -> dict[str, Tensor]:
         """Hand out sum and count of each group of the step, [2], and start anew."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,10 @@ class _WallClock:
         return end - start
 
 
+_Lengths = int | list[int] | Tensor
+"""K of a step, or of each image of this rank."""
+
+
 @dataclass
 class _Sum:
     """Images of all ranks, and the seconds that they took."""
@@ -61,9 +65,10 @@ class Throughput(Callback):
     waiting for data, and `throughput/K=64/{images_per_second, tokens_per_second, mfu}`, over the
     steps at that length. All ranks together; every step has one K on all ranks.
 
-    Steps with one K per image (`lengths.per_sample`, int64 [B]) have no lines per K, for their time
-    cannot be told apart by image. They count in the interval's totals, which then have
-    `throughput/tokens_per_second`, too; this rank's lengths stand for those of all ranks.
+    Steps with one K per image (`lengths.per_sample`) have no lines per K, for their time cannot be
+    told apart by image. They count in the interval's totals, which then have
+    `throughput/tokens_per_second`, too; where K is drawn (int64 [B]), this rank's lengths stand for
+    those of all ranks.
 
     A step costs two marks in the device's queue; they are read at the end of an interval, where
     the metrics wait for the device anyway.
@@ -73,6 +78,7 @@ class Throughput(Callback):
         flops_per_image: Operations of one forward pass at K tokens, a multiply-add being two.
         peak_flops: Operations per second of one device, as its maker states them. None: model
             FLOPs utilisation (mfu) is not reported.
+        spread: K of every image of a step of all ranks, where K is a list in the batch.
     """
 
     def __init__(
@@ -80,15 +86,17 @@ class Throughput(Callback):
         interval: int,
         flops_per_image: Callable[[int], float],
         peak_flops: float | None = None,
+        spread: Sequence[int] = (),
     ) -> None:
         self.interval = interval
         self.flops_per_image = flops_per_image
         self.peak_flops = peak_flops
+        self.spread = Counter(spread)
         self._clock = _CudaClock() if torch.cuda.is_available() else _WallClock()
-        self._steps: list[tuple[int | Tensor, int, Any, Any]] = []  # K, images, start, end
+        self._steps: list[tuple[_Lengths, int, Any, Any]] = []  # K, images, start, end
         self._start: Any = None
         self._interval_start: Any = None
-        self._num_tokens: int | Tensor = 0
+        self._num_tokens: _Lengths = 0
         self._images = 0
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -115,19 +123,21 @@ class Throughput(Callback):
         whole = _Sum(seconds=self._clock.seconds(self._interval_start, last))
         operations = 0.0
         mixed = [num_tokens for num_tokens, *_ in self._steps if isinstance(num_tokens, Tensor)]
+        counts: Counter[int] = Counter()  # images of all ranks in steps with several K
         for num_tokens, images, start, end in self._steps:
             whole.images += images
-            if not isinstance(num_tokens, Tensor):
+            if isinstance(num_tokens, list):
+                counts += self.spread
+            elif not isinstance(num_tokens, Tensor):
                 sums[num_tokens].images += images
                 sums[num_tokens].seconds += self._clock.seconds(start, end)
                 operations += images * self._step_flops(num_tokens)
         metrics = {"throughput/images_per_second": whole.images / whole.seconds}
         if mixed:  # one copy to the host, and the device is done with the interval by now
-            lengths, counts = torch.cat(mixed).cpu().unique(return_counts=True)
-            counts = counts * dist.get_world_size()
-            rows = list(zip(lengths.tolist(), counts.tolist(), strict=True))
-            operations += sum(count * self._step_flops(k) for k, count in rows)
-            tokens = sum(k * count for k, count in rows)
+            counts += Counter(torch.cat(mixed * dist.get_world_size()).tolist())
+        if counts:
+            operations += sum(count * self._step_flops(k) for k, count in counts.items())
+            tokens = sum(k * count for k, count in counts.items())
             metrics["throughput/tokens_per_second"] = tokens / whole.seconds
         metrics |= self._mfu("throughput", operations, whole.seconds)
         for num_tokens, part in sorted(sums.items()):

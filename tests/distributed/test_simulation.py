@@ -131,7 +131,6 @@ def test_memory_is_what_the_allocator_was_asked_for(small_pipeline, recorded, na
     ("num_tokens", "gib"),
     [
         pytest.param(32, 20.1, marks=pytest.mark.slow),
-        pytest.param(64, 39.4, marks=pytest.mark.thorough),
         pytest.param(128, 77.9, marks=pytest.mark.thorough),
     ],
 )
@@ -154,17 +153,10 @@ def test_xl_on_1024_ranks_takes_what_another_tracker_found(num_tokens, gib):
     assert recorder.timeline().max() / 2**30 == pytest.approx(gib - 593 / 1024, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    "lengths",
-    [
-        pytest.param((32,), marks=pytest.mark.slow),
-        pytest.param((256,), marks=pytest.mark.thorough),
-    ],
-    ids=str,
-)
-def test_the_page_has_the_table_that_the_command_gives(lengths):
-    """The shortest length and the longest: a change that moves others moves these."""
+@pytest.mark.slow
+def test_the_page_has_the_table_that_the_command_gives():
+    """Of the shortest length: a change that moves others moves its rows."""
     page = (Path(__file__).resolve().parents[2] / "docs/planning.md").read_text()
-    rows = table(lengths).splitlines()
-    assert len(rows) == 2 + 2 * len(lengths)
+    rows = table((32,)).splitlines()
+    assert len(rows) == 2 + 2
     assert [row for row in rows if row not in page] == []

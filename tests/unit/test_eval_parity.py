@@ -83,11 +83,11 @@ def theirs(inception_file) -> dict[str, float]:
 
     return calculate_metrics(
         input1=Pictures(pictures(0)), input2=Pictures(pictures(1)), cuda=False, batch_size=4,
-        isc=True, fid=True, kid=True, prc=True, kid_subset_size=COUNT, kid_subsets=100,
+        isc=True, kid=True, prc=True, kid_subset_size=COUNT, kid_subsets=100,
         isc_splits=1,  # one of up to 5000 images
         feature_extractor=NETWORK, feature_extractor_weights_path=str(inception_file),
-        feature_layer_prc="2048", feature_layer_isc="logits_unbiased", feature_layer_fid="2048",
-        feature_layer_kid="2048", save_cpu_ram=True, cache=False, verbose=False,
+        feature_layer_prc="2048", feature_layer_isc="logits_unbiased", feature_layer_kid="2048",
+        save_cpu_ram=True, cache=False, verbose=False,
     )  # fmt: skip
 
 
@@ -140,9 +140,9 @@ def test_the_distance_is_that_of_torch_fidelity_where_the_rank_is_full(inception
 
 
 @pytest.mark.slow
-def test_all_metrics_are_those_of_torch_fidelity(sides, theirs, extractor):
+def test_all_other_metrics_are_those_of_torch_fidelity(sides, theirs, extractor):
     engine, generated, real = sides
-    keys = ("fid", "is", "kid", "precision", "recall")
+    keys = ("is", "kid", "precision", "recall")  # the distance: in the test above
     features = ("inception_pool",)
     engine.make_sums([(generated, features), (real, features)])
     reference = Reference(
@@ -162,9 +162,6 @@ def test_all_metrics_are_those_of_torch_fidelity(sides, theirs, extractor):
     assert found["kid_std"] == theirs["kernel_inception_distance_std"]
     assert (found["precision"], found["recall"]) == (theirs["precision"], theirs["recall"])
     assert 0 < found["precision"] <= 1
-    assert theirs["frechet_inception_distance"] > 0.1
-    # Of 16 images in 2048 dimensions the eigenvalues are mostly noise around zero, in both.
-    assert found["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
     assert f"subsets of {COUNT}" in describe_metrics(chosen, COUNT, reference)["kid"]
 
 

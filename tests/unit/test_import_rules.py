@@ -68,6 +68,7 @@ ORDER = [
     "lgm_scale/mean_flow.py",
     "lgm_scale/flow.py",
     "lgm_scale/layers.py",
+    "lgm_scale/packing.py",
     "lgm_scale/merging",
     "lgm_scale/pixels.py",
     "lgm_scale/sampling",
@@ -85,6 +86,7 @@ ROOTS = {entry.split("/")[0] for entry in ORDER}
 PURE = (
     "lgm_scale/merging/",
     "lgm_scale/layers.py",
+    "lgm_scale/packing.py",
     "lgm_scale/mean_flow.py",
     "lgm_scale/flow.py",
     "lgm_scale/pixels.py",

@@ -124,11 +124,59 @@ def _lora(config: LGMRun) -> Iterator[str]:
             yield f"lora.{key}: {value} must be above 0"
 
 
+def _per_sample(config: LGMRun) -> Iterator[str]:
+    """What does not go with steps that hold all lengths."""
+    lengths, train = config.lengths, config.train
+    if not lengths.per_sample:
+        return
+    beside = "lengths.per_sample: true, with which every step holds all of lengths.choices"
+    if lengths.weights is not None:
+        yield (
+            f"lengths.weights: {list(lengths.weights)} beside {beside}, in equal parts; set it to "
+            "null, and name a length several times in lengths.choices to have more of it"
+        )
+    if lengths.longest_first:
+        yield f"lengths.longest_first: {lengths.longest_first} beside {beside}; set it to 0"
+    if train.batch_scaling == "constant_tokens":
+        yield f"train.batch_scaling: constant_tokens beside {beside}; set it to constant_samples"
+    if train.device_microbatch_tokens is not None:
+        yield (
+            f"train.device_microbatch_tokens: {train.device_microbatch_tokens} beside {beside}; "
+            "set it to null, and train.device_microbatch_size to a number of samples"
+        )
+    if train.float8:
+        yield f"train.float8: true was not tried beside {beside}; set one of them to false"
+    yield from _losses_beside(config, beside)
+    if train.global_batch_size < len(lengths.choices):
+        yield (
+            f"train.global_batch_size: {train.global_batch_size} samples do not hold the "
+            f"{len(lengths.choices)} lengths.choices of lengths.per_sample: true; make it "
+            f"{len(lengths.choices)} or more"
+        )
+
+
+def _losses_beside(config: LGMRun, beside: str) -> Iterator[str]:
+    """Losses, and an adapter, that do not go with steps that hold all lengths."""
+    if config.objective.mean_flow is not None:
+        yield (
+            f"objective.mean_flow: not yet beside {beside}; set it to null, or lengths.per_sample "
+            "to false"
+        )
+    if config.objective.contrastive:
+        yield (
+            f"objective.contrastive: {config.objective.contrastive} not yet beside {beside}; set "
+            "it to 0, or lengths.per_sample to false"
+        )
+    if config.lora is not None:
+        yield "lengths.per_sample: true, and an adapter (lora) is for one length; set it to false"
+
+
 def lgm_rules(config: LGMRun) -> Iterator[str]:
     """Lines `key: value; rule; fix` for every rule that the configuration breaks."""
     lowest, highest = config.model.num_blocks, config.model.num_base_tokens
     yield from outside_choices(config.lengths.choices, lowest, highest)
     yield from _lora(config)
+    yield from _per_sample(config)
     if config.lora is not None and config.optimizer.mup_base is not None:
         yield "optimizer.mup_base: an adapter (lora) learns at one rate; set it to null"
     model: Any = config.model

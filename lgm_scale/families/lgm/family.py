@@ -83,6 +83,14 @@ class LGMFamily(GeneratorFamily):
         return {"tokenizer": (run.tokenizer, "tokenizer")} | base
 
     @override
+    def mixes_lengths(self, run: LGMRun) -> bool:
+        return True
+
+    @override
+    def spreads_lengths(self, run: LGMRun) -> bool:
+        return run.lengths.per_sample
+
+    @override
     def forward_passes(self, run: LGMRun) -> int:
         # A frozen network's weights need no gradient.
         return super().forward_passes(run) if run.lora is None else 2
@@ -129,9 +137,11 @@ class LGMFamily(GeneratorFamily):
         tokens, dim = run.model.num_base_tokens, run.model.latent_dim
         with torch.device("cpu"):  # any tree will do, but its cuts are numbers
             tree = MergeTree.from_embeddings(torch.randn(tokens, 8), run.model.num_blocks)
-            tree.assignment(num_tokens)  # kept
+            for length in {num_tokens, *run.lengths.choices}:
+                tree.assignment(length)  # kept
         stats = LatentStats(torch.empty(dim), torch.empty(dim))
-        model = LGMTrainingModel(self.network(run), tree, stats, run.objective, run.seed)
+        net, lengths = self.network(run), run.lengths.choices
+        model = LGMTrainingModel(net, tree, stats, run.objective, run.seed, lengths)
         latents = torch.empty(num_samples, tokens, dim, dtype=torch.float16)
         return Rehearsal(
             model, {"latents": latents, "labels": torch.empty(num_samples, dtype=torch.int64)}
@@ -153,7 +163,8 @@ class LGMFamily(GeneratorFamily):
             base = load_base(run, dataset.tree)
             net, stats = base.net, base.stats
             add_adapter(net, run.lora.rank, run.lora.alpha)
-        return LGMTrainingModel(net, dataset.tree, stats, run.objective, run.seed)
+        lengths = run.lengths.choices
+        return LGMTrainingModel(net, dataset.tree, stats, run.objective, run.seed, lengths)
 
     @override
     def export(

@@ -9,6 +9,8 @@ Source: LGM paper, merge-aware diffusion transformer, on LightningDiT blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -30,11 +32,19 @@ from lgm_scale.layers import (
     swiglu_hidden,
 )
 from lgm_scale.merging.tree import MergeAssignment
+from lgm_scale.packing import Packing
 
 
 def _norm(width: int) -> nn.Module:
     """The norm of LightningDiT's blocks; adaLN gives it scale and shift of its own besides."""
     return nn.RMSNorm(width, eps=NORM_EPS)
+
+
+def _log_sizes(assignment: MergeAssignment) -> Tensor | None:
+    """Logarithms of the sizes [K] float32. At K = N they are 0, and attention is the plain one."""
+    if assignment.num_tokens == assignment.num_base_tokens:
+        return None
+    return assignment.sizes.to(torch.float32).log()
 
 
 class MergeDiT(nn.Module):
@@ -108,33 +118,44 @@ class MergeDiT(nn.Module):
 
     def forward(
         self,
-        z_t: Tensor,
+        z_t: Tensor | Sequence[Tensor],
         t: Tensor,
         labels: Tensor,
-        assignment: MergeAssignment,
+        assignment: MergeAssignment | Sequence[MergeAssignment],
         end: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | list[Tensor]:
         """Predict the velocity, or of a network with `end_time` its average from t to `end`.
 
         Shapes: z_t [B, K, D], t [B] in [0, 1], labels [B] int64 (num_classes = null), end [B] from
-        t to 1 -> [B, K, D].
+        t to 1 -> [B, K, D]. Of several K at once, z_t is one [B_g, K_g, D] for each assignment,
+        and so is the result; t and labels are those of all groups, one after the other.
         """
         # (a), (b): a cluster stands where its tokens do on average. The same P that merges latents,
         # so the position of a merged token is the merged position, at every K.
-        x = self.x_embed(z_t) + assignment.merge(self.pos_embed).to(z_t.dtype)  # [B, K, C]
+        # (c): as a key, a cluster of s tokens weighs as much as s tokens would.
+        if isinstance(assignment, MergeAssignment):
+            assert isinstance(z_t, Tensor)
+            sizes = _log_sizes(assignment)
+            x = self.x_embed(z_t) + self._positions(assignment, z_t)  # [B, K, C]
+        else:
+            counts, lengths = zip(*[z.shape[:2] for z in z_t], strict=True)
+            sizes = Packing(counts, lengths, tuple(map(_log_sizes, assignment)))
+            groups = sizes.groups(self.x_embed(sizes.join(z_t)))
+            pairs = zip(groups, assignment, strict=True)
+            x = sizes.join([z + self._positions(own, z_t[0]) for z, own in pairs])  # [T, C]
         condition = self.t_embed(t) + self.label_embed(labels)  # [B, C]
         if self.end_embed is not None:
             condition = condition + self.end_embed(t, end)
         elif end is not None:
             raise ConfigError(NO_END_TIME)
-        # (c): as a key, a cluster of s tokens weighs as much as s tokens would. At K = N all sizes
-        # are 1 and their logarithms 0: plain attention.
-        log_sizes = None
-        if assignment.num_tokens < assignment.num_base_tokens:
-            log_sizes = assignment.sizes.to(torch.float32).log()
         for block in self.blocks:
-            x = block(x, condition, log_sizes)
-        return self.final(x, condition)
+            x = block(x, condition, sizes)
+        velocity = self.final(x, condition, sizes)
+        return sizes.groups(velocity) if isinstance(sizes, Packing) else velocity
+
+    def _positions(self, assignment: MergeAssignment, like: Tensor) -> Tensor:
+        """Merged positions [1, K, C] in the dtype of the state."""
+        return assignment.merge(self.pos_embed).to(like.dtype)
 
     def block_lengths(self, num_tokens: int) -> set[int]:
         """Token counts at which blocks run when K tokens are asked for: K alone."""

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
 from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
-from lgm_scale.flow import NoiseScale, contrasted, flow_loss, merged_noise
+from lgm_scale.flow import (
+    NoiseScale,
+    contrasted,
+    flow_loss,
+    interpolate,
+    merged_noise,
+    velocity_target,
+)
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.randomness import Purpose
-from lgm_scale.training.flow_model import FlowModel
+from lgm_scale.training.flow_model import Draws, FlowModel
 
 
 class LGMOutput(NamedTuple):
@@ -28,11 +38,15 @@ class LGMOutput(NamedTuple):
 class LGMTrainingModel(FlowModel):
     """Reads batches {latents [B, N, D], labels [B], sample_ids [B], step int, num_tokens int}.
 
+    With lengths.per_sample num_tokens is a list of B ints, equal ones side by side, and an output
+    a list of one for each of them.
+
     Args:
         net: The diffusion transformer.
         tree: Merge tree of the tokenizer that made the latents.
         stats: Statistics of the latents.
         objective: Also whether noise is merged like the data, or drawn per token.
+        lengths: Every K of a step that holds several.
     """
 
     net: MergeDiT
@@ -48,19 +62,23 @@ class LGMTrainingModel(FlowModel):
         stats: LatentStats,
         objective: LGMObjectiveConfig,
         seed: int,
+        lengths: Iterable[int] = (),
     ) -> None:
         super().__init__(net, objective, seed)
         self.tree = tree
+        self.lengths = sorted(set(lengths))
         self.noise_scale = NoiseScale(objective.noise_scale)
         self.register_buffer("latent_mean", stats.mean.float())
         self.register_buffer("latent_std", stats.std.float())
         self.register_buffer("merge_tree", tree.merges.clone())
 
-    def forward(self, batch: dict[str, Any]) -> LGMOutput:
+    def forward(self, batch: dict[str, Any]) -> LGMOutput | list[LGMOutput]:
         """Draw noise and t for this step, and predict the velocity."""
         z = (batch["latents"].float() - self.latent_mean) / self.latent_std  # [B, N, D]
-        assignment = self.tree.assignment(batch["num_tokens"], z.device)
         draws = self.draw(batch)
+        if isinstance(batch["num_tokens"], list):
+            return self._packed(z, draws, batch["num_tokens"])
+        assignment = self.tree.assignment(batch["num_tokens"], z.device)
         noise = merged_noise(draws.keys[Purpose.NOISE], assignment, z.shape[-1], self.noise_scale)
         found = self.predict(
             lambda z_t, t, labels, *end: self.net(z_t, t, labels, assignment, *end),
@@ -71,6 +89,20 @@ class LGMTrainingModel(FlowModel):
         )
         return LGMOutput(found.v_pred, found.v_target, assignment, found.t)
 
+    def _packed(self, z: Tensor, draws: Draws, lengths: list[int]) -> list[LGMOutput]:
+        """The same where every sample has a K of its own: the network runs once for all of them."""
+        runs = {k: len(list(samples)) for k, samples in itertools.groupby(lengths)}
+        cuts = [self.tree.assignment(k, z.device) for k in runs]
+        counts = list(runs.values())
+        times, keys = draws.t.split(counts), draws.keys[Purpose.NOISE].split(counts)
+        merged = [cut.merge(part) for cut, part in zip(cuts, z.split(counts), strict=True)]
+        pairs = zip(keys, cuts, strict=True)
+        noise = [merged_noise(*pair, z.shape[-1], self.noise_scale) for pair in pairs]
+        states = list(map(interpolate, merged, noise, times))  # [B_g, K_g, D] each
+        v_pred = self.net(states, draws.t, draws.labels, cuts)
+        v_target = map(velocity_target, merged, noise)
+        return list(map(LGMOutput, v_pred, v_target, cuts, times))
+
     def relative_sizes(self, assignment: MergeAssignment) -> Tensor | None:
         """Sizes of the clusters relative to N / K, which guidance is divided by: [K, 1]."""
         if self.noise_scale is NoiseScale.LEGACY:  # guidance by size belongs to merged noise
@@ -78,9 +110,17 @@ class LGMTrainingModel(FlowModel):
         mean = assignment.num_base_tokens / assignment.num_tokens
         return assignment.sizes[:, None].float() / mean
 
-    def loss(self, outputs: LGMOutput, batch: dict[str, Any]) -> Tensor:
+    def loss(self, outputs: LGMOutput | list[LGMOutput], batch: dict[str, Any]) -> Tensor:
         """Mean over the batch of the size-weighted squared error, contrasted."""
-        sized = {"assignment": outputs.assignment, "scale": self.noise_scale}
-        error = partial(flow_loss, outputs.v_pred, **sized)
-        loss = contrasted(error, outputs.v_target, self.objective.contrastive)
-        return self.noted(loss, outputs.t)
+        if isinstance(outputs, LGMOutput):
+            return self.noted(self._per_sample(outputs), outputs.t)
+        losses = list(map(self._per_sample, outputs))
+        found = {o.assignment.num_tokens: loss for o, loss in zip(outputs, losses, strict=True)}
+        for k in self.lengths:  # also those that are not here: ranks add up what they noted
+            self.record.add_group(f"loss/K={k}", found.get(k, losses[0][:0]))
+        return self.noted(torch.cat(losses), torch.cat([output.t for output in outputs]))
+
+    def _per_sample(self, output: LGMOutput) -> Tensor:
+        sized = {"assignment": output.assignment, "scale": self.noise_scale}
+        error = partial(flow_loss, output.v_pred, **sized)
+        return contrasted(error, output.v_target, self.objective.contrastive)

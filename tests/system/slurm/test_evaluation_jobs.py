@@ -24,7 +24,7 @@ def test_an_array_with_a_kill_gives_the_table_of_one_process(desk: Desk, tmp_pat
     part.touch()
     job = desk.submit(
         "runs/array",
-        *("--job", "eval", "--config", str(config), "--array", "3", "--gpus-per-node", "1"),
+        *("--job", "eval", "--config", str(config), "--array", "2", "--gpus-per-node", "1"),
         "out=runs/array",
     )
     array, join = job.ids
@@ -33,7 +33,7 @@ def test_an_array_with_a_kill_gives_the_table_of_one_process(desk: Desk, tmp_pat
 
     def makes_chunks() -> bool:
         nodes = desk.cluster.nodes
-        working[:] = [pid for node in nodes for pid in desk.processes(node, b"part=1/3")]
+        working[:] = [pid for node in nodes for pid in desk.processes(node, b"part=1/2")]
         return bool(working) and any((job.out / "chunks").rglob("*.safetensors"))
 
     job.until(makes_chunks, "make a chunk")

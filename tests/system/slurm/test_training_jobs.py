@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,49 +20,52 @@ from small_pipeline import metrics
 pytestmark = [pytest.mark.servers, pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
+@contextmanager
+def edited(file: Path, text: str) -> Iterator[None]:
+    """A file of the checkout holds this text meanwhile."""
+    before = file.read_text()
+    file.write_text(text)
+    try:
+        yield
+    finally:
+        file.write_text(before)
+
+
 def test_interrupted_and_resumed(desk: Desk, undisturbed: list[float]):
-    """One run on two nodes, stopped in four ways, at other steps each time."""
-    desk.hold("stopped", 5, 15, 25, 35)
+    """One run on two nodes, stopped in three ways, at other steps each time."""
+    desk.hold("stopped", 5, 15, 25)
     job = desk.train("runs/stopped")
     # The job runs a copy of the code: what happens to the checkout now is none of its business.
-    train = desk.folder / "lgm_scale" / "train.py"
-    code = train.read_text()
-    train.write_text("raise SystemExit('edited')\n")
-    try:
-        stop_in_four_ways(desk, job)
+    with edited(desk.folder / "lgm_scale" / "train.py", "raise SystemExit('edited')\n"):
+        stop_in_three_ways(desk, job)
         assert job.wait() == "COMPLETED", job.log()
-    finally:
-        train.write_text(code)
     assert len(undisturbed) == STEPS
     assert job.losses() == undisturbed
     # The other rank is told at once, and may be killed by Slurm before it could note its own end.
-    killed, resumed = job.starts()[3].first_failure(), job.starts()[4]
+    killed, resumed = job.starts()[2].first_failure(), job.starts()[3]
     assert killed is not None
     assert resumed.time - killed.time < 280  # seconds on a busy machine; a timeout would be 300
     status = desk.status(job.out)
-    for words in ("restarts   4", f"step       {STEPS} of {STEPS}", "finished"):
+    for words in ("restarts   3", f"step       {STEPS} of {STEPS}", "finished"):
         assert words in status, status
     for words in ("SIGUSR2, state saved", "SIGTERM, state saved", "ended first: signal 9"):
         assert words in status, status
 
 
-def stop_in_four_ways(desk: Desk, job: Job) -> None:
-    """Asked twice, taken its nodes by a more urgent job, and killed on one of them."""
+def stop_in_three_ways(desk: Desk, job: Job) -> None:
+    """Asked, taken its nodes by a more urgent job, and killed on one of them."""
     cluster = desk.cluster
     job.reach(5)
-    cluster.run("scancel", "--signal=USR2", job.id)
-    job.restarted(1)
-    job.reach(15)
     cluster.run("scancel", "--signal=TERM", job.id)
-    job.restarted(2)
-    job.reach(25)
+    job.restarted(1)
+    job.reach(15)  # Slurm asks by the signal that the job wants: SIGUSR2
     urgent = ["--partition=high", f"--nodes={cluster.num_nodes}", "--exclusive"]
     cluster.run("sbatch", *urgent, "--output=/dev/null", "--wrap=sleep 1")
-    job.restarted(3)
-    desk.release("stopped", 25)
-    job.reach(35)
+    job.restarted(2)
+    desk.release("stopped", 15)
+    job.reach(25)
     os.kill(job.trainer_on(job.nodes()[1]), signal.SIGKILL)
-    desk.release("stopped", 35)
+    desk.release("stopped", 25)
 
 
 def test_a_node_that_is_cut_off_is_replaced_and_cannot_write(desk: Desk, undisturbed: list[float]):
@@ -163,7 +167,7 @@ def test_a_config_error_is_told_once_and_not_requeued(desk: Desk):
 
 
 def test_three_failures_at_one_step_are_enough(desk: Desk):
-    """The checkout has a bug that strikes at step 20, on one rank."""
+    """The checkout has a bug that strikes at step 20, on one rank, and then at each start."""
     source = desk.folder / "lgm_scale" / "training" / "callbacks.py"
     code = source.read_text()
     head = "    def batch_start(self, state: State, logger: Logger) -> None:\n"
@@ -172,11 +176,16 @@ def test_three_failures_at_one_step_are_enough(desk: Desk):
     start = code.index(head)
     docstring_end = code.index('"""', code.index('"""', start) + 3) + 4
     bug = f"        {body}\n            raise ArithmeticError('the bug')\n"
-    try:
-        source.write_text(code[:docstring_end] + bug + code[docstring_end:])
+    train = desk.folder / "lgm_scale" / "train.py"
+    command, future = train.read_text(), "from __future__ import annotations\n"
+    assert command.count(future) == 1
+    resumed = "os.environ.get('RANK') == '1' and glob.glob('runs/bug/state/ba00000010-*')"
+    again = f"import glob, os\nif {resumed}:\n    raise ArithmeticError('the bug')\n"
+    with (
+        edited(source, code[:docstring_end] + bug + code[docstring_end:]),
+        edited(train, command.replace(future, future + again)),
+    ):
         job = desk.train("runs/bug")
-    finally:
-        source.write_text(code)
     assert job.wait() == "FAILED", job.log()
     log = job.log()
     assert log.count("=== start ") == 3, log
@@ -186,9 +195,17 @@ def test_three_failures_at_one_step_are_enough(desk: Desk):
     assert "restarts   2" in desk.status(job.out)
 
 
+STANDS_STILL = """
+import signal, sys
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
+signal.pause()
+"""
+"""In place of a training of which nothing is looked at."""
+
+
 def test_a_live_run_is_not_joined(desk: Desk):
-    desk.hold("live", 10)
-    job = desk.train("runs/live")
+    with edited(desk.folder / "lgm_scale" / "train.py", STANDS_STILL):
+        job = desk.train("runs/live")
     again = ["--cluster", "virtual.yaml", "--config", "yamls/quickstart/dit.yaml"]
     again += ["--nodes", "2", "--gpus-per-node", "1"]
     again += desk.overrides("runs/live", "run_name=live")
