@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -41,8 +40,7 @@ def installed(checkout, tmp_path_factory) -> Path:
     """Folder with the contents of a wheel that was built from the source distribution."""
     folder = tmp_path_factory.mktemp("wheel")
     sdist = build("build_sdist", checkout, folder / "sdist")
-    with tarfile.open(sdist) as tar:
-        tar.extractall(folder / "source", filter="data")
+    shutil.unpack_archive(sdist, folder / "source")
     (source,) = (folder / "source").iterdir()
     with zipfile.ZipFile(build("build_wheel", source, folder / "wheel")) as wheel:
         wheel.extractall(folder / "installed")
