@@ -136,16 +136,24 @@ def run_calls(
 
 
 def run_strategies(
-    config: Callable[[Path], Path], folder: Path, strategies: Mapping[str, list[str]]
+    config: Callable[[Path], Path],
+    folder: Path,
+    strategies: Mapping[str, list[str]],
+    again: int | None = None,
 ) -> dict[str, Path]:
     """Train `config(out)` once in one process, and on two ranks with every strategy's overrides.
 
-    Returns: the runs' folders by strategy; "one" is the single process.
+    Returns: the runs' folders by strategy; "one" is the single process, and "again" the same,
+    resumed from its state at the step `again`.
     """
     run_ranks(1, [(config(folder / "one"), [])], folder / "one-log")
     jobs = [(config(folder / name), keys) for name, keys in strategies.items()]
     run_ranks(2, jobs, folder / "two-log")
-    return {name: folder / name for name in ("one", *strategies)}
+    found = {name: folder / name for name in ("one", *strategies)}
+    if again is not None:
+        found["again"] = rewound(found["one"], folder / "again", again)
+        run_ranks(1, [(config(found["again"]), [])], folder / "again-log")
+    return found
 
 
 def _enter(

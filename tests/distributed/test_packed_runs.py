@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from rank_processes import rewound, run_ranks, run_strategies
+from rank_processes import run_strategies
 from small_pipeline import SmallPipeline, assert_same_run, metrics
 
 STEPS, STATE = 4, 2
@@ -35,10 +35,7 @@ def runs(small_pipeline: SmallPipeline) -> dict[str, Path]:
             checkpoint={"interval": f"{STATE}ba", "keep": 10},
         )
 
-    found = run_strategies(config, folder, STRATEGIES)
-    found["again"] = rewound(found["one"], folder / "again", STATE)
-    run_ranks(1, [(config(found["again"]), [])], folder / "again-log")
-    return found
+    return run_strategies(config, folder, STRATEGIES, again=STATE)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("fsdp", 1e-6), ("again", 0)])
