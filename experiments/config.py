@@ -68,6 +68,8 @@ class Column:
     factor: float = 1.0
     spread: bool = True
     """False: the first seed's value alone, for what is the same at every seed."""
+    minus: str | None = None
+    """A run of which the value in the same line is taken off, seed by seed; a dash in its own."""
     without: tuple[str, ...] = ()
     """The runs that have no such value: a dash in their lines."""
 
@@ -192,8 +194,27 @@ def _rules(experiment: Experiment) -> Iterator[str]:
     for key, given in named.items():
         if strange := [name for name in given if name not in names]:
             yield f"{key}: {', '.join(strange)}: no run; choose from {known}"
+    yield from _difference_rules(experiment)
     for i, command in enumerate(experiment.prepare):
         yield from _broken_template(f"prepare.{i}", command, {"out": ""})
+
+
+def _difference_rules(experiment: Experiment) -> Iterator[str]:
+    runs = {run.name: run for run in experiment.runs}
+    for i, table in enumerate(experiment.tables):
+        for j, column in enumerate(table.columns):
+            key, minus = f"tables.{i}.columns.{j}.minus", column.minus
+            if minus is None:
+                continue
+            if minus not in runs:
+                yield f"{key}: {minus!r} is no run; choose from {', '.join(runs)}"
+                continue
+            for name in set(table.runs or runs) & runs.keys() - set(column.without):
+                if alone := [cell for cell in runs[name].cells if cell not in runs[minus].cells]:
+                    yield (
+                        f"{key}: {minus} has no cells {', '.join(alone)}, which {name} has; give "
+                        f"it them, or add {name} to `without`"
+                    )
 
 
 def _run_rules(experiment: Experiment) -> Iterator[str]:

@@ -60,14 +60,27 @@ def mean_and_std(values: Sequence[float | None], digits: int) -> str:
     return f"{text} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else text
 
 
-def _entry(column: Column, line: Line) -> str:
-    if line[0]["run"]["name"] in column.without:
+def _entry(column: Column, line: Line, lines: Mapping[str, list[Line]]) -> str:
+    """What stands in a column of a line; `lines` are those of every run."""
+    if line[0]["run"]["name"] in (*column.without, column.minus):
         return "-"
-    values = [lookup(record, fill(column.value, record)) for record in line]
+    values = _values(column, line)
     if isinstance(values[0], str):
         return values[0]
+    if column.minus is not None:
+        other = next(each for each in lines[column.minus] if _row(each) == _row(line))
+        pairs = zip(values, _values(column, other), strict=True)
+        values = [None if None in pair else pair[0] - pair[1] for pair in pairs]
     scaled = [None if value is None else value * column.factor for value in values]
     return mean_and_std(scaled if column.spread else scaled[:1], column.digits)
+
+
+def _values(column: Column, line: Line) -> list[Any]:
+    return [lookup(record, fill(column.value, record)) for record in line]
+
+
+def _row(line: Line) -> str | None:
+    return line[0].get("row", {}).get("name")
 
 
 def render(experiment: Experiment, results: Mapping[str, Line], budget: float | None) -> str:
@@ -82,7 +95,9 @@ def render(experiment: Experiment, results: Mapping[str, Line], budget: float | 
     for table in experiment.tables:
         heads = [column.head for column in table.columns]
         lines = [line for name in table.runs or lines_by_run for line in lines_by_run[name]]
-        entries = [[_entry(column, line) for column in table.columns] for line in lines]
+        entries = [
+            [_entry(column, line, lines_by_run) for column in table.columns] for line in lines
+        ]
         text.append("")
         text += [f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *entries)]
     return "\n".join(text)

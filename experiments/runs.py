@@ -44,12 +44,16 @@ def training_work(config: Any) -> tuple[float, int]:
     """Operations of a mean step of a run (forward and backward), and its cycle of lengths."""
     import torch
 
-    choices = config.lengths.choices
+    from lgm_scale.training.length_schedule import spread_lengths
+
+    lengths, batch_size, cycle = config.lengths.choices, config.train.global_batch_size, None
+    if family_of(config).spreads_lengths(config):  # a step holds all, as nearly as they divide it
+        lengths, cycle = spread_lengths(lengths, batch_size), 1
     with torch.device("meta"):  # shapes are enough to count
         net: Any = family_of(config).network(config)
-    forward = statistics.mean(net.flops(k) for k in choices)
+    forward = statistics.mean(net.flops(k) for k in lengths)
     passes = family_of(config).forward_passes(config)
-    return passes * config.train.global_batch_size * forward, len(choices)
+    return passes * batch_size * forward, cycle or len(lengths)
 
 
 def equal_steps(work: float, cycle: int, budget: float) -> int:

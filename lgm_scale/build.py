@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from lgm_scale.data.streaming_internals import num_ranks, rank_place
 from lgm_scale.errors import CheckpointError, ConfigError, DataError, LGMError
 from lgm_scale.families.base import family_of
 from lgm_scale.initial_weights import initial_weights
-from lgm_scale.layers import choose_attention
+from lgm_scale.layers import choose_attention, initial_deviations
 from lgm_scale.parallel.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
 from lgm_scale.parallel.collectives import on_rank_zero, raise_everywhere
 from lgm_scale.parallel.float8 import float8_problem, use_float8
@@ -74,14 +74,15 @@ def build_dataset(config: TrainingRun) -> EpochDataset:
 def take_initial_weights(
     config: TrainingRun, model: TrainingModel, dataset: EpochDataset, folder: RunFolder
 ) -> None:
-    """Copy the weights of the bundle in `init_from`, if there is one; say and record what is taken.
+    """Copy the weights of the bundle in `init_from`; without one, start as drawn, or as muP has it.
 
-    For a run without a state. On all ranks, before a strategy is applied: each holds the network
-    as it does without a bundle, and one more weight at a time.
+    What is taken is said and recorded. For a run without a state. On all ranks, before a strategy
+    is applied: each holds the network as it does without a bundle, and one more weight at a time.
 
     Raises: CheckpointError; ConfigError for a weight that does not fit.
     """
     if config.init_from is None:
+        start_as_base(config, model.net)
         on_rank_zero(lambda: folder.record_start(None))
         return
     files = on_rank_zero(lambda: initial_weights(config).info["files"])
@@ -140,18 +141,51 @@ def fan_in_growth(config: TrainingRun, net: nn.Module) -> dict[Tensor, float]:
     """
     if config.optimizer.mup_base is None:
         return {}
+    base = {
+        _in_any_block(name): layer.in_features
+        for name, layer in _base_network(config).named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+    return {
+        layer.weight: layer.in_features / base[_in_any_block(name)]
+        for name, layer in net.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+
+
+def start_as_base(config: TrainingRun, net: nn.Module) -> None:
+    """Rescale fresh weights so that they start as muP has it from `optimizer.mup_base` on.
+
+    A weight whose fan-in is f times that of the base has the base's standard deviation over
+    sqrt(f), and that of an input the base's own. Biases, norms and tables stay as drawn, as does
+    every weight of the base's size, to the bit. On all ranks, before a strategy is applied.
+
+    Source: arXiv 2203.03466, table 8.
+    """
+    if config.optimizer.mup_base is None:
+        return
+    growth = fan_in_growth(config, net)
+    there = initial_deviations(_base_network(config))
+    base = {_in_any_block(name): deviation for name, deviation in there.items()}
+    with torch.no_grad():
+        for name, drawn in initial_deviations(net).items():
+            weight: Any = net.get_submodule(name).weight
+            wanted = base[_in_any_block(name)] / growth.get(weight, 1.0) ** 0.5
+            if wanted != drawn:
+                weight.mul_(wanted / drawn)
+
+
+def _base_network(config: TrainingRun) -> nn.Module:
+    """The run's network in the size of `optimizer.mup_base`, on the meta device."""
     model: Any = getattr(config, "model")  # noqa: B009 - of every generator
     smaller: Any = {"model": replace(model, size=config.optimizer.mup_base)}
     with torch.device("meta"):
-        other = family_of(config).network(replace(config, **smaller))
+        return family_of(config).network(replace(config, **smaller))
 
-    def linear(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-        for name, module in network.named_modules():
-            if isinstance(module, nn.Linear):  # depths differ, blocks of one network do not
-                yield re.sub(r"(^|\.)blocks\.\d+\.", r"\1blocks.0.", name), module
 
-    base = {name: layer.in_features for name, layer in linear(other)}
-    return {layer.weight: layer.in_features / base[name] for name, layer in linear(net)}
+def _in_any_block(name: str) -> str:
+    """A module's name without its block's number: depths differ, blocks of one network do not."""
+    return re.sub(r"(^|\.)blocks\.\d+\.", r"\1blocks.0.", name)
 
 
 def build_optimizer(

@@ -18,6 +18,8 @@ from lgm_scale.packing import Packing
 
 NORM_EPS = torch.finfo(torch.float32).eps
 """Epsilon of every RMSNorm, as in the release; torch's default would change with the dtype."""
+EMBEDDING_STD = 0.02
+"""Standard deviation with which tables, and the embeddings of t and label, start."""
 NO_END_TIME = "end: a network of the velocity has no end time; leave it out, or build it with one"
 
 
@@ -322,7 +324,7 @@ def initialize_transformer(net: nn.Module, *tables: Tensor) -> None:
         if isinstance(module, TimestepEmbedding):
             embeddings += [layer.weight for layer in module.mlp if isinstance(layer, nn.Linear)]
     for table in (*tables, *embeddings):
-        nn.init.normal_(table, std=0.02)
+        nn.init.normal_(table, std=EMBEDDING_STD)
     for module in net.modules():
         if isinstance(module, DiTBlock | FinalLayer):
             zero(module.modulation[-1])
@@ -330,6 +332,25 @@ def initialize_transformer(net: nn.Module, *tables: Tensor) -> None:
             zero(module.linear)
         if isinstance(module, EndTimeEmbedding):
             zero(module.mlp[-1])
+
+
+def initial_deviations(net: nn.Module) -> dict[str, float]:
+    """Standard deviations with which a transformer's linear layers start, by their names.
+
+    Of those that `initialize_transformer` draws and of the layer that embeds the state, whether or
+    not zeros replaced the numbers. Layers of other parts start as torch has it, at 1 / sqrt(3 fan).
+    """
+    layers = {n: m for n, m in net.named_children() if isinstance(m, nn.Linear | nn.Conv2d)}
+    embedding = set()
+    for name, part in net.named_modules():
+        if isinstance(part, DiTBlock | FinalLayer | TimestepEmbedding):
+            own = {f"{name}.{n}": m for n, m in part.named_modules() if isinstance(m, nn.Linear)}
+            layers |= own
+            embedding |= own.keys() if isinstance(part, TimestepEmbedding) else set()
+    xavier = {
+        name: (2 / sum(layer.weight.flatten(1).shape)) ** 0.5 for name, layer in layers.items()
+    }
+    return xavier | dict.fromkeys(embedding, EMBEDDING_STD)
 
 
 def zero(layer: nn.Module) -> None:

@@ -65,8 +65,9 @@ class OptimizerConfig:
     """Largest norm of a step's gradient; null: any."""
     mup_base: str | None = None
     """Size of the generator (`model.size`) for which `lr` was found: linear layers whose input is f
-    times as wide as there learn at lr / f, so that one rate serves all widths (muP, arXiv
-    2203.03466, for Adam). null: one rate for all layers."""
+    times as wide as there learn at lr / f, and start from nothing with the deviation of their
+    weights there over sqrt(f), so that one rate serves all widths (muP, arXiv 2203.03466, for
+    Adam). null: one rate for all layers, which start as the method has it."""
 
 
 @dataclass(frozen=True, kw_only=True)

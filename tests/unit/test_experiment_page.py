@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import Any
 
 import pytest
 
 from experiments.config import Column, Experiment, Panel, Table, load_experiment
 from experiments.page import draw, lines_of, mean_and_std, render, write_between_markers
-from experiments.runs import (
-    Record,
-)
-from lgm_scale.errors import DataError
+from experiments.runs import Record
+from lgm_scale.config.loading import read_yaml
+from lgm_scale.errors import ConfigError, DataError
 
 
 def sweep_records(experiment: Experiment) -> dict[str, list[Record]]:
@@ -85,6 +86,49 @@ def test_a_run_without_rows_is_one_line_and_its_lists_are_curves(tmp_path):
     assert "| none | - |" in table
     draw(experiment, results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_a_difference_is_taken_seed_by_seed_from_the_line_of_the_same_name():
+    column = Column(head="difference", value="row.x", minus="plain")
+    columns = (Column(head="run", value="run.label"), Column(head="K", value="row.name"), column)
+    experiment = dataclasses.replace(
+        load_experiment("faster"),
+        caption="",
+        rows="rows",
+        tables=(Table(columns=columns, runs=("contrastive", "plain")),),
+    )
+    per_seed = {"plain": [[1, 2, 3, None], [5, 6, 7, 8]], "contrastive": [[2, 2, 1, 1]] * 2}
+    results = {
+        run.name: [
+            {"run": {"name": run.name, "label": run.name}, "rows": [{"x": x} for x in values]}
+            for values in per_seed.get(run.name, [[0.0] * 4] * 2)
+        ]
+        for run in experiment.runs
+    }
+    assert render(experiment, results, None).splitlines()[4:] == [
+        "| contrastive | K = 8 | -1.00 ± 2.83 |",  # 2 - 1 and 2 - 5
+        "| contrastive | K = 16 | -2.00 ± 2.83 |",
+        "| contrastive | K = 32 | -4.00 ± 2.83 |",
+        "| contrastive | K = 64 | -7.00 |",
+        *(f"| plain | K = {k} | - |" for k in (8, 16, 32, 64)),
+    ]
+
+
+def test_a_difference_needs_a_run_that_has_the_same_cells(tmp_path):
+    values: dict[str, Any] = read_yaml("yamls/experiments/faster.yaml")
+    plain, contrastive = values["runs"][:2]
+    plain["cells"] = {name: plain["cells"][name] for name in ("K = 8", "K = 16")}
+    columns = [{"head": "x", "value": "row.x", "minus": minus} for minus in ("plain", "pain")]
+    table = {"columns": [*columns, columns[0] | {"without": ["contrastive"]}]}
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps(values | {"runs": [plain, contrastive], "tables": [table]}))
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(str(path))
+    assert str(caught.value).splitlines()[1:] == [
+        "  - tables.0.columns.0.minus: plain has no cells K = 32, K = 64, which contrastive has; "
+        "give it them, or add contrastive to `without`",
+        "  - tables.0.columns.1.minus: 'pain' is no run; choose from plain, contrastive",
+    ]
 
 
 def test_rows_that_do_not_fit_their_names_are_refused():

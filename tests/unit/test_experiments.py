@@ -32,6 +32,7 @@ from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.sweep.config import SweepConfig, expand, with_lists
 
 SHIPPED = ("elastic", "few_steps", "samplers", "tokenizers")
+VALID = (*SHIPPED, "faster")  # which has no table in its page yet
 HOME = Path("yamls/experiments")
 
 
@@ -45,7 +46,7 @@ def measured(experiment: Experiment) -> str:
 # --- the file ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", VALID)
 def test_what_is_shipped_is_valid_and_plans_every_run_at_every_seed(name, tmp_path):
     experiment = dataclasses.replace(load_experiment(name), out=str(tmp_path))
     planned, _ = plan_runs(name, experiment, (0, 5), [])
@@ -69,7 +70,7 @@ def test_what_is_shipped_has_the_table_of_its_page(name):
         assert cells == re.findall(r"^\| (K =.*?) \|", page, re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["elastic", "samplers"])
+@pytest.mark.parametrize("name", ["elastic", "faster", "samplers"])
 def test_every_cell_is_one_valid_row_of_a_sweep(name):
     values = read_yaml(HOME / name / "sweep.yaml")
     for run in load_experiment(name).runs:
@@ -185,7 +186,7 @@ def test_wrong_keys_and_types_inside_entries_are_told(tmp_path):
 
 def test_an_unknown_name_and_a_wrong_option_end_with_status_2():
     for given, line in (
-        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, few_steps, "),
+        (["elastik"], "'elastik' is neither a YAML file nor one of elastic, faster, "),
         (["elastic", "--jobs", "0"], "--jobs: 0 must be 1 or more"),
         (["elastic", "modell.size=b"], "modell: unknown key; did you mean 'model'?"),
     ):
@@ -229,6 +230,20 @@ def test_every_generator_gets_the_same_work(tmp_path):
         assert steps * per_step == pytest.approx(budget, rel=0.01), each.run.name
     assert [each.record["run"]["steps"] for each in planned] == ["1000", "1143", "2616"]
     assert render_caption(experiment, budget).startswith("16.0 TFLOPs of training each; 1 seeds;")
+
+
+def test_a_step_of_all_lengths_counts_each_of_its_samples(tmp_path):
+    config = load_experiment("faster").runs[0].config
+    one, all_lengths = (
+        training_work(load_training_run(str(config), [f"lengths.per_sample={each}"], 1, None))
+        for each in ("false", "true")
+    )
+    assert (one[1], all_lengths[1]) == (5, 1)  # one step has every length
+    assert all_lengths[0] / one[0] == pytest.approx(1.0188, abs=1e-4)  # 13 of 32 at K = 64
+    experiment = dataclasses.replace(load_experiment("faster"), out=str(tmp_path))
+    planned, _ = plan_runs("faster", experiment, (0,), [])
+    steps = {each.run.name: each.record["run"]["steps"] for each in planned}
+    assert (steps["plain"], steps["all_lengths"], steps["shorter"]) == ("500", "491", "616")
 
 
 def test_work_stays_equal_when_the_first_run_is_shortened(tmp_path):
