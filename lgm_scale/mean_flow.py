@@ -91,6 +91,7 @@ def mean_flow_velocity(
     null_label: int,
     target: Tensor,
     guidance: Tensor | float,
+    spread: Callable[[Tensor], Tensor] = lambda times: times,
 ) -> tuple[Tensor, Tensor]:
     """Velocity as the network's average velocity implies it, and what it is compared with.
 
@@ -98,15 +99,17 @@ def mean_flow_velocity(
     guided velocity v_cond, whose mean is v_null + w (v - v_null).
 
     Shapes: z_t and target [B, ...], span and labels [B]; guidance is a number of 1 or more, or
-    broadcasts to z_t -> [B, ...] twice. The gradient is that of u alone, as published.
+    broadcasts to z_t -> [B, ...] twice. The gradient is that of u alone, as published. Of samples
+    that lie packed, z_t and target are [T, D]; `spread` is then [B] -> [T], each token's time, and
+    the network sees the row once, or twice in a row.
     """
     t, end = span
     with torch.no_grad():
         both = torch.cat((labels, torch.full_like(labels, null_label)))
         v, v_null = net(torch.cat((z_t, z_t)), torch.cat((t, t)), both, torch.cat((t, t))).chunk(2)
-        target = target + (1 - 1 / guidance) * (v - v_null).float()
+        target = target + (1 - 1 / guidance) * (v - v_null).to(target.dtype)
     rate = rate_along_flow(lambda z, s: net(z, s, labels, end), z_t, t, v.to(z_t.dtype))
     # Weights that autocast has cast without a gradient are kept for it, and would have none.
     torch.clear_autocast_cache()
-    length = (end - t).view(-1, *[1] * (z_t.ndim - 1))
+    length = spread(end - t).view(-1, *[1] * (z_t.ndim - 1))
     return net(z_t, t, labels, end) - length * rate, target

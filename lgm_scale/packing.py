@@ -20,12 +20,13 @@ class Packing(NamedTuple):
     Args:
         counts: Samples B_g of each group, in the order of the batch; their sum is B.
         lengths: Tokens K_g of each sample of a group; T is the sum of B_g K_g.
-        log_sizes: Logarithms of the cluster sizes [K_g] of each group; None where all are 1.
+        log_sizes: Logarithms of the cluster sizes [K_g] of each group; None where all are 1. Empty
+            where the layout alone is asked for.
     """
 
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
-    log_sizes: tuple[Tensor | None, ...]
+    log_sizes: tuple[Tensor | None, ...] = ()
 
     def groups(self, row: Tensor) -> list[Tensor]:
         """Take a row apart. Shapes: [T, C] -> a view [B_g, K_g, C] for each group."""
@@ -36,6 +37,11 @@ class Packing(NamedTuple):
     def samples(self, vectors: Tensor) -> tuple[Tensor, ...]:
         """What belongs to the samples of each group. Shapes: [B, ...] -> [B_g, ...] each."""
         return vectors.split(self.counts)
+
+    def spread(self, vectors: Tensor) -> Tensor:
+        """Give every token what belongs to its sample. Shapes: [B, ...] -> [T, ...]."""
+        own = zip(self.samples(vectors), self.lengths, strict=True)
+        return torch.cat([part.repeat_interleave(length, 0) for part, length in own])
 
     @staticmethod
     def join(groups: Iterable[Tensor]) -> Tensor:

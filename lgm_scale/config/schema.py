@@ -220,7 +220,8 @@ class FlowObjectiveConfig:
     """Weight of the squared distance to another sample's velocity, which is taken off the loss
     (contrastive flow matching, arXiv 2506.05350, which has 0.05); 0: none. The other sample is of
     the same micro-batch, whose size so changes what is computed; the number of ranks does not,
-    where each has an even number of samples in a micro-batch, and as many micro-batches."""
+    where each has an even number of samples (beside `lengths.per_sample`, of every K) in a
+    micro-batch, and as many micro-batches."""
     mean_flow: MeanFlowConfig | None = None
     """null: the velocity alone is trained. Goes with `model.end_time: true`."""
 

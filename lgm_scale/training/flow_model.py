@@ -73,25 +73,27 @@ class FlowModel(TrainingModel):
         noise: Tensor,
         draws: Draws,
         sizes: Tensor | None = None,
+        spread: Callable[[Tensor], Tensor] = lambda times: times,
     ) -> Predicted:
         """The network's velocity on the way from noise to z; with `mean_flow`, as its average says.
 
         `net` is (z_t, t, labels, and with `mean_flow` end) -> velocity. Guidance is divided by
         `sizes`, those of merged tokens relative to their mean.
 
-        Shapes: z and noise [B, ...], sizes [K, 1] -> as z twice, [B].
+        Shapes: z and noise [B, ...], sizes [K, 1] -> as z twice, [B]. Of samples that lie packed
+        z and noise are [T, D], sizes [T, 1], and `spread` gives every token its sample's time.
         """
         keys, t, labels = draws
         flow = self.objective.mean_flow
         if flow is None:
             target = velocity_target(z, noise)
-            return Predicted(net(interpolate(z, noise, t), t, labels), target, t)
+            return Predicted(net(interpolate(z, noise, spread(t)), t, labels), target, t)
         law = self.objective.timestep_mean, self.objective.timestep_std
         t, end = sample_spans(keys[Purpose.END_TIME], t, flow.share, *law)
         guidance = 1 + (flow.guidance - 1) / (1.0 if sizes is None else sizes)
         v_pred, v_target = mean_flow_velocity(
-            net, interpolate(z, noise, t), (t, end), labels, self.net.null_label,
-            velocity_target(z, noise), guidance,
+            net, interpolate(z, noise, spread(t)), (t, end), labels, self.net.null_label,
+            velocity_target(z, noise), guidance, spread,
         )  # fmt: skip
         return Predicted(v_pred, v_target, t)
 

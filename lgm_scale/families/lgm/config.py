@@ -146,29 +146,14 @@ def _per_sample(config: LGMRun) -> Iterator[str]:
         )
     if train.float8:
         yield f"train.float8: true was not tried beside {beside}; set one of them to false"
-    yield from _losses_beside(config, beside)
+    if config.lora is not None:
+        yield "lengths.per_sample: true, and an adapter (lora) is for one length; set it to false"
     if train.global_batch_size < len(lengths.choices):
         yield (
             f"train.global_batch_size: {train.global_batch_size} samples do not hold the "
             f"{len(lengths.choices)} lengths.choices of lengths.per_sample: true; make it "
             f"{len(lengths.choices)} or more"
         )
-
-
-def _losses_beside(config: LGMRun, beside: str) -> Iterator[str]:
-    """Losses, and an adapter, that do not go with steps that hold all lengths."""
-    if config.objective.mean_flow is not None:
-        yield (
-            f"objective.mean_flow: not yet beside {beside}; set it to null, or lengths.per_sample "
-            "to false"
-        )
-    if config.objective.contrastive:
-        yield (
-            f"objective.contrastive: {config.objective.contrastive} not yet beside {beside}; set "
-            "it to 0, or lengths.per_sample to false"
-        )
-    if config.lora is not None:
-        yield "lengths.per_sample: true, and an adapter (lora) is for one length; set it to false"
 
 
 def lgm_rules(config: LGMRun) -> Iterator[str]:

@@ -91,6 +91,14 @@ class LGMFamily(GeneratorFamily):
         return run.lengths.per_sample
 
     @override
+    def least_batch(self, run: LGMRun) -> int:
+        least, choices = super().least_batch(run), run.lengths.choices
+        if not run.lengths.per_sample or least == 1:
+            return least
+        rarest = min(map(choices.count, choices), default=1)
+        return -(-least * len(choices) // rarest)  # so many samples of every K
+
+    @override
     def forward_passes(self, run: LGMRun) -> int:
         # A frozen network's weights need no gradient.
         return super().forward_passes(run) if run.lora is None else 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,11 +17,10 @@ from lgm_scale.flow import (
     NoiseScale,
     contrasted,
     flow_loss,
-    interpolate,
     merged_noise,
-    velocity_target,
 )
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
+from lgm_scale.packing import Packing
 from lgm_scale.randomness import Purpose
 from lgm_scale.training.flow_model import Draws, FlowModel
 
@@ -93,15 +92,28 @@ class LGMTrainingModel(FlowModel):
         """The same where every sample has a K of its own: the network runs once for all of them."""
         runs = {k: len(list(samples)) for k, samples in itertools.groupby(lengths)}
         cuts = [self.tree.assignment(k, z.device) for k in runs]
-        counts = list(runs.values())
-        times, keys = draws.t.split(counts), draws.keys[Purpose.NOISE].split(counts)
-        merged = [cut.merge(part) for cut, part in zip(cuts, z.split(counts), strict=True)]
-        pairs = zip(keys, cuts, strict=True)
-        noise = [merged_noise(*pair, z.shape[-1], self.noise_scale) for pair in pairs]
-        states = list(map(interpolate, merged, noise, times))  # [B_g, K_g, D] each
-        v_pred = self.net(states, draws.t, draws.labels, cuts)
-        v_target = map(velocity_target, merged, noise)
-        return list(map(LGMOutput, v_pred, v_target, cuts, times))
+        layout = Packing(tuple(runs.values()), tuple(runs))
+        noise_keys = layout.samples(draws.keys[Purpose.NOISE])
+
+        def net(row: Tensor, t: Tensor, *others: Tensor) -> Tensor:
+            times = len(t) // len(lengths)  # guidance asks for all samples twice, row after row
+            groups = Packing(layout.counts * times, layout.lengths * times).groups(row)
+            labels, *end = others
+            return layout.join(self.net(groups, t, labels, cuts * times, *end))
+
+        merged = [cut.merge(part) for cut, part in zip(cuts, layout.samples(z), strict=True)]
+        drawn = zip(noise_keys, cuts, strict=True)
+        noise = [merged_noise(*pair, z.shape[-1], self.noise_scale) for pair in drawn]
+        found = self.predict(
+            net,
+            layout.join(merged),  # [T, D]
+            layout.join(noise),
+            draws,
+            self._row_sizes(cuts, layout),
+            layout.spread,
+        )
+        v_pred, v_target = layout.groups(found.v_pred), layout.groups(found.v_target)
+        return list(map(LGMOutput, v_pred, v_target, cuts, layout.samples(found.t)))
 
     def relative_sizes(self, assignment: MergeAssignment) -> Tensor | None:
         """Sizes of the clusters relative to N / K, which guidance is divided by: [K, 1]."""
@@ -109,6 +121,13 @@ class LGMTrainingModel(FlowModel):
             return None
         mean = assignment.num_base_tokens / assignment.num_tokens
         return assignment.sizes[:, None].float() / mean
+
+    def _row_sizes(self, cuts: Sequence[MergeAssignment], layout: Packing) -> Tensor | None:
+        """The same for every token of a packed row: [T, 1]."""
+        sizes = [self.relative_sizes(cut) for cut in cuts]
+        repeated = zip(sizes, layout.counts, strict=True)
+        own = [each.repeat(count, 1) for each, count in repeated if each is not None]
+        return torch.cat(own) if own else None
 
     def loss(self, outputs: LGMOutput | list[LGMOutput], batch: dict[str, Any]) -> Tensor:
         """Mean over the batch of the size-weighted squared error, contrasted."""
