@@ -1,9 +1,7 @@
-"""Alignment with the tokenizer's features: their way to the shards and back, the loss, its end."""
+"""Alignment with the tokenizer's features: the loss, its gradient, its end, and what is refused."""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -12,29 +10,18 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_pipeline import SmallPipeline, Steps, metrics, run_command, train_in_process
-from streaming import StreamingDataset
+from small_pipeline import Steps, metrics, train_in_process
 from typed_commands import typed
 
 from lgm_scale.config.rules import load_training_run
-from lgm_scale.data.config import SourceConfig
-from lgm_scale.data.manifest import read_manifest, write_manifest
 from lgm_scale.data.preparation import encode
-from lgm_scale.data.preparation.verify import verify
-from lgm_scale.errors import ConfigError, DataError
+from lgm_scale.errors import ConfigError
 from lgm_scale.families.lgm.config import FeatureAlignmentConfig, LGMObjectiveConfig
-from lgm_scale.families.lgm.data import STATS_NAME, LatentStats, LGMLatentDataset
-from lgm_scale.families.lgm.feature_alignment import feature_distance
-from lgm_scale.families.lgm.features import (
-    FEATURES_NAME,
-    FeatureSums,
-    load_means,
-    save_means,
-    some_channels,
-)
+from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.feature_alignment import feature_distance, normalised
+from lgm_scale.families.lgm.features import FEATURES_NAME
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel
-from lgm_scale.families.tokenizer.bundle import load_tokenizer
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.parallel.blocks import checkpoint_blocks
 from lgm_scale.planning.plan import networks
@@ -49,161 +36,6 @@ WIDTH = 96
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-# --- features beside the latents ------------------------------------------------------------------
-
-
-def encoded(pipeline: SmallPipeline, out: Path, *options: object) -> Path:
-    inputs = ("--images", pipeline.images, "--tokenizer", pipeline.tokenizer, "--out", out)
-    said = typed(encode.main, *inputs, "--workers", "0", *options)
-    assert said.status == 0, said.err
-    return out
-
-
-@pytest.fixture(scope="module")
-def featured(small_pipeline) -> Path:
-    return encoded(small_pipeline, small_pipeline.root / "featured", "--features")
-
-
-@pytest.fixture(scope="module")
-def stored(featured) -> dict[str, np.ndarray]:
-    """Every column: [samples, ...]."""
-    reader = StreamingDataset(local=str(featured), batch_size=1, shuffle=False)
-    rows = [reader[i] for i in range(len(reader))]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def dataset(folders: list[Path], feature_dim: int | None, **changes) -> LGMLatentDataset:
-    arguments = {"shuffle": False, "seed": 0, "batch_size": 4, "num_base_tokens": 16}
-    arguments |= {"latent_dim": 8, "tokenizer_id": None, "feature_dim": feature_dim}
-    sources = [SourceConfig(path=str(folder)) for folder in folders]
-    return LGMLatentDataset(sources, **(arguments | changes))
-
-
-def test_features_are_what_the_encoder_gives_and_latents_stay_as_they_are(
-    small_pipeline, featured, stored
-):
-    plain = StreamingDataset(local=str(small_pipeline.latents), batch_size=1, shuffle=False)
-    for name in ("latents", "latents_flipped", "label"):
-        expected = np.stack([plain[i][name] for i in range(len(plain))])
-        np.testing.assert_array_equal(stored[name], expected)
-    tokenizer = load_tokenizer(small_pipeline.tokenizer)
-    images = randn(2, 3, 32, 32)
-    with torch.no_grad():
-        z, features = tokenizer.encode_with_features(images)
-        assert torch.equal(z, tokenizer.encode(images))
-        assert torch.equal(features, tokenizer.encoder(images))
-    assert stored["features"].shape == stored["features_flipped"].shape == (68, 16, WIDTH)
-    assert stored["features"].dtype == np.float16
-    manifest = read_manifest(featured, "latents")
-    assert manifest.extra["feature_dim"] == WIDTH
-    assert FEATURES_NAME in manifest.files
-    both = np.concatenate((stored["features"], stored["features_flipped"])).astype(np.float64)
-    means = load_means([featured], [1]).numpy()
-    np.testing.assert_allclose(means, both.mean(0), atol=1e-6)
-    statistics = [folder / STATS_NAME for folder in (featured, small_pipeline.latents)]
-    assert statistics[0].read_bytes() == statistics[1].read_bytes()
-    assert verify(str(featured)).problems == []
-
-
-def test_fewer_channels_are_a_projection_that_all_ranks_draw_alike(
-    small_pipeline, stored, tmp_path
-):
-    folder = encoded(small_pipeline, tmp_path / "few", "--features", 24)
-    reader = StreamingDataset(local=str(folder), batch_size=1, shuffle=False)
-    project = some_channels(WIDTH, 24, "cpu")
-    basis = project(torch.eye(WIDTH))
-    torch.testing.assert_close(basis.T @ basis, torch.eye(24), atol=1e-5, rtol=0)
-    whole = torch.from_numpy(stored["features"][5].astype(np.float32))
-    few = torch.from_numpy(reader[5]["features"].astype(np.float32))
-    torch.testing.assert_close(few, project(whole), atol=1e-2, rtol=1e-2)
-    assert read_manifest(folder, "latents").extra["feature_dim"] == 24
-    assert torch.equal(some_channels(WIDTH, WIDTH, "cpu")(whole), whole)
-
-
-@pytest.mark.parametrize("channels", ["-1", "4096"])
-def test_channels_that_the_encoder_does_not_have_are_refused(small_pipeline, tmp_path, channels):
-    inputs = ("--images", small_pipeline.images, "--tokenizer", small_pipeline.tokenizer)
-    said = typed(encode.main, *inputs, "--out", tmp_path / "x", f"--features={channels}")
-    assert said.status == 2
-    assert f"--features: {channels} channels of the " in said.err
-    assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.slow
-def test_two_ranks_write_the_same_bytes(small_pipeline, tmp_path):
-    options = ("--features", "24", "--shard-size", "20000", "--batch-size", "4", "--workers", "0")
-    inputs = ("--images", small_pipeline.images, "--tokenizer", small_pipeline.tokenizer)
-    for ranks in (1, 2):
-        out = ("--out", tmp_path / f"by_{ranks}")
-        said = run_command("data_tools/encode_latents.py", *inputs, *out, *options, ranks=ranks)
-        assert said.returncode == 0, said.stderr
-    files, others = (
-        {path.name: path.read_bytes() for path in (tmp_path / f"by_{ranks}").iterdir()}
-        for ranks in (1, 2)
-    )
-    assert files == others
-    assert len([name for name in files if name.startswith("shard.")]) > 2
-
-
-def test_sums_of_parts_are_those_of_the_whole():
-    features = randn(7, N, C).half()
-    whole, first, second = (FeatureSums(N, C) for _ in range(3))
-    whole.add(features)
-    first.add(features[:3])
-    second.add(features[3:])
-    first.merge(second.facts())
-    assert torch.equal(first.means(), whole.means())
-
-
-# --- and back -------------------------------------------------------------------------------------
-
-
-def test_the_features_of_the_flip_that_is_seen_are_handed_out_on_request_alone(featured, stored):
-    asked = dataset([featured], WIDTH, shuffle=True)
-    for index in range(0, 68, 7):
-        item = asked[index]
-        flip = "_flipped" if asked.draw_flip(index) else ""
-        for name in ("latents", "features"):
-            np.testing.assert_array_equal(item[name].numpy(), stored[f"{name}{flip}"][index])
-    plain = dataset([featured], None)
-    assert plain[0].keys() == {"latents", "labels", "sample_ids"}
-    assert plain.feature_means is None
-
-
-def test_a_mixture_has_the_mean_features_of_its_samples(featured, tmp_path):
-    other = Path(shutil.copytree(featured, tmp_path / "other"))
-    means = load_means([featured], [1])
-    save_means(means + 1, other / FEATURES_NAME)
-    torch.testing.assert_close(load_means([featured, other], [30, 10]), means + 0.25)
-    both = dataset([featured, other], WIDTH)
-    assert both.epoch_samples == 136
-    torch.testing.assert_close(both.feature_means, means + 0.5)
-
-
-def test_data_without_the_features_are_named_with_the_command_that_makes_them(
-    small_pipeline, featured, tmp_path
-):
-    latents = str(small_pipeline.latents)
-    needed = f"{latents} holds latents without features, which objective.feature_alignment needs;"
-    with pytest.raises(DataError, match=needed) as told:
-        dataset([small_pipeline.latents], 128)
-    assert "encode_latents.py --tokenizer BUNDLE --images MDS --out FOLDER --features" in str(
-        told.value
-    )
-    with pytest.raises(DataError, match=r"feature_alignment.channels is 7\. Set it to 96,"):
-        dataset([featured], 7)
-    with pytest.raises(DataError, match="without features"):
-        dataset([featured, small_pipeline.latents], WIDTH)
-    copy = Path(shutil.copytree(featured, tmp_path / "copy"))
-    manifest = read_manifest(copy, "latents")
-    write_manifest(copy, replace(manifest, extra=manifest.extra | {"feature_dim": 3}))
-    assert any("the manifest says float16 (16, 3)" in line for line in verify(str(copy)).problems)
-    extra = {key: value for key, value in manifest.extra.items() if key != "feature_dim"}
-    write_manifest(copy, replace(manifest, extra=extra))
-    with pytest.raises(DataError, match="shards have other columns than"):
-        dataset([copy], None)
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -268,6 +100,13 @@ def test_distance_and_gradient_are_those_of_the_plain_formula(tree, num_tokens):
         assert gradient[index].item() == pytest.approx(slope.item(), abs=1e-5)
 
 
+def test_teachers_are_normalised_over_the_tokens_of_each_image():
+    features = normalised(3 + randn(2, N, C))
+    torch.testing.assert_close(features.mean(1), torch.zeros(2, C), atol=1e-6, rtol=0)
+    torch.testing.assert_close(features.std(1, correction=0), torch.ones(2, C))
+    assert torch.equal(normalised(torch.ones(1, N, C)), torch.zeros(1, N, C))
+
+
 @pytest.mark.parametrize("recomputed", [0.0, 1.0])
 def test_the_loss_is_the_plain_one_and_the_distance_of_a_block_to_the_merged_teacher(
     tree, recomputed
@@ -279,7 +118,7 @@ def test_the_loss_is_the_plain_one_and_the_distance_of_a_block_to_the_merged_tea
     output, same = aligned(batch(0)), plain(batch(0))
     assert torch.equal(output.v_pred, same.v_pred)
     cut = tree.assignment(K)
-    teacher = cut.merge(batch(0)["features"].float() - aligned.feature_means)
+    teacher = cut.merge(normalised(batch(0)["features"].float() - aligned.feature_means))
     found = aligned.feature_layer(seen[0])
     cosine = torch.nn.functional.cosine_similarity(found, teacher, dim=-1)
     expected = ((1 - cosine) * cut.sizes / N).sum(-1)
@@ -327,8 +166,12 @@ def test_samples_of_several_lengths_are_each_compared_at_their_own(tree):
 
 @pytest.mark.slow
 def test_a_run_aligns_until_its_step_resumes_through_it_and_leaves_a_plain_bundle(
-    small_pipeline, featured, tmp_path
+    small_pipeline, tmp_path
 ):
+    featured = tmp_path / "latents"
+    inputs = ("--images", small_pipeline.images, "--tokenizer", small_pipeline.tokenizer)
+    said = typed(encode.main, *inputs, "--out", featured, "--workers", "0", "--features")
+    assert said.status == 0, said.err
     asked = {"feature_alignment": {"steps": 5, "block": 2, "channels": WIDTH}}
 
     def config(name: str, objective: dict) -> Path:
@@ -344,7 +187,7 @@ def test_a_run_aligns_until_its_step_resumes_through_it_and_leaves_a_plain_bundl
     plain = train_in_process(config("plain", {}))
     rows = metrics(whole)
     assert [row["step"] for row in rows if "feature_alignment" in row] == list(range(5))
-    assert [{**row, "wait": 0} for row in metrics(stopped)] == [{**row, "wait": 0} for row in rows]
+    assert metrics(stopped) == rows
     bundles = [out / "bundle" / "generator.safetensors" for out in (whole, stopped, plain)]
     assert bundles[0].read_bytes() == bundles[1].read_bytes()
     assert bundles[0].read_bytes() != bundles[2].read_bytes()
@@ -355,8 +198,14 @@ def test_a_run_aligns_until_its_step_resumes_through_it_and_leaves_a_plain_bundl
     assert sorted(names) == sorted(path.name for path in (plain / "bundle").iterdir())
     with safe_open(next(iter(sorted((whole / "state").rglob("*.safetensors")))), "pt") as content:
         assert "buffer/feature_means" in content.keys()  # noqa: SIM118
-    with pytest.raises(ConfigError, match=r"feature_alignment\.block: 2 there, 1 here"):
-        train_in_process(config("whole", asked), "objective.feature_alignment.block=1")
+    for out, change, message in (
+        (whole, "block=1", "block: 2 there, 1 here"),
+        (whole, "steps=6", "adding `--allow-change objective.feature_alignment.steps`"),
+        (plain, "steps=5", "block: None there, 2 here"),
+    ):
+        path = config(out.name, asked)
+        with pytest.raises(ConfigError, match=message):
+            train_in_process(path, f"objective.feature_alignment.{change}")
 
 
 # --- what is refused, and planned -----------------------------------------------------------------

@@ -58,9 +58,9 @@ class LGMModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureAlignmentConfig:
-    """Alignment of the network's features with the tokenizer's, `encode --features`'s.
+    """Alignment with the tokenizer's features, which `encode_latents.py --features` has stored.
 
-    Weight times one minus the cosine, behind a linear layer that is in no bundle.
+    Weight times one minus the cosine, through a linear layer that is in no bundle.
     """
 
     __pydantic_config__ = STRICT
@@ -82,7 +82,7 @@ class LGMObjectiveConfig(FlowObjectiveConfig):
     noise_scale: Literal["corrected", "legacy"] = "corrected"
     """Noise merged like the data, or as in the published numbers unit noise per token."""
     feature_alignment: FeatureAlignmentConfig | None = None
-    """null: the features of the network are free. For data that `encode --features` has made."""
+    """null: the velocity alone is trained. For latents of `encode_latents.py --features`."""
 
 
 @dataclass(frozen=True, kw_only=True)

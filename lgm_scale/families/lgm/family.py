@@ -49,7 +49,6 @@ class LGMFamily(GeneratorFamily):
     takes_contrast: ClassVar[bool] = True
     fixed_keys: ClassVar[tuple[str, ...]] = (
         "objective.noise_scale",
-        "objective.feature_alignment",
         "objective.feature_alignment.block",
         "objective.feature_alignment.channels",
     )

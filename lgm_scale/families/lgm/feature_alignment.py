@@ -1,12 +1,12 @@
 """Alignment of the network's features with those of the tokenizer's encoder, while it is young.
 
 A linear layer is to find, in what the K tokens are after some block, where the teacher's features
-of these tokens point. The teacher's are merged as the latents are, so that every K has its own;
-what is a constant of the token, which positions alone tell, is taken off before.
+of these tokens point. What is a constant of the token, which positions alone tell, is taken off the
+teacher's; they are normalised over the N tokens, and merged as the latents are.
 
-Source: REPA (arXiv 2410.06940) in iREPA's form (arXiv 2512.10794): no MLP, and a constant taken
-off, here each token's over images; its convolution has no meaning for tokens that are no places.
-Early stop: arXiv 2505.16792. The tokenizer as teacher, and features that are merged: ours.
+Source: REPA (arXiv 2410.06940) in iREPA's form (arXiv 2512.10794), whose convolution has no meaning
+for tokens that are no places: a layer per token stands for it. Early stop: arXiv 2505.16792. The
+tokenizer as teacher, the constant, and features that are merged: ours.
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ from torch import Tensor, nn
 
 from lgm_scale.families.lgm.config import FeatureAlignmentConfig
 from lgm_scale.merging.tree import MergeAssignment
+
+EPS = 1e-6
+
+
+def normalised(features: Tensor) -> Tensor:
+    """Every channel of an image with mean 0 and deviation 1 over the tokens. Shapes: [B, N, C]."""
+    centred = features - features.mean(-2, keepdim=True)
+    return centred / centred.square().mean(-2, keepdim=True).sqrt().clamp_min(EPS)
 
 
 def feature_distance(found: Tensor, teacher: Tensor, assignment: MergeAssignment) -> Tensor:
@@ -52,8 +60,8 @@ class FeatureAlignment:
         batch: dict[str, Any],
     ) -> None:
         self.net, self.layer, self.config = net, layer, config
-        self.on = batch["step"] < config.steps
-        self.teacher = batch["features"].float() - means if self.on else None
+        on = batch["step"] < config.steps
+        self.teacher = normalised(batch["features"].float() - means) if on else None
         self.distances: list[Tensor] = []
         """Of the samples at each K, [B_g]; zeros once the alignment is over."""
 
