@@ -30,6 +30,10 @@ COLUMNS = {
     "latents": frozenset({"latents", "latents_flipped", "label"}),
     "spatial_latents": frozenset({"mean", "std", "mean_flipped", "std_flipped", "label"}),
 }
+MORE_COLUMNS = {"latents": frozenset({"features", "features_flipped"})}
+"""Columns that data of a kind may have besides: all of them or none."""
+FEATURE_DIM = "feature_dim"
+"""Entry of a manifest's `extra`: channels of the features, where there are any."""
 _MAKE = {
     "images": "python data_tools/images_to_mds.py SRC --out {folder}",
     "latents": "composer data_tools/encode_latents.py --tokenizer BUNDLE --images MDS "
@@ -84,6 +88,12 @@ class Manifest:
         return len(self.classes)
 
 
+def columns_of(manifest: Manifest) -> frozenset[str]:
+    """Names of the columns that the shards of a folder have, as its manifest says."""
+    more = MORE_COLUMNS.get(manifest.kind, frozenset()) if FEATURE_DIM in manifest.extra else ()
+    return COLUMNS[manifest.kind].union(more)
+
+
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Path:
     """Write `manifest.json` into `folder`; it is whole or absent. Returns its path."""
     path = Path(folder) / MANIFEST_NAME
@@ -111,6 +121,12 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> Manifest:
     manifest = parse_manifest(path.read_text(errors="replace"), str(path), fix)
     if manifest.kind != kind:
         raise DataError(f"{path} says kind {manifest.kind!r}, but {kind!r} is needed here. {fix}")
+    wanted = columns_of(manifest)
+    if any(set(shard.get("column_names", ())) != wanted for shard in shards):
+        raise DataError(
+            f"{path} and {folder / INDEX_NAME} do not belong together: shards have other columns "
+            f"than {sorted(wanted)}. Delete the folder. {fix}"
+        )
     num_indexed = sum(int(shard["samples"]) for shard in shards)
     if num_indexed != manifest.num_samples or sum(manifest.class_counts) != num_indexed:
         raise DataError(
@@ -125,7 +141,7 @@ def read_manifest(folder: str | os.PathLike[str], kind: str) -> Manifest:
 
 def check_columns(columns: Any, kind: str, where: str) -> None:
     """Raise DataError unless MDS shards have the columns of `kind`."""
-    if set(columns) == COLUMNS[kind]:
+    if set(columns) - MORE_COLUMNS.get(kind, frozenset()) == COLUMNS[kind]:
         return
     found = next((name for name, known in COLUMNS.items() if known == set(columns)), None)
     what = found or f"columns {sorted(columns)}"

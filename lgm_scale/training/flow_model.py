@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -103,8 +104,13 @@ class FlowModel(TrainingModel):
             return ""
         return "a loss below 0 is no error: objective.contrastive takes a distance off"
 
-    def noted(self, loss: Tensor, t: Tensor) -> Tensor:
-        """The mean of a loss per sample, which is noted by time as well. Shapes: [B] x 2 -> []."""
-        self.record.add(len(loss), {"loss": loss.mean()})
+    def noted(
+        self, loss: Tensor, t: Tensor, terms: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Tensor:
+        """The mean of a loss per sample, which is noted by time as well. Shapes: [B] x 2 -> [].
+
+        `terms` are others of the step, scalars, which are noted beside it.
+        """
+        self.record.add(len(loss), {"loss": loss.mean(), **terms})
         self.record.add_groups(TIMESTEP_BINS, timestep_bins(t), loss)
         return loss.mean()

@@ -95,6 +95,7 @@ PURE = (
     *(f"lgm_scale/families/{name}/network.py" for name in ("tokenizer", "lgm", "elit")),
     *(f"lgm_scale/families/tokenizer/{name}.py" for name in ("critic", "losses", "quantizer")),
     "lgm_scale/families/lgm/guidance.py",
+    "lgm_scale/families/lgm/feature_alignment.py",
     "lgm_scale/families/elit/interface.py",
 )
 PURE_MAY_NOT = ("composer", "torch.distributed", "streaming")

@@ -42,11 +42,9 @@ class LatentEncoder(Protocol):
 
     kind: ClassVar[str]
     """Kind of the data set, a key of `lgm_scale.data.manifest.COLUMNS`."""
-    columns: ClassVar[tuple[str, ...]]
-    """Names of the arrays of one image."""
 
-    shape: tuple[int, ...]
-    """Shape of each of these arrays."""
+    columns: Mapping[str, tuple[int, ...]]
+    """Arrays of one image by name, each with its shape; the first is what messages tell."""
     image_size: int
     """Side in pixels of the images that are encoded."""
     identity: dict[str, Any]
@@ -61,7 +59,8 @@ class LatentEncoder(Protocol):
     def encode(self, images: Tensor) -> dict[str, Tensor]:
         """Encode both flips of a batch.
 
-        Shapes: images [B, 3, S, S] float32 in [-1, 1] -> float32 [B, *shape] for every column.
+        Shapes: images [B, 3, S, S] float32 in [-1, 1] -> float32 [B, *its shape] for every
+        column.
         """
         ...
 

@@ -58,8 +58,11 @@ class LatentWriter:
         self, encoder: LatentEncoder, images: ImageDataset, args: argparse.Namespace
     ) -> None:
         self.encoder, self.images, self.args = encoder, images, args
-        column = "ndarray:float16:" + ",".join(map(str, encoder.shape))
-        self.columns = {**dict.fromkeys(encoder.columns, column), "label": "int"}
+        arrays = {
+            name: f"ndarray:float16:{','.join(map(str, shape))}"
+            for name, shape in encoder.columns.items()
+        }
+        self.columns = {**arrays, "label": "int"}
 
     def write(self, work: PartsFolder, parts: Sequence[Part], total: int, before: int) -> None:
         """Make parts.
@@ -101,7 +104,7 @@ class LatentWriter:
 
     @torch.inference_mode()
     def encode(self, batch: dict[str, Tensor], notes: Notes) -> dict[str, Any]:
-        """Encode a batch to the columns that are stored: float16 arrays [B, *shape].
+        """Encode a batch to the columns that are stored: float16 arrays [B, *shape] by name.
 
         Raises: DataError if one is not finite.
         """
@@ -171,10 +174,11 @@ def encode_images(args: argparse.Namespace, encoder_class: type[LatentEncoder]) 
     }
     options = {key: getattr(args, key) for key in ("batch_size", "shard_size", "compression")}
     made_from = {"command": "encode_latents", **described, **options}
-    sample_bytes = len(encoder.columns) * _FLOAT16_BYTES * prod(encoder.shape) + _LABEL_BYTES
+    shapes = tuple(encoder.columns.values())
+    sample_bytes = _FLOAT16_BYTES * sum(map(prod, shapes)) + _LABEL_BYTES
     parts = plan_parts(images.num_samples, sample_bytes, args.shard_size)
     work = PartsFolder(args.out, args.staging, encoder.kind, made_from, len(parts))
-    total = f"{images.num_samples:,} images as {' x '.join(map(str, encoder.shape))}"
+    total = f"{images.num_samples:,} images as {' x '.join(map(str, shapes[0]))}"
     if work.already_finished() is not None:
         if rank == 0:
             print(f"{shown(args.out)} is there already: {total} latents of this encoder")
@@ -187,11 +191,9 @@ def encode_images(args: argparse.Namespace, encoder_class: type[LatentEncoder]) 
     writer.write(work, waiting[rank::ranks], images.num_samples, before)
     share_records(work)
     if rank == 0:
-        records = work.records()
-        check_coverage(parts, records, images.manifest)
         notes = encoder.notes()
-        for record in records:
-            notes.merge(record.facts)
+        records = work.records(notes.merge)
+        check_coverage(parts, records, images.manifest)
         manifest = Manifest(
             kind=encoder.kind,
             num_samples=images.num_samples,

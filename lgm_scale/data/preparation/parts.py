@@ -234,13 +234,23 @@ class PartsFolder:
             if not (self.folder / name).exists():
                 write_whole(self.folder / name, text)
 
-    def records(self) -> list[PartRecord]:
-        """All records, in order. Raises: DataError if one is missing."""
+    def records(self, take: Callable[[dict[str, Any]], None] | None = None) -> list[PartRecord]:
+        """All records, in order. Raises: DataError if one is missing.
+
+        `take` gets the facts of one after the other, which may be large and are kept by nobody.
+        """
         missing = sorted(set(range(self.num_parts)) - self.finished())
         if missing:
             raise DataError(f"{self.folder}: part {missing[0]} is not finished; run again")
-        paths = [self.folder / f"part.{part:05}.json" for part in range(self.num_parts)]
-        return [PartRecord(**json.loads(path.read_text())) for path in paths]
+        records = []
+        for part in range(self.num_parts):
+            text = (self.folder / f"part.{part:05}.json").read_text()
+            record = PartRecord(**json.loads(text))
+            if take is not None:
+                take(record.facts)
+                record = replace(record, facts={})
+            records.append(record)
+        return records
 
     def join(
         self,

@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from lgm_scale.data.decoding import decode_image
 from lgm_scale.data.manifest import (
-    COLUMNS,
+    FEATURE_DIM,
     INDEX_NAME,
     MANIFEST_NAME,
     Manifest,
+    columns_of,
     parse_manifest,
     read_index,
     read_labels,
@@ -169,7 +170,7 @@ def _check_samples(
             yield f"{name}, decompressed, {problem}"
         path = raw
     columns = set(info["column_names"])
-    if columns != COLUMNS[manifest.kind]:
+    if columns != columns_of(manifest):
         yield f"{name} has columns {sorted(columns)}"
         return
     reader = reader_from_json(str(path.parent), None, info)
@@ -204,8 +205,10 @@ def _check_image(sample: dict[str, Any], manifest: Manifest, decode: bool) -> st
 
 
 def _check_arrays(arrays: dict[str, np.ndarray], manifest: Manifest) -> str | None:
-    shape = tuple(manifest.extra.get(key) for key in _SHAPES[manifest.kind])
+    keys = _SHAPES[manifest.kind]
     for name, value in arrays.items():
+        own = (keys[0], FEATURE_DIM) if name.startswith("features") else keys
+        shape = tuple(manifest.extra.get(key) for key in own)
         if value.dtype != np.float16 or value.shape != shape:
             return f"{name} is {value.dtype} {value.shape}, the manifest says float16 {shape}"
         if not np.isfinite(value).all():

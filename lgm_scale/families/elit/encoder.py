@@ -31,7 +31,6 @@ class AutoencoderEncoder:
     """
 
     kind: ClassVar[str] = "spatial_latents"
-    columns: ClassVar[tuple[str, ...]] = ("mean", "std", "mean_flipped", "std_flipped")
 
     def __init__(self, folder: str, image_size: int, device: torch.device | str) -> None:
         self.vae = load_sd_vae(folder, device)
@@ -41,7 +40,8 @@ class AutoencoderEncoder:
             side = self.vae.side(image_size)
         except ConfigError as error:
             raise ConfigError(error.problems[0].replace("image_size", "--image-size")) from error
-        self.shape = (self.vae.channels, side, side)
+        names = ("mean", "std", "mean_flipped", "std_flipped")
+        self.columns = dict.fromkeys(names, (self.vae.channels, side, side))
         self.identity = {
             "encoder": "sd-vae",
             "encoder_id": encoder_id(folder),

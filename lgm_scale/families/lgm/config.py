@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun
-from lgm_scale.data.manifest import Manifest
+from lgm_scale.config.schema import STRICT, FlowObjectiveConfig, GeneratorRun, required
+from lgm_scale.data.manifest import FEATURE_DIM, Manifest
 from lgm_scale.errors import DataError
 from lgm_scale.families.base import NOT_COMPILED
 from lgm_scale.families.tokenizer.config import outside_choices
@@ -57,12 +57,32 @@ class LGMModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureAlignmentConfig:
+    """Alignment with the tokenizer's features, which `encode_latents.py --features` has stored.
+
+    Weight times one minus the cosine, through a linear layer that is in no bundle.
+    """
+
+    __pydantic_config__ = STRICT
+    steps: int = required(50000)
+    """Of so many first steps; the loss of all later ones is the plain one, to the bit."""
+    block: int = required(8)
+    """The features are those after so many blocks."""
+    channels: int = 768
+    """C of the features that lie beside the latents; 768 is the tokenizer's width at size B."""
+    weight: float = 0.5
+    """What one minus the cosine is multiplied by."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LGMObjectiveConfig(FlowObjectiveConfig):
     """The objective of generators on merged tokens: rectified flow, size-weighted (`flow.py`)."""
 
     __pydantic_config__ = STRICT
     noise_scale: Literal["corrected", "legacy"] = "corrected"
     """Noise merged like the data, or as in the published numbers unit noise per token."""
+    feature_alignment: FeatureAlignmentConfig | None = None
+    """null: the velocity alone is trained. For latents of `encode_latents.py --features`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +176,35 @@ def _per_sample(config: LGMRun) -> Iterator[str]:
         )
 
 
+def _feature_alignment(config: LGMRun) -> Iterator[str]:
+    """Rules of `objective.feature_alignment`."""
+    asked, depth = config.objective.feature_alignment, DIT_SIZES[config.model.size].depth
+    if asked is None:
+        return
+    key = "objective.feature_alignment"
+    if not 1 <= asked.block <= depth:
+        yield f"{key}.block: {asked.block} of {depth} blocks; name 1 to {depth}"
+    for name in ("steps", "channels"):
+        if getattr(asked, name) < 1:
+            yield f"{key}.{name}: {getattr(asked, name)} must be 1 or more"
+    if asked.weight <= 0:
+        yield f"{key}.weight: {asked.weight} must be above 0; for none, set {key} to null"
+    if config.objective.mean_flow is not None:
+        yield (
+            f"{key}: not yet beside objective.mean_flow; set one of them to null, or start "
+            "MeanFlow from an aligned generator by init_from"
+        )
+    if config.lora is not None:
+        yield f"{key}: trains a whole generator; remove it, or train without lora"
+
+
 def lgm_rules(config: LGMRun) -> Iterator[str]:
     """Lines `key: value; rule; fix` for every rule that the configuration breaks."""
     lowest, highest = config.model.num_blocks, config.model.num_base_tokens
     yield from outside_choices(config.lengths.choices, lowest, highest)
     yield from _lora(config)
     yield from _per_sample(config)
+    yield from _feature_alignment(config)
     if config.lora is not None and config.optimizer.mup_base is not None:
         yield "optimizer.mup_base: an adapter (lora) learns at one rate; set it to null"
     model: Any = config.model
@@ -202,4 +245,28 @@ def check_latents(
             f"{where} was encoded by tokenizer {str(made_by)[:12]}, but the configured one is "
             f"{tokenizer_id[:12]}: its statistics and merge tree belong to another tokenizer. "
             "Encode again with this tokenizer, or point `tokenizer` to the one that was used"
+        )
+
+
+def check_features(where: str, manifest: Manifest, channels: int) -> None:
+    """Check that a latent folder has the features that `objective.feature_alignment` reads.
+
+    Args:
+        where: Its name, for messages.
+        manifest: Its manifest.
+        channels: C of the run.
+
+    Raises: DataError if it has none, or of another width.
+    """
+    found, key = manifest.extra.get(FEATURE_DIM), "objective.feature_alignment"
+    if found is None:
+        raise DataError(
+            f"{where} holds latents without features, which {key} needs; encode again with: "
+            f"composer data_tools/encode_latents.py --tokenizer BUNDLE --images MDS --out FOLDER "
+            f"--features, or set {key} to null"
+        )
+    if found != channels:
+        raise DataError(
+            f"{where} holds features of {found} channels; {key}.channels is {channels}. Set it to "
+            f"{found}, or encode again with --features {channels}"
         )

@@ -23,7 +23,8 @@ from lgm_scale.data.epochs import EpochDataset, StreamOptions
 from lgm_scale.data.mixture import check_one_maker
 from lgm_scale.data.shards import local_folder
 from lgm_scale.errors import DataError
-from lgm_scale.families.lgm.config import check_latents
+from lgm_scale.families.lgm.config import check_features, check_latents
+from lgm_scale.families.lgm.features import load_means
 from lgm_scale.merging.nesting import ContrastStats
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 from lgm_scale.storage.files import follow_umask
@@ -105,7 +106,8 @@ def _mixed(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> 
 class LGMLatentDataset(EpochDataset):
     """Latents at full length, one of the two stored flips per visit.
 
-    An item is {"latents": float16 [N, D], "labels": int64 [], "sample_ids": int64 []}.
+    An item is {"latents": float16 [N, D], "labels": int64 [], "sample_ids": int64 []}, and with
+    `feature_dim` also "features", float16 [N, C], of the same flip.
 
     Args:
         data: MDS folder of latents, or sources with their classes and shares.
@@ -114,6 +116,7 @@ class LGMLatentDataset(EpochDataset):
         num_base_tokens: N, for the check.
         latent_dim: D, for the check.
         tokenizer_id: Hash of the tokenizer's weights; None leaves the check out.
+        feature_dim: C of the features that are handed out with the latents; None: no features.
 
     Raises: DataError if a source is no complete MDS folder of such latents, or the tokenizers of
         several differ.
@@ -130,6 +133,7 @@ class LGMLatentDataset(EpochDataset):
         latent_dim: int,
         tokenizer_id: str | None,
         options: StreamOptions | None = None,
+        feature_dim: int | None = None,
     ) -> None:
         super().__init__(
             data,
@@ -141,19 +145,26 @@ class LGMLatentDataset(EpochDataset):
         )
         for source, manifest in zip(self.sources, self.manifests, strict=True):
             check_latents(source.path, manifest, num_base_tokens, latent_dim, tokenizer_id)
+            if feature_dim is not None:
+                check_features(source.path, manifest, feature_dim)
         check_one_maker(self.sources, self.manifests, "tokenizer_id", "tokenizer")
         folders = [local_folder(source) for source in self.sources]
         stats = [LatentStats.load(folder / STATS_NAME) for folder in folders]
         self.stats = mixed_stats(stats, self.samples_taken)
         self.tree = MergeTree.load(folders[0] / TREE_NAME)  # one tokenizer, one tree
+        self.feature_means: Tensor | None = None
+        """[N, C] of the features, if they are handed out."""
+        if feature_dim is not None:
+            self.feature_means = load_means(folders, self.samples_taken)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
         """Read one sample."""
         sample: dict[str, Any] = super().get_item(sample_id, retry)
         flipped = self.shuffle and self.draw_flip(sample_id)
-        latents = sample["latents_flipped" if flipped else "latents"]
+        flip = "_flipped" if flipped else ""
+        names = ("latents",) if self.feature_means is None else ("latents", "features")
         return {
-            "latents": torch.from_numpy(latents.copy()),
+            **{name: torch.from_numpy(sample[f"{name}{flip}"].copy()) for name in names},
             "labels": torch.tensor(int(sample["label"]), dtype=torch.int64),
             "sample_ids": torch.tensor(int(sample_id), dtype=torch.int64),
         }

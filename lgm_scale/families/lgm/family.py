@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,9 +12,15 @@ from typing_extensions import override
 
 from lgm_scale.bundle import read_info
 from lgm_scale.config.loading import to_dict
-from lgm_scale.families.base import Tool
+from lgm_scale.families.base import Companions, Tool
 from lgm_scale.families.generator import Evaluated, GeneratorFacts, GeneratorFamily
-from lgm_scale.families.lgm.config import LGMRun, check_latents, lgm_rules
+from lgm_scale.families.lgm.config import (
+    DIT_SIZES,
+    LGMRun,
+    check_features,
+    check_latents,
+    lgm_rules,
+)
 from lgm_scale.families.lgm.importers import IMPORTERS
 from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES
 from lgm_scale.sampling.config import outside_lengths
@@ -39,12 +47,27 @@ class LGMFamily(GeneratorFamily):
     schema = LGMRun
     takes_mean_flow: ClassVar[bool] = True
     takes_contrast: ClassVar[bool] = True
-    fixed_keys: ClassVar[tuple[str, ...]] = ("objective.noise_scale",)
+    fixed_keys: ClassVar[tuple[str, ...]] = (
+        "objective.noise_scale",
+        "objective.feature_alignment.block",
+        "objective.feature_alignment.channels",
+    )
     contains: ClassVar[tuple[str, ...]] = ("tokenizer",)
     encoders: ClassVar[dict[str, Tool]] = {
         "lgm": Tool(
             "lgm_scale.families.lgm.encoder:TokenizerEncoder",
-            options={"--tokenizer": {"metavar": "BUNDLE", "help": "tokenizer bundle"}},
+            options={
+                "--tokenizer": {"metavar": "BUNDLE", "help": "tokenizer bundle"},
+                "--features": {
+                    "metavar": "CHANNELS",
+                    "nargs": "?",
+                    "type": int,
+                    "const": 0,
+                    "help": "also store the features of the tokenizer's encoder, for "
+                    "objective.feature_alignment: all channels, or so many by a fixed random "
+                    "projection; 4 x tokens x CHANNELS bytes an image",
+                },
+            },
             needed={"--tokenizer": "a tokenizer bundle"},
         )
     }
@@ -76,6 +99,8 @@ class LGMFamily(GeneratorFamily):
         made_by = read_info(run.tokenizer)["files"].get(RECONSTRUCTION_FILES[0])
         model = run.model
         check_latents(where, manifest, model.num_base_tokens, model.latent_dim, made_by)
+        if run.objective.feature_alignment is not None:
+            check_features(where, manifest, run.objective.feature_alignment.channels)
 
     @override
     def bundles(self, run: LGMRun) -> dict[str, tuple[str, str]]:
@@ -108,6 +133,7 @@ class LGMFamily(GeneratorFamily):
         from lgm_scale.families.lgm.data import LGMLatentDataset
         from lgm_scale.families.tokenizer.bundle import tokenizer_id
 
+        aligned = run.objective.feature_alignment
         return LGMLatentDataset(
             run.data.sources,
             shuffle=True,
@@ -117,6 +143,7 @@ class LGMFamily(GeneratorFamily):
             latent_dim=run.model.latent_dim,
             tokenizer_id=tokenizer_id(run.tokenizer),
             options=options,
+            feature_dim=None if aligned is None else aligned.channels,
         )
 
     @override
@@ -134,6 +161,16 @@ class LGMFamily(GeneratorFamily):
         return net
 
     @override
+    def companions(self, run: LGMRun) -> Companions:
+        from torch import nn
+
+        aligned = run.objective.feature_alignment
+        if aligned is None:
+            return Companions()
+        width = DIT_SIZES[run.model.size].width
+        return Companions({"feature alignment": nn.Linear(width, aligned.channels)})
+
+    @override
     def rehearsal(self, run: LGMRun, num_samples: int, num_tokens: int) -> Rehearsal:
         import torch
 
@@ -149,15 +186,24 @@ class LGMFamily(GeneratorFamily):
                 tree.assignment(length)  # kept
         stats = LatentStats(torch.empty(dim), torch.empty(dim))
         net, lengths = self.network(run), run.lengths.choices
-        model = LGMTrainingModel(net, tree, stats, run.objective, run.seed, lengths)
-        latents = torch.empty(num_samples, tokens, dim, dtype=torch.float16)
-        return Rehearsal(
-            model, {"latents": latents, "labels": torch.empty(num_samples, dtype=torch.int64)}
-        )
+        objective, aligned = run.objective, run.objective.feature_alignment
+        batch = {
+            "latents": torch.empty(num_samples, tokens, dim, dtype=torch.float16),
+            "labels": torch.empty(num_samples, dtype=torch.int64),
+        }
+        means = None
+        if aligned is not None:  # a step in which it is on
+            objective = replace(objective, feature_alignment=replace(aligned, steps=sys.maxsize))
+            means = torch.empty(tokens, aligned.channels)
+            batch["features"] = torch.empty(num_samples, *means.shape, dtype=torch.float16)
+        model = LGMTrainingModel(net, tree, stats, objective, run.seed, lengths, means)
+        return Rehearsal(model, batch)
 
     @override
     def sample_bytes(self, run: LGMRun) -> int:
-        return 2 * 2 * run.model.num_base_tokens * run.model.latent_dim  # two flips, float16
+        aligned = run.objective.feature_alignment
+        numbers = run.model.latent_dim + (0 if aligned is None else aligned.channels)
+        return 2 * 2 * run.model.num_base_tokens * numbers  # two flips, float16
 
     @override
     def training_model(self, run: LGMRun, dataset: LGMLatentDataset) -> LGMTrainingModel:
@@ -171,8 +217,8 @@ class LGMFamily(GeneratorFamily):
             base = load_base(run, dataset.tree)
             net, stats = base.net, base.stats
             add_adapter(net, run.lora.rank, run.lora.alpha)
-        lengths = run.lengths.choices
-        return LGMTrainingModel(net, dataset.tree, stats, run.objective, run.seed, lengths)
+        tree, lengths, means = dataset.tree, run.lengths.choices, dataset.feature_means
+        return LGMTrainingModel(net, tree, stats, run.objective, run.seed, lengths, means)
 
     @override
     def export(

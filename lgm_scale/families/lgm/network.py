@@ -10,6 +10,7 @@ Source: LGM paper, merge-aware diffusion transformer, on LightningDiT blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,12 +124,15 @@ class MergeDiT(nn.Module):
         labels: Tensor,
         assignment: MergeAssignment | Sequence[MergeAssignment],
         end: Tensor | None = None,
-    ) -> Tensor | list[Tensor]:
+        features_after: int | None = None,
+    ) -> Any:
         """Predict the velocity, or of a network with `end_time` its average from t to `end`.
 
         Shapes: z_t [B, K, D], t [B] in [0, 1], labels [B] int64 (num_classes = null), end [B] from
         t to 1 -> [B, K, D]. Of several K at once, z_t is one [B_g, K_g, D] for each assignment,
         and so is the result; t and labels are those of all groups, one after the other.
+        With `features_after`, the result is a pair: the second are the features after so many
+        blocks, in the shape of the first with C channels.
         """
         # (a), (b): a cluster stands where its tokens do on average. The same P that merges latents,
         # so the position of a merged token is the merged position, at every K.
@@ -148,10 +152,16 @@ class MergeDiT(nn.Module):
             condition = condition + self.end_embed(t, end)
         elif end is not None:
             raise ConfigError(NO_END_TIME)
-        for block in self.blocks:
+        features = None
+        for number, block in enumerate(self.blocks, start=1):
             x = block(x, condition, sizes)
+            if number == features_after:
+                features = x
         velocity = self.final(x, condition, sizes)
-        return sizes.groups(velocity) if isinstance(sizes, Packing) else velocity
+        found = [velocity] if features is None else [velocity, features]
+        if isinstance(sizes, Packing):
+            found = list(map(sizes.groups, found))
+        return found[0] if features is None else tuple(found)
 
     def _positions(self, assignment: MergeAssignment, like: Tensor) -> Tensor:
         """Merged positions [1, K, C] in the dtype of the state."""

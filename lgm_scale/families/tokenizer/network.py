@@ -223,17 +223,30 @@ class Tokenizer(nn.Module):
         """Quantized latents at full length. Shapes: [B, 3, S, S] in [-1, 1] -> [B, N, D]."""
         return self._encode(images)[0]
 
-    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Latents [B, N, D], quantized if that is asked for, and the logits of their codes.
+    def encode_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `encode` gives, and what the encoder made it of, before the bottleneck.
 
-        Raises: ConfigError.
+        Shapes: [B, 3, S, S] in [-1, 1] -> [B, N, D], [B, N, C].
         """
+        features = self._features(images)
+        return self._narrowed(features)[0], features
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents [B, N, D], quantized if that is asked for, and the logits of their codes."""
+        return self._narrowed(self._features(images))
+
+    def _features(self, images: Tensor) -> Tensor:
+        """What the encoder gives, [B, N, C]. Raises: ConfigError for images of another size."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             height, width = images.shape[-2:]
             raise ConfigError(
                 f"images of {height}x{width} given to a tokenizer of {self.image_size} pixels"
             )
-        z = self.to_latent(self.encoder(images))
+        return self.encoder(images)
+
+    def _narrowed(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Through the bottleneck, and through the quantizer if there is one."""
+        z = self.to_latent(features)
         return (z, None) if self.quantizer is None else self.quantizer(z)
 
     def decode(self, z: Tensor) -> Tensor:
