@@ -60,7 +60,7 @@ TOOLS = {
         required=("images", "out"),
         optional=(
             *("encoder", "tokenizer", "vae", "image_size", "batch_size", "shard_size"),
-            *("cache", "staging", "compression", "workers"),
+            *("features", "cache", "staging", "compression", "workers"),
         ),
         flags=(),
         inputs=("images", "tokenizer", "vae"),

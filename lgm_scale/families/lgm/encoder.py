@@ -129,7 +129,7 @@ class TokenizerEncoder:
             if not 0 <= feature_dim <= width:
                 raise ConfigError(
                     f"--features: {feature_dim} channels of the {width} that this tokenizer's "
-                    f"encoder has; name 1 to {width}, or none for all"
+                    f"encoder has; name 1 to {width}, or 0 for all"
                 )
             self.feature_dim = feature_dim or width
             self.columns |= dict.fromkeys(

@@ -64,8 +64,8 @@ class LGMFamily(GeneratorFamily):
                     "type": int,
                     "const": 0,
                     "help": "also store the features of the tokenizer's encoder, for "
-                    "objective.feature_alignment: all channels, or so many by a fixed random "
-                    "projection; 4 x tokens x CHANNELS bytes an image",
+                    "objective.feature_alignment: all channels (also: 0), or so many by a fixed "
+                    "random projection; 4 x tokens x CHANNELS bytes an image",
                 },
             },
             needed={"--tokenizer": "a tokenizer bundle"},
