@@ -176,7 +176,7 @@ def test_a_change_on_request_is_asked_for_by_its_flags(tmp_path):
     assert f"out: {tmp_path} holds a run with another configuration; go on" in says
     assert set(folder(tmp_path, *changes, allowed=flags).changes()) == set(flags)
     (left, says) = problems(tmp_path, *changes, allowed=flags[:1])
-    assert (left, "--allow-change optimizer.lr`" in says) == (rate, True)
+    assert (left, "--allow-change optimizer.lr`" in says) == (what[1], True)
 
 
 def test_one_key_that_cannot_change_takes_the_offer_away(tmp_path):
