@@ -31,7 +31,7 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import ConfigError, DataError
 from lgm_scale.evaluation.sweep.config import SweepConfig, expand, with_lists
 
-SHIPPED = ("elastic", "few_steps", "samplers", "tokenizers")
+SHIPPED = ("elastic", "few_steps", "few_steps_grid", "samplers", "tokenizers")
 HOME = Path("yamls/experiments")
 
 
