@@ -143,6 +143,8 @@ def _mean_flow(run: Any, known: bool) -> Iterator[str]:
         yield f"objective.mean_flow.share: {flow.share} must be above 0 and at most 1"
     if not 1 <= flow.guidance < math.inf:
         yield f"objective.mean_flow.guidance: {flow.guidance} must be 1 (none) or more, and finite"
+    if not 0 <= flow.adaptive <= 1:
+        yield f"objective.mean_flow.adaptive: {flow.adaptive} must be in [0, 1]; 0 is off"
     if run.train.compile is True:
         yield (
             "train.compile: true is not for objective.mean_flow, for compiled blocks have no "

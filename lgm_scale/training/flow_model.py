@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lgm_scale.config.schema import FlowObjectiveConfig
 from lgm_scale.flow import interpolate, sample_timesteps, training_keys, velocity_target
-from lgm_scale.mean_flow import mean_flow_velocity, sample_spans
+from lgm_scale.mean_flow import adaptively_weighted, mean_flow_velocity, sample_spans
 from lgm_scale.randomness import Purpose, keyed_uniform
 from lgm_scale.training.model import TrainingModel
 
@@ -109,8 +109,10 @@ class FlowModel(TrainingModel):
     ) -> Tensor:
         """The mean of a loss per sample, which is noted by time as well. Shapes: [B] x 2 -> [].
 
-        `terms` are others of the step, scalars, which are noted beside it.
+        `terms` are others of the step, scalars, which are noted beside it. With
+        `mean_flow.adaptive` samples are weighted; what is noted is without weights.
         """
         self.record.add(len(loss), {"loss": loss.mean(), **terms})
         self.record.add_groups(TIMESTEP_BINS, timestep_bins(t), loss)
-        return loss.mean()
+        flow = self.objective.mean_flow
+        return adaptively_weighted(loss, 0.0 if flow is None else flow.adaptive).mean()

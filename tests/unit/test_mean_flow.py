@@ -28,7 +28,12 @@ from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.families.lgm.sampling import sample
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.layers import EndTimeEmbedding
-from lgm_scale.mean_flow import mean_flow_velocity, rate_along_flow, sample_spans
+from lgm_scale.mean_flow import (
+    adaptively_weighted,
+    mean_flow_velocity,
+    rate_along_flow,
+    sample_spans,
+)
 from lgm_scale.merging.tree import MergeAssignment, MergeTree
 from lgm_scale.parallel.blocks import checkpoint_blocks
 from lgm_scale.randomness import Purpose, stream_keys
@@ -192,6 +197,28 @@ def test_spans_keep_the_law_of_t():
     assert torch.equal(torch.stack(again), torch.stack((start, end))[:, 7:9])
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_adaptive_weights_are_constants_and_what_is_noted_has_none(tree, power):
+    error = torch.tensor([0.1, 2.0, 30.0], requires_grad=True)
+    assert adaptively_weighted(error, 0.0) is error
+    adaptively_weighted(error, power).sum().backward()
+    torch.testing.assert_close(error.grad, (error.detach() + 1e-3) ** -power)
+    stats, ids = LatentStats(torch.zeros(D), torch.ones(D)), torch.arange(6)
+    latents = torch.randn(6, N, D, generator=torch.manual_seed(0))
+    batch = {"latents": latents, "labels": ids % 5, "sample_ids": ids, "step": 0, "num_tokens": K}
+    found = []
+    for given in (0.0, power):
+        objective = LGMObjectiveConfig(mean_flow=MeanFlowConfig(adaptive=given))
+        model = LGMTrainingModel(shuffled(merge_dit()), tree, stats, objective, 0)  # type: ignore[arg-type]
+        output = model(batch)
+        assert not isinstance(output, list)
+        found.append((model.loss(output, batch), model.record.take()["loss"]))
+        each = model._per_sample(output)
+    torch.testing.assert_close(found[0][0], found[0][1])
+    torch.testing.assert_close(found[1][1], found[0][1])
+    torch.testing.assert_close(found[1][0], (each / (each + 1e-3) ** power).mean())
+
+
 # --- networks -------------------------------------------------------------------------------------
 
 
@@ -318,6 +345,7 @@ def test_a_bundle_samples_in_two_evaluations(bundle, tmp_path):
         (["objective.mean_flow=null"], "model.end_time: true, and nothing trains it"),
         (["objective.mean_flow.share=0"], "objective.mean_flow.share: 0.0 must be above 0"),
         (["objective.mean_flow.guidance=0.5"], "objective.mean_flow.guidance: 0.5 must be 1"),
+        (["objective.mean_flow.adaptive=2"], "objective.mean_flow.adaptive: 2.0 must be in"),
         (["train.compile=true"], "train.compile: true is not for objective.mean_flow"),
         (
             ["parallel.strategy=deepspeed", "parallel.deepspeed.stage=3"],
