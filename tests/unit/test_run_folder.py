@@ -108,7 +108,7 @@ def test_a_damaged_record_is_told(tmp_path):
 
 def test_a_place_where_no_folder_can_be_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "is a file" in problems(tmp_path / "file")[0]
+    assert "is a file, or a link" in problems(tmp_path / "file")[0]
     assert f"lies below {tmp_path / 'file'}, which is a file" in problems(tmp_path / "file/a/b")[0]
 
 
@@ -144,6 +144,7 @@ def test_auto_is_what_the_record_says(tmp_path):
 def test_whether_a_run_was_compiled(tmp_path, there):
     begun(tmp_path, f"train.compile={str(there).lower()}")
     assert folder(tmp_path).begun_compiled() is there
+    assert folder(tmp_path, f"train.compile={str(there).lower()}").changes() == {}
     assert run_folder.compiled({"train": {}}) is False  # from before there was the key
     assert run_folder.compiled({"train": {"compile": "auto"}}) is False
 
@@ -193,6 +194,12 @@ def test_what_a_family_fixes_is_never_changed(tmp_path):
     assert says[-1].endswith("configuration; choose another folder, or delete it")
 
 
+def test_a_flag_names_a_key_whole(tmp_path):
+    begun(tmp_path)
+    (told,) = problems(tmp_path, allowed=["optimizer.lrx"])
+    assert told.startswith("--allow-change optimizer.lrx: it cannot change")
+
+
 def test_a_duration_needs_no_flag_and_takes_it(tmp_path):
     begun(tmp_path)
     key = "train.max_duration"
@@ -215,6 +222,13 @@ def test_a_key_of_a_later_version_is_told_with_what_else_differs(tmp_path):
         "seed: 0 there, 3 here",
         "train.later: 1 there, None here",
     ]
+
+
+def test_a_record_that_nobody_could_have_written_is_told_by_what_differs(tmp_path):
+    begun(tmp_path)
+    there = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(there | {"seed": "x"}))
+    assert "seed: 'x' there, 0 here" in problems(tmp_path)
 
 
 # --- how a run ends and goes on -------------------------------------------------------------------
