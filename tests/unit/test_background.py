@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from far_storage import FarStorage
 from rank_processes import states, waited_for
 from small_pipeline import train_in_process
 
@@ -211,10 +212,7 @@ def test_a_save_says_that_it_had_to_wait(small_pipeline, tmp_path, monkeypatch, 
 
 
 def test_the_log_goes_along_as_long_as_it_was(tmp_path):
-    class Far(Storage):
-        remote = True
-
-    log, storage = tmp_path / "metrics.jsonl", Far(tmp_path / "state")
+    log, storage = tmp_path / "metrics.jsonl", FarStorage(tmp_path / "state")
     log.write_text("step 0\nstep 1 of later")
     attempts = Attempts(storage)
     attempts.start(0, 1, "ddp")

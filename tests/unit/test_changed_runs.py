@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from far_storage import FarStorage
 from rank_processes import rewound
 from safetensors.torch import load_file
 from small_pipeline import SmallPipeline, losses, metrics
 from typed_commands import refusal, typed
 
-from lgm_scale.storage.stores import Storage
 from lgm_scale.train import main
 from lgm_scale.training.guard import FiniteGuard
 
@@ -161,19 +161,10 @@ def killed(*args: object) -> None:
     raise MemoryError
 
 
-class Bucket(Storage):
-    """A folder that stands for object storage: nothing of the run's machine is left behind."""
-
-    remote = True
-
-    def get(self, name: str, folder: Path) -> Path:
-        return Path(shutil.copy(super().get(name, folder), folder / name.replace("/", "--")))
-
-
 def test_a_run_in_object_storage_is_made_longer_from_another_machine(
     small_pipeline, finished, tmp_path, monkeypatch
 ):
-    bucket = Bucket(tmp_path / "bucket")
+    bucket = FarStorage(tmp_path / "bucket")
     monkeypatch.setattr("lgm_scale.checkpoint.run.open_storage", lambda *args: bucket)
     for name, steps in (("one", 4), ("two", 6)):
         path = config(small_pipeline, tmp_path / name)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from far_storage import FarStorage
 from safetensors import safe_open
 from torch import nn
 
@@ -25,17 +26,6 @@ from lgm_scale.parallel.shards import ParameterShard
 from lgm_scale.storage.files import file_hash
 from lgm_scale.storage.stores import Storage
 from lgm_scale.training.ema import EMA
-
-
-class Far(Storage):
-    """As object storage: files are fetched."""
-
-    remote = True
-
-    def get(self, name: str, folder: Path) -> Path:
-        path = folder / name.replace("/", "--")
-        path.write_bytes(self.read(name))
-        return path
 
 
 @dataclass
@@ -104,7 +94,7 @@ def start(tmp_path, monkeypatch) -> Start:
     return begin
 
 
-@pytest.mark.parametrize("storage", [Storage, Far])
+@pytest.mark.parametrize("storage", [Storage, FarStorage])
 def test_a_run_goes_on_with_all_it_saved(start, storage, caplog):
     caplog.set_level(logging.INFO, "lgm_scale")
     first = start(storage)
@@ -154,7 +144,7 @@ def test_a_save_waits_for_the_one_before(start):
     assert [name.step for name in newest] == [4, 2]
 
 
-@pytest.mark.parametrize("storage", [Storage, Far])
+@pytest.mark.parametrize("storage", [Storage, FarStorage])
 def test_companions_go_along_in_object_storage_alone(start, storage, tmp_path):
     run, log = start(storage), tmp_path / "metrics.jsonl"
     run.checkpointer.begin(run.state)
@@ -165,8 +155,8 @@ def test_companions_go_along_in_object_storage_alone(start, storage, tmp_path):
     run.checkpointer.finish()
     names = run.checkpointer.storage.names()
     assert "history.json" not in names
-    assert ("metrics.jsonl" in names) == (storage is Far)
-    if storage is Far:
+    assert ("metrics.jsonl" in names) == (storage is FarStorage)
+    if storage is FarStorage:
         assert run.checkpointer.storage.read("metrics.jsonl") == b"step 0\n"
 
 
@@ -184,7 +174,7 @@ def tear(path: Path) -> None:
     path.with_name("manifest.json").write_bytes(b"{")
 
 
-@pytest.mark.parametrize("storage", [Storage, Far])
+@pytest.mark.parametrize("storage", [Storage, FarStorage])
 @pytest.mark.parametrize(
     ("harm", "problem"),
     [
@@ -335,19 +325,19 @@ def test_a_long_wait_is_told_and_a_short_one_is_not(start, monkeypatch, caplog):
 
 
 def test_files_that_a_resume_fetches_come_once_and_go(start, monkeypatch, tmp_path):
-    start(Far).saved(2)
+    start(FarStorage).saved(2)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     fetched: list[str] = []
-    get = Far.get
-    monkeypatch.setattr(Far, "get", lambda *args: (fetched.append(args[1]), get(*args))[1])
-    again = start(Far)
+    get = FarStorage.get
+    monkeypatch.setattr(FarStorage, "get", lambda *args: (fetched.append(args[1]), get(*args))[1])
+    again = start(FarStorage)
     assert again.checkpointer.begin(again.state) == 2
     assert fetched == ["ba00000002-a0001/rank-00000.safetensors"]
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-@pytest.mark.parametrize("storage", [Storage, Far])
+@pytest.mark.parametrize("storage", [Storage, FarStorage])
 def test_each_file_is_hashed_once_where_it_is_read(start, monkeypatch, tmp_path, storage):
     """Two nodes of two ranks: once by all where they share a folder, once by each node else."""
     (tmp_path / "file").touch()

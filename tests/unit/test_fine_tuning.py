@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from far_storage import FarStorage
 from release_files import generator_content, shuffle
 from safetensors.torch import load_file
 from small_pipeline import SmallPipeline, losses, train_in_process
@@ -32,7 +33,6 @@ from lgm_scale.families.lgm.release import Surroundings, import_generator
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.families.tokenizer.bundle import load_tokenizer
 from lgm_scale.families.tokenizer.training import TokenizerTrainingModel
-from lgm_scale.storage.stores import Storage
 from lgm_scale.train import main
 from lgm_scale.training.model import TrainingModel
 
@@ -215,7 +215,7 @@ def test_a_resume_reads_no_bundle_and_the_key_cannot_change(small_pipeline, trai
 
 def test_another_machine_goes_on_without_the_bundle(small_pipeline, trained, tmp_path, monkeypatch):
     bundle = Path(shutil.copytree(trained, tmp_path / "bundle"))
-    bucket = Bucket(tmp_path / "bucket")
+    bucket = FarStorage(tmp_path / "bucket")
     monkeypatch.setattr("lgm_scale.checkpoint.run.open_storage", lambda *args: bucket)
     common = {"checkpoint": {"interval": "1ba", "folder": "s3://bucket/states"}}
     path = tuned(small_pipeline, tmp_path / "one", bundle, **common)
@@ -227,12 +227,6 @@ def test_another_machine_goes_on_without_the_bundle(small_pipeline, trained, tmp
     shutil.rmtree(tmp_path / "bucket")
     new = tuned(small_pipeline, tmp_path / "three", bundle, **common)
     assert f"init_from: {bundle} is no bundle" in refusal(main, new)
-
-
-class Bucket(Storage):
-    """A folder that stands for object storage."""
-
-    remote = True
 
 
 def test_a_bundle_that_an_earlier_job_makes_is_not_looked_for(small_pipeline, tmp_path):

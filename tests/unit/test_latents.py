@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from lgm_scale.data.preparation.latents import (
     batch_indices,
     check_coverage,
     plan_parts,
+    share_records,
 )
-from lgm_scale.data.preparation.parts import PartRecord
+from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
 from lgm_scale.errors import DataError, LGMError
 from lgm_scale.families.lgm.data import LatentStats, LGMLatentDataset, mixed_stats
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
@@ -234,3 +236,37 @@ def test_an_interrupted_encoding_goes_on_where_it_was(small_pipeline, tmp_path, 
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "stopped").iterdir()}
     assert len([name for name in files if name.startswith("shard.")]) == 5
+
+
+class FakeNodes(SimpleNamespace):
+    """The calls of the first rank of the first of two nodes; the second one has five records."""
+
+    barrier = staticmethod(lambda: None)
+    get_global_rank = staticmethod(lambda: 0)
+    local_rank, sent = 0, 0
+
+    def get_local_rank(self) -> int:
+        return self.local_rank
+
+    def all_gather_object(self, own):
+        if isinstance(own, int):
+            return [own, 5]
+        assert len(own) <= 1  # never all of a node at once
+        self.sent += 1
+        return [own, {f"part.{10 + self.sent:05}.json": "{}"} if self.sent <= 5 else {}]
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "remote", "own"), [(0, True, 7), (1, True, 0), (0, False, 0)]
+)
+def test_nodes_share_their_records_one_by_one(tmp_path, monkeypatch, local_rank, remote, own):
+    work = PartsFolder(str(tmp_path / "out"), None, "latents", {}, 16)
+    work.folder.mkdir()
+    for part in range(7):
+        (work.folder / f"part.{part:05}.json").write_text("{}")
+    work.remote = remote
+    nodes = FakeNodes(local_rank=local_rank)
+    monkeypatch.setattr("lgm_scale.data.preparation.latents.dist", nodes)
+    share_records(work)
+    assert nodes.sent == max(own, 5)
+    assert work.record_names() == [f"part.{n:05}.json" for n in (*range(7), *range(11, 16))]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from far_storage import FarStorage
 from test_run_folder import config
 
 from lgm_scale.checkpoint import run as entry
@@ -20,24 +21,10 @@ from lgm_scale.storage.stores import Storage
 STATE = "ba00000002-a0001/manifest.json"
 
 
-class Bucket(Storage):
-    """A folder that stands for object storage, and notes in which order it was written."""
-
-    remote = True
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root)
-        self.written: list[str] = []
-
-    def write(self, name: str, content: bytes) -> None:
-        self.written.append(name)
-        super().write(name, content)
-
-
 @pytest.fixture
-def bucket(tmp_path, monkeypatch) -> Bucket:
+def bucket(tmp_path, monkeypatch) -> FarStorage:
     """Where all states of a test lie."""
-    made = Bucket(tmp_path / "bucket")
+    made = FarStorage(tmp_path / "bucket")
     monkeypatch.setattr(entry, "open_storage", lambda *args: made)
     return made
 
@@ -211,7 +198,7 @@ def test_without_changes_nothing_is_renewed_or_written(tmp_path, bucket, renewed
 
 @pytest.mark.parametrize("remote", [True, False])
 def test_changes_become_the_runs_own(tmp_path, bucket, renewed, caplog, monkeypatch, remote):
-    monkeypatch.setattr(Bucket, "remote", remote)
+    monkeypatch.setattr(FarStorage, "remote", remote)
     first = enter_run(folder(tmp_path))
     bucket.write(STATE, b"")
     changed = folder(tmp_path, "train.max_duration=9ba")

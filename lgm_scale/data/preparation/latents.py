@@ -122,12 +122,17 @@ class LatentWriter:
 
 
 def share_records(work: PartsFolder) -> None:
-    """Let rank 0 have the records of all nodes; with a shared file system it has them already."""
-    own = work.record_texts() if work.remote else {}
-    everywhere: list[dict[str, str]] = list(dist.all_gather_object(own))
-    if dist.get_global_rank() == 0:
-        for texts in everywhere:
-            work.add_record_texts(texts)
+    """Let rank 0 have the records of all nodes; with a shared file system it has them already.
+
+    One record of each node at a time: with features one is megabytes, and there are thousands.
+    """
+    dist.barrier()  # the other ranks of a node write to the same folder
+    own = work.record_names() if work.remote and dist.get_local_rank() == 0 else []
+    for place in range(max(dist.all_gather_object(len(own)))):
+        texts = work.record_texts(own[place : place + 1])
+        for node in dist.all_gather_object(texts):
+            if dist.get_global_rank() == 0:
+                work.add_record_texts(node)
 
 
 def check_coverage(parts: Sequence[Part], records: Sequence[PartRecord], source: Manifest) -> None:

@@ -223,9 +223,12 @@ class PartsFolder:
             path.replace(self.folder / made["basename"])
         return shard
 
-    def record_texts(self) -> dict[str, str]:
-        """The record files of this machine by name."""
-        names = sorted(name for name in os.listdir(self.folder) if _is_record(name))
+    def record_names(self) -> list[str]:
+        """Names of the record files of this machine, sorted."""
+        return sorted(name for name in os.listdir(self.folder) if _is_record(name))
+
+    def record_texts(self, names: Iterable[str]) -> dict[str, str]:
+        """Content of these record files, by name."""
         return {name: (self.folder / name).read_text() for name in names}
 
     def add_record_texts(self, texts: Mapping[str, str]) -> None:
