@@ -37,7 +37,7 @@ FEATURE_DIM = "feature_dim"
 _MAKE = {
     "images": "python data_tools/images_to_mds.py SRC --out {folder}",
     "latents": "composer data_tools/encode_latents.py --tokenizer BUNDLE --images MDS "
-    "--out {folder}",
+    "--out {folder} (and --features, for objective.feature_alignment)",
     "spatial_latents": "composer data_tools/encode_latents.py --encoder sd-vae --vae FOLDER "
     "--images MDS --out {folder}",
 }
