@@ -12,6 +12,8 @@ from kept_files import compares_bits
 
 REPORT = os.environ.get("LGM_QUICKSTART_REPORT")
 KEPT = KEPT_FILES / "quickstart"
+THREADS = "2"
+"""Of the kept numbers' run: sums over another number of threads end in other bits."""
 
 pytestmark = pytest.mark.skipif(
     REPORT is None, reason="set LGM_QUICKSTART_REPORT=runs/quickstart/report after make quickstart"
@@ -70,19 +72,34 @@ def table_rows(text: str) -> list[list[str]]:
     return rows
 
 
+def why_no_bits() -> str:
+    """Why the numbers need not be the kept ones to the last digit; empty: they must."""
+    if os.environ.get("OMP_NUM_THREADS") != THREADS:
+        return f"set OMP_NUM_THREADS={THREADS} for the quickstart and here, as .ci/run does"
+    if not compares_bits():
+        return "this machine rounds otherwise; LGM_KEPT_EXACT=1 compares nevertheless"
+    return ""
+
+
 def test_the_printed_numbers_are_the_kept_ones():
     """To the last printed digit: nothing in the pipeline may change what it computes."""
-    if not compares_bits():
-        pytest.skip("this machine rounds otherwise; LGM_KEPT_EXACT=1 compares nevertheless")
+    if why := why_no_bits():
+        pytest.skip(why)
     found = table_rows((Path(str(REPORT)) / "results.md").read_text())
     kept = table_rows((KEPT / "results.md").read_text())
     assert len(kept) == 12
     assert found == kept
 
 
-def test_operations_and_losses_are_the_kept_ones(results):
+def test_operations_are_the_kept_ones(results):
     kept = json.loads((KEPT / "results.json").read_text())
     assert [row["work"] for row in results["rows"]] == [row["work"] for row in kept["rows"]]
+
+
+def test_losses_are_the_kept_ones(results):
+    """To three digits; to a tenth on other threads or processors, which were seen 3 % away."""
+    tolerance = 0.1 if why_no_bits() else 1e-3
+    kept = json.loads((KEPT / "results.json").read_text())
     assert results["training_loss"].keys() == kept["training_loss"].keys()
     for num_tokens, losses in kept["training_loss"].items():
-        assert results["training_loss"][num_tokens] == pytest.approx(losses, rel=1e-3)
+        assert results["training_loss"][num_tokens] == pytest.approx(losses, rel=tolerance)
