@@ -100,6 +100,8 @@ class Panel:
     """Leave out the last entries of the lists, where y is what it is by definition."""
     from_zero: bool = False
     """Whether the vertical axis begins at 0."""
+    minus: str | None = None
+    """A run whose y at the same row is taken off, seed by seed: the line at 0. Needs `rows`."""
     point_label: str = ""
     """Text at each point; it may hold `{path}`."""
     runs: tuple[str, ...] = ()
@@ -200,21 +202,37 @@ def _rules(experiment: Experiment) -> Iterator[str]:
 
 
 def _difference_rules(experiment: Experiment) -> Iterator[str]:
-    runs = {run.name: run for run in experiment.runs}
     for i, table in enumerate(experiment.tables):
         for j, column in enumerate(table.columns):
-            key, minus = f"tables.{i}.columns.{j}.minus", column.minus
-            if minus is None:
-                continue
-            if minus not in runs:
-                yield f"{key}: {minus!r} is no run; choose from {', '.join(runs)}"
-                continue
-            for name in set(table.runs or runs) & runs.keys() - set(column.without):
-                if alone := [cell for cell in runs[name].cells if cell not in runs[minus].cells]:
-                    yield (
-                        f"{key}: {minus} has no cells {', '.join(alone)}, which {name} has; give "
-                        f"it them, or add {name} to `without`"
-                    )
+            key = f"tables.{i}.columns.{j}"
+            yield from _broken_difference(experiment, key, column.minus, table.runs, column.without)
+    for i, panel in enumerate(experiment.panels):
+        if panel.minus is not None and not experiment.rows:
+            yield f"panels.{i}.minus: it needs `rows`, by which points of two runs belong together"
+        yield from _broken_difference(experiment, f"panels.{i}", panel.minus, panel.runs)
+
+
+def _broken_difference(
+    experiment: Experiment,
+    key: str,
+    minus: str | None,
+    names: tuple[str, ...],
+    without: tuple[str, ...] = (),
+) -> Iterator[str]:
+    """What keeps `minus` from being taken off the runs of these names (empty: of all)."""
+    runs = {run.name: run for run in experiment.runs}
+    if minus is None:
+        return
+    if minus not in runs:
+        yield f"{key}.minus: {minus!r} is no run; choose from {', '.join(runs)}"
+        return
+    advice = "give it them, or add {} to `without`" if key.startswith("t") else "leave {} out"
+    for name in sorted(set(names or runs) & runs.keys() - set(without)):
+        if alone := [cell for cell in runs[name].cells if cell not in runs[minus].cells]:
+            yield (
+                f"{key}.minus: {minus} has no cells {', '.join(alone)}, which {name} has; "
+                f"{advice.format(name)}"
+            )
 
 
 def _run_rules(experiment: Experiment) -> Iterator[str]:

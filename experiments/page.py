@@ -64,19 +64,24 @@ def _entry(column: Column, line: Line, lines: Mapping[str, list[Line]]) -> str:
     """What stands in a column of a line; `lines` are those of every run."""
     if line[0]["run"]["name"] in (*column.without, column.minus):
         return "-"
-    values = _values(column, line)
+    values = _values(column.value, line)
     if isinstance(values[0], str):
         return values[0]
     if column.minus is not None:
-        other = next(each for each in lines[column.minus] if _row(each) == _row(line))
-        pairs = zip(values, _values(column, other), strict=True)
-        values = [None if None in pair else pair[0] - pair[1] for pair in pairs]
+        values = _less(values, column.value, line, lines[column.minus])
     scaled = [None if value is None else value * column.factor for value in values]
     return mean_and_std(scaled if column.spread else scaled[:1], column.digits)
 
 
-def _values(column: Column, line: Line) -> list[Any]:
-    return [lookup(record, fill(column.value, record)) for record in line]
+def _values(path: str, line: Line) -> list[Any]:
+    return [lookup(record, fill(path, record)) for record in line]
+
+
+def _less(values: list[Any], path: str, line: Line, others: list[Line]) -> list[Any]:
+    """The values of a line, seed by seed less those of the same row among another run's lines."""
+    other = next(each for each in others if _row(each) == _row(line))
+    pairs = zip(values, _values(path, other), strict=True)
+    return [None if None in pair else pair[0] - pair[1] for pair in pairs]
 
 
 def _row(line: Line) -> str | None:
@@ -123,8 +128,14 @@ def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> Non
     lines = lines_of(experiment, results)
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, axes in zip(panels, row, strict=True):
-        for name in panel.runs or lines:
-            _curve(axes, panel, lines[name])
+        names = [name for name in panel.runs or lines if name != panel.minus]
+        others = None if panel.minus is None else lines[panel.minus]
+        if others is not None:
+            axes.axhline(0, color="black", linewidth=1, label=others[0][0]["run"]["label"])
+        for i, name in enumerate(names):
+            # Differences lie close together: their bars stand beside each other.
+            aside = 1.0 if others is None else 1.025 ** (i - (len(names) - 1) / 2)
+            _curve(axes, panel, lines[name], others, aside)
         axes.set(xlabel=panel.x_label, ylabel=panel.y_label, xscale="log")
         if panel.x_ticks:
             axes.set_xticks(panel.x_ticks, [str(place) for place in panel.x_ticks])
@@ -143,17 +154,28 @@ def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> Non
     figure.savefig(path, dpi=120)
 
 
-def _curve(axes: Axes, panel: Panel, points: list[Line]) -> None:
-    """One run's curve, from a point per line or, if x is the path of a list, from a single line."""
-    seen = [
-        [(lookup(record, panel.x), lookup(record, panel.y)) for record in line] for line in points
-    ]
-    if isinstance(seen[0][0][0], list):
-        per_seed = [list(zip(x, y, strict=True)) for x, y in seen[0]]
-        seen = [list(point) for point in zip(*per_seed, strict=True)]
-        seen = seen[:-1] if panel.drop_last else seen
-    places = [panel.x_factor * point[0][0] for point in seen]
-    values = [[y for _, y in point] for point in seen]
+def _curve(
+    axes: Axes, panel: Panel, points: list[Line], others: list[Line] | None, aside: float
+) -> None:
+    """One run's curve, from a point per line or, if x is the path of a list, from a single line.
+
+    `others` are the lines of the run that is taken off; places are multiplied by `aside`.
+    """
+    if isinstance(lookup(points[0][0], panel.x), list):
+        places = lookup(points[0][0], panel.x)
+        per_seed = [lookup(record, panel.y) for record in points[0]]
+        values = [list(point) for point in zip(*per_seed, strict=True)]
+        if panel.drop_last:
+            places, values = places[:-1], values[:-1]
+    else:
+        places = [lookup(line[0], panel.x) for line in points]
+        values = [_values(panel.y, line) for line in points]
+        if others is not None:
+            values = [
+                _less(each, panel.y, line, others)
+                for each, line in zip(values, points, strict=True)
+            ]
+    places = [aside * panel.x_factor * place for place in places]
     means = [statistics.mean(each) for each in values]
     spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
     label = points[0][0]["run"]["label"]

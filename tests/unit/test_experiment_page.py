@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from experiments.config import Column, Experiment, Panel, Table, load_experiment
 from experiments.page import draw, lines_of, mean_and_std, render, write_between_markers
@@ -114,6 +115,61 @@ def test_a_difference_is_taken_seed_by_seed_from_the_line_of_the_same_name():
     ]
 
 
+def test_a_panel_of_differences_has_the_other_run_as_its_zero(monkeypatch, tmp_path):
+    experiment = load_experiment("faster")
+    panels = tuple(dataclasses.replace(panel, x="row.k", y="row.x") for panel in experiment.panels)
+    panels = (dataclasses.replace(panels[0], runs=("plain", "aligned")), panels[1])
+    experiment = dataclasses.replace(experiment, rows="rows", panels=panels)
+    per_seed = {"plain": [[1, 2, 3, 4], [3, 4, 5, 6]], "aligned": [[2, 2, 2, 2], [6, 6, 6, 6]]}
+    results = {
+        run.name: [
+            {
+                "run": {"name": run.name, "label": run.label or run.name},
+                "rows": [{"x": x, "k": k} for x, k in zip(values, (8, 16, 32, 64), strict=True)],
+            }
+            for values in per_seed.get(run.name, [[0.0] * 4] * 2)
+        ]
+        for run in experiment.runs
+    }
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw(experiment, results, tmp_path / "plot.png")
+    left, right = drawn[0].axes
+    assert [each.get_label() for each in left.containers] == ["aligned"]
+    (curve,) = left.containers
+    assert list(curve[0].get_xdata()) == [8, 16, 32, 64]
+    assert list(curve[0].get_ydata()) == [2.0, 1.0, 0.0, -1.0]  # means of 1, 3; 0, 2; -1, 1; -2, 0
+    half = [(upper - lower) / 2 for (_, lower), (_, upper) in curve[2][0].get_segments()]
+    assert half == pytest.approx([2**0.5] * 4)
+    assert left.lines[0].get_label() == "plain"
+    assert list(left.lines[0].get_ydata()) == [0, 0]
+    assert len(right.containers) == len(experiment.runs) - 1
+    places = [each[0].get_xdata()[0] for each in right.containers]
+    assert places == sorted(set(places))
+    assert 7 < places[0] < 8 < places[-1] < 9
+
+
+def test_a_panel_of_differences_needs_rows_and_a_run(tmp_path):
+    values: dict[str, Any] = read_yaml("yamls/experiments/faster.yaml")
+    panel = dict.fromkeys(("x", "y", "x_label", "y_label"), "x") | {"runs": ["plain"]}
+    rows = values.pop("rows")
+    panels = [panel | {"minus": minus} for minus in ("plain", "pain")]
+    path = tmp_path / "x.yaml"
+    path.write_text(json.dumps(values | {"panels": panels}))
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(str(path))
+    assert str(caught.value).count("it needs `rows`") == 2
+    assert "  - panels.1.minus: 'pain' is no run; choose from plain, contrastive" in str(
+        caught.value
+    )
+    values["runs"][0]["cells"] = {"K = 8": {"num_tokens": 8}}
+    panels = [panel | {"minus": "plain", "runs": ["plain", "aligned"]}]
+    table = {"columns": [{"head": "x", "value": "row.x"}]}
+    path.write_text(json.dumps(values | {"panels": panels, "rows": rows, "tables": [table]}))
+    with pytest.raises(ConfigError, match="which aligned has; leave aligned out"):
+        load_experiment(str(path))
+
+
 def test_a_difference_needs_a_run_that_has_the_same_cells(tmp_path):
     values: dict[str, Any] = read_yaml("yamls/experiments/faster.yaml")
     plain, contrastive = values["runs"][:2]
@@ -121,7 +177,8 @@ def test_a_difference_needs_a_run_that_has_the_same_cells(tmp_path):
     columns = [{"head": "x", "value": "row.x", "minus": minus} for minus in ("plain", "pain")]
     table = {"columns": [*columns, columns[0] | {"without": ["contrastive"]}]}
     path = tmp_path / "x.yaml"
-    path.write_text(json.dumps(values | {"runs": [plain, contrastive], "tables": [table]}))
+    changed = {"runs": [plain, contrastive], "tables": [table], "panels": []}
+    path.write_text(json.dumps(values | changed))
     with pytest.raises(ConfigError) as caught:
         load_experiment(str(path))
     assert str(caught.value).splitlines()[1:] == [
