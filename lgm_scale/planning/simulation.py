@@ -36,6 +36,7 @@ from lgm_scale.planning.recorder import Recorder, Work
 from lgm_scale.training.clipping import GroupClipping
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.model import Rehearsal
+from lgm_scale.weights import Unfilled
 
 LATE = 10**6
 """A step in which every loss is on, whatever comes in later than others."""
@@ -111,7 +112,7 @@ def simulate(
         as_gpu: Take the forms that a GPU takes: attention by an extra channel, fused AdamW,
             gradients reduced in float32. Else those of the CPU.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         most = num_tokens if isinstance(num_tokens, int) else max(num_tokens)
         rehearsal = family_of(config).rehearsal(config, num_samples, most)
     if rehearsal is None:
