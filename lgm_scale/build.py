@@ -55,6 +55,7 @@ from lgm_scale.training.loggers import build_loggers
 from lgm_scale.training.model import TrainingModel
 from lgm_scale.training.stopping import StopRequest, ignore_stop_signals
 from lgm_scale.training.throughput import Resources, Throughput
+from lgm_scale.weights import Unfilled
 
 log = logging.getLogger("lgm_scale")
 
@@ -179,7 +180,7 @@ def _base_network(config: TrainingRun) -> nn.Module:
     """The run's network in the size of `optimizer.mup_base`, on the meta device."""
     model: Any = getattr(config, "model")  # noqa: B009 - of every generator
     smaller: Any = {"model": replace(model, size=config.optimizer.mup_base)}
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return family_of(config).network(replace(config, **smaller))
 
 

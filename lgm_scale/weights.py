@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lgm_scale.errors import CheckpointError
 from lgm_scale.storage.files import follow_umask
+
+
+class Unfilled(TorchFunctionMode):
+    """A context in which networks are made without drawing initial weights.
+
+    For networks whose weights a file brings, all of them: drawing those of XL takes seconds. And
+    for the meta device, where it imports torch's compiler. Memory holds what it held before.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, unless all it does is to draw initial weights."""
+        kwargs = kwargs or {}
+        module = getattr(func, "__module__", None)  # what reads an attribute has none
+        if module == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:

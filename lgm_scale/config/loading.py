@@ -11,6 +11,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,13 +78,16 @@ def load_config(values: dict[str, Any], schema: type[RunConfig], source: str = "
 
     Raises: InvalidValues (a ConfigError) with all of them.
     """
-    adapter = TypeAdapter(schema)
+    adapter = _adapter(schema)
     try:
         return adapter.validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         problems = [_explain(item, schema) for item in error.errors()]
         wrong = [item["loc"] for item in error.errors()]
     raise InvalidValues(problems, source or None, _without(values, wrong, adapter, schema))
+
+
+_adapter = cache(TypeAdapter)  # of a run's schema it takes 20 ms
 
 
 def check_config(
@@ -207,11 +211,14 @@ def _is_union_tag(part: int | str) -> bool:
     return isinstance(part, str) and ("[" in part or part in ("int", "float", "str", "none"))
 
 
+_hints = cache(typing.get_type_hints)
+
+
 def _field_type(schema: Any, name: int | str) -> Any:
     """Type of a field; of an optional one, the type besides None; of an entry, its tuple's."""
     if isinstance(name, int):
         return schema
-    hint = typing.get_type_hints(schema).get(str(name))
+    hint = _hints(schema).get(str(name))
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0]
     if isinstance(hint, types.UnionType):

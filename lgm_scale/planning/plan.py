@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from lgm_scale.config.loading import to_dict
 from lgm_scale.config.rules import uncompiled_reason
@@ -32,6 +31,7 @@ from lgm_scale.planning.workload import (
     storage_words,
     strategy_label,
 )
+from lgm_scale.weights import Unfilled
 
 
 @dataclass(frozen=True)
@@ -86,20 +86,6 @@ class Networks:
         return lines
 
 
-class _Unfilled(TorchFunctionMode):
-    """Leaves tensors as they are made: filling one on the meta device imports torch's compiler."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call `func`, unless all it does is to draw initial weights."""
-        kwargs = kwargs or {}
-        module = getattr(func, "__module__", None)  # what reads an attribute has none
-        if module == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -109,7 +95,7 @@ def networks(config: TrainingRun) -> Networks:
     family = family_of(config)
     for library in family.libraries(config):
         import_module(library)
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), Unfilled():
         nets = family.network(config), family.companions(config)
     return Networks(*nets, family.forward_passes(config))
 

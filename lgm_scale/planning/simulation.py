@@ -36,6 +36,7 @@ from lgm_scale.planning.recorder import Recorder, Work
 from lgm_scale.training.clipping import GroupClipping
 from lgm_scale.training.ema import EMA
 from lgm_scale.training.model import Rehearsal
+from lgm_scale.weights import Unfilled
 
 LATE = 10**6
 """A step in which every loss is on, whatever comes in later than others."""
@@ -57,7 +58,7 @@ def fake_ranks(world_size: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Simulated:
-    """A step of one rank, after a first one that made the moments. Bytes.
+    """A step of one rank, after an update that made the moments. Bytes.
 
     Args:
         state: Weights, moments, average and frozen networks, as they lie between two steps.
@@ -111,7 +112,7 @@ def simulate(
         as_gpu: Take the forms that a GPU takes: attention by an extra channel, fused AdamW,
             gradients reduced in float32. Else those of the CPU.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         most = num_tokens if isinstance(num_tokens, int) else max(num_tokens)
         rehearsal = family_of(config).rehearsal(config, num_samples, most)
     if rehearsal is None:
@@ -169,8 +170,7 @@ def _run(
             loss.backward()
             return part_of_step()
 
-        def step() -> tuple[list[Part], Part]:
-            done = [micro_batch() for _ in range(passes)]
+        def update() -> Part:
             gradients.update(recorder.serials(p.grad for p in _with_gradients(model)))
             if clipping is not None:
                 clipping.apply(None, now, None)  # type: ignore[arg-type]  # it reads neither
@@ -179,22 +179,24 @@ def _run(
             model.record.take()
             model.record.take_groups()
             optimizer.zero_grad()
-            return done, part_of_step()
+            return part_of_step()
 
         gradients: set[int] = set()
-        step()
+        for p in model.parameters():  # a whole step before would make the same moments, and no more
+            p.grad = torch.empty_like(p) if p.requires_grad else None
+        update()
         gc.collect()
         gc.disable()  # what it frees, it frees at moments of its own choice
         try:
             first = len(recorder.events)
+            done, updated = [micro_batch() for _ in range(passes)], update()
             kept = set(recorder.alive())
             state = int(recorder.timeline()[-1])
-            done, update = step()
         finally:
             gc.enable()
     live = recorder.timeline(first)
     activations = recorder.timeline(first, kept | gradients)
-    return Simulated(state, live, activations, done, update, _buffers(model))
+    return Simulated(state, live, activations, done, updated, _buffers(model))
 
 
 def _buffers(model: nn.Module) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill_points import KillPoints
+from safetensors.torch import load_file
 
 from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError
@@ -54,6 +55,16 @@ def test_a_generator_bundle_holds_all_it_needs(bundles):
     assert torch.equal(loaded.tree.merges, expected.merge_tree().merges)
     assert not any(p.requires_grad for p in loaded.net.parameters())
     assert not loaded.net.training
+
+
+def test_loading_draws_no_weights_and_leaves_none_undrawn(bundles):
+    state = torch.get_rng_state()
+    loaded = load_lgm_bundle(bundles[1])
+    assert torch.equal(torch.get_rng_state(), state)
+    in_files = load_file(bundles[1] / "generator.safetensors")
+    assert in_files.keys() == loaded.net.state_dict().keys()
+    for name, value in [*loaded.net.named_parameters(), *loaded.net.named_buffers()]:
+        assert torch.equal(value, in_files[name]), name
 
 
 @pytest.mark.parametrize(("routing", "loads"), [(None, True), ({"first": 1, "last": 1}, False)])

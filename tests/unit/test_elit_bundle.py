@@ -82,7 +82,9 @@ def quiet(pipe, *args, **settings):
 
 
 def test_a_bundle_holds_all_it_needs(bundle):
+    state = torch.get_rng_state()
     loaded = load_elit_bundle(bundle)
+    assert torch.equal(torch.get_rng_state(), state)  # no initial weights are drawn
     assert isinstance(loaded.net, elit.ELIT)
     assert (loaded.model, loaded.space, loaded.vae) == (ELIT, PIXELS, None)
     assert loaded.classes == CLASSES

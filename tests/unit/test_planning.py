@@ -146,9 +146,8 @@ def test_elit_can_be_simulated(overrides):
 
 @pytest.mark.slow
 def test_a_tokenizer_with_all_losses_can_be_simulated():
-    run = load_training_run(
-        str(YAMLS / "tokenizer_b.yaml"), ["model.size=s", "assets.dinov2_size=s"], 8, None
-    )
+    small = ["model.size=tiny", "model.pretrained_encoder=null", "assets.dinov2_size=s"]
+    run = load_training_run(str(YAMLS / "tokenizer_b.yaml"), small, 8, None)
     for library in family_of(run).libraries(run):
         __import__(library)
     found = simulate(run, 8, 1, 64)

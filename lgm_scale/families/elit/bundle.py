@@ -24,7 +24,7 @@ from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.elit.config import ELITModelConfig, SpaceConfig
 from lgm_scale.families.elit.network import SiT, build_elit
-from lgm_scale.weights import load_weights, save_weights
+from lgm_scale.weights import Unfilled, load_weights, save_weights
 
 if TYPE_CHECKING:
     from lgm_scale.families.elit.sd_vae import SDVAE
@@ -96,7 +96,8 @@ def load_elit_bundle(folder: str | Path, device: torch.device | str = "cpu") -> 
     classes = tuple(info["classes"])
     _check_classes(folder, model, classes)
     try:
-        net = build_elit(model, space)
+        with Unfilled():
+            net = build_elit(model, space)
     except ConfigError as error:
         raise CheckpointError(f"{folder}: its configuration is damaged: {error}") from error
     load_weights(net, Path(folder) / GENERATOR_NAME)

@@ -25,6 +25,7 @@ from lgm_scale.release_import.names import (
     translate,
 )
 from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
+from lgm_scale.weights import Unfilled
 
 _READ, _WRITE = "input_token_editor.adapters.0.", "output_token_editor.adapters.0."
 our_elit_name = Renaming(
@@ -90,7 +91,7 @@ def import_elit(
     model, space = elit_config_from_shapes(state, split, vae, source)
     positions, about_positions = _positions(state, model, space, source)
     report = translate(state, our_elit_name, _IGNORED)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         expected = build_elit(model, space).state_dict()
     tensors = fit(state, report, expected, source)
     if positions is not None:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.elit.config import CONFIG_NAME, GET_VAE, WEIGHTS_NAME, vae_file
 from lgm_scale.frozen import read_weights
+from lgm_scale.weights import Unfilled
 
 _ENCODER = ("encoder.", "quant_conv.")
 _PUBLISHED_SCALE = 0.18215
@@ -97,7 +98,7 @@ class SDVAE(nn.Module):
         Raises: ConfigError if `image_size` is no multiple of `downsampling`.
         """
         side = self.side(image_size)
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             net = _network(dict(self.net.config))
             latents = torch.empty(1, self.channels, side, side)
         counter = FlopCounterMode(display=False)
@@ -194,7 +195,7 @@ def _build(config: dict[str, Any], path: Path) -> Any:
     """The network on the meta device, and the rules that it must keep."""
     _diffusers()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             net = _network(config)
     except Exception as error:  # diffusers checks little, so a wrong value fails anywhere
         raise CheckpointError(

@@ -35,7 +35,7 @@ from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
 from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer
 from lgm_scale.families.tokenizer.network import Tokenizer
 from lgm_scale.merging.tree import TREE_NAME, MergeAssignment, MergeTree
-from lgm_scale.weights import load_weights, save_weights
+from lgm_scale.weights import Unfilled, load_weights, save_weights
 
 GENERATOR_NAME = "generator.safetensors"
 
@@ -143,7 +143,9 @@ def load_lgm_bundle(folder: str | Path, device: torch.device | str = "cpu") -> L
     Raises: CheckpointError.
     """
     info = read_bundle(folder, "generator")
-    net = build_merge_dit(model_config(info, "generator", LGMModelConfig, folder))
+    config = model_config(info, "generator", LGMModelConfig, folder)
+    with Unfilled():
+        net = build_merge_dit(config)
     load_weights(net, Path(folder) / GENERATOR_NAME)
     tree = MergeTree.load(Path(folder) / TREE_NAME)
     if tree.num_base_tokens != net.num_base_tokens:

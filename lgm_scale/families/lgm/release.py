@@ -38,6 +38,7 @@ from lgm_scale.release_import.reading import (
     shape_of,
     weights_of,
 )
+from lgm_scale.weights import Unfilled
 
 ENTRIES = {"ema": "model_ema", "model": "model"}
 our_generator_name = Renaming(
@@ -144,7 +145,7 @@ def import_generator(
         )
     config = around.config(found.state, source)
     report = translate(found.state, our_generator_name, {})
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         expected = build_merge_dit(config).state_dict()
     tensors = fit(found.state, report, expected, source)
     training = training_of(content, found, source, report)

@@ -33,6 +33,7 @@ from lgm_scale.families.lgm.release import (
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 from lgm_scale.release_import.names import KeyReport, Renaming, fit, translate
 from lgm_scale.release_import.reading import read_dictionary, weights_of
+from lgm_scale.weights import Unfilled
 
 _PREFIX = "base_model.model."
 
@@ -103,7 +104,7 @@ def import_lora(
         config = around.config(state, source)
     else:
         config = _base_config(around, num_tokens)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         net = build_merge_dit(config)
     matrices = [n for n in found.state if ".lora_A." in n]
     rank = min((len(found.state[n]) for n in matrices if found.state[n].ndim == 2), default=0)

@@ -22,7 +22,7 @@ from lgm_scale.config.loading import to_dict
 from lgm_scale.families.tokenizer.config import RECONSTRUCTION_FILES, TokenizerModelConfig
 from lgm_scale.families.tokenizer.network import Tokenizer, build_tokenizer
 from lgm_scale.merging.tree import MergeTree
-from lgm_scale.weights import load_weights, save_weights
+from lgm_scale.weights import Unfilled, load_weights, save_weights
 
 TOKENIZER_NAME, TREE_NAME = RECONSTRUCTION_FILES
 
@@ -56,6 +56,8 @@ def load_tokenizer(folder: str | Path, device: torch.device | str = "cpu") -> To
     Raises: CheckpointError.
     """
     info = read_bundle(folder, "tokenizer")
-    tokenizer = build_tokenizer(model_config(info, "tokenizer", TokenizerModelConfig, folder))
+    config = model_config(info, "tokenizer", TokenizerModelConfig, folder)
+    with Unfilled():
+        tokenizer = build_tokenizer(config)
     load_weights(tokenizer, Path(folder) / TOKENIZER_NAME)
     return tokenizer.to(device)

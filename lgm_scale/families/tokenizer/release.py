@@ -19,6 +19,7 @@ from lgm_scale.families.tokenizer.network import build_tokenizer
 from lgm_scale.merging.tree import MergeTree
 from lgm_scale.release_import.names import KeyReport, Renaming, fit, provenance, translate
 from lgm_scale.release_import.reading import read_dictionary, shape_of, weights_of
+from lgm_scale.weights import Unfilled
 
 our_tokenizer_name = Renaming(
     {
@@ -65,7 +66,7 @@ def import_tokenizer(
     config = config_from_shapes(found.state, source)
     agreed = check_args(content.get("args"), config, source)
     report = translate(found.state, our_tokenizer_name, IGNORED)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         expected = build_tokenizer(config).state_dict()
     ours = fit(found.state, report, expected, source)
     tree = MergeTree.from_embeddings(ours["merging.embeddings"], config.num_codebooks)
