@@ -203,7 +203,7 @@ class MeanFlowConfig:
     guidance: float = 2.0
     """Guidance w that goes into the weights; on merged tokens the mean over base tokens, divided by
     the sizes as `cfg_rescale: per_position` does. 1: none."""
-    adaptive: float = 0.0
+    adaptive: float = 1.0
     """Power p of the weight 1 / (error + 0.001)^p of a sample: few with a steep derivative then
     cannot outweigh all others, as they do on pixels. 1 is published; 0: no weights."""
 
