@@ -123,9 +123,12 @@ def write_between_markers(path: Path, text: str, section: str = "") -> None:
 def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> None:
     """The experiment's plot: means over seeds, with their sample standard deviation as bars."""
     panels = experiment.panels
-    size = (7.2, 4.2) if len(panels) == 1 else (4.5 * len(panels), 4.1)
-    figure = Figure(figsize=size, layout="constrained")
+    width, height = (7.2, 4.2) if len(panels) == 1 else (4.5 * len(panels), 4.1)
     lines = lines_of(experiment, results)
+    longest = max(len(line[0][0]["run"]["label"]) for line in lines.values())
+    ncols = max(1, min(4, int(11 * width / (longest + 8))))  # some eleven letters to the inch
+    rows = -(-len(lines) // ncols)
+    figure = Figure(figsize=(width, height + 0.2 * max(0, rows - 2)), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, axes in zip(panels, row, strict=True):
         names = [name for name in panel.runs or lines if name != panel.minus]
@@ -149,7 +152,7 @@ def draw(experiment: Experiment, results: Mapping[str, Line], path: Path) -> Non
         axes.margins(x=0.1)
         axes.grid(alpha=0.3)
     handles, labels = row[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
     figure.suptitle(experiment.title, fontsize=10)
     figure.savefig(path, dpi=120)
 
