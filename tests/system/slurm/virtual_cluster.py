@@ -36,11 +36,12 @@ SYSTEM_TABLES = ("mysql_system_tables.sql", "mysql_system_tables_data.sql")
 
 
 def _wait(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.1
     while not condition():
         if time.monotonic() > deadline:
             raise RuntimeError(f"virtual cluster: {what} did not happen within {seconds:.0f} s")
-        time.sleep(0.1)
+        time.sleep(pause)
+        pause = min(1.0, 1.5 * pause)
 
 
 @dataclass
