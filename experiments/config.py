@@ -202,36 +202,35 @@ def _rules(experiment: Experiment) -> Iterator[str]:
 
 
 def _difference_rules(experiment: Experiment) -> Iterator[str]:
+    every = tuple(run.name for run in experiment.runs)
     for i, table in enumerate(experiment.tables):
         for j, column in enumerate(table.columns):
-            key = f"tables.{i}.columns.{j}"
-            yield from _broken_difference(experiment, key, column.minus, table.runs, column.without)
+            names = [name for name in table.runs or every if name not in column.without]
+            key, advice = f"tables.{i}.columns.{j}.minus", "add {} to `without`"
+            yield from _broken_difference(experiment, key, column.minus, names, advice)
     for i, panel in enumerate(experiment.panels):
+        key, names = f"panels.{i}.minus", [*(panel.runs or every)]
         if panel.minus is not None and not experiment.rows:
-            yield f"panels.{i}.minus: it needs `rows`, by which points of two runs belong together"
-        yield from _broken_difference(experiment, f"panels.{i}", panel.minus, panel.runs)
+            yield f"{key}: it needs `rows`, by which points of two runs belong together"
+        advice = "leave {} out of the panel's `runs`"
+        yield from _broken_difference(experiment, key, panel.minus, names, advice)
 
 
 def _broken_difference(
-    experiment: Experiment,
-    key: str,
-    minus: str | None,
-    names: tuple[str, ...],
-    without: tuple[str, ...] = (),
+    experiment: Experiment, key: str, minus: str | None, names: list[str], advice: str
 ) -> Iterator[str]:
-    """What keeps `minus` from being taken off the runs of these names (empty: of all)."""
+    """What keeps `minus` from being taken off the runs of these names."""
     runs = {run.name: run for run in experiment.runs}
     if minus is None:
         return
     if minus not in runs:
-        yield f"{key}.minus: {minus!r} is no run; choose from {', '.join(runs)}"
+        yield f"{key}: {minus!r} is no run; choose from {', '.join(runs)}"
         return
-    advice = "give it them, or add {} to `without`" if key.startswith("t") else "leave {} out"
-    for name in sorted(set(names or runs) & runs.keys() - set(without)):
+    for name in (name for name in names if name in runs):
         if alone := [cell for cell in runs[name].cells if cell not in runs[minus].cells]:
             yield (
-                f"{key}.minus: {minus} has no cells {', '.join(alone)}, which {name} has; "
-                f"{advice.format(name)}"
+                f"{key}: {minus} has no cells {', '.join(alone)}, which {name} has; give it them, "
+                f"or {advice.format(name)}"
             )
 
 

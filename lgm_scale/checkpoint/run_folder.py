@@ -68,7 +68,7 @@ the place in the data and the draws of every step stay what they are. `--allow-c
 (Other betas or another decay of the average would change what the moments and the average are.)"""
 
 _COMPILE = "train.compile"
-_OLDER_DEFAULTS = {_COMPILE: False}
+_OLDER_DEFAULTS = {_COMPILE: False, "objective.mean_flow.adaptive": 0.0}
 """What a record that lacks a key means, where the key's default is another one by now."""
 
 Changes = dict[str, dict[str, Any]]
@@ -264,13 +264,13 @@ def differing(there: dict[str, Any], config: TrainingRun) -> dict[str, tuple[Any
     `train.compile: auto` is whatever the record says.
     """
     old = _flatten(there)
-    younger = {key: value for key, value in _OLDER_DEFAULTS.items() if key not in old}
     try:
-        there = to_dict(load_config(without_removed_keys(there, type(config)), type(config)))
-        old = _flatten(there) | younger
+        known = load_config(without_removed_keys(there, type(config)), type(config))
     except InvalidValues as error:  # it has keys that this version does not know: they are told
         if error.rest is not None:
-            old = _flatten(to_dict(error.rest)) | younger | old
+            old = _with_defaults(error.rest, old) | old
+    else:
+        old = _with_defaults(known, old)
     new = _flatten(to_dict(config))
     return {
         key: (old.get(key), new.get(key))
@@ -279,6 +279,13 @@ def differing(there: dict[str, Any], config: TrainingRun) -> dict[str, tuple[Any
         and not key.startswith(_FREE_KEYS)
         and not (key == _COMPILE and new.get(key) == "auto")
     }
+
+
+def _with_defaults(known: Any, recorded: dict[str, Any]) -> dict[str, Any]:
+    """All keys of a configuration; of those that the record lacks, what they meant at its time."""
+    keys = _flatten(to_dict(known))
+    older = _OLDER_DEFAULTS.items()
+    return keys | {key: value for key, value in older if key in keys and key not in recorded}
 
 
 def _unfit(folder: Path) -> str | None:

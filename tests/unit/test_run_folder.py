@@ -140,6 +140,20 @@ def test_auto_is_what_the_record_says(tmp_path):
     )
 
 
+def test_an_older_record_of_mean_flow_has_no_weights(tmp_path):
+    """A record from before the key went without them, whatever the default is by now."""
+    keys = ["model.end_time=true", "objective.mean_flow={}"]
+    begun(tmp_path, *keys)
+    path = tmp_path / "config.json"
+    record = json.loads(path.read_text())
+    assert record["objective"]["mean_flow"].pop("adaptive") == 1.0
+    path.write_text(json.dumps(record))
+    lines = problems(tmp_path, *keys)
+    (told,) = [line for line in lines if line.startswith("objective.")]
+    assert told.startswith("objective.mean_flow.adaptive: ")
+    assert folder(tmp_path, *keys, "objective.mean_flow.adaptive=0.0").changes() == {}
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_whether_a_run_was_compiled(tmp_path, there):
     begun(tmp_path, f"train.compile={str(there).lower()}")

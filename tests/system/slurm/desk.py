@@ -93,7 +93,8 @@ class Desk:
         for pid in [
             pid for node in self.cluster.nodes for pid in self.processes(node, b"submitit")
         ]:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
         for name in ("runs", HELD):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / HELD).mkdir()
