@@ -45,7 +45,7 @@ def temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 ROOMS = ("tests/system/slurm", "tests/system/s3", "tests/distributed", "tests/system", "")
-"""Longest waits first: with several workers, short files then fill the gaps at the end."""
+"""Longest waits first, and in each room what has slow tests: short files fill the end's gaps."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,7 +57,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: [item.nodeid.startswith(room) for room in ROOMS].index(True))
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def order(item: pytest.Item) -> tuple[int, bool]:
+        room = next(n for n, room in enumerate(ROOMS) if item.nodeid.startswith(room))
+        return room, item.path not in slow
+
+    items.sort(key=order)
     if config.option.second_try:
         # Its timer is that of both tries: what has hung would hang again, with nobody to end it.
         again = pytest.mark.flaky(reruns=1, rerun_except="from pytest-timeout")
