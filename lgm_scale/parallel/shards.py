@@ -96,8 +96,10 @@ def _fresh_adamw_state(parameter: Tensor) -> dict[str, Any]:
 
 def local_part(tensor: Tensor) -> Tensor:
     """What this rank has of a tensor, without its history: of a DTensor, a part."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():  # its history would cost a dispatch of DTensor to take and to drop
+            tensor = tensor.to_local()
+    return tensor.detach()
 
 
 def local_shards(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[ParameterShard]:
