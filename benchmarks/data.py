@@ -45,7 +45,8 @@ from lgm_scale.data.manifest import Manifest
 from lgm_scale.data.preparation.convert import convert_folder, convert_image, encode_jpeg
 from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
 from lgm_scale.data.scaling import DeviceCrop, cut_window
-from lgm_scale.families.lgm.data import STATS_NAME, LatentStats, LGMLatentDataset
+from lgm_scale.families.lgm.data import LGMLatentDataset
+from lgm_scale.families.lgm.latent_stats import STATS_NAME, LatentStats
 from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
 SIDE = 256

@@ -31,7 +31,7 @@ from lgm_scale.evaluation.images import StoredImages, spread
 from lgm_scale.evaluation.metrics.scores import class_accuracy, frechet_distance
 from lgm_scale.evaluation.references.files import load_reference
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.lora import add_adapter
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.sampling import initial_noise, sample

@@ -26,6 +26,7 @@ from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.base import add_import_option
 from lgm_scale.families.generator import generator_families
 from lgm_scale.sampling.config import SamplerConfig
+from lgm_scale.start import heavy_imports
 
 if TYPE_CHECKING:
     import numpy as np
@@ -240,11 +241,12 @@ def _make_many(args: argparse.Namespace, out: Path, growth: list[tuple[float, in
             f"--device: {args.device} for {world} ranks, which get a device each; leave it out, "
             "or write cpu"
         )
-    import numpy as np
+    with heavy_imports():
+        import numpy as np
 
-    from lgm_scale.evaluation.engine.parts import join_ranks
-    from lgm_scale.evaluation.sweep.image_set import ImageSet, class_labels
-    from lgm_scale.pipeline import load_pipeline
+        from lgm_scale.evaluation.engine.parts import join_ranks
+        from lgm_scale.evaluation.sweep.image_set import ImageSet, class_labels
+        from lgm_scale.pipeline import load_pipeline
 
     device = join_ranks()
     pipe = load_pipeline(args.bundle, device=args.device or device)

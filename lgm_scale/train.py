@@ -25,6 +25,7 @@ from lgm_scale.families.base import add_import_option, family_of
 from lgm_scale.initial_weights import init_problems, is_absent
 from lgm_scale.parallel.first_failure import first_failure_on_top
 from lgm_scale.planning.options import PlanOptions, add_plan_options, plan_options
+from lgm_scale.start import heavy_imports
 
 log = logging.getLogger("lgm_scale")
 
@@ -135,21 +136,22 @@ def preflight(folder: RunFolder) -> str:
 
 def train(config: TrainingRun, folder: RunFolder) -> int:
     """Run (or resume) to the end and write the bundle, or stop when asked; the exit status."""
-    from composer.utils import dist, get_device, reproducibility
+    with heavy_imports():
+        from composer.utils import dist, get_device, reproducibility
 
-    from lgm_scale.build import (
-        build_dataset,
-        build_trainer,
-        export_bundle,
-        take_initial_weights,
-    )
-    from lgm_scale.checkpoint.checkpointer import Checkpointer
-    from lgm_scale.checkpoint.run import apply_changes, begun_compiled, enter_run, leave_result
-    from lgm_scale.parallel.collectives import on_rank_zero
-    from lgm_scale.parallel.compilation import settle_compile
-    from lgm_scale.parallel.peers import PeerWatch
-    from lgm_scale.training.ema import EMA
-    from lgm_scale.training.stopping import StopRequest
+        from lgm_scale.build import (
+            build_dataset,
+            build_trainer,
+            export_bundle,
+            take_initial_weights,
+        )
+        from lgm_scale.checkpoint.checkpointer import Checkpointer
+        from lgm_scale.checkpoint.run import apply_changes, begun_compiled, enter_run, leave_result
+        from lgm_scale.parallel.collectives import on_rank_zero
+        from lgm_scale.parallel.compilation import settle_compile
+        from lgm_scale.parallel.peers import PeerWatch
+        from lgm_scale.training.ema import EMA
+        from lgm_scale.training.stopping import StopRequest
 
     dist.initialize_dist(get_device(None), config.parallel.timeout_seconds)
     with StopRequest(config.parallel.timeout_seconds) as stop, PeerWatch():

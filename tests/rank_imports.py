@@ -12,7 +12,6 @@ import importlib.util
 
 import pytest  # noqa: F401  (every child imports its parent's main module)
 from composer import algorithms  # noqa: F401  (each trainer asks for its classes)
-from composer.utils.collect_env import get_cpu_model
 
 import lgm_scale.build
 import lgm_scale.checkpoint.run
@@ -30,8 +29,6 @@ import lgm_scale.pipeline
 import lgm_scale.planning.plan
 import lgm_scale.sample
 import lgm_scale.train
-
-get_cpu_model()  # each training asks; the answer takes an interpreter, and is kept
 
 if importlib.util.find_spec("deepspeed"):
     import torch._inductor.compile_fx  # noqa: F401  # its start compiles one of its optimizers

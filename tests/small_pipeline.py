@@ -165,7 +165,7 @@ def random_generator(pipeline: SmallPipeline) -> Path:
     """A generator bundle on the small tokenizer, random weights, legacy noise."""
     from lgm_scale.families.lgm.bundle import save_lgm_bundle
     from lgm_scale.families.lgm.config import LGMModelConfig
-    from lgm_scale.families.lgm.data import STATS_NAME, LatentStats
+    from lgm_scale.families.lgm.latent_stats import STATS_NAME, LatentStats
     from lgm_scale.families.lgm.network import build_merge_dit
 
     config = LGMModelConfig(size="tiny", latent_dim=8, num_base_tokens=16, num_classes=17)

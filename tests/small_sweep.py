@@ -16,7 +16,7 @@ from lgm_scale.evaluation.sweep.config import SweepConfig
 from lgm_scale.evaluation.sweep.rules import load_sweep
 from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig

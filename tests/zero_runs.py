@@ -24,7 +24,7 @@ from lgm_scale.build import build_optimizer, build_scheduler
 from lgm_scale.config.schema import DeepSpeedConfig, OptimizerConfig
 from lgm_scale.errors import DivergenceError
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.merging.tree import MergeTree

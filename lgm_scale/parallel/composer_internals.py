@@ -6,6 +6,7 @@ one of these names is gone.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from composer.core import State
 from composer.distributed.fsdp2_utils import (
     sync_optimizer_and_model_params as sync_optimizer_and_model_params,
 )
+from composer.utils import collect_env
 
 # `sync_optimizer_and_model_params`, public in a module that is not documented: a context inside
 # which parameters may be replaced, and after which the optimizer's groups hold the new ones.
@@ -37,6 +39,15 @@ class ShardingTrainer(Trainer):
 
     def _wrap_model_for_distributed(self, model: Any, optimizers: Any) -> None:
         self._shard(self.state)
+
+
+def skip_processor_name() -> None:
+    """Let trainers start without the processor's name, which they ask for and do not use.
+
+    Composer describes its whole environment to log two lines of it. The name takes an interpreter,
+    and with it a second of every rank's start; the architecture stands in for it.
+    """
+    collect_env.get_cpu_model = platform.machine  # type: ignore[assignment]
 
 
 def dataset_position(state: State) -> dict[str, Any] | None:

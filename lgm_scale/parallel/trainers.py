@@ -10,7 +10,7 @@ import torch
 from composer import Trainer
 
 from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, TrainingRun
-from lgm_scale.parallel.composer_internals import ShardingTrainer
+from lgm_scale.parallel.composer_internals import ShardingTrainer, skip_processor_name
 from lgm_scale.parallel.deepspeed_internals import update_model_weights, zero_shards
 from lgm_scale.parallel.fsdp import shard_state
 from lgm_scale.parallel.shards import ParameterShard, local_shards
@@ -35,6 +35,7 @@ def start_trainer(config: TrainingRun, **arguments: Any) -> StartedTrainer:
         config: The run.
         **arguments: Keyword arguments of `composer.Trainer`, `model` among them.
     """
+    skip_processor_name()
     model, parallel = arguments["model"], config.parallel
     if parallel.strategy == "deepspeed":
         from lgm_scale.parallel import deepspeed  # maybe not installed

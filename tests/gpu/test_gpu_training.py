@@ -36,7 +36,7 @@ from lgm_scale.config.schema import DeepSpeedConfig, FSDPConfig, OptimizerConfig
 from lgm_scale.errors import DivergenceError
 from lgm_scale.families.base import family_of
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.parallel.fsdp import shard_model
 from lgm_scale.parallel.shards import ParameterShard, gather, local_shards

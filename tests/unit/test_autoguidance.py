@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.autoguidance import AutoguidedPipeline
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.lgm.bundle import LGMBundle
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig

@@ -16,7 +16,7 @@ from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.lgm.bundle import load_lgm_bundle, save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, save_tokenizer_bundle, tokenizer_id
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig

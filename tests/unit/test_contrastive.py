@@ -17,7 +17,7 @@ from lgm_scale.families.elit.network import SiT
 from lgm_scale.families.elit.training import ELITTrainingModel
 from lgm_scale.families.generator import GeneratorFamily
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.flow import NoiseScale, contrasted, flow_loss, unweighted_flow_loss

@@ -17,9 +17,9 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.data.preparation import encode
 from lgm_scale.errors import ConfigError
 from lgm_scale.families.lgm.config import FeatureAlignmentConfig, LGMObjectiveConfig
-from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.feature_alignment import feature_distance, normalised
 from lgm_scale.families.lgm.features import FEATURES_NAME
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.merging.tree import MergeTree

@@ -18,7 +18,7 @@ from lgm_scale.data.manifest import read_manifest, write_manifest
 from lgm_scale.data.preparation import encode
 from lgm_scale.data.preparation.verify import verify
 from lgm_scale.errors import DataError
-from lgm_scale.families.lgm.data import STATS_NAME, LGMLatentDataset
+from lgm_scale.families.lgm.data import LGMLatentDataset
 from lgm_scale.families.lgm.features import (
     FEATURES_NAME,
     FeatureSums,
@@ -26,6 +26,7 @@ from lgm_scale.families.lgm.features import (
     save_means,
     some_channels,
 )
+from lgm_scale.families.lgm.latent_stats import STATS_NAME
 from lgm_scale.families.tokenizer.bundle import load_tokenizer
 
 N, C = 16, 5

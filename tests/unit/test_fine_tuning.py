@@ -27,7 +27,7 @@ from lgm_scale.families.elit.network import build_elit
 from lgm_scale.families.elit.training import ELITTrainingModel
 from lgm_scale.families.lgm.bundle import load_lgm_bundle, save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
-from lgm_scale.families.lgm.data import STATS_NAME, LatentStats
+from lgm_scale.families.lgm.latent_stats import STATS_NAME, LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.lgm.release import Surroundings, import_generator
 from lgm_scale.families.lgm.training import LGMTrainingModel

@@ -78,6 +78,7 @@ ORDER = [
     "lgm_scale/storage",
     "lgm_scale/randomness.py",
     "lgm_scale/published.py",
+    "lgm_scale/start.py",
     "lgm_scale/errors.py",
 ]
 ROOTS = {entry.split("/")[0] for entry in ORDER}
@@ -111,6 +112,7 @@ TORCH_FREE = (
     *(f"lgm_scale/families/{name}/config.py" for name in ("tokenizer", "lgm", "elit")),
     "lgm_scale/families/lgm/importers.py",
     "lgm_scale/sampling/config.py",
+    "lgm_scale/start.py",
     "lgm_scale/storage/",
     "lgm_scale/data/config.py",
     "lgm_scale/data/manifest.py",

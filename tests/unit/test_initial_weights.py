@@ -22,8 +22,8 @@ from lgm_scale.families.elit.initial_weights import ELITInitialWeights
 from lgm_scale.families.elit.network import build_elit
 from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
-from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.initial_weights import LGMInitialWeights
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig, TokenizerObjectiveConfig

@@ -18,7 +18,7 @@ from benchmarks.latent_generators import (
     train,
 )
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.lora import TARGETS, add_adapter
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel

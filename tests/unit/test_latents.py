@@ -24,7 +24,8 @@ from lgm_scale.data.preparation.latents import (
 )
 from lgm_scale.data.preparation.parts import PartRecord, PartsFolder
 from lgm_scale.errors import DataError, LGMError
-from lgm_scale.families.lgm.data import LatentStats, LGMLatentDataset, mixed_stats
+from lgm_scale.families.lgm.data import LGMLatentDataset
+from lgm_scale.families.lgm.latent_stats import LatentStats, mixed_stats
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.pixels import to_unit_range
 

@@ -11,7 +11,7 @@ from lgm_scale.config.rules import load_training_run
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, save_tokenizer_bundle
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig, TokenizerObjectiveConfig
 from lgm_scale.families.tokenizer.length_control import (

@@ -21,8 +21,8 @@ from lgm_scale.families.elit.training import ELITTrainingModel
 from lgm_scale.families.generator import solver_problems
 from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig, LGMObjectiveConfig
-from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.initial_weights import LGMInitialWeights
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
 from lgm_scale.families.lgm.pipeline import LGMPipeline
 from lgm_scale.families.lgm.sampling import sample

@@ -20,7 +20,7 @@ from lgm_scale.bundle import set_sampling_defaults
 from lgm_scale.errors import CheckpointError, ConfigError
 from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.lgm.pipeline import LGMPipeline, default_cfg_scale
 from lgm_scale.families.tokenizer.bundle import save_tokenizer_bundle

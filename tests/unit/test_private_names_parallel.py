@@ -38,6 +38,7 @@ ATTRIBUTES = [
         "sync_optimizer_and_model_params",
         "the optimizer's groups under FSDP",
     ),
+    ("composer", "composer.utils.collect_env", "get_cpu_model", "a start without interpreters"),
     ("deepspeed", "deepspeed.ops", "__compatible_ops__", "a start without compiling on CPUs"),
 ]
 # Set on objects when DeepSpeed starts: looked for in the source of (adapter, module).

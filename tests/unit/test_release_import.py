@@ -15,7 +15,7 @@ from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError, DataError, exit_on_user_error
 from lgm_scale.families.lgm.bundle import load_lgm_bundle
 from lgm_scale.families.lgm.config import LGMModelConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
 from lgm_scale.families.lgm.release import (
     Surroundings,

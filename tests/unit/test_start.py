@@ -7,6 +7,7 @@ mistake, and must leave the slow modules alone. No time is measured.
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,55 @@ def test_a_dry_run_imports_torch_and_no_trainer(tmp_path):
     for argv, status, words, found in call(DRY_RUNS, slow, tmp_path):
         assert (status, found) == (0, []), (argv, words)
         assert "samples per epoch" in words
+
+
+@pytest.mark.slow
+def test_images_are_made_without_a_trainer_and_without_streaming(tmp_path):
+    made = ["lgm_scale.sample", "demo", "--classes", "0", "--num-tokens", "4", "--out", "a.png"]
+    ((_, status, words, found),) = call([made], SLOW - {"torch", "torchvision", "timm"}, tmp_path)
+    assert (status, found) == (0, []), words
+    assert (tmp_path / "a.png").is_file()
+
+
+COLLECTOR = """
+import gc, sys
+from lgm_scale.start import heavy_imports
+
+def seen(fails=False):
+    try:
+        with heavy_imports():
+            inside = gc.isenabled()
+            if fails:
+                raise ImportError
+    except ImportError:
+        pass
+    return inside, gc.isenabled(), gc.get_freeze_count() > 0
+
+assert seen(fails=True) == (False, True, False)
+assert seen() == (False, True, True)
+gc.unfreeze()
+sys.modules["composer"] = sys
+assert seen() == (True, True, False)
+del sys.modules["composer"]
+gc.disable()
+assert seen() == (False, False, False)
+"""
+
+
+def test_the_collector_rests_while_composer_is_imported_and_leaves_it_out_afterwards():
+    """Not where Composer is there, nor where somebody has switched the collector off."""
+    subprocess.run([sys.executable, "-c", COLLECTOR], env={"PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_a_trainer_starts_no_interpreter_for_the_processor_s_name(monkeypatch):
+    from composer.utils import collect_env, get_composer_env_dict
+
+    from lgm_scale.parallel.composer_internals import skip_processor_name
+
+    monkeypatch.setattr(collect_env, "get_cpu_model", collect_env.get_cpu_model)  # is put back
+    monkeypatch.setattr(collect_env.cpuinfo, "get_cpu_info", None)
+    skip_processor_name()
+    assert get_composer_env_dict()["cpu_model"] == platform.machine()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.families.lgm.training import LGMTrainingModel
 from lgm_scale.families.tokenizer.config import TokenizerModelConfig, TokenizerObjectiveConfig

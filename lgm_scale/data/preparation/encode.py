@@ -19,6 +19,7 @@ from lgm_scale.data.config import SourceConfig, broken_source
 from lgm_scale.data.preparation.parts import DEFAULT_SHARD_SIZE, check_shard_options
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.base import Tool, imported, latent_encoders
+from lgm_scale.start import heavy_imports
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, Tool]:
@@ -84,7 +85,8 @@ def _broken_encoder(args: argparse.Namespace, encoders: Mapping[str, Tool]) -> I
 def main() -> int:
     """Encode, join, describe."""
     args, tool = parse_args(sys.argv[1:])
-    from lgm_scale.data.preparation.latents import encode_images  # late: torch and Composer
+    with heavy_imports():
+        from lgm_scale.data.preparation.latents import encode_images
 
     return encode_images(args, imported(tool.target))
 

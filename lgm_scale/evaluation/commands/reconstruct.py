@@ -35,6 +35,7 @@ from lgm_scale.evaluation.features.files import weights_of
 from lgm_scale.evaluation.sweep.rules import repeated_lengths, wrong_image_size
 from lgm_scale.published import PUBLISHED
 from lgm_scale.sampling.config import outside_lengths
+from lgm_scale.start import heavy_imports
 from lgm_scale.storage.files import write_json, write_whole
 
 if TYPE_CHECKING:
@@ -124,19 +125,20 @@ def main() -> int:
     read_info(args.bundle)
     read_manifest(args.images, "images")
     # Late: what is wrong with a command line is told before.
-    from composer.utils import dist
+    with heavy_imports():
+        from composer.utils import dist
 
-    from lgm_scale.evaluation.engine.parts import join_ranks
-    from lgm_scale.evaluation.engine.stages import Engine
-    from lgm_scale.evaluation.features.spaces import Spaces
-    from lgm_scale.evaluation.images import ValidationImages
-    from lgm_scale.evaluation.metrics.catalogue import FASHION
-    from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
-    from lgm_scale.evaluation.reconstructions.adaptive import default_lengths
-    from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
-    from lgm_scale.evaluation.references.files import check_reference, load_reference
-    from lgm_scale.merging.tree import TREE_NAME, MergeTree
-    from lgm_scale.pipeline import load_image_tokenizer
+        from lgm_scale.evaluation.engine.parts import join_ranks
+        from lgm_scale.evaluation.engine.stages import Engine
+        from lgm_scale.evaluation.features.spaces import Spaces
+        from lgm_scale.evaluation.images import ValidationImages
+        from lgm_scale.evaluation.metrics.catalogue import FASHION
+        from lgm_scale.evaluation.metrics.image_metrics import PerceptualDistance
+        from lgm_scale.evaluation.reconstructions.adaptive import default_lengths
+        from lgm_scale.evaluation.reconstructions.plans import ReconstructionPlans
+        from lgm_scale.evaluation.references.files import check_reference, load_reference
+        from lgm_scale.merging.tree import TREE_NAME, MergeTree
+        from lgm_scale.pipeline import load_image_tokenizer
 
     tokenizer, files = load_image_tokenizer(args.bundle)
     has_tree = TREE_NAME in files  # truncation and per-image merging have none

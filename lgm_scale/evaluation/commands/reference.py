@@ -26,6 +26,7 @@ from lgm_scale.evaluation.commands.arguments import (
 )
 from lgm_scale.evaluation.features.files import REFERENCE, weights_of
 from lgm_scale.published import COMMAND, PUBLISHED
+from lgm_scale.start import heavy_imports
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -72,10 +73,11 @@ def main() -> int:
         )
     if problems:
         raise ConfigError(problems)
-    from composer.utils import dist  # late: what is wrong with a command line is told before
+    with heavy_imports():  # late: what is wrong with a command line is told before
+        from composer.utils import dist
 
-    from lgm_scale.evaluation.references.files import save_reference
-    from lgm_scale.evaluation.references.making import make_reference
+        from lgm_scale.evaluation.references.files import save_reference
+        from lgm_scale.evaluation.references.making import make_reference
 
     work = Path(f"{out}.work")
     reference = make_reference(work=work, **options)

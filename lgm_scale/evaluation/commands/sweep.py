@@ -26,6 +26,7 @@ from lgm_scale.evaluation.commands.arguments import command_parser
 from lgm_scale.evaluation.sweep.config import SweepConfig, expand
 from lgm_scale.evaluation.sweep.rules import load_sweep
 from lgm_scale.families.base import add_import_option
+from lgm_scale.start import heavy_imports
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -69,10 +70,11 @@ def main() -> int:
         if rank == 0:
             print(describe(config))
         return 0
-    from composer.utils import dist
+    with heavy_imports():
+        from composer.utils import dist
 
-    from lgm_scale.evaluation.report.writing import write_report
-    from lgm_scale.evaluation.sweep.measure import measure
+        from lgm_scale.evaluation.report.writing import write_report
+        from lgm_scale.evaluation.sweep.measure import measure
 
     finished = measure(config, args.reduce) is not None
     if finished and rank == 0:

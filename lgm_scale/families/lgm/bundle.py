@@ -29,7 +29,7 @@ from lgm_scale.bundle import finish_bundle, model_config, read_bundle, start_bun
 from lgm_scale.config.loading import to_dict
 from lgm_scale.errors import CheckpointError
 from lgm_scale.families.lgm.config import LGMModelConfig
-from lgm_scale.families.lgm.data import STATS_NAME, LatentStats
+from lgm_scale.families.lgm.latent_stats import STATS_NAME, LatentStats
 from lgm_scale.families.lgm.lora import Adapter, with_adapter
 from lgm_scale.families.lgm.network import MergeDiT, build_merge_dit
 from lgm_scale.families.tokenizer.bundle import TOKENIZER_NAME, load_tokenizer

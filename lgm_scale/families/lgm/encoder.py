@@ -21,8 +21,8 @@ from typing_extensions import override
 from lgm_scale.data.manifest import FEATURE_DIM
 from lgm_scale.data.preparation.encoders import Notes
 from lgm_scale.errors import ConfigError
-from lgm_scale.families.lgm.data import STATS_NAME, LatentStats
 from lgm_scale.families.lgm.features import FEATURES_NAME, FeatureSums, save_means, some_channels
+from lgm_scale.families.lgm.latent_stats import STATS_NAME, LatentStats
 from lgm_scale.families.tokenizer.bundle import load_tokenizer, tokenizer_id
 from lgm_scale.merging.nesting import contrast_basis
 from lgm_scale.merging.tree import TREE_NAME, MergeTree

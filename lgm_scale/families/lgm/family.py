@@ -174,7 +174,7 @@ class LGMFamily(GeneratorFamily):
     def rehearsal(self, run: LGMRun, num_samples: int, num_tokens: int) -> Rehearsal:
         import torch
 
-        from lgm_scale.families.lgm.data import LatentStats
+        from lgm_scale.families.lgm.latent_stats import LatentStats
         from lgm_scale.families.lgm.training import LGMTrainingModel
         from lgm_scale.merging.tree import MergeTree
         from lgm_scale.training.model import Rehearsal

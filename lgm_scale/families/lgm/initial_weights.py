@@ -82,7 +82,7 @@ class LGMInitialWeights(GeneratorInitialWeights):
 
     def _latents(self, dataset: LGMLatentDataset) -> Iterator[str]:
         """Where statistics and tree of the same tokenizer's latents are others."""
-        from lgm_scale.families.lgm.data import STATS_NAME, LatentStats
+        from lgm_scale.families.lgm.latent_stats import STATS_NAME, LatentStats
         from lgm_scale.merging.tree import TREE_NAME, MergeTree
 
         old, new = LatentStats.load(Path(self.folder) / STATS_NAME), dataset.stats

@@ -17,7 +17,7 @@ from lgm_scale.bundle import read_bundle
 from lgm_scale.errors import CheckpointError, DataError
 from lgm_scale.families.lgm.bundle import save_lgm_bundle
 from lgm_scale.families.lgm.config import DIT_SIZES, LGMModelConfig
-from lgm_scale.families.lgm.data import LatentStats
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.lora import Adapter
 from lgm_scale.families.lgm.network import build_merge_dit
 from lgm_scale.families.lgm.release_tree import read_tree

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lgm_scale.families.lgm.config import LGMObjectiveConfig
-from lgm_scale.families.lgm.data import LatentStats
 from lgm_scale.families.lgm.feature_alignment import FeatureAlignment
+from lgm_scale.families.lgm.latent_stats import LatentStats
 from lgm_scale.families.lgm.network import MergeDiT
 from lgm_scale.flow import (
     NoiseScale,
