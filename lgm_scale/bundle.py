@@ -143,6 +143,14 @@ def set_sampling_defaults(folder: str | Path, defaults: dict[int, dict[str, Any]
     write_info(folder, info | {"sampling": stored})
 
 
+def bundle_folder(name: str | Path) -> Path:
+    """The folder of a bundle on this machine.
+
+    `demo`, if no folder here is named so, is the package's own generator.
+    """
+    return DEMO if str(name) == "demo" and not Path(name).exists() else Path(name)
+
+
 # --- the model hub --------------------------------------------------------------------------------
 
 
@@ -161,7 +169,7 @@ def local_bundle(name: str | Path, revision: str | None = None) -> Path:
                 f"revision: {revision!r} goes with a repository of the hub, and {name} is a path; "
                 "leave it out"
             )
-        return DEMO if str(name) == "demo" and not Path(name).exists() else Path(name)
+        return bundle_folder(name)
     folder = download(str(name), [INFO_NAME], revision)
     files = list(read_info(folder)["files"])
     _refuse_foreign(files, name)

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 from small_pipeline import ROOT
 from small_sweep import make_images
+from typed_commands import typed
 
 from experiments.demo_bundle import main as make_demo_bundle
 from lgm_scale import sample
 from lgm_scale.bundle import DEMO, read_info
 from lgm_scale.config.loading import read_yaml
 from lgm_scale.errors import CheckpointError
+from lgm_scale.evaluation.commands import reconstruct, sweep
 from lgm_scale.pipeline import load_pipeline
 
 
@@ -52,6 +54,22 @@ def test_the_generator_in_the_package_makes_the_same_picture_again(tmp_path, mon
     (tmp_path / "demo").mkdir()
     with pytest.raises(CheckpointError, match="demo is no bundle"):
         load_pipeline("demo")
+
+
+def test_evaluation_takes_the_generator_in_the_package(tmp_path):
+    images = tmp_path / "mds"
+    make_images(tmp_path, 32, per_class=1, classes=read_info(DEMO)["classes"])
+    (sweep_yaml := tmp_path / "sweep.yaml").write_text(
+        f"{{bundle: demo, out: {tmp_path}/report, images: {images}, num_images: 10,"
+        " metrics: [fashion_accuracy], cells: [{num_tokens: 8, cfg_scale: 3.0}]}"
+    )
+    said = typed(sweep.main, sweep_yaml, "--dry-run")
+    assert said.status == 0, said.err
+    assert "bundle: demo" in said.out
+    options = ("--bundle", "demo", "--images", images, "--lengths", "8")
+    said = typed(reconstruct.main, *options, "--out", tmp_path / "reconstructed")
+    assert said.status == 0, said.err
+    assert (tmp_path / "reconstructed" / "reconstruction.json").is_file()
 
 
 def test_readmes_first_command_draws_every_class(tmp_path, monkeypatch, capsys):

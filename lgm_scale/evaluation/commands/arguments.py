@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lgm_scale.bundle import read_info
+from lgm_scale.bundle import bundle_folder, read_info
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError
 
@@ -24,7 +24,7 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def add_tokenizer_options(parser: argparse.ArgumentParser) -> None:
     """Add --bundle, --images and --lengths: images through a tokenizer."""
-    parser.add_argument("--bundle", required=True, help="tokenizer or generator bundle")
+    parser.add_argument("--bundle", required=True, help="tokenizer or generator bundle, or demo")
     parser.add_argument("--images", required=True, metavar="MDS", help="from images_to_mds.py")
     parser.add_argument(
         "--lengths", type=int, nargs="+", metavar="K", help="default: N, N/2, ... to the least"
@@ -36,6 +36,7 @@ def open_tokenizer(args: argparse.Namespace) -> tuple[ImageTokenizer, dict[str, 
 
     Returns: the tokenizer, and the hashes of its files, that of the weights first.
     """
+    args.bundle = bundle_folder(args.bundle)
     read_info(args.bundle)
     read_manifest(args.images, "images")
     import torch  # late: what is wrong with a command line is told before

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lgm_scale import __version__
-from lgm_scale.bundle import read_info
+from lgm_scale.bundle import bundle_folder, read_info
 from lgm_scale.data.fashion_mnist import CLASSES, IMAGE_SIZE
 from lgm_scale.data.manifest import read_manifest
 from lgm_scale.errors import ConfigError, MissingAssetError, exit_on_user_error
@@ -122,6 +122,7 @@ def main() -> int:
     """Check, load, reconstruct at each K, write."""
     args = parse_args(sys.argv[1:])
     refuse_missing(args)
+    args.bundle = bundle_folder(args.bundle)
     read_info(args.bundle)
     read_manifest(args.images, "images")
     # Late: what is wrong with a command line is told before.
@@ -142,7 +143,7 @@ def main() -> int:
 
     tokenizer, files = load_image_tokenizer(args.bundle)
     has_tree = TREE_NAME in files  # truncation and per-image merging have none
-    tree = MergeTree.load(Path(args.bundle) / TREE_NAME) if has_tree else None
+    tree = MergeTree.load(args.bundle / TREE_NAME) if has_tree else None
     least = tree.num_blocks if tree else tokenizer.merging.min_tokens
     if problems := list(problems_of(args, tokenizer, least)):
         raise ConfigError(problems)

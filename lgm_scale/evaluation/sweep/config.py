@@ -72,7 +72,7 @@ class SweepConfig:
 
     __pydantic_config__ = STRICT
     bundle: str = required("runs/dit_xl/bundle")
-    """Generator bundle."""
+    """Generator bundle; demo: the package's own."""
     out: str = required("runs/sweep")
     """Folder of the report; finished work is kept below it."""
     cells: tuple[CellsConfig, ...]

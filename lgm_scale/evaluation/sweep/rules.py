@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lgm_scale.bundle import check_kind, read_info
+from lgm_scale.bundle import bundle_folder, check_kind, read_info
 from lgm_scale.config.loading import check_config, read_yaml
 from lgm_scale.data.fashion_mnist import CLASSES, IMAGE_SIZE
 from lgm_scale.data.manifest import Manifest, read_manifest
@@ -73,7 +73,7 @@ def _read_generator_info(folder: str) -> dict[str, Any]:
 
     Raises: CheckpointError if it is no generator bundle.
     """
-    info = read_info(folder)
+    info = read_info(bundle_folder(folder))
     check_kind(info, folder, *generator_families())
     return info
 
@@ -101,9 +101,10 @@ def broken_rules(
         problems += [*wrong, *_without_effect(cells)]
         try:
             info = info or _read_generator_info(config.bundle)
-            facts, classes = _family(info).facts(info, config.bundle), list(info["classes"])
+            folder = str(bundle_folder(config.bundle))
+            facts, classes = _family(info).facts(info, folder), list(info["classes"])
             pairs = [(cell.num_tokens, cell.sampler) for cell in cells]
-            problems += _family(info).length_problems(info, config.bundle, pairs)
+            problems += _family(info).length_problems(info, folder, pairs)
             problems += solver_problems(info, [cell.sampler for cell in cells], "cells")
             problems += [*facts.problems, *_fashion(config, facts, classes)]
             if len(classes) != facts.num_classes:
