@@ -20,6 +20,7 @@ from lgm_scale.bundle import INFO_NAME, push_to_hub, read_bundle, read_info
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.families.base import add_import_option, families
 from lgm_scale.families.generator import generator_families
+from lgm_scale.start import heavy_imports
 
 NOT_STATED = "not stated"
 
@@ -141,7 +142,8 @@ def _measured(info: dict[str, Any], results: dict[str, Any] | None, samples: boo
             f"--results: they are of other weights: {foreign[0]} is not the one that was measured; "
             "give the sweep of this bundle, or leave --results out"
         )
-    from lgm_scale.evaluation.report.page import render_markdown
+    with heavy_imports():
+        from lgm_scale.evaluation.report.page import render_markdown
 
     shown = results if samples else results | {"rows": [], "searched": [], "floor": None}
     _, _, tables = render_markdown(shown).partition("\n\n")

@@ -5,6 +5,7 @@ Read from the source, nothing is imported. A new room gets its place in `ORDER`.
 
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
@@ -12,10 +13,12 @@ from source_tree import (
     ROOT,
     circles,
     code_of,
+    file_of,
     forbidden_imports,
     imported_files,
     is_within,
     load_time_closure,
+    load_time_names,
     python_files,
     relative_imports,
 )
@@ -239,6 +242,28 @@ def test_torch_is_imported_neither_here_nor_through_other_modules():
         if is_within(name, "torch")
     ]
     assert asked_by == []
+
+
+def brings_composer(body: list[ast.stmt]) -> bool:
+    """Whether these statements, run outside their function, would import Composer."""
+    names = load_time_names("\n".join(map(ast.unparse, body)))
+    paths = [path for path in (file_of(name, FILES) for name in names) if path is not None]
+    names = names.union(*(load_time_closure(path, FILES) for path in paths))
+    return any(is_within(name, "composer") for name in names)
+
+
+def test_commands_import_composer_while_the_collector_rests():
+    commands = [path for path in PACKAGE if "exit_on_user_error(main)" in SOURCE[path]]
+    late, rests = set(), set()
+    for path in commands:
+        for node in ast.walk(ast.parse(SOURCE[path])):
+            if isinstance(node, ast.FunctionDef) and brings_composer(node.body):
+                late.add(path)
+            if isinstance(node, ast.With) and ast.unparse(node.items[0]) == "heavy_imports()":
+                assert brings_composer(node.body), path
+                rests.add(path)
+    assert "lgm_scale/train.py" in late
+    assert late == rests
 
 
 def test_imports_are_absolute_and_files_short():

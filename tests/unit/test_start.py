@@ -7,12 +7,12 @@ mistake, and must leave the slow modules alone. No time is measured.
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rank_processes import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "lgm_scale.evaluation.commands"
@@ -173,15 +173,20 @@ def test_the_collector_rests_while_composer_is_imported_and_leaves_it_out_afterw
     subprocess.run([sys.executable, "-c", COLLECTOR], env={"PYTHONPATH": str(ROOT)}, check=True)
 
 
-def test_a_trainer_starts_no_interpreter_for_the_processor_s_name(monkeypatch):
-    from composer.utils import collect_env, get_composer_env_dict
+ONE_STEP = {"train": {"max_duration": "1ba", "global_batch_size": 8, "precision": "fp32"}}
 
-    from lgm_scale.parallel.composer_internals import skip_processor_name
 
-    monkeypatch.setattr(collect_env, "get_cpu_model", collect_env.get_cpu_model)  # is put back
-    monkeypatch.setattr(collect_env.cpuinfo, "get_cpu_info", None)
-    skip_processor_name()
-    assert get_composer_env_dict()["cpu_model"] == platform.machine()
+def no_processor_has_a_name() -> None:
+    from composer.utils import collect_env
+
+    collect_env.cpuinfo.get_cpu_info = None  # what would start an interpreter
+
+
+@pytest.mark.slow
+def test_no_rank_starts_an_interpreter_for_the_processor_s_name(small_pipeline, tmp_path):
+    path = small_pipeline.generator_config(tmp_path / "run", **ONE_STEP)
+    run_ranks(1, [(path, [])], tmp_path / "log", prepare=no_processor_has_a_name)
+    assert (tmp_path / "run" / "bundle").is_dir()
 
 
 @pytest.mark.parametrize(

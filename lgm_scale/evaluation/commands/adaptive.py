@@ -18,6 +18,7 @@ from lgm_scale.evaluation.commands.arguments import (
     not_positive,
     open_tokenizer,
 )
+from lgm_scale.start import heavy_imports
 from lgm_scale.storage.files import write_json
 
 
@@ -36,12 +37,13 @@ def main() -> int:
     if problems := list(not_positive(args, "target_psnr")):
         raise ConfigError(problems)
     tokenizer, _ = open_tokenizer(args)
-    from lgm_scale.evaluation.reconstructions.adaptive import (  # late, like torch
-        adaptive_saving,
-        default_lengths,
-        psnr_table,
-        saving_line,
-    )
+    with heavy_imports():  # late, like torch
+        from lgm_scale.evaluation.reconstructions.adaptive import (
+            adaptive_saving,
+            default_lengths,
+            psnr_table,
+            saving_line,
+        )
 
     size = tokenizer.num_base_tokens
     lengths = sorted({*(args.lengths or default_lengths(tokenizer)), size})

@@ -22,6 +22,7 @@ from lgm_scale.evaluation.commands.arguments import (
     not_positive,
     open_tokenizer,
 )
+from lgm_scale.start import heavy_imports
 from lgm_scale.storage.files import write_whole
 
 
@@ -71,8 +72,9 @@ def main() -> int:
     if problems := list(not_positive(args, "neighbors", "num_images")):
         raise ConfigError(problems)
     tokenizer, files = open_tokenizer(args)
-    from lgm_scale.evaluation.reconstructions.adaptive import default_lengths  # late, like torch
-    from lgm_scale.evaluation.reconstructions.alignment import DEFINITIONS, measure_alignment
+    with heavy_imports():  # late, like torch
+        from lgm_scale.evaluation.reconstructions.adaptive import default_lengths
+        from lgm_scale.evaluation.reconstructions.alignment import DEFINITIONS, measure_alignment
 
     weights = next(iter(files.values()))
     lengths = sorted(set(args.lengths or default_lengths(tokenizer)))

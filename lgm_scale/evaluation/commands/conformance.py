@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from lgm_scale.errors import MissingAssetError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
 from lgm_scale.published import PUBLISHED as FILES
+from lgm_scale.start import heavy_imports
 from lgm_scale.storage.files import file_hash
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def main() -> int:
             f"--inception: the hash of {args.inception} does not begin with {published}: "
             "these are not the published weights, of which alone published numbers speak"
         )
-    from lgm_scale.evaluation.references.making import make_reference
+    with heavy_imports():
+        from lgm_scale.evaluation.references.making import make_reference
 
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(args.work or scratch)

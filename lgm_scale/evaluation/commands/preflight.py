@@ -21,6 +21,7 @@ from lgm_scale.evaluation.commands.arguments import command_parser
 from lgm_scale.evaluation.features.files import REFERENCE, WEIGHTS
 from lgm_scale.evaluation.sweep.config import SweepConfig
 from lgm_scale.published import COMMAND, PUBLISHED
+from lgm_scale.start import heavy_imports
 from lgm_scale.storage.files import file_hash
 
 USES: dict[str, tuple[str | None, str]] = {
@@ -49,7 +50,8 @@ def look(key: str, path: str | None) -> tuple[str, str]:
     detail = f"{path}, {megabytes:.1f} MB, sha256 {digest}"
     if key == "reference":
         # Late: what is in it needs the evaluation with torch, the list of files does not.
-        from lgm_scale.evaluation.references.files import load_reference
+        with heavy_imports():
+            from lgm_scale.evaluation.references.files import load_reference
 
         try:
             return "there", f"{detail}; {', '.join(load_reference(path).held())}"

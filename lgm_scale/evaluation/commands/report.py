@@ -16,6 +16,7 @@ from pathlib import Path
 from lgm_scale.errors import ConfigError, exit_on_user_error
 from lgm_scale.evaluation.commands.arguments import command_parser
 from lgm_scale.evaluation.engine.rows import read_results
+from lgm_scale.start import heavy_imports
 
 
 def main() -> int:
@@ -33,7 +34,8 @@ def main() -> int:
     for out in args.outs:
         read_results(out)
     # Late: what is wrong with a command line is told before.
-    from lgm_scale.evaluation.report.writing import write_comparison, write_report
+    with heavy_imports():
+        from lgm_scale.evaluation.report.writing import write_comparison, write_report
 
     if args.to is None:
         print(f"report: {write_report(args.outs[0])}")
