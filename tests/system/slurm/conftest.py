@@ -43,7 +43,7 @@ def desk(checkout: Desk) -> Desk:
 @pytest.fixture(scope="session")
 def undisturbed(checkout: Desk, small_pipeline: SmallPipeline) -> list[float]:
     """Losses of the same run on two ranks, without Slurm."""
-    out = small_pipeline.root / "undisturbed"
+    out = small_pipeline.root / "without-slurm"
     changes = checkout.overrides(str(out), "run_name=undisturbed")
     result = run_command("lgm_scale/train.py", CONFIG, *changes, ranks=2)
     assert result.returncode == 0, result.stderr
