@@ -110,6 +110,20 @@ def wait_for(ranks: Sequence[BaseProcess], timeout: float = 600) -> list[int | N
     return [process.exitcode for process in ranks]
 
 
+def until(condition: Callable[[], object], ranks: Sequence[BaseProcess], log: Path) -> None:
+    """Wait for what stays so, with the patience of `wait_for`; no rank may end before.
+
+    The ranks must come there by themselves: one that stands still ends no save that another waits
+    for, however long ago it began (`waited_for`).
+    """
+    deadline = time.monotonic() + 600
+    while not condition():
+        ended = [process.exitcode for process in ranks if not process.is_alive()]
+        if ended or time.monotonic() > deadline:
+            raise AssertionError(f"ended too soon: {ended or 'none'}\n{_said(log)}")
+        time.sleep(0.01)
+
+
 def run_ranks(
     world_size: int,
     jobs: Sequence[Job],
@@ -131,8 +145,7 @@ def run_calls(
     """Call `function(*args)` on `world_size` ranks; all must succeed."""
     statuses = wait_for(start_calls(world_size, function, *args, log=log), timeout)
     if any(statuses):
-        said = "\n".join(path.read_text()[-3000:] for path in log.parent.glob(log.name + "-*.txt"))
-        raise AssertionError(f"ranks ended with {statuses}:\n{said}")
+        raise AssertionError(f"ranks ended with {statuses}:\n{_said(log)}")
 
 
 def run_strategies(
@@ -208,6 +221,10 @@ def _train(jobs: list[Job], prepare: Callable[[], object] | None) -> int:
 
     exit_on_user_error(main)
     raise AssertionError("exit_on_user_error came back")
+
+
+def _said(log: Path) -> str:
+    return "\n".join(path.read_text()[-3000:] for path in log.parent.glob(log.name + "-*.txt"))
 
 
 def _leave(status: int) -> None:

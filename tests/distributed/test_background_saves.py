@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from rank_processes import run_ranks, start_ranks, states, wait_for, waited_for
+from rank_processes import run_ranks, start_ranks, states, until, wait_for, waited_for
 from small_pipeline import SmallPipeline, assert_same_run, metrics
 from test_strategies import STRATEGIES
 
@@ -68,11 +67,8 @@ def test_a_death_between_two_files_leaves_the_state_before(small_pipeline, tmp_p
     out, log = tmp_path / "run", tmp_path / "log"
     job = (config(small_pipeline, out), STRATEGIES["fsdp"])
     ranks = start_ranks(2, [job], log, hold_rank_one)
-    deadline = time.monotonic() + 600
-    while not list((out / "state").glob("ba00000006-*/rank-00000.safetensors")):
-        assert all(process.is_alive() for process in ranks)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    half = (out / "state").glob
+    until(lambda: list(half("ba00000006-*/rank-00000.safetensors")), ranks, log)
     for process in ranks:
         process.kill()
     wait_for(ranks)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rank_processes import run_calls, start_calls, wait_for
+from rank_processes import run_calls, start_calls, until, wait_for
 from safetensors.numpy import load_file
 from small_elit import make_elit_bundle
 from small_pipeline import run_command
@@ -130,12 +130,9 @@ def test_a_killed_sweep_goes_on_with_another_number_of_ranks(
     out = tmp_path / "report"
     path = sweep_file(made, out, **PIXELS)
     total, wanted = 2 * 31, random.Random(seed).randrange(1, 50)
-    ranks = start_calls(2, _sweep_on_a_rank, path, out, total - 8, log=tmp_path / "log")
-    deadline = time.monotonic() + 600
-    while len(chunk_files(out)) < wanted:
-        assert time.monotonic() < deadline
-        assert all(rank.is_alive() for rank in ranks)
-        time.sleep(0.005)
+    log = tmp_path / "log"
+    ranks = start_calls(2, _sweep_on_a_rank, path, out, total - 8, log=log)
+    until(lambda: len(chunk_files(out)) >= wanted, ranks, log)
     for rank in ranks:
         rank.kill()
     wait_for(ranks)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rank_processes import run_ranks, start_ranks, states, wait_for
+from rank_processes import run_ranks, start_ranks, states, until, wait_for, waited_for
 from small_pipeline import SmallPipeline, metrics
 from test_strategies import STRATEGIES
 
+from lgm_scale.checkpoint.checkpointer import Checkpointer
 from lgm_scale.data.epochs import EpochDataset
 from lgm_scale.storage.stores import Storage
 from lgm_scale.training.callbacks import StepKeys
@@ -63,7 +64,8 @@ def be_still_at_step_10(ranks: tuple[int, ...]) -> None:
 
 
 def be_asked(asked: int) -> None:
-    """A rank that is to be signalled goes no further until it is."""
+    """A rank that is to be signalled goes no further until it is, with a state before that."""
+    Checkpointer.save = waited_for(Checkpointer.save)  # type: ignore[method-assign]
     told, on_signal = threading.Event(), StopRequest._on_signal
 
     def note_signal(self, number, frame):
@@ -73,15 +75,6 @@ def be_asked(asked: int) -> None:
     StopRequest._on_signal = note_signal  # type: ignore[method-assign]
     if int(os.environ["RANK"]) == asked:
         at_step(ASKED_STEP, lambda: told.wait(PATIENCE))
-
-
-def until(condition: Callable[[], object], ranks) -> None:
-    """Wait for what stays so; no rank may end before."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert all(process.is_alive() for process in ranks)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def is_still(process) -> bool:
@@ -123,7 +116,7 @@ def test_kill_9_at_random_moments(small_pipeline, tmp_path, reference, strategy)
         before = states(out)
         last = steps * (kill + 1) // (KILLS + 1)
         ranks = start_ranks(2, [job], log, functools.partial(stay_at, last))
-        until(lambda before=before: states(out)[-1:] != before[-1:], ranks)
+        until(lambda before=before: states(out)[-1:] != before[-1:], ranks, log)
         time.sleep(moments.uniform(0, 0.4))
         if kill % 2 == 0:
             victim = moments.randrange(2)
@@ -154,7 +147,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(small_pipeline, tmp_path, refe
     out, log = tmp_path / "run", tmp_path / "log"
     job = (config(small_pipeline, out), STRATEGIES["fsdp"])
     ranks = start_ranks(2, [job], log, functools.partial(be_asked, asked))
-    until(lambda: states(out), ranks)
+    until(lambda: states(out), ranks, log)
     os.kill(ranks[asked].pid, (signal.SIGTERM, signal.SIGUSR2)[asked])
     assert wait_for(ranks) == [75, 75]
     newest = states(out)[-1]
@@ -192,7 +185,7 @@ def test_a_silent_rank_ends_the_run_within_the_timeout(small_pipeline, tmp_path)
     job = (config(small_pipeline, tmp_path / "run"), ["parallel.timeout_seconds=15"])
     silent = functools.partial(be_still_at_step_10, (1,))
     ranks = start_ranks(2, [job], tmp_path / "log", silent)
-    until(lambda: is_still(ranks[1]), ranks[1:])
+    until(lambda: is_still(ranks[1]), ranks[1:], tmp_path / "log")
     (status,) = wait_for(ranks[:1])
     ranks[1].kill()
     assert status == 1
@@ -207,7 +200,7 @@ def test_ranks_that_come_back_cannot_touch_what_another_attempt_did(
     job = (config(small_pipeline, out), STRATEGIES["ddp"])
     still = functools.partial(be_still_at_step_10, (0, 1))
     old = start_ranks(2, [job], tmp_path / "old-log", still)
-    until(lambda: all(map(is_still, old)), old)
+    until(lambda: all(map(is_still, old)), old, tmp_path / "old-log")
     assert states(out)
     run_ranks(2, [job], tmp_path / "new-log")
     # Not what a rank was writing aside when it was stopped: that moves when it goes on.

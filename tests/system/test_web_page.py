@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from rank_processes import start_calls, wait_for
+from rank_processes import start_calls, until, wait_for
 from small_sweep import make_bundles
 
 from lgm_scale import web
@@ -63,12 +62,10 @@ def served(bundle: Path, log: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     temporary = log.with_name("temporary")
     temporary.mkdir()
     (server,) = start_calls(1, _serve, temporary, str(bundle), "--port", "0", log=log)
-    said, deadline = Path(f"{log}-0.txt"), time.monotonic() + 600
-    while not (found := re.search(r"http://\S+", said.read_text() if said.exists() else "")):
-        assert server.is_alive(), said.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    yield found.group(0), lambda: os.kill(server.pid or 0, signal.SIGINT)
+    said, address = Path(f"{log}-0.txt"), re.compile(r"http://\S+(?=\s)")
+    until(lambda: said.exists() and address.search(said.read_text()), [server], log)
+    (found,) = address.findall(said.read_text())
+    yield found, lambda: os.kill(server.pid or 0, signal.SIGINT)
     assert wait_for([server]) == [0], said.read_text()
     assert said.read_text().endswith("closed\n")
     assert "Traceback" not in said.read_text()
