@@ -182,14 +182,14 @@ def test_a_death_between_epochs_ends_the_other_rank(small_pipeline, tmp_path):
 
 
 def test_a_silent_rank_ends_the_run_within_the_timeout(small_pipeline, tmp_path):
-    job = (config(small_pipeline, tmp_path / "run"), ["parallel.timeout_seconds=15"])
+    job = (config(small_pipeline, tmp_path / "run"), ["parallel.timeout_seconds=30"])
     silent = functools.partial(be_still_at_step_10, (1,))
     ranks = start_ranks(2, [job], tmp_path / "log", silent)
     until(lambda: is_still(ranks[1]), ranks[1:], tmp_path / "log")
     (status,) = wait_for(ranks[:1])
     ranks[1].kill()
     assert status == 1
-    assert "Timed out waiting 15000ms" in (tmp_path / "log-0.txt").read_text()  # 300 s by default
+    assert "Timed out waiting 30000ms" in (tmp_path / "log-0.txt").read_text()  # 300 s by default
     wait_for(ranks[1:])
 
 
