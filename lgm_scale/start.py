@@ -1,4 +1,4 @@
-"""How a command starts that needs Composer, whose import takes seconds."""
+"""How a command starts that needs what takes seconds to import: Composer, timm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Import Composer in this block without the garbage collector, now and later.
+    """Import what is large in this block without the garbage collector, now and later.
 
     A million objects stay to the end of the process. Passes over them, while they come, in the
     middle of a training and at its end, were a quarter of the processor time of a short run. Where

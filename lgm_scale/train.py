@@ -113,10 +113,12 @@ def main() -> int:
 
 def dry_run(folder: RunFolder, world_size: int, options: PlanOptions) -> int:
     """Print what the run would take; the exit status."""
-    from lgm_scale.planning.plan import describe
-
     config = folder.config
-    print(f"{describe(config, world_size, options)}\n\n{preflight(folder)}", flush=True)
+    with heavy_imports():  # a tokenizer's networks are timm's, which is imported to build them
+        from lgm_scale.planning.plan import describe
+
+        plan = describe(config, world_size, options)
+    print(f"{plan}\n\n{preflight(folder)}", flush=True)
     if options.simulate or options.advise:
         from lgm_scale.planning.report import print_simulation
 

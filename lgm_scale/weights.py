@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lgm_scale.errors import CheckpointError
@@ -19,6 +20,7 @@ class Unfilled(TorchFunctionMode):
 
     For networks whose weights a file brings, all of them: drawing those of XL takes seconds. And
     for the meta device, where it imports torch's compiler. Memory holds what it held before.
+    Spectral norm does not iterate either: its vectors are weights of that file.
     """
 
     def __torch_function__(
@@ -29,6 +31,8 @@ class Unfilled(TorchFunctionMode):
         module = getattr(func, "__module__", None)  # what reads an attribute has none
         if module == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
             return args[0] if args else kwargs["tensor"]
+        if func is functional.normalize and kwargs.get("out") is not None:
+            return kwargs["out"]  # a step of spectral norm's power iteration
         return func(*args, **kwargs)
 
 

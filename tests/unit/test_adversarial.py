@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_tokenizer import OBJECTIVE, small_batch, small_model, vision_transformer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lgm_scale.families.tokenizer.critic import (
     CriticBackbone,
@@ -28,6 +29,7 @@ from lgm_scale.families.tokenizer.losses import (
     with_gradient,
 )
 from lgm_scale.frozen import to_imagenet
+from lgm_scale.weights import Unfilled
 
 
 def test_hinge_and_generator_loss():
@@ -269,3 +271,26 @@ def test_weights_of_zero_switch_losses_off():
     row = model.record.take()
     assert torch.isclose(row["critic"], row["critic_hinge"])
     assert not {"critic_lecam", "critic_consistency", "entropy", "alignment"} & set(row)
+
+
+class Norms(TorchDispatchMode):
+    """Counts the norms of vectors that are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.linalg_vector_norm.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_heads_whose_weights_a_file_brings_iterate_no_spectral_norm(device):
+    with Norms() as drawn:
+        heads = CriticHeads(8, 1)
+    with torch.device(device), Unfilled(), Norms() as unfilled:
+        empty = CriticHeads(8, 1)
+    convolutions = 3
+    assert unfilled.count == 2 * convolutions  # of its two vectors, once
+    assert drawn.count > 15 * unfilled.count
+    shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (heads, empty)]
+    assert shapes[0] == shapes[1]

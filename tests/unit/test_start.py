@@ -173,6 +173,24 @@ def test_the_collector_rests_while_composer_is_imported_and_leaves_it_out_afterw
     subprocess.run([sys.executable, "-c", COLLECTOR], env={"PYTHONPATH": str(ROOT)}, check=True)
 
 
+DRY_RUN = """
+import gc, sys
+from lgm_scale import train
+
+sys.argv = ["train", "yamls/tokenizer_b.yaml", "--dry-run"]
+assert train.main() == 0
+assert gc.get_freeze_count() > 0
+"""
+
+
+@pytest.mark.slow
+def test_the_collector_rests_while_a_dry_run_imports_timm():
+    own = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", DRY_RUN], cwd=ROOT, env=own, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"samples per epoch" in done.stdout
+
+
 ONE_STEP = {"train": {"max_duration": "1ba", "global_batch_size": 8, "precision": "fp32"}}
 
 
