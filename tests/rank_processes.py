@@ -120,7 +120,8 @@ def until(condition: Callable[[], object], ranks: Sequence[BaseProcess], log: Pa
     while not condition():
         ended = [process.exitcode for process in ranks if not process.is_alive()]
         if ended or time.monotonic() > deadline:
-            raise AssertionError(f"ended too soon: {ended or 'none'}\n{_said(log)}")
+            what = f"ranks ended with {ended}" if ended else "in vain"
+            raise AssertionError(f"waited, {what}:\n{_said(log)}")
         time.sleep(0.01)
 
 

@@ -84,6 +84,10 @@ class Desk:
         for step in steps:
             (self.folder / HELD / f"{name}-{step}").touch()
 
+    def holds(self, name: str, step: int) -> bool:
+        """Whether a run has come to where it waits."""
+        return (self.folder / HELD / f"{name}-{step}.reached").exists()
+
     def release(self, name: str, step: int) -> None:
         (self.folder / HELD / f"{name}-{step}").unlink()
 
@@ -151,13 +155,12 @@ class Job:
 
     def reach(self, step: int) -> None:
         """Wait until it is held before that step."""
-        held = self.desk.folder / HELD / f"{self.out.name}-{step}.reached"
 
         def reached() -> bool:
-            if held.exists():
+            if self.desk.holds(self.out.name, step):
                 return True
             assert self.state() in ("PENDING", "RUNNING", "COMPLETING"), self.log()[-6000:]
-            return held.exists()
+            return self.desk.holds(self.out.name, step)
 
         self.until(reached, f"reach step {step}")
 

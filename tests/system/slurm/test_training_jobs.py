@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from desk import CONFIG, HELD, PATIENCE, STEPS, Desk, Job
+from desk import CONFIG, PATIENCE, STEPS, Desk, Job
 from rank_processes import states
 from small_pipeline import metrics
 
@@ -134,8 +134,8 @@ def test_other_launchers_with_explicit_node_ranks(desk: Desk, undisturbed: list[
 
     desk.hold("by-hand", 25)
     first = srun(composer)
-    reached, deadline = desk.folder / HELD / "by-hand-25.reached", time.monotonic() + PATIENCE
-    while not reached.exists():
+    deadline = time.monotonic() + PATIENCE
+    while not desk.holds("by-hand", 25):
         assert first.poll() is None, first.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
